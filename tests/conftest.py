@@ -1,4 +1,4 @@
-"""What tests of several packages share: a small model, a small corpus and recipe, several DeepSpeed ranks."""
+"""Fixtures shared by the tests of several packages: a small model, corpus and recipe, and several DeepSpeed ranks."""
 
 from __future__ import annotations
 
@@ -53,49 +53,54 @@ from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
 
-# How long a test takes on this machine says nothing about what is right.
+# No deadline: how long a test takes on this machine says nothing about correctness.
 hypothesis_settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("any_machine")
 
 TIMEOUT_S = 600
 BST = (sys.executable, "-m", "bst_dist")
-"""Also where the project is on the path and not installed."""
+"""The `bst` command; it also works if the project is on the path but not installed."""
 OLDER = Path(__file__).parent / "checkpoint" / "data" / "format-2"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give all processes of the tests a directory for temporary files, removed at the end: killed ones and torchrun
-    leave theirs. pytest's own, which outlive the tests, stay where they are."""
-    if not hasattr(config, "workerinput"):  # xdist's workers have the environment of the process that started them
+    """Give all test processes one directory for temporary files, and remove it at the end.
+
+    Without it, killed processes and torchrun would leave their files. pytest's own temporary files, which outlive the
+    tests, stay in their usual place.
+    """
+    if not hasattr(config, "workerinput"):  # xdist's workers inherit the environment
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-        # A short name: paths of sockets have a limit.
+        # A short name, because paths of sockets have a length limit.
         os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="bst-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True))
     if config.option.markexpr != "gpu":
         if device_files():
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all tests but those of a GPU are of the CPU
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all tests except those marked gpu run on the CPU
         keep_forkable()
 
 
 def keep_forkable() -> None:
-    """Let this process fork ranks after a backward pass (`on_ranks`).
+    """Run a first backward pass now, so that this process can fork ranks after a backward pass (`on_ranks`).
 
-    The first pass starts a thread for each device that is not a CPU, and torch then refuses passes in forks. There is
-    none now; later, where torch is built for CUDA, the first fake tensor makes it count one.
+    The first backward pass starts a thread for each device that is not a CPU, and torch then refuses backward passes in
+    forks. Now there is no such device. Later there may be: with torch built for CUDA, the first fake tensor adds one.
     """
     torch.zeros((), requires_grad=True).backward()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """The garbage collector looks through neither the modules of the tests nor the thousands of tests themselves."""
+    """Exclude the test modules and the thousands of collected tests from garbage collection, which saves time."""
     with uncollected():
         return (yield)
 
 
 class ByFile(LoadFileScheduling):
-    """What one worker takes as a whole (`--dist loadfile`): a file, whose tests share fixtures, and all that run on the
-    hosts of the one network."""
+    """xdist scheduling (`--dist loadfile`): one worker takes all tests of a file, because they share fixtures.
+
+    One worker also takes all of tests/cluster, because they share one network of hosts.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
@@ -108,15 +113,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts what takes longest first, file by file, so that no worker is left with it at the end: all on several hosts,
-    which run one after the other, then files with a test marked long."""
+    """Sort the slowest files first, so that no worker starts one at the end.
+
+    First come tests on several hosts, which run one after another, then files with a test marked long.
+    """
     order = {mark: {item.path for item in items if item.get_closest_marker(mark)} for mark in ("cluster", "long")}
     items.sort(key=lambda item: (item.path not in order["cluster"], item.path not in order["long"]))
 
 
 @pytest.fixture
 def make_model():
-    """A small model in double precision whose every part has something to say."""
+    """``make_model(mixer, variant, **changes)`` returns a small model in double precision.
+
+    Noise is added to every parameter, so that none has a special initial value such as 0.
+    """
 
     def make(mixer: str = "bst", variant: str = "SH", **changes) -> LanguageModel:
         torch.manual_seed(0)
@@ -140,9 +150,9 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def link_packages() -> Callable[[Path, Sequence[str]], set[str]]:
-    """``link_packages(folder, requirements)`` links installed packages into a folder, with all that they require.
+    """``link_packages(folder, requirements)`` links installed packages and their dependencies into a folder.
 
-    Extras are left out, and so is what this platform does not need. Returns the names of the packages.
+    Extras, and packages for other platforms, are left out. Returns the names of the packages.
     """
 
     def link(folder: Path, requirements: Sequence[str]) -> set[str]:
@@ -156,7 +166,7 @@ def link_packages() -> Callable[[Path, Sequence[str]], set[str]]:
             try:
                 package = metadata.distribution(name)
             except metadata.PackageNotFoundError:
-                continue  # what is of another platform
+                continue  # a package for another platform
             for entry in {path.parts[0] for path in package.files} - {"..", "__pycache__"}:
                 (folder / entry).exists() or (folder / entry).symlink_to(package.locate_file(entry))
             waiting += map(Requirement, package.requires or ())
@@ -167,7 +177,7 @@ def link_packages() -> Callable[[Path, Sequence[str]], set[str]]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared corpus of made-up programs."""
+    """A prepared corpus of 40 documents of random words."""
     folder, output = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("prepared") / "corpus"
     random = np.random.default_rng(0)
     words = ["for", "x", "=", "(", ")", "\n", "    ", "return", "naïve", "12", "+", "y", ":", "if", "else"]
@@ -184,7 +194,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(corpus: Path) -> dict[str, Any]:
-    """A recipe that trains in seconds, as plain data; in single precision, where equality can be asked for."""
+    """A recipe that trains in seconds, as plain data; in fp32, so that runs can be compared for equality."""
     return {
         "name": "small", "seed": 3,
         "model": {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 3, "mixer": "bst", "placement": [1],
@@ -215,10 +225,10 @@ def recipe_file(tmp_path: Path, settings: dict[str, Any]) -> Callable[..., Path]
 
 @pytest.fixture
 def on_ranks() -> Callable[..., list[Any]]:
-    """``on_ranks(world, function, *args)`` runs ``function(ranks, *args)`` on so many ranks; returns what each did.
+    """``on_ranks(world, function, *args)`` runs ``function(ranks, *args)`` on `world` ranks; returns their results.
 
-    Ranks are forked from this process, where DeepSpeed is imported already, so they start at once and `function` may
-    be a closure. The first failure ends all of them.
+    Ranks are forked from this process, where DeepSpeed is already imported, so they start at once and `function` may be
+    a closure. The first failure ends all of them.
     """
     choose_accelerator()
     import torch._dynamo  # noqa: F401
@@ -245,7 +255,7 @@ def on_ranks() -> Callable[..., list[Any]]:
 
 
 def _collect(receivers: list[Any], processes: list[Any]) -> list[Any]:
-    """What each rank returned; raises AssertionError for the first that failed, with its traceback, or that died."""
+    """Return the result of each rank. Raise AssertionError, with the traceback, if a rank fails or dies."""
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
         waiting = [rank for rank in range(len(receivers)) if rank not in results]
@@ -262,7 +272,7 @@ def _collect(receivers: list[Any], processes: list[Any]) -> list[Any]:
 
 @pytest.fixture
 def assert_same_run() -> Callable[[Path, Path], None]:
-    """``assert_same_run(run, other)``: all that was computed is the same to the last bit: losses, ledger, weights."""
+    """``assert_same_run(run, other)`` asserts that losses, ledger and weights of both runs are bitwise equal."""
     clocked = ("step_time_s", "data_wait_s", "tokens_per_s", "mfu", "hfu", "time_s")
 
     def contents(run: Path) -> tuple[list[dict[str, str]], list[ledger.Entry], dict[str, bytes]]:
@@ -282,9 +292,11 @@ def assert_same_run() -> Callable[[Path, Path], None]:
 
 @pytest.fixture
 def train_in(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> Callable[[Path], Callable[..., Path]]:
-    """``train_in(recipe)`` gives ``go(run, *overrides, world=…, until=…, resume=…)``, which trains in the directory
-    `run` and returns it."""
-    from bst_dist.train.run import train  # brings DeepSpeed, for which `on_ranks` has chosen an accelerator
+    """``train_in(recipe)`` returns ``go(run, *overrides, world=…, until=…, resume=…)``.
+
+    ``go`` trains in the directory `run` and returns its path.
+    """
+    from bst_dist.train.run import train  # imports DeepSpeed, for which `on_ranks` has already chosen an accelerator
     from bst_dist.train.start.request import Request
 
     def of(recipe: Path) -> Callable[..., Path]:
@@ -299,7 +311,7 @@ def train_in(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> Callable[[Pa
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No time is spent on measuring the machine's peak."""
+    """Skip the measurement of the machine's peak FLOP/s, which takes time."""
     monkeypatch.setattr("bst_dist.train.building.peak_flops", lambda *_: 1e12)
 
 
@@ -310,7 +322,7 @@ def _rank(rank: int, world: int, port: int, sender: Any, function: Callable[...,
     try:
         ranks = Ranks()
         result = function(ranks, *args)
-        ranks.barrier()  # nobody leaves while another may still be talking
+        ranks.barrier()  # no rank may leave while another still communicates
         sender.send((False, result))
     except BaseException:
         sender.send((True, traceback.format_exc()))
@@ -318,7 +330,7 @@ def _rank(rank: int, world: int, port: int, sender: Any, function: Callable[...,
 
 @pytest.fixture
 def make_run(tmp_path, corpus):
-    """A run directory as training leaves it: recipe, metrics and checkpoints with random weights."""
+    """``make_run(name, steps, …)`` makes a run directory with recipe, metrics and checkpoints with random weights."""
 
     def make(name: str = "run", steps: tuple[int, ...] = (4,), seed: int = 0, documents: str = "joined") -> Path:
         settings = {
@@ -355,9 +367,9 @@ def write_checkpoint(path: Path, model: LanguageModel) -> None:
 
 @pytest.fixture
 def bst(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``bst(*arguments, under=…, **environment)`` runs the command in `tmp_path`, all output in `stdout`.
+    """``bst(*arguments, under=…, **environment)`` runs `bst` in `tmp_path`; stderr is merged into `stdout`.
 
-    `under`: a command that runs it in turn, like `unshare --mount`.
+    `under`: a command prefix, such as `unshare --mount`.
     """
 
     def run(*arguments: object, under: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
@@ -372,9 +384,9 @@ def bst(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def older(tmp_path: Path) -> Path:
-    """A run of two ranks that was stopped after step 4 of 6, with its corpus (checkpoint/test_older)."""
+    """A run of two ranks, stopped after step 4 of 6, written by an older version, with its corpus (test_older)."""
     shutil.copytree(OLDER, tmp_path, dirs_exist_ok=True)
-    recipe = tmp_path / "run" / "recipe.yaml"  # relative paths were from the working directory then
+    recipe = tmp_path / "run" / "recipe.yaml"  # then paths were relative to the working directory
     recipe.write_text(recipe.read_text().replace("corpus: corpus", f"corpus: {tmp_path / 'corpus'}"))
     return tmp_path / "run"
 

@@ -1,4 +1,4 @@
-"""The rooms of the code: imports go downwards, in no circle, and what is heavy is imported only where it is needed."""
+"""Layers of the code: imports go downwards, without cycles, and heavy packages are imported only where needed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("bst_base", "bst_dist", "data_pipeline")
 
-# From the top down: a module imports from its own line and from lines below. A line names modules or packages, and the
-# longest name that fits a module is its own.
+# From the top down: a module may import from its own line and from lines below. A line names modules or packages. A
+# module belongs to the line with the longest name that is a prefix of its own.
 LAYERS = (
     "bst_dist.__main__ bst_dist.cli bst_dist.usage",
     "bst_dist.tools",
@@ -44,17 +44,18 @@ LAYERS = (
 )
 LEVELS = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
 SETTINGS = "bst_dist.config"
-"""The recipe: composed of the settings of all rooms, which are no part of their rooms' behaviour (`is_settings`)."""
+"""The recipe, which imports the settings of all packages. Modules of settings are exempt from the order
+(`is_settings`)."""
 
 
 def modules() -> dict[str, Path]:
-    """All modules of the project by name."""
+    """Return the files of all modules of the project, by module name."""
     files = (file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
     return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
 def imports(file: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of the project that a file imports, inside functions and for type checkers too."""
+    """Return the modules of the project that a file imports, also inside functions and for type checkers."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -65,19 +66,19 @@ def imports(file: Path, known: dict[str, Path]) -> set[str]:
 
 
 def nearest(name: str, known: dict[str, Path]) -> str | None:
-    """The module that `name` is, or is a part of."""
+    """Return the module that `name` is, or is part of; None if it is not in the project."""
     while name and name not in known:
         name = name.rpartition(".")[0]
     return name or None
 
 
 def is_settings(module: str) -> bool:
-    """Whether a module holds nothing but a room's sections of the recipe."""
+    """Whether a module only holds a package's sections of the recipe."""
     return module.endswith(".config") and module != SETTINGS and module.startswith("bst_dist.")
 
 
 def level(module: str) -> int:
-    """The line of LAYERS that a module belongs to."""
+    """Return the index of the line of LAYERS that a module belongs to."""
     name = module
     while name not in LEVELS:
         name = name.rpartition(".")[0]
@@ -121,7 +122,7 @@ def test_the_data_pipeline_knows_nothing_of_what_uses_it(graph):
 
 
 def test_who_may_name_deepspeed():
-    """The runtime alone: models, settings, reports and what judges runs know nothing of it."""
+    """Only the runtime imports DeepSpeed; models, settings, reports and evaluation do not."""
     named = {name for name, file in modules().items()
              for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
              if isinstance(node, (ast.Import, ast.ImportFrom))
@@ -143,7 +144,7 @@ print(*sorted(heavy))
 
 
 def imported_by(*names: str) -> set[str]:
-    """Heavy packages that importing `names` brings, where neither DeepSpeed nor mpi4py is installed."""
+    """Import `names` without DeepSpeed and mpi4py; return the heavy packages that this imports."""
     done = subprocess.run([sys.executable, "-c", WITHOUT, *names], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
@@ -154,7 +155,7 @@ def test_reading_a_recipe_takes_no_torch():
 
 
 def heavy_after(*words: str) -> set[str]:
-    """Heavy packages that a whole command has imported when it is done."""
+    """Run a whole command; return the heavy packages that it has imported."""
     program = (
         "import sys; from bst_dist.cli import main; status = main(sys.argv[1:])\n"
         "print(); print('imported', *{'torch', 'scipy', 'matplotlib'} & sys.modules.keys()); sys.exit(status)"
@@ -174,7 +175,7 @@ def test_checking_a_recipe_and_comparing_runs_take_no_matplotlib(recipe_file, ol
 
 
 def test_evaluating_takes_neither_deepspeed_nor_mpi():
-    """Nor does anything else that reads what runs have left: the program's commands but those that start ranks."""
+    """All commands can be imported without DeepSpeed and mpi4py, except those that start ranks."""
     from bst_dist.cli import COMMANDS
 
     starting = ("doctor", "bench", "verify")

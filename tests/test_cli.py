@@ -1,4 +1,4 @@
-"""`bst` as one meets it: the commands, their help, slips."""
+"""The `bst` command line: list of commands, help, and errors for mistyped commands."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_versions(capsys):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_says_what_everything_is(name):
-    """Every argument is explained, every default is said, and examples stand apart from the text."""
+    """Every argument is explained, every default is shown, and examples are indented."""
     parser = cli.parser_of(name)
     text = parser.format_help()
     assert "SUPPRESS" not in text and "default: None" not in text
@@ -99,7 +99,7 @@ def test_an_output_that_is_full_is_told_and_one_that_is_closed_is_not(words):
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "bst_dist", *words], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert done.stderr == "" and done.returncode in (1, 141)  # 1: rich itself ends so
+    assert done.stderr == "" and done.returncode in (1, 141)  # 1 is rich's own exit status
 
 
 def test_defaults_are_said_as_one_would_type_them():

@@ -1,4 +1,4 @@
-"""What is installed by role: every extra's modules are known, and the pins are within the bounds."""
+"""Extras of the installation: the modules of every extra are known, and pins are within the declared bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that mean something only beside another one: refused without it, never ignored, whatever the command."""
+"""Options that need another option are refused without it, and never ignored, in all commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bst_dist.usage import needed_by
 
 
 def _parts(name: str) -> list[tuple[argparse.Action, str]]:
-    """The options of a command that need another one, with that one."""
+    """Return the options of a command that need another option, with the name of that option."""
     return [(action, other) for action in cli.parser_of(name)._actions if (other := needed_by(action))]
 
 
@@ -19,7 +19,7 @@ DEPENDENT = [(name, action.option_strings[-1]) for name in cli.COMMANDS for acti
 
 
 def _command_line(name: str, option: str) -> list[str]:
-    """The command with its required arguments, none of which exists, and the option with some value."""
+    """Return a command line with the required arguments (names that do not exist) and the option with a value."""
     parser = cli.parser_of(name)
     words = name.split()
     for action in parser._actions:

@@ -1,4 +1,4 @@
-"""That ranks can be forked from a process of tests which has had a backward pass, whatever torch is built for."""
+"""Ranks can be forked from a test process after a backward pass, with any build of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The project on the path and not installed, as on a machine where it is only copied: it trains, resumes, reports."""
+"""The project works (trains, resumes, reports) if it is only copied and on the path, not installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARTS = ("bst_base", "bst_dist", "data_pipeline", "ds_configs", "launch")
 
 @pytest.fixture
 def bst(tmp_path, link_packages):
-    """``bst(*arguments)`` runs the command of a copy of the project, under a Python that knows no installed one."""
+    """``bst(*arguments)`` runs `bst` from a copy of the project, under a Python where the project is not installed."""
     copy, packages = tmp_path / "copy", tmp_path / "packages"
     for name in PARTS:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""The wheel, installed where there is no checkout: the whole way from text to an evaluated model."""
+"""The wheel, installed without a checkout: everything from text to an evaluated model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(*words: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`bst` from a wheel, in an environment of its own; what it depends on is taken from this one."""
+    """Path of `bst`, installed from a wheel in a separate environment that uses this environment's dependencies."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("bst_base", "bst_dist", "data_pipeline", "ds_configs", "launch"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -46,7 +46,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def without_extras(
     program: Path, tmp_path_factory: pytest.TempPathFactory, link_packages: Callable[[Path, Sequence[str]], set[str]]
 ) -> Path:
-    """The same wheel where only what `pip install bst-dist` brings can be imported: no extra is installed."""
+    """The same without any extra: only packages that `pip install bst-dist` installs can be imported."""
     folder, packages = tmp_path_factory.mktemp("core"), tmp_path_factory.mktemp("packages")
     run(sys.executable, "-m", "venv", "--without-pip", folder / "env", cwd=folder)
     (site,) = (folder / "env/lib").glob("python*/site-packages")

@@ -1,4 +1,4 @@
-"""A stand-in for the ranks of a run of one process."""
+"""Stub of `Ranks` for a run of one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Alone:
-    """`Ranks` of one process, which keeps what it is told to say."""
+    """Stub of `Ranks` with one process; records printed messages in `said`."""
 
     rank, world, first, device = 0, 1, True, torch.device("cpu")
 

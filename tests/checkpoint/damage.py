@@ -1,4 +1,4 @@
-"""Files as a disk may spoil them."""
+"""Damage files as a faulty disk may do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def flip(path: Path, place: int | None = None) -> None:
-    """Change one bit of the byte at `place`, or of the one in the middle."""
+    """Flip one bit of the byte at `place`, by default of the byte in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2 if place is None else place] ^= 4
     path.write_bytes(data)

@@ -1,14 +1,14 @@
-"""Kill a run again and again at random moments, and see that it ends as the run that was never disturbed.
+"""Kill a run repeatedly at random moments, and check that it ends like a run that was never killed.
 
     python tests/checkpoint/soak.py --kills 200 --ranks 2 --directory /tmp/soak
     python tests/checkpoint/soak.py --kills 200 --local-every 1 --directory /tmp/soak-local
 
-Ranks are forked from this process, which has imported everything and prepared a small corpus, so that a start takes
-a second and not ten. They are killed by SIGKILL at a random moment: one time in four while they meet and load, else
-once they train, copy, write, commit and remove. One time in two all at once, as when a machine is lost; else one of
-them first, and the others a moment later. After each kill the newest checkpoint must be whole and no older than the
-one before. With local copies a start must go on from no earlier than `--local-every` steps before the last step that
-was reported. In the end every loss and every weight must be, bit for bit, those of the undisturbed run.
+Ranks are forked from this process, which has imported everything and prepared a small corpus, so a start takes one
+second instead of ten. They are killed by SIGKILL at a random moment: one time in four while they connect and load, else
+while they train, copy, write, commit and remove. One time in two all are killed at once, as when a machine is lost;
+else one first, and the others a moment later. After each kill the newest checkpoint must be valid and no older than the
+previous one. With local copies, a start must continue at most `--local-every` steps before the last reported step. In
+the end all losses and weights must be bitwise equal to those of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ PATIENCE_S = 600.0
 
 @dataclass(frozen=True)
 class Soak:
-    """What is to be endured."""
+    """Settings of the soak test."""
 
     folder: Path
     ranks: int
     steps: int
     kills: int
     most_steps: int = 6
-    """The most that a start may take before it is killed."""
+    """Most steps that a start takes before it is killed."""
     seed: int = 0
     local_every: int = 0
     """Steps between local copies; 0: none."""
@@ -68,7 +68,7 @@ class Soak:
 
 
 def prepare_recipe(soak: Soak) -> None:
-    """A corpus of made-up programs, and a recipe that streams them, carries the past, and saves every third step."""
+    """Prepare a corpus of random words, and a recipe that streams it, carries the past and saves every third step."""
     texts, corpus = soak.folder / "texts", soak.folder / "corpus"
     texts.mkdir(parents=True, exist_ok=True)
     words = ["for", "x", "=", "(", ")", "\n", "    ", "return", "naïve", "12", "+", "y", ":", "if", "else"]
@@ -97,7 +97,7 @@ def prepare_recipe(soak: Soak) -> None:
 
 
 def start(soak: Soak, run: str) -> list[int]:
-    """Fork the ranks of one start of a run, which goes on where it can; returns their process ids."""
+    """Fork the ranks of one start of a run, which resumes if it can; return their process ids."""
     port = free_port()
     return [_fork(soak, soak.folder / run, rank, port) for rank in range(soak.ranks)]
 
@@ -126,7 +126,7 @@ def _fork(soak: Soak, run_dir: Path, rank: int, port: int) -> int:
 
 
 def wait_for(pids: Sequence[int], seconds: float) -> list[int | None]:
-    """The statuses of processes, None for those that still run after so many seconds."""
+    """Return the exit statuses of processes, None for those that still run after `seconds`."""
     found: dict[int, int] = {}
     deadline = time.monotonic() + seconds
     while len(found) < len(pids) and time.monotonic() < deadline:
@@ -139,8 +139,10 @@ def wait_for(pids: Sequence[int], seconds: float) -> list[int | None]:
 
 
 def wait_for_steps(run_dir: Path, steps: int, local: bool = False, seconds: float = PATIENCE_S) -> None:
-    """Return when the run has taken so many more steps than the checkpoint, or the `local` copies, that it goes on
-    from, or after so long."""
+    """Wait until the run has taken `steps` more steps than its newest checkpoint, or until `seconds` have passed.
+
+    With `local`, count from the last reported step instead of the checkpoint.
+    """
     wanted = (reported_steps(run_dir) if local else newest_step(run_dir)) + steps
     deadline = time.monotonic() + seconds
     begun = time.time()
@@ -152,24 +154,24 @@ def wait_for_steps(run_dir: Path, steps: int, local: bool = False, seconds: floa
 
 
 def reported_steps(run_dir: Path) -> int:
-    """How many steps the run has reported."""
+    """Return the number of steps that the run has reported."""
     return sum(line["kind"] == "train" for line in read_lines(run_dir / FILE))
 
 
 def begun_at(run_dir: Path) -> list[int]:
-    """The steps after which the run's starts have begun, those of them that came so far."""
+    """Return the step from which each recorded start of the run has continued."""
     path = run_dir / ENVIRONMENT
     return [one["from_step"] for one in json.loads(path.read_text())["starts"]] if path.exists() else []
 
 
 def step_seconds(run_dir: Path) -> float:
-    """What a step takes on this machine, so that no start gets far between two looks at it."""
+    """Return the median step time, which limits how far a start gets before it is killed; 0 if there is none yet."""
     lines = read_lines(run_dir / FILE)
     return median(line["step_time_s"] for line in lines if "step_time_s" in line) if lines else 0.0
 
 
 def kill(pids: Sequence[int], chance: random.Random) -> None:
-    """Kill all ranks: at once, or one of them first."""
+    """Kill all ranks, at once or one after another."""
     order = list(pids)
     chance.shuffle(order)
     together = chance.random() < 0.5
@@ -182,14 +184,14 @@ def kill(pids: Sequence[int], chance: random.Random) -> None:
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, which must be whole; 0 when there is none yet."""
+    """Return the step of the newest checkpoint, 0 if there is none. Assert that it is not damaged."""
     newest = next(iter(committed(run_dir)), None)
     assert newest is None or not damage(newest), damage(newest)
     return step_of(newest) if newest else 0
 
 
 def disturb(soak: Soak, say: Any) -> Counter[str]:
-    """Train with so many kills, and then to the end; returns what each start had come to when it was killed."""
+    """Train with `soak.kills` kills, then to the end. Return counts of the state in which starts were killed."""
     chance, reached, found = random.Random(soak.seed), 0, Counter()
     run_dir = soak.folder / "disturbed"
     for number in range(soak.kills):
@@ -219,7 +221,7 @@ def disturb(soak: Soak, say: Any) -> Counter[str]:
 
 
 def train_to_the_end(soak: Soak, run: str) -> None:
-    """One start that nobody kills."""
+    """Run one start without killing it."""
     pids = start(soak, run)
     statuses = wait_for(pids, PATIENCE_S)
     for pid in [pid for pid, status in zip(pids, statuses, strict=True) if status is None]:
@@ -228,9 +230,9 @@ def train_to_the_end(soak: Soak, run: str) -> None:
 
 
 def compare(soak: Soak) -> int:
-    """Assert that both runs are equal to the last bit; returns how many losses there were.
+    """Assert that both runs are bitwise equal; return the number of reports compared.
 
-    Reports of the time that steps take do not count: a kill between a local copy and such a report leaves it out.
+    Performance reports are not compared, because a kill between a local copy and such a report loses it.
     """
     runs = [soak.folder / name for name in ("whole", "disturbed")]
     keys = ("kind", "step", *COMPUTED)
@@ -245,12 +247,12 @@ def compare(soak: Soak) -> int:
 
 
 def endure(soak: Soak, say: Any = print) -> None:
-    """The whole of it; raises AssertionError when anything is not as it must be."""
+    """Run the whole soak test. Raise AssertionError if a check fails."""
     choose_accelerator()
     import bst_dist.parallel.loading  # noqa: F401 (else imported by every engine: seconds)
     from bst_dist.train import building
 
-    building.peak_flops = lambda *_: 1e12  # not measured anew at every start
+    building.peak_flops = lambda *_: 1e12  # not measured again at every start
     prepare_recipe(soak)
     begun = time.monotonic()
     train_to_the_end(soak, "whole")

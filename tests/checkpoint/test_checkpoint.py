@@ -64,7 +64,7 @@ def test_newest_valid_passes_over_a_damaged_one(tmp_path, hurt, said):
 
 
 def test_a_checkpoint_of_an_older_format_is_refused_and_not_passed_over(tmp_path):
-    """Starting anew beside it would take a whole run's steps again."""
+    """Starting from step 0 beside it would repeat all steps of the run."""
     path = write(tmp_path, 1)
     (path / MANIFEST).write_text(json.dumps({"format": FORMAT - 1}))
     with pytest.raises(OlderFormatError, match="continue with the version that wrote it"):

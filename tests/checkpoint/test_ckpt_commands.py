@@ -47,7 +47,7 @@ def run_dir(tmp_path) -> Path:
 
 
 def write(run_dir: Path, model: LanguageModel, step: int, full: bool) -> None:
-    """As one rank of one writes a checkpoint."""
+    """Write a checkpoint as a run with one rank does."""
     fragments = []
     for name, parameter in model.named_parameters():
         values = dict.fromkeys((WEIGHT, *MOMENTS), parameter.detach().flatten())

@@ -1,4 +1,4 @@
-"""`bst ckpt push` and `bst ckpt pull`: a run in an object store and back, as a user runs them."""
+"""`bst ckpt push` and `bst ckpt pull` as a user runs them: copy a run to an object store and back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def url(tmp_path) -> str:
 
 
 def earlier(run: Path, step: int) -> None:
-    """Give the run a checkpoint of an earlier step, whole by its own digests."""
+    """Give the run a valid checkpoint of an earlier step."""
     shutil.copytree(directory(run, 4), directory(run, step))
 
 
@@ -133,7 +133,7 @@ def test_a_second_push_sends_nothing(older, url, capsys):
 
 
 def test_a_watch_ends_with_the_run(older, url, monkeypatch):
-    """Each new checkpoint is sent while the run goes on, and the last one when it has finished."""
+    """Each new checkpoint is sent while the run continues, and the last one when it has finished."""
     naps = []
 
     def nap(_):

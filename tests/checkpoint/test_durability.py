@@ -1,9 +1,9 @@
-"""What is on the disk after a crash of the machine, by the order of writes, syncs and renames.
+"""Checkpoints survive a crash of the machine, checked by the order of writes, syncs and renames.
 
-A process saves checkpoints, with everything recorded that it asks of the file system. A crash may lose what was not
-synced: the content of a file since its last fsync, a name since the last fsync of its directory; a rename that was not
-synced may survive all the same. So at every rename to a name that counts the content must be safe before, and the name
-must be safe before anything older is removed, and before anybody is told.
+A process saves checkpoints while all its file system operations are recorded. A crash may lose everything that was not
+synced: the content of a file since its last fsync, and a name since the last fsync of its directory. A rename that was
+not synced may also survive. So the content must be synced before a rename to a final name. The final name must be
+synced before anything older is removed, and before the checkpoint is reported.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def write_directory(root: Path, tell: Callable[[], None]) -> None:
 
 
 def recorded(work: Callable[..., None], root: Path) -> list[Event]:
-    """What a process that does `work` asks of the file system below `root`, in order."""
+    """Run `work` in a process; return its file system operations below `root`, in order."""
     log = root.parent / f"{root.name}.events"
     if (pid := os.fork()) == 0:
         try:
@@ -115,17 +115,17 @@ def opened(descriptor: int) -> Path:
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """Bytes of a file, or of the files of a directory."""
+    """Return the bytes of a file, or of each file of a directory."""
     return {str(file): file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])}
 
 
 def counts(path: str) -> bool:
-    """Whether a reader takes what bears this name for whole."""
+    """Whether readers treat a file or directory of this name as complete."""
     return not path.endswith((".partial", ".deleted", "checkpoints")) and ".partial/" not in path
 
 
 def violations(events: list[Event]) -> list[str]:
-    """What a crash at some moment would have broken."""
+    """Return what a crash at some moment would have broken."""
     synced: dict[str, int] = {}
     unsafe: set[str] = set()  # names that a crash may lose
     found = []

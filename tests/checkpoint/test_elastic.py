@@ -1,4 +1,4 @@
-"""A run that goes on under another layout is the same run: its state to the last bit, its losses but for rounding."""
+"""A run can continue under another layout: its state is bitwise equal, its losses equal up to rounding."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from bst_dist.train.start.request import Request
 pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]
 Go = Callable[..., None]
 
-# Ranks, sp and ZeRO stage of one start after the other: every stage is left and entered, alone and beside others.
+# Ranks, sp and ZeRO stage of consecutive starts: every stage is left and entered, with one rank and with several.
 # Three ranks do not divide the eight sequences.
 HOPS = [(1, 1, 0), (2, 2, 1), (4, 2, 3), (3, 1, 2), (1, 1, 3), (2, 2, 0), (4, 4, 2), (1, 1, 1)]
 
 
 @pytest.fixture
 def go(recipe_file, tmp_path, on_ranks) -> Go:
-    """``go(run, layout, until, *overrides)`` goes on with the small recipe in the directory `run`."""
+    """``go(run, layout, until, *overrides)`` starts or resumes the small recipe in the directory `run`."""
     recipe = recipe_file(
         train={"steps": len(HOPS), "sequences": 8}, checkpoint={"every": 0, "keep_last": 20}, evaluation={"every": 0}
     )
@@ -41,7 +41,7 @@ def go(recipe_file, tmp_path, on_ranks) -> Go:
 
 
 def state_of(engine: Any) -> dict[str, Tensor]:
-    """Weights and moments by name, as DeepSpeed's own functions put them together; steps taken, by parameter."""
+    """Return weights and moments by name, gathered by DeepSpeed's own functions."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     zero, found = engine.optimizer, {}
@@ -69,7 +69,7 @@ def losses(run: Path) -> Tensor:
 
 @pytest.fixture
 def loads_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right after every load, the engine's state is compared with what the checkpoint holds."""
+    """After every load, compare the engine's state with the checkpoint."""
     original = Snapshots.load
 
     def load(self: Snapshots, checkpoint: Path, recipe: str | None = None) -> Position:

@@ -1,4 +1,4 @@
-"""Where the index in a manifest says that things lie, held to the headers of the files and to what is read of them."""
+"""The index in a manifest, compared with the headers of the files and with the values read through it."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from bst_dist.tools.bench.lockstep import Counting, Counts, SyntheticState, Worl
 
 SHAPES = {"embedding": (37, 8), "norm": (8,), "bias": (1,), "matrix": (8, 24), "last": (5, 5)}
 MUON = ("embedding", "matrix")
-"""Those of which there is the first moment alone."""
+"""Parameters that only have the first moment, because Muon updates them."""
 
 
 class OwnState(SyntheticState):
-    """Some parameters are updated by AdamW and some by Muon."""
+    """Synthetic state in which Muon updates some parameters and AdamW the others."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -68,7 +68,7 @@ def save(folder: Path, world: int, stage: int) -> Path:
 
 
 def load(folder: Path, world: int, stage: int) -> list[Counts]:
-    """Load under another layout, and hold every value to what it should be; returns what each rank did."""
+    """Load under another layout and check every value; return each rank's counts."""
 
     def on_rank(ranks: Any) -> Counts:
         own, state = snapshots(folder, ranks, stage, filled=False)
@@ -126,7 +126,7 @@ HOPS = [((6, 1), (3, 1)), ((3, 1), (7, 3)), ((4, 3), (8, 1)), ((8, 3), (5, 3)), 
 def test_another_layout_reads_what_it_needs_and_no_header(tmp_path, before, after):
     path = save(tmp_path, *before)
     manifest = read_manifest(path)
-    load(tmp_path, *after)  # once before what is counted, as modules are read the first time
+    load(tmp_path, *after)  # warm up: the first load also imports modules
     ranks = load(tmp_path, *after)
     state = [OwnState(SHAPES, rank, *after, filled=False) for rank in range(after[0])]
     sources = [OwnState(SHAPES, rank, *before, filled=False) for rank in range(before[0])]
@@ -141,7 +141,7 @@ def test_another_layout_reads_what_it_needs_and_no_header(tmp_path, before, afte
         names = Counter(name.split("-")[0] for name in opened(rank))
         digests = Counter(name.split("-")[0] for name in sorted(manifest["files"])[number :: after[0]])
         assert names["weights"] - digests["weights"] == names["optimizer"] - digests["optimizer"] == holders
-        assert names["rank"] - digests["rank"] <= before[0] // after[0] + 2  # of those whose rows it has now
+        assert names["rank"] - digests["rank"] <= before[0] // after[0] + 2  # only files of ranks whose rows it now has
         assert names["manifest.json"] == 2 * (number == 0)
 
 
@@ -157,7 +157,7 @@ def test_the_same_layout_opens_the_same_few_files_whatever_the_number_of_ranks(t
         save(tmp_path / str(world), world, stage)
         ranks = load(tmp_path / str(world), world, stage)
         most.add(max(len(opened(rank)) for rank in ranks[1:]))
-    assert most == {6}  # its three files for their digests, and again for what is in them
+    assert most == {6}  # three files for their digests, and again for their content
     assert len(opened(ranks[0])) <= 8
 
 
@@ -180,7 +180,7 @@ def test_the_manifest_grows_with_parameters_and_ranks_and_not_with_their_product
         cut, _ = World(ranks).run(lambda rank, ranks=ranks: agreed(
             rank, shapes, pieces(shapes, rank.rank, ranks, 1)))  # fmt: skip
         assert len(json.dumps(cut[0].described())) < 70 * (len(shapes) + ranks)
-    assert abs(spreads[1] - spreads[0]) <= 1  # the number of ranks alone
+    assert abs(spreads[1] - spreads[0]) <= 1  # depends only on the number of ranks
 
 
 def pieces(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int, stage: int) -> list[Piece]:

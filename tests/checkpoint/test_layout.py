@@ -11,7 +11,7 @@ SEQUENCES = 8
 
 
 def carried(world: int, sp: int, micro: int, rank: int) -> Carried:
-    """What a rank would have carried: every row's state tells which row it is."""
+    """Return a rank's carried state; each row's state contains the row's number."""
     rows = Rows(SEQUENCES, micro, Mesh(world, rank, sp))
     first = rows.mesh.sp_rank == 0
     return [

@@ -1,4 +1,4 @@
-"""Local copies: their files, which of them a run resumes from, and a killed run that goes on from them."""
+"""Local copies: their files, which of them a run resumes from, and a killed run that resumes from them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BST = Path(sys.executable).with_name("bst")
 
 def test_the_same_local_rank_of_the_next_node_keeps_a_ranks_copy():
     assert keepers(["a", "a", "b", "b", "c", "c"]) == [2, 3, 4, 5, 0, 1]
-    assert keepers(["b", "a", "b", "a"]) == [1, 0, 3, 2]  # nodes whose ranks are not next to each other
+    assert keepers(["b", "a", "b", "a"]) == [1, 0, 3, 2]  # ranks of a node are not consecutive
     assert keepers(["a"] * 4) == [None] * 4
 
 
@@ -64,7 +64,7 @@ def test_nobody_keeps_two_copies_nor_one_of_its_own_node(sizes):
 
 
 def exchange(ranks: Any, folder: Path, sizes: list[int], nodes: list[str]) -> None:
-    """Every rank sends its file, and some of them are larger than what is sent at once."""
+    """Let every rank send its file to its neighbour; some files are larger than one message."""
     neighbours.CHUNK = 1000
     own, kept = folder / f"own-{ranks.rank}", folder / f"kept-{ranks.rank}"
     if sizes[ranks.rank]:
@@ -85,7 +85,7 @@ def test_copies_of_any_size_reach_the_neighbour(on_ranks, tmp_path):
 
 
 def lend(ranks: Any, roots: list[Path]) -> tuple[list[int], str | None]:
-    """Rank 1's node has lost its copy; rank 0's has it."""
+    """Fetch copies when rank 1's node has lost its copy and rank 0's node has it."""
     key, root = Key(0, 7, 1), roots[ranks.rank]
     root.mkdir(exist_ok=True)
     if ranks.first:
@@ -166,7 +166,7 @@ def full(*_: Any) -> None:
 
 
 class Tensor:
-    """A state of one tensor, which is its step."""
+    """A state with one tensor, filled with the step."""
 
     def __init__(self) -> None:
         self.values = {kind: torch.zeros(50) for kind in (WEIGHT, *MOMENTS)}
@@ -190,7 +190,7 @@ class Tensor:
 
 
 class Run:
-    """One start of a run, which takes steps as training does."""
+    """One start of a run that takes steps like training."""
 
     def __init__(self, folder: Path, epoch: int = 1, resume: bool = True, layout: Layout | None = None,
                  **settings: Any) -> None:  # fmt: skip
@@ -231,7 +231,7 @@ def test_the_newest_of_the_last_two_is_taken_when_no_checkpoint_is_newer(tmp_pat
     assert first.there() == [2, 3]
     assert Run(tmp_path, 2).find() == 3
     first.save(3)
-    assert Run(tmp_path, 3).find() == 3  # as new as the checkpoint, and nearer
+    assert Run(tmp_path, 3).find() == 3  # as new as the checkpoint, and faster to load
     first.save(4)
     assert Run(tmp_path, 4).find() is None
 
@@ -246,7 +246,7 @@ def test_a_copy_that_others_cannot_go_with_is_passed_by(tmp_path):
     changed = Run(tmp_path, 2)
     assert changed.find("optimizer.learning_rate: 1, 2") is None
     assert changed.ranks.said[0].endswith("step 2 are not used: optimizer.learning_rate: 1, 2")
-    run.train(99)  # the metrics have lost this step's line
+    run.train(99)  # metrics.jsonl has no line of this step
     run.there()
     again = Run(tmp_path, 3)
     assert again.find() == 2
@@ -267,7 +267,7 @@ def test_copies_are_kept_until_the_next_ones_are_there_and_then_removed(tmp_path
     again.train(4)
     assert again.there() == [3, 4]
     again.copies.remove()
-    assert again.there() == [3, 4]  # newer than any checkpoint: the start was stopped before it took a step
+    assert again.there() == [3, 4]  # newer than any checkpoint, so they stay
     again.save(4)
     again.copies.remove()
     assert not again.copies.root.exists()
@@ -323,7 +323,7 @@ def test_a_checkpoint_that_was_not_committed_is_written_from_its_copy(tmp_path, 
     assert again.copies.begin(at(6), until=9) == at(6)
     again.snapshots.finish()
     assert [step_of(path) for path in committed(tmp_path / "run")] == [6, 4]
-    assert sorted(path.name for path in committed(tmp_path / "run")[0].glob("opt*")) == []  # of the weights alone
+    assert sorted(path.name for path in committed(tmp_path / "run")[0].glob("opt*")) == []  # it has only weights
     assert again.state.values[WEIGHT].tolist() == [6] * 50
     whole = Run(tmp_path, 3, **settings)
     checkpoint, _ = whole.snapshots.newest()
@@ -385,7 +385,7 @@ def test_what_was_reported_is_synced_before_a_copy_is_there(tmp_path, monkeypatc
 @pytest.mark.ranks
 @pytest.mark.long
 def test_a_rank_that_is_killed_costs_no_step_and_no_checkpoint_is_read(tmp_path, settings):
-    """There is no checkpoint before the end, so all that the run goes on from are its local copies."""
+    """There is no checkpoint before the end, so the run can only resume from local copies."""
     memory = tmp_path / "memory"
     settings["train"] |= {"steps": 60}
     settings["evaluation"] |= {"every": 7}
@@ -417,7 +417,7 @@ def test_a_rank_that_is_killed_costs_no_step_and_no_checkpoint_is_read(tmp_path,
     entries = ledger.read(run, 99, 99)
     assert [(entry.action, entry.step) for entry in entries] == [("resumed", step) for step in reached]
     dropped = [line for line in read_lines(run / "metrics.dropped.jsonl") if line["kind"] == "train"]
-    assert len(dropped) <= len(reached)  # a step reported and taken again, for each kill
+    assert len(dropped) <= len(reached)  # at most one repeated step for each kill
     assert not list(memory.iterdir())
 
 
@@ -430,7 +430,7 @@ def wait_for_steps(run: Path, steps: int, launched: subprocess.Popen[bytes]) -> 
 
 
 def wait_for_start(run: Path, number: int, launched: subprocess.Popen[bytes]) -> int:
-    """The step that the run's start with this number, counted from 1, goes on from."""
+    """Wait for the run's start with this number, counted from 1; return the step that it continues from."""
     deadline = time.monotonic() + 600
     while len(starts := json.loads((run / "environment.json").read_text())["starts"]) < number:
         assert launched.poll() is None
@@ -450,7 +450,7 @@ def pid_of(launched: subprocess.Popen[bytes], rank: int) -> int:
 def test_a_key_names_its_directory():
     assert Key.of(str(Key(3, 12, 4))) == Key(3, 12, 4)
     assert Key.of("step-00000012") is None
-    assert max(Key(0, 12, 4), Key(3, 8, 2)) == Key(3, 8, 2)  # after a roll-back, the run is further
+    assert max(Key(0, 12, 4), Key(3, 8, 2)) == Key(3, 8, 2)  # newer: more steps were skipped in a roll-back
 
 
 def test_the_last_step_has_a_checkpoint_and_no_copy(tmp_path):

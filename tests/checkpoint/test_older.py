@@ -1,8 +1,8 @@
-"""A run begun by an older version of this program goes on under this one.
+"""A run started by an older version of this program can be resumed by this version.
 
-`data/format-2` was made by commit 75eb99c: a corpus, a run of two ranks that was stopped after step 4 of 6 (ZeRO-1,
-streaming, the past carried), and what the same run without a stop reported. Its recipe names every setting of that
-time, and its checkpoint the digest of them; settings added since must not make it another run.
+`data/format-2` was made by commit 75eb99c. It holds a corpus, a run of two ranks that was stopped after step 4 of 6
+(ZeRO-1, streaming, the past carried), and the reports of the same run without a stop. Its recipe has all settings of
+that version, and its checkpoint their digest. Settings added since then must not make it a different run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that never was: the same losses, the same weights, bit for bit."""
+"""A run that was stopped and resumed equals one that never stopped: losses and weights are bitwise equal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Go = Callable[..., None]
 
 @pytest.fixture
 def go(recipe_file, train_in) -> Go:
-    """Trains the small recipe, as `train_in` says."""
+    """Train the small recipe; see `train_in`."""
     return train_in(recipe_file(train={"precision": "bf16", "sequences": 8, "micro_sequences": 2}))
 
 
@@ -55,7 +55,7 @@ def test_groups_keep_their_hyperparameters_through_a_resume_in_every_stage(recip
             snapshots = snapshot.Snapshots(start.run_dir, state, ranks, identity, start.recipe.checkpoint)
             snapshots.load(directory(start.run_dir, 2))
             for group in engine.deepspeed.optimizer.param_groups:
-                group.update(weight_decay=9.0, betas=(0.0, 0.0))  # as a loading that mixes groups up might
+                group.update(weight_decay=9.0, betas=(0.0, 0.0))  # as if loading had mixed up the groups
             engine.set_rates(1.0)
             groups = engine.deepspeed.optimizer.param_groups
             found.append([{key: group[key] for key in ("lr", "betas", "weight_decay")} for group in groups])

@@ -117,7 +117,7 @@ def test_the_last_one_before_the_decay_stays_once_the_decay_has_begun(tmp_path, 
 
 
 def test_where_the_guard_would_roll_back_to_is_among_the_newest(tmp_path):
-    """It goes back to scheduled checkpoints alone, and one that a signal has caused may be newer."""
+    """The guard rolls back only to scheduled checkpoints; a checkpoint after a signal may be newer."""
     hold(tmp_path, 20, loss=2.0)
     hold(tmp_path, 25, loss=2.0)
     kept = reasons(readable(tmp_path), CheckpointConfig(every=20, keep_last=1, keep_best=0))

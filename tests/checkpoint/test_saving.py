@@ -1,4 +1,4 @@
-"""Checkpoints written in the background, killed, out of room; of a state without a model, on one rank."""
+"""Checkpoints written in the background, killed at any moment, or without disk space; one rank, no model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.checkpoint.alone import Alone
 
 
 class Tensors:
-    """A state of a few tensors, all a function of the step."""
+    """A state of a few tensors whose values are a function of the step."""
 
     def __init__(self, numel: int = 100) -> None:
         self.step = 0
@@ -97,12 +97,12 @@ def position(step: int) -> Position:
 def save(run: Snapshots, state: Tensors, step: int, **given: Any) -> Saved | Failed:
     state.take_step(step)
     failed = run.start(position(step), **given)
-    state.take_step(step + 1)  # training goes on at once
+    state.take_step(step + 1)  # training continues at once
     return failed or run.finish()
 
 
 def resume(run_dir: Path, numel: int = 100, **settings: Any) -> int:
-    """Take up the newest checkpoint, and see that all in it is of its step; returns the step."""
+    """Load the newest checkpoint and check that all values are of its step; return the step, 0 if there is none."""
     state = Tensors(numel)
     run = snapshots(run_dir, state, **settings)
     checkpoint, _ = run.newest()
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, background):
 
 
 class OnDevice(Tensor):
-    """As one on an accelerator, whose values NumPy has only after a copy to the host."""
+    """Tensor that behaves like one on an accelerator: NumPy can read it only after a copy to the host."""
 
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -177,7 +177,7 @@ def test_training_does_not_wait_for_the_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "_commit", wait)
     assert run.start(position(1)) is None
     futures.wait([run._saver._pending.written])
-    assert run.poll() is None  # all is written, the commit begins
+    assert run.poll() is None  # everything is written; the commit begins
     assert run.poll() is None
     assert committed(tmp_path) == []
     go_on.set()
@@ -242,14 +242,14 @@ def test_newest_waits_for_what_is_under_way(tmp_path):
     assert run.newest() == (directory(tmp_path, 1), [])
 
 
-# Killed before every single change to the disk, and in the middle of every write
+# Killed before each change to the disk, and in the middle of each write
 
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 def die_at(count: int, root: Path) -> None:
-    """Make this process end without a word at its `count`-th change to files below `root`."""
+    """Make this process exit, without cleanup, at its `count`-th change to files below `root`."""
     done = [0]
 
     def change() -> bool:
@@ -278,7 +278,7 @@ def die_at(count: int, root: Path) -> None:
 
 
 def go_on(run_dir: Path, count: int, said: int) -> None:
-    """In a process of its own: resume, save two steps with retention, tell of each; die at the `count`-th change."""
+    """In a separate process: resume, save two steps with retention, report each; exit at the `count`-th change."""
     settings = {"keep_last": 1, "weights_every": 3}
     done = resume(run_dir, **settings)
     die_at(count, run_dir)
@@ -293,7 +293,7 @@ def go_on(run_dir: Path, count: int, said: int) -> None:
 @pytest.mark.long
 def test_killed_at_any_change_to_the_disk_it_resumes_right(tmp_path):
     count, survived, told = 0, 0, 0
-    while survived < 2:  # no more changes than that, whatever stands there at the start
+    while survived < 2:  # two runs in which `count` exceeds the number of changes
         count += 1
         receiver, sender = os.pipe()
         pid = os.fork()
@@ -311,14 +311,14 @@ def test_killed_at_any_change_to_the_disk_it_resumes_right(tmp_path):
         assert status in (0, 9)
         told = max([told, *(int.from_bytes(steps[i : i + 4], "little") for i in range(0, len(steps), 4))])
         done = resume(tmp_path, keep_last=1, weights_every=3)
-        assert done in (told, told + 1)  # killed after the commit, before it could tell
+        assert done in (told, told + 1)  # told + 1: killed between commit and report
         assert not list((tmp_path / "checkpoints").glob("*.damaged"))
         survived += status == 0
         told = done
     assert count > 50
 
 
-# No room
+# No disk space
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
@@ -349,7 +349,7 @@ def small_disk(tmp_path):
 @pytest.mark.ranks
 def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(small_disk, monkeypatch):
     usage = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))  # others write there too
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))  # passes the check
     state = Tensors(numel=50_000)  # 1.2 MB
     run = snapshots(small_disk, state)
     assert isinstance(save(run, state, 1), Saved)
@@ -365,7 +365,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(small_di
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Every write fails from now on."""
+    """Make every write fail."""
 
     def write(*_: Any) -> None:
         raise OSError(28, "No space left on device", "there")
@@ -453,7 +453,7 @@ def test_checkpoints_are_taken_when_due(tmp_path):
 
 
 def test_going_on_under_the_same_layout_opens_few_files(tmp_path, monkeypatch):
-    """Of a checkpoint of 64 ranks, without an index, of which this one wrote the first files."""
+    """The checkpoint is of 64 ranks and has no index; this rank wrote the first files."""
     state = Tensors()
     run = snapshots(tmp_path, state)
     save(run, state, 1)
@@ -468,6 +468,6 @@ def test_going_on_under_the_same_layout_opens_few_files(tmp_path, monkeypatch):
     opened: list[str] = []
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" and counting else None)
     counting = True
-    assert run.load(path).step == 1  # the other ranks' files are not even there
+    assert run.load(path).step == 1  # the other ranks' files do not exist
     counting = False
     assert len([name for name in opened if str(path) in name]) <= 8

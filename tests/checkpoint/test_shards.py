@@ -18,7 +18,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def write_spread(folder, world: int) -> list:
-    """The tensors, cut at places that differ from tensor to tensor, in one file a rank."""
+    """Write the tensors to one file per rank, cut at different positions; return the paths."""
     paths = []
     for rank in range(world):
         pieces, values = [], []

@@ -1,4 +1,4 @@
-"""The soak test (`soak.py`), small; its real size is in docs/checkpoints.md."""
+"""A small soak test (`soak.py`). docs/checkpoints.md describes the large one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a host cannot see is not taken for bad: nothing is renamed, removed or begun anew for it."""
+"""Files that a host cannot see do not count as damaged: nothing is renamed, removed or restarted because of them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ HOST = socket.gethostname()
 
 
 def hidden(path: Path) -> tuple[str, ...]:
-    """A command that runs another where an empty file system hides `path`, as on a host whose mount failed."""
+    """Return a command prefix that hides `path` under an empty file system, as on a host whose mount failed."""
     return ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {path}; exec "$@"', "sh")
 
 
-# Root obeys permissions without these capabilities.
+# Without these capabilities, root must obey file permissions.
 PLAIN_USER = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
 
 
@@ -97,7 +97,7 @@ def test_bad_checkpoints_are_named_and_from_zero_loses_nothing(bst, older):
     done = bst(*RESUME, "--ranks", 2)
     assert done.returncode == USER_ERROR, done.stdout
     assert f"checkpoint 4: {what}; no older checkpoint is valid" in done.stdout
-    assert done.stdout.count("start at step 0 with --from-zero") == 1, done.stdout  # not by each rank
+    assert done.stdout.count("start at step 0 with --from-zero") == 1, done.stdout  # printed once, not by each rank
     assert [path.name for path in (older / "checkpoints").iterdir()] == ["step-00000004.damaged"]
     assert read_lines(older / FILE) == reported
     done = bst(*RESUME, "--ranks", 2, "--from-zero")

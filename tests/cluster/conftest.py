@@ -1,7 +1,7 @@
-"""Several hosts on one machine: network namespaces on one bridge, an sshd in each, and a launching machine beside them.
+"""Several hosts on one machine: network namespaces on one bridge, each with its own sshd, and a launching machine.
 
-What a namespace shares with the others is the file system and the processors; network, sshd and, as far as a test
-wants it, the clock are its own. Everything made here is named for this process and removed at the end.
+The hosts share the file system and the CPUs. Each has its own network and sshd and, if a test asks for it, its own
+clock. All names contain this process's id, and everything is removed at the end.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Host *
 
 
 class Network:
-    """The hosts; a host is called by its address."""
+    """The network of hosts. A host is identified by its address."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.prefix = directory, f"b{os.getpid()}"
@@ -66,7 +66,7 @@ class Network:
         self._sshd: dict[str, subprocess.Popen[bytes]] = {}
 
     def make(self) -> None:
-        """Make bridge, namespaces and keys, and start every sshd."""
+        """Create bridge, namespaces and keys, and start an sshd on every host."""
         _remove_leftovers()
         Path("/run/sshd").mkdir(exist_ok=True)
         for name in ("key", "host_key"):
@@ -84,7 +84,7 @@ class Network:
 
     @property
     def bridge(self) -> str:
-        """Name of the bridge, which is the launching machine's interface too."""
+        """Name of the bridge, which is also the launching machine's interface."""
         return f"{self.prefix}br"
 
     def _make_host(self, host: str) -> None:
@@ -98,18 +98,20 @@ class Network:
         self.boot(host)
 
     def space(self, host: str) -> str:
-        """The host's namespace."""
+        """Return the name of the host's network namespace."""
         return f"{self.prefix}n{host.rpartition('.')[2]}"
 
     def cable(self, host: str) -> str:
-        """The end of the host's cable at the bridge."""
+        """Return the name of the host's network interface at the bridge."""
         return f"{self.prefix}c{host.rpartition('.')[2]}"
 
     def boot(self, host: str, clock_ahead_s: int | None = None, private: Path | None = None, name: str = "") -> None:
-        """Start sshd, and with it what the host has of its own for all that comes in by ssh.
+        """Start the host's sshd, with settings that apply to all its ssh sessions.
 
-        `clock_ahead_s`: it has a clock, ahead by so much (see `set_clock`); `private`: a directory that it does not
-        share with the others; `name`: what it calls itself, where that is not as this machine does.
+        Args:
+            clock_ahead_s: give the host its own clock, ahead by this many seconds (see `set_clock`).
+            private: a directory that the host does not share with the others.
+            name: host name, if different from this machine's.
         """
         config = self.directory / f"sshd-{host}"
         text = SSHD.format(address=host, directory=self.directory)
@@ -127,60 +129,60 @@ class Network:
         _until(lambda: subprocess.run([str(self.directory / "bin/ssh"), host, "true"]).returncode == 0, 10)
 
     def clock(self, host: str) -> Path:
-        """Says how far the host's clock is ahead."""
+        """Return the file that holds the offset of the host's clock."""
         return self.directory / f"clock-{host}"
 
     def set_clock(self, host: str, ahead_s: int) -> None:
-        """Let the clock of a host that has its own jump."""
+        """Set the offset of a host's own clock."""
         partial = self.clock(host).with_suffix(".partial")
         partial.write_text(f"{ahead_s:+d}\n")
         partial.replace(self.clock(host))
 
     def seconds_ahead(self, host: str) -> float:
-        """What a program on the host sees of that."""
+        """Return the offset of the clock that a program on the host sees."""
         return float(_do(str(self.directory / "bin/ssh"), host, "date", "+%s")) - time.time()
 
     def inside(self, host: str) -> list[str]:
-        """In front of a command: run it on the host."""
+        """Return a command prefix that runs a command on the host."""
         return ["nsenter", f"--net=/run/netns/{self.space(host)}"]
 
     def processes(self, host: str) -> list[psutil.Process]:
-        """What runs on the host."""
+        """Return the processes on the host."""
         found = subprocess.run(["ip", "netns", "pids", self.space(host)], capture_output=True, text=True)
         return [psutil.Process(int(pid)) for pid in found.stdout.split() if psutil.pid_exists(int(pid))]
 
     def ranks(self, host: str) -> list[psutil.Process]:
-        """The host's training processes."""
+        """Return the training processes on the host."""
         return [process for process in self.processes(host) if "bst_dist.train" in _command(process)]
 
     def cut(self, host: str) -> None:
-        """Pull out the host's cable."""
+        """Disconnect the host from the network."""
         _do("ip", "link", "set", self.cable(host), "down")
 
     def mend(self, host: str) -> None:
-        """Put it in again."""
+        """Connect the host to the network again."""
         _do("ip", "link", "set", self.cable(host), "up")
 
     def power_off(self, host: str) -> None:
-        """End everything on the host at once; nobody is told."""
+        """Disconnect the host and kill all its processes, so that no other host is notified."""
         self.cut(host)
         self.kill(self.processes(host))
         self._sshd[host].wait()
 
     def power_on(self, host: str, **own: Any) -> None:
-        """Bring a host back, with what it is to have of its own (see `boot`)."""
+        """Connect and boot a host again; `own`: arguments of `boot`."""
         self.mend(host)
         self.boot(host, **own)
 
     def kill(self, processes: Sequence[psutil.Process]) -> None:
-        """SIGKILL."""
+        """Send SIGKILL to processes."""
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
     @staticmethod
     def require(packages: dict[str, str]) -> None:
-        """Install the Debian packages of the programs that are missing."""
+        """Install the Debian packages of missing programs."""
         missing = sorted({package for program, package in packages.items() if not _there(program)})
         if not missing:
             return
@@ -191,7 +193,7 @@ class Network:
             assert done.returncode == 0, f"cannot install {' '.join(missing)}: {done.stderr[-2000:]}"
 
     def remove(self) -> None:
-        """Leave nothing behind."""
+        """End all processes of the hosts, and remove namespaces and bridge."""
         for host in self.hosts:
             self.kill(self.processes(host))
             subprocess.run(["ip", "netns", "delete", self.space(host)], stderr=subprocess.DEVNULL)
@@ -219,7 +221,7 @@ def _until(true: Callable[[], bool], timeout_s: float) -> None:
 
 
 def _remove_leftovers() -> None:
-    """Remove what test runs have left behind that were killed."""
+    """Remove namespaces and bridges of test runs that were killed."""
     for kind, words in (("netns", ["netns", "list"]), ("link", ["-br", "link", "show", "type", "bridge"])):
         for line in _do("ip", *words).splitlines():
             found = re.match(r"(b(\d+)(?:n\d+|br))\b", line)
@@ -230,7 +232,7 @@ def _remove_leftovers() -> None:
 
 
 def _free_subnet() -> str:
-    """The first three numbers of a network that this machine does not know yet."""
+    """Return the first three numbers of a subnet that this machine has no route to."""
     taken = _do("ip", "-o", "route")
     while True:
         subnet = f"10.{random.randrange(64, 250)}.{random.randrange(1, 250)}"
@@ -240,7 +242,7 @@ def _free_subnet() -> str:
 
 @pytest.fixture(scope="session")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    """Three hosts."""
+    """A network of three hosts."""
     if os.geteuid() != 0:
         pytest.skip("needs root: hosts are network namespaces")
     if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
@@ -255,7 +257,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 
 
 def as_a_user_has_it() -> dict[str, str]:
-    """This process's environment without what its tests have set in it and no user sets."""
+    """Return this process's environment without the variable that tests set and users do not."""
     return {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
 
 
@@ -264,10 +266,10 @@ def _there(program: str) -> bool:
 
 
 class Launched:
-    """A command under way."""
+    """A running command."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path, output: int | None = None) -> None:
-        """What it prints goes to `log`, or to the file descriptor `output`."""
+        """Start the command; its output goes to `log`, or to the file descriptor `output`."""
         self.log = log
         with log.open("wb") as file:
             to = file if output is None else output
@@ -275,16 +277,16 @@ class Launched:
 
     @property
     def said(self) -> str:
-        """Everything it has printed so far."""
+        """All output so far."""
         return self.log.read_text(errors="replace")
 
     def until(self, text: str, timeout_s: float = 120) -> None:
-        """Wait until it has printed `text`."""
+        """Wait until the output contains `text`."""
         _until(lambda: text in self.said or self.process.poll() is not None, timeout_s)
         assert text in self.said, self.said
 
     def status(self, timeout_s: float = 180) -> int:
-        """Its exit status."""
+        """Wait for the command to end; return its exit status."""
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -294,9 +296,10 @@ class Launched:
 
 @pytest.fixture
 def launch(network: Network, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    """``launch(*arguments)`` starts `bst launch` on the launching machine, for all hosts; what is left is ended.
+    """``launch(*arguments)`` starts `bst launch` on the launching machine, for all hosts.
 
-    `command` is started instead when it is given; each HOSTFILE in it is replaced by the hosts'.
+    `command`: a command to start instead; each HOSTFILE in it is replaced by the path of the hostfile. Commands that
+    still run at the end of the test are killed.
     """
     started: list[Launched] = []
     hostfile = tmp_path / "hosts"
@@ -322,7 +325,7 @@ def launch(network: Network, tmp_path: Path) -> Iterator[Callable[..., Launched]
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared corpus of made-up lines."""
+    """A prepared corpus of 20 documents of random words."""
     folder, output = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("prepared") / "corpus"
     numbers = np.random.default_rng(0)
     words = ["for", "x", "=", "(", ")", "\n", "    ", "return", "naïve", "12", "+", "y", ":", "if", "else"]
@@ -339,7 +342,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Callable[..., Path]:
-    """``recipe(steps)`` writes a recipe of small steps whose batch one rank, two, three and six can share."""
+    """``recipe(steps)`` writes a recipe with small steps; 1, 2, 3 and 6 ranks divide its batch."""
 
     def write(steps: int, **sections: Any) -> Path:
         settings = {

@@ -1,4 +1,4 @@
-"""The path that CUDA takes, run on a CPU: FlexAttention through the compiler's front end and autograd, no kernels."""
+"""Run the code path of CUDA on a CPU: FlexAttention through the compiler's front end and autograd, without kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bst_dist.model import attention, flex
 
 @pytest.fixture(autouse=True)
 def cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention as on CUDA. The compiler traces forward and backward; what it traced runs in plain operators."""
+    """Select attention's CUDA path. The compiler traces forward and backward; the traces run as plain operators."""
     monkeypatch.setattr(attention, "attention_path", lambda device: "flex")
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *inputs: None)  # it refuses gradients on a CPU
     monkeypatch.setattr(flex, "BACKEND", "aot_eager")

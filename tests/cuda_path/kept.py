@@ -1,4 +1,4 @@
-"""What a compiled layer keeps between its passes, counted on fake tensors beside what `bst plan` counts.
+"""Count the bytes that a compiled layer keeps between its passes, on fake tensors, and compare with `bst plan`.
 
 python -m tests.cuda_path.kept launch/recipes/bst-1.3b.yaml
 """
@@ -33,7 +33,7 @@ POLICIES = ("none", "selective")
 
 def planned(model: ModelConfig, mixer: str, policy: str, rows: int, length: int, documents: str = "joined",
             compiled: bool = True) -> int:  # fmt: skip
-    """Bytes of a layer under autocast that are kept for the backward pass, by the plan."""
+    """Return the planned bytes that a layer keeps for the backward pass under autocast."""
     checkpointing = ActivationCheckpointingConfig(policy=policy)
     activations = Activations(model, bf16=True, documents=documents)
     return activations.layer(mixer, checkpointing, Slice(rows, length), zero3=False, compiled=compiled).kept
@@ -42,8 +42,11 @@ def planned(model: ModelConfig, mixer: str, policy: str, rows: int, length: int,
 def kept_by_graph(
     model: ModelConfig, mixer: str, policy: str, rows: int, length: int, documents: str = "joined"
 ) -> int:
-    """The same of a layer that is compiled: every tensor that autograd saves of it, without parameters and without
-    what all layers share. Where the layer is run again around its graph that is its input, of the model's own call."""
+    """Return the same for a compiled layer: the bytes of all tensors that autograd saves.
+
+    Parameters, and tensors that all layers share, are not counted. If the whole layer is recomputed, the saved tensor
+    is its input.
+    """
     with ExitStack() as stack:
         stack.enter_context(patch.object(attention, "attention_path", lambda _: "flex"))
         stack.enter_context(patch.object(torch_flex, "_validate_device", lambda *_: None))

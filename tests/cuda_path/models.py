@@ -1,4 +1,4 @@
-"""Every model of the project, small, in blocks of whole tiles."""
+"""Small versions of all models of the project, with blocks that are whole tiles."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MODELS = {
 
 
 def build(name: str, **changes: object) -> LanguageModel:
-    """Two layers, the first of them sliding, the second the model's own."""
+    """Build a model of two layers: a sliding layer, then one of the named kind."""
     torch.manual_seed(0)
     settings = {"width": 32, "heads": 2, "ffn": 64, "block": BLOCK, "depth": 2, "placement": [1],
                 "vocab_size": VOCABULARY}  # fmt: skip
@@ -51,6 +51,6 @@ def build(name: str, **changes: object) -> LanguageModel:
 
 
 def tokens(length: int = LENGTH, rows: int = 2) -> tuple[Tensor, Tensor]:
-    """Input ids and labels."""
+    """Return random input ids and labels, (rows, length) each."""
     drawn = torch.randint(0, VOCABULARY, (rows, length + 1), generator=torch.Generator().manual_seed(1))
     return drawn[:, :-1], drawn[:, 1:]

@@ -1,4 +1,4 @@
-"""Documents that begin at any token, on the path that CUDA takes."""
+"""Documents that begin at any token, on CUDA's code path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BEGINS[1, [0, 130, 255]] = True
 
 
 def gradients(name: str, starts: Borders, compiled: bool = False, policy: str = "none") -> list[Tensor]:
-    """The loss and the gradients."""
+    """Return the loss and the gradients."""
     model = build(name)
     model.checkpoint = activation.policy(ActivationCheckpointingConfig(policy=policy), model.layers)
     for layer in model.layers:
@@ -34,7 +34,7 @@ def worst(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def expected(name: str) -> list[Tensor]:
-    """Attention in plain tiles, which is held to each document alone."""
+    """Return the same with attention in plain tiles, which other tests compare with each document alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "attention_path", lambda device: "tiles")
         return gradients(name, Borders.of(BEGINS))
@@ -66,7 +66,7 @@ def test_another_documents_tokens_change_no_bit():
 
 
 def test_a_graph_serves_any_number_of_borders_that_its_room_holds(monkeypatch):
-    """A larger room makes one more, of the layers whose SSM has columns."""
+    """A larger table of borders needs one more graph, for the layer with an SSM."""
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(flex, "BACKEND", counter)
     model = build("SH")

@@ -1,4 +1,4 @@
-"""How many graphs a run compiles."""
+"""The number of graphs that a run compiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.generation.decoder import Decoder
 
 
 class Documents:
-    """Made-up documents of many lengths."""
+    """Random documents of many lengths."""
 
     def __init__(self, count: int):
         random = np.random.default_rng(0)
@@ -30,11 +30,11 @@ def test_training_evaluation_a_sample_and_generation_compile_four_graphs(name, m
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(flex, "BACKEND", counter)
     model = build(name, placement="all", full={"longest": 4096})  # one kind of attention
-    for _ in range(2):  # training, but for its backward pass, which is made with the forward pass
+    for _ in range(2):  # training; the backward pass is compiled together with the forward pass
         model(*tokens(4 * BLOCK))
-    with torch.no_grad():  # training's own evaluation, of other rows
+    with torch.no_grad():  # evaluation during training, with another number of rows
         model(*tokens(4 * BLOCK, rows=3))
-    decoder = Decoder(model)  # a sample, then a longer text: a prompt of blocks and some, then token by token
+    decoder = Decoder(model)  # a short sample, then a longer one: a prompt longer than some blocks, then token by token
     for prompt in (10, 3 * BLOCK + 70):
         decoder = Decoder(model)
         decoder.read([1] * prompt)

@@ -1,4 +1,4 @@
-"""Layers as one graph each: complete, few, and equal to the layer operation by operation."""
+"""Layers compiled to one graph each: no graph breaks, few graphs, and results equal to the uncompiled layer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.cuda_path.models import LENGTH, VOCABULARY, build, tokens
 
 
 def build_and_lose(name: str, compiled: bool, policy: str = "none", starts: Tensor | None = None):
-    """The model and its loss."""
+    """Return the model and its loss."""
     model = build(name)
     model.checkpoint = activation.policy(ActivationCheckpointingConfig(policy=policy), model.layers)
     for layer in model.layers:
@@ -46,7 +46,7 @@ def gradients(name: str, compiled: bool, policy: str = "none", starts: Tensor | 
 
 
 def made_up(recipe: Recipe) -> tuple[np.ndarray, np.ndarray, None]:
-    """Tokens, which labels count, and no document starts."""
+    """Return random tokens, a loss mask, and no document starts."""
     generator, rows = np.random.default_rng(0), recipe.train.sequences
     ids = generator.integers(0, VOCABULARY, (rows, LENGTH + 1))
     return ids, generator.random((rows, LENGTH)) < 0.7, None
@@ -63,7 +63,7 @@ def test_a_compiled_layer_is_one_whole_graph_with_the_same_gradients(name):
 
 @pytest.mark.parametrize("name", ["SH", "MF"])
 def test_under_autocast_a_compiled_layer_computes_gradients_in_the_same_precision(name):
-    """The SSM in single precision: traced under autocast, its products in the backward pass would be in bfloat16."""
+    """The SSM's gradients are in fp32. If backward were traced under autocast, its products would be in bf16."""
     with torch.autocast("cpu", torch.bfloat16):
         losses = [build_and_lose(name, compiled) for compiled in (True, False)]
     found = []
@@ -104,7 +104,7 @@ def test_documents_and_checkpointing_go_with_compiled_layers():
 
 @pytest.mark.parametrize("name", ["SH", "MF", "sliding T5", "full T5", "Block-Recurrent"])
 def test_selective_checkpointing_is_part_of_a_compiled_layer(name, monkeypatch):
-    """Of a layer its graph keeps no more than the uncompiled policy does, and runs no attention again."""
+    """A layer's graph keeps no more than the uncompiled policy does, and does not recompute attention."""
     plain = gradients(name, compiled=False)
     kept_uncompiled = []
     alias = selective._alias
@@ -131,7 +131,7 @@ def test_selective_checkpointing_is_part_of_a_compiled_layer(name, monkeypatch):
 
 
 def recording(graphs: dict[str, list[str]]) -> Callable:
-    """A backend as aot_eager, which notes the operations of both passes."""
+    """Return a backend like aot_eager that records the operations of both passes."""
 
     def keep(which: str) -> Callable:
         def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
@@ -146,7 +146,7 @@ def recording(graphs: dict[str, list[str]]) -> Callable:
 
 
 def storage_of(x: Tensor) -> tuple[int, int]:
-    """Where it lies, and how many bytes are there."""
+    """Return the address and the size in bytes of a tensor's storage."""
     return x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
 
 
@@ -161,17 +161,17 @@ def test_layers_of_a_kind_share_a_graph_and_evaluation_needs_none(monkeypatch):
     assert counter.frame_count == 2
     with torch.no_grad():
         model(*tokens(rows=3))
-    assert counter.frame_count == 3  # FlexAttention by itself
+    assert counter.frame_count == 3  # one more: FlexAttention alone
 
 
 @pytest.mark.parametrize(("stage", "policy"), [(1, "every-kth-layer"), (2, "selective")])
 def test_a_step_of_training_under_deepspeed_has_the_gradients_of_uncompiled_layers(
     stage, policy, recipe_file, on_ranks, monkeypatch
 ):
-    """Micro-batches of two rows and of one: each kind of layer has a graph of both shapes.
+    """Micro-batches have two rows and one, so each kind of layer has a graph for both shapes.
 
-    With the same products uncompiled, the gradients are the same but for the order of sums. With a product a map, as
-    they are uncompiled, bfloat16 rounds elsewhere: then both are compared with float64.
+    If uncompiled layers use the same fused products, the gradients only differ in the order of sums. Normally they use
+    one product per map, and bf16 rounds at other places; then both are compared with float64.
     """
     from bst_dist.verify import reference
     from bst_dist.verify import step as steps
@@ -220,7 +220,7 @@ def test_a_step_of_training_under_deepspeed_has_the_gradients_of_uncompiled_laye
     assert loss_error < 1e-6
     assert error < 1e-5
     assert as_near_to_float64
-    assert of_uncompiled < 1.1  # both errors are roundings to bfloat16, of which the compiled layer has fewer
+    assert of_uncompiled < 1.1  # both errors are from rounding to bf16, which the compiled layer does less often
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""FlexAttention with its mask, bias and gradients against the tiles that other tests hold to a literal loop."""
+"""FlexAttention (mask, bias, gradients) compared with the tiles, which other tests compare with a literal loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inputs(before: int, dtype: torch.dtype = torch.float32, window: int = WINDOW
 
 
 def shared_from(bias: torch.Tensor, distance: int) -> torch.Tensor:
-    """The bias with one value from `distance` on, in the graph."""
+    """Return the bias with one shared value from `distance` on, differentiable."""
     return bias[:, torch.arange(bias.shape[1]).clamp(max=distance)]
 
 
@@ -104,7 +104,7 @@ def test_the_bias_gradient_in_bfloat16_is_near_that_in_single_precision():
 @pytest.mark.parametrize("length", [1, 7, 256, 300])
 @pytest.mark.parametrize("include_self", [True, False])
 def test_slices_without_gradients_equal_the_tiles(length, include_self, monkeypatch):
-    """A token, part of a block, and whole tiles, at the start of a stream and later."""
+    """One token, part of a block, and whole tiles, at the start of a stream and later."""
     for before in (0, 128):
         q, k, v, bias = (x.detach() for x in inputs(before, length=length))
         found = sliding_attention(q, k, v, WINDOW, bias, include_self)
@@ -115,7 +115,7 @@ def test_slices_without_gradients_equal_the_tiles(length, include_self, monkeypa
 
 @pytest.mark.parametrize("before", [0, 128])
 def test_without_gradients_no_mask_or_bias_is_given_what_is_computed_from_dynamic_lengths(before, monkeypatch):
-    """Inductor of torch 2.11 fails on it; tensors and the lengths themselves it takes."""
+    """Inductor of torch 2.11 fails on such values; it accepts tensors and the lengths themselves."""
     given = []
 
     def backend(graph, inputs):
@@ -127,7 +127,7 @@ def test_without_gradients_no_mask_or_bias_is_given_what_is_computed_from_dynami
     for length in (256, 384):
         q, k, v, bias = (x.detach() for x in inputs(before, length=length))
         sliding_attention(q, k, v, WINDOW, bias, True)
-    assert sum(isinstance(one, torch.Tensor) for one in given) == 4  # bias, begin, and keys before, for each of both
+    assert sum(isinstance(one, torch.Tensor) for one in given) == 4  # for each of the two calls
     assert all(isinstance(one, torch.Tensor) or one.node.expr.is_Symbol for one in given)
 
 
@@ -145,7 +145,7 @@ def test_the_visited_tiles_are_those_that_torch_finds_from_the_whole_mask(before
         torchs = create_block_mask(band.mask(begin), rows, None, length, before + length, "cpu")
         assert torch.equal(ours.to_dense(), torchs.to_dense())
         assert torch.equal(ours.full_kv_num_blocks, torchs.full_kv_num_blocks)
-        for kind in ("q", "full_q"):  # what the backward pass goes by
+        for kind in ("q", "full_q"):  # used by the backward pass
             counts = getattr(ours, f"{kind}_num_blocks")
             assert torch.equal(counts, getattr(torchs, f"{kind}_num_blocks"))
             for place in counts.nonzero().tolist():
@@ -163,12 +163,12 @@ def test_one_graph_more_than_allowed_is_an_error(monkeypatch):
 
 
 def test_inductor_can_compile_the_arithmetic_of_the_tiles(monkeypatch):
-    """Of the whole path this is what its CPU code generator can be asked for; it failed on floor divisions."""
+    """This is the part of the path that Inductor's CPU code generator supports; it once failed on floor divisions."""
     from torch._inductor import graph
 
     made = []
     monkeypatch.setattr(graph.GraphLowering, "compile_to_module", lambda self: made.append(self.codegen()))
     compiled = torch.compile(lambda x: flex.visited_tiles(flex.Band(512, 640, 128, True), x.device), fullgraph=True)
-    with contextlib.suppress(Exception):  # code is made, and not compiled
+    with contextlib.suppress(Exception):  # code is generated but not compiled
         compiled(torch.zeros(1))
     assert made

@@ -1,6 +1,7 @@
-"""What `bst plan` says that a compiled layer keeps, against what autograd saves of a layer that is compiled.
+"""The bytes that `bst plan` says a compiled layer keeps, compared with what autograd saves in a compiled layer.
 
-The plan traces a layer without Dynamo and with an operator in FlexAttention's place; here both are the real ones.
+The plan traces a layer without Dynamo and replaces FlexAttention by an operator. Here Dynamo and FlexAttention are
+real.
 """
 
 from __future__ import annotations
@@ -29,4 +30,4 @@ def of(settings: dict) -> tuple[ModelConfig, str]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_compiled_layer_keeps_what_is_planned(name, policy):
     layer = (*of(LAYERS[name][0]), policy, 2, LENGTH, LAYERS[name][1])
-    assert planned(*layer) == pytest.approx(kept_by_graph(*layer), rel=0.02)  # the sums of softmax, twice in some
+    assert planned(*layer) == pytest.approx(kept_by_graph(*layer), rel=0.02)  # some keep the softmax sums twice

@@ -1,4 +1,4 @@
-"""Every model takes CUDA's path: its gradients are those of the CPU's path, under every checkpointing policy."""
+"""Every model on CUDA's code path has the gradients of the CPU's path, under every activation checkpointing policy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POLICIES = ("none", "every-layer", "every-kth-layer", "selective", "offload")
 
 
 def gradients(name: str, policy: str = "none") -> list[Tensor]:
-    """The loss and all gradients."""
+    """Return the loss and all gradients."""
     model = build(name)
     model.checkpoint = activation.policy(ActivationCheckpointingConfig(policy=policy), model.layers)
     total = model(*tokens()).total
@@ -29,7 +29,7 @@ def test_gradients_equal_the_cpus_path_and_are_the_same_under_every_policy(name,
     real = flex.flex_sliding_attention
     monkeypatch.setattr(attention, "flex_sliding_attention", lambda *a: calls.append(1) or real(*a))
     plain = gradients(name)
-    assert len(calls) == (1 if MODELS[name]["mixer"] in ("gss", "ssm") else 2)  # the sliding layer, and the model's own
+    assert len(calls) == (1 if MODELS[name]["mixer"] in ("gss", "ssm") else 2)  # the sliding layer and the model's
     for policy in POLICIES[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients(name, policy), plain, strict=True)), policy
     monkeypatch.setattr(attention, "attention_path", lambda device: "fused-tiles")

@@ -1,4 +1,4 @@
-"""Products that a compiled layer has in place of its maps one by one."""
+"""Fused matrix products of a compiled layer, which replace one product per map."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bst_dist.model.roles import Linear
 
 
 def compiled(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], list[object]]:
-    """`function` as one graph, and what it calls."""
+    """Return `function` compiled to one graph, and the list of functions that the graph calls."""
     called: list[object] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
@@ -26,7 +26,7 @@ def compiled(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], li
 
 
 def gradients(call: Callable[[Tensor], Tensor], x: Tensor, *maps: Linear) -> list[Tensor]:
-    """What comes out, and gradients of the input and the weights, with another weight for each number."""
+    """Return the output and the gradients of the input and the weights; each output element has its own weight."""
     out = call(x)
     factors = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).cos()
     return [out, *torch.autograd.grad((out * factors).sum(), [x, *(one.weight for one in maps)])]
@@ -53,7 +53,7 @@ def test_maps_of_one_input_are_one_product_with_their_gradients():
 
 
 def test_an_operand_lies_in_order_when_it_is_compiled_alone():
-    """Its numbers and gradients are its input's."""
+    """Values and gradients are those of its input."""
     torch.manual_seed(0)
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     turned = x.permute(2, 0, 1)
@@ -84,7 +84,7 @@ def test_relu_in_a_product_has_the_gradient_of_relu_after_it():
     torch.manual_seed(0)
     into = Linear(5, 7).double()
     with torch.no_grad():
-        into.weight[0] = 0  # products of exactly zero, where ReLU's derivative is taken to be zero
+        into.weight[0] = 0  # products of exactly 0, where ReLU's derivative is defined as 0
     x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
     call, called = compiled(lambda x: relu_of(x, into))
     found = gradients(call, x, into)

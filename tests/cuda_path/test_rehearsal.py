@@ -1,4 +1,4 @@
-"""`make test-gpu` on a CPU: that its tests run, in a process as a user starts it; some models stand for all."""
+"""Dry run of `make test-gpu` on a CPU, in a process as a user starts it, with some of the models."""
 
 from __future__ import annotations
 

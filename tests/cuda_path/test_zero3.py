@@ -1,4 +1,4 @@
-"""Compiled layers under ZeRO-3: each is gathered as a whole before it runs, and whole weights do not stay."""
+"""Compiled layers under ZeRO-3: each layer is gathered as a whole before it runs, and released after it."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ SH = {"width": 32, "block": 128, "depth": 2, "placement": [1], "ssm": {"state": 
 
 
 class Whole:
-    """The layers' weights that are whole on this rank, however they are held: by storages that are still alive."""
+    """Tracks the gathered weights of layers on this rank, by their storages, whoever keeps them alive."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, weakref.ref]] = []
         self.between: set[str] = set()
-        """Parameters that were whole after their layer was given up."""
+        """Parameters that were still whole after their layer was released."""
         self.excess = 0
-        """Most bytes beyond those of the layer at work."""
+        """Most gathered bytes beyond those of the running layer."""
         self.passes: list[bool] = []
-        """Of each time a layer was gathered, whether forward."""
+        """For each gathering of a layer, whether it was in the forward pass."""
 
     def alive(self) -> dict[str, int]:
-        """Bytes by name."""
+        """Return the bytes of gathered weights, by name."""
         storages = [(name, storage()) for name, storage in self.seen]
         return {name: storage.nbytes() for name, storage in storages if storage is not None}
 
@@ -65,7 +65,7 @@ class Whole:
 
         def released(coordinator: Any, module: nn.Module, forward: bool = False) -> None:
             release(coordinator, module, forward)
-            # A layer that is run again in the backward pass is needed at once for its own.
+            # A layer recomputed in the backward pass is needed again at once, for its own backward.
             if isinstance(module, Layer) and not (forward and torch._C._current_graph_task_id() != -1):
                 self.between |= set(self.alive())
 
@@ -76,7 +76,7 @@ class Whole:
 
 
 def give_up_at_once(strategy: dict[str, Any]) -> dict[str, Any]:
-    """A strategy that spreads every parameter and keeps none for the next layer that needs it."""
+    """Return a strategy that shards every parameter and releases each one after its use."""
     sizes = {"reduce_bucket_size": 8192, "allgather_bucket_size": 8192, "stage3_prefetch_bucket_size": 0,
              "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}  # fmt: skip
     return {**strategy, "zero_optimization": {**strategy["zero_optimization"], **sizes}}
@@ -84,8 +84,11 @@ def give_up_at_once(strategy: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def stepping(recipe_file, monkeypatch) -> Callable[..., Callable[..., Any]]:
-    """``stepping(model, policy, precision)`` gives ``step(ranks, stage, compiled)``: a step of micro-batches of two
-    rows and of one. It returns the gradients and the number of graphs."""
+    """``stepping(model, policy, precision)`` returns ``step(ranks, stage, compiled)``.
+
+    ``step`` trains one step with micro-batches of two rows and of one, and returns the gradients and the number of
+    graphs.
+    """
 
     def of(model: dict[str, Any], policy: str, precision: str) -> Callable[..., Any]:
         train = {"sequence_length": LENGTH, "sequences": 4, "micro_sequences": 2, "precision": precision}
@@ -125,7 +128,7 @@ def stepping(recipe_file, monkeypatch) -> Callable[..., Callable[..., Any]]:
     [(SLIDING, "selective", "bf16"), (SLIDING, "offload", "fp32"), (SH, "every-layer", "fp32")],
 )
 def test_a_layer_is_gathered_whole_and_given_up_whole(model, policy, precision, stepping, on_ranks, monkeypatch):
-    """The gradients of uncompiled layers, and of ZeRO-1; one graph for each kind of layer and number of rows."""
+    """The gradients equal those of uncompiled layers and of ZeRO-1; one graph per kind of layer and number of rows."""
     step = stepping(model, policy, precision)
 
     def compare(ranks: Ranks) -> tuple[list[float], list[int], set[str], int, list[bool]]:
@@ -138,15 +141,15 @@ def test_a_layer_is_gathered_whole_and_given_up_whole(model, policy, precision, 
 
     kinds, depth = 2 if model is SH else 1, model["depth"]
     for errors, graphs, between, excess, passes in on_ranks(2, compare):
-        assert max(errors) < (1e-5 if precision == "fp32" else 1e-2)  # without one layer's gradient it would be 1
-        assert graphs == [2 * kinds, 2]  # uncompiled: FlexAttention of both shapes
+        assert max(errors) < (1e-5 if precision == "fp32" else 1e-2)  # would be 1 if one layer's gradient were missing
+        assert graphs == [2 * kinds, 2]  # uncompiled: FlexAttention for both shapes
         assert (between, excess) == (set(), 0)
-        backward = [False] if policy == "selective" else [True, False]  # which is part of the graph
+        backward = [False] if policy == "selective" else [True, False]  # recomputation is part of the graph
         assert passes == ([True] * depth + backward * depth) * 2
 
 
 def test_weights_that_something_holds_on_to_are_seen(stepping, on_ranks, monkeypatch):
-    """What the test above would find if graphs kept aliases of what was gathered, instead of the parameters."""
+    """The test above would fail if graphs kept aliases of gathered weights instead of the parameters."""
     step = stepping(SLIDING, "selective", "fp32")
 
     def hold(ranks: Ranks) -> tuple[set[str], int]:
@@ -162,7 +165,7 @@ def test_weights_that_something_holds_on_to_are_seen(stepping, on_ranks, monkeyp
 
 @pytest.mark.parametrize("name", ["SH", "sliding T5"])
 def test_selective_checkpointing_keeps_no_copy_of_a_matrix(name, monkeypatch):
-    """Autocast makes one of each; DeepSpeed does not know of them."""
+    """Autocast makes a copy of each matrix, which DeepSpeed does not know of."""
     monkeypatch.setattr(nn.functional, "linear", zero3_linear_wrap)
     layer, kept = build(name).layers[1], []
     layer.compiled = True
@@ -175,8 +178,10 @@ def test_selective_checkpointing_keeps_no_copy_of_a_matrix(name, monkeypatch):
 
 
 def is_copy(kept: Tensor, parameter: Tensor) -> bool:
-    """Whether a tensor has a matrix in it, or the half that is keys, in whatever order of dimensions and precision, by
-    itself or beside others; and is not the parameter."""
+    """Whether a tensor contains a copy of a matrix (or of its half for keys) and is not the parameter itself.
+
+    The copy may be transposed, in another precision, or concatenated with other tensors.
+    """
     if kept is parameter or kept.dim() < 2 or not kept.is_floating_point():
         return False
     found, wanted = ([bytes_of(way) for way in (one, one.mT)] for one in (kept, parameter.to(kept.dtype)))
@@ -185,7 +190,7 @@ def is_copy(kept: Tensor, parameter: Tensor) -> bool:
 
 
 RUN = 16
-"""Numbers in the same order that are no coincidence; as wide as a head."""
+"""Length of a run of equal numbers that cannot be a coincidence; the width of a head."""
 
 
 def bytes_of(x: Tensor) -> bytes:
@@ -193,7 +198,7 @@ def bytes_of(x: Tensor) -> bytes:
 
 
 def test_a_graph_has_linear_maps_of_torch_whatever_is_in_their_place(monkeypatch):
-    """Those of DeepSpeed make torch 2.11 compile each layer by itself; torch 2.13 does not."""
+    """DeepSpeed's linear makes torch 2.11 compile each layer separately; torch 2.13 does not."""
 
     def refused(*_: object) -> None:
         raise AssertionError
@@ -209,7 +214,7 @@ def test_a_graph_has_linear_maps_of_torch_whatever_is_in_their_place(monkeypatch
 
 
 def test_a_graph_that_names_nothing_keeps_a_copy(monkeypatch):
-    """Why layers that keep their activations are not compiled under ZeRO-3."""
+    """This is why layers that keep their activations are not compiled under ZeRO-3."""
     monkeypatch.setattr(nn.functional, "linear", zero3_linear_wrap)
     layer, kept = build("SH").layers[1], []
     layer.compiled = True
@@ -222,7 +227,7 @@ def test_a_graph_that_names_nothing_keeps_a_copy(monkeypatch):
 def test_a_run_compiles_in_its_first_step_alone_and_resumes_to_the_bit(
     recipe_file, on_ranks, tmp_path, unmeasured, assert_same_run, monkeypatch
 ):
-    """With an evaluation in between; DeepSpeed learns the order of the layers once, as of uncompiled ones."""
+    """With an evaluation in between. DeepSpeed records the order of the layers once, as with uncompiled layers."""
     recipe = recipe_file(
         deepspeed="ds_configs/zero3.json", model=SLIDING, evaluation={"every": 2, "sequences": 4},
         train={"sequence_length": LENGTH, "sequences": 4, "micro_sequences": 1, "steps": 5, "precision": "fp32"},
@@ -248,9 +253,9 @@ def test_a_run_compiles_in_its_first_step_alone_and_resumes_to_the_bit(
 
     parts = [on_ranks(2, go, "parts", True, until)[0] for until in (3, None)]
     whole, plain = (on_ranks(2, go, run, compiled)[0] for run, compiled in (("whole", True), ("plain", False)))
-    assert whole == ([1, 1, 2, 2, 2], 2, plain[2])  # of the layers, and of the evaluation's FlexAttention
-    assert [one[0] for one in parts] == [[1, 1, 2], [1, 2]]  # the evaluation is after step 2, and after step 4
+    assert whole == ([1, 1, 2, 2, 2], 2, plain[2])  # graphs of the layers, and of the evaluation's FlexAttention
+    assert [one[0] for one in parts] == [[1, 1, 2], [1, 2]]  # evaluations follow steps 2 and 4
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     losses = [[line["loss_nats"] for line in read_lines(tmp_path / run / FILE)] for run in ("whole", "plain")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[0] != losses[1]  # other kernels made them
+    assert losses[0] != losses[1]  # because the kernels differ

@@ -1,4 +1,4 @@
-"""Small prepared corpora made of known tokens, and a server that hands them out badly."""
+"""Fixtures: small prepared corpora of known tokens, and a server that serves them with faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MakeCorpus = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def tokenizer_model() -> bytes:
-    """A small tokenizer; what it was trained on does not matter to those who serve tokens."""
+    """A small tokenizer. Its training text does not matter to tests that serve tokens."""
     words = [f"word{i} = other{i * 7 % 97} + {i}\n" for i in range(400)]
     return train_tokenizer(["".join(words)], TokenizerConfig(vocab_size=400))
 
@@ -29,8 +29,8 @@ def tokenizer_model() -> bytes:
 def make_corpus(tmp_path: Path, tokenizer_model: bytes) -> MakeCorpus:
     """`make_corpus(lengths, name=…, shards=…)` writes a corpus and returns its directory.
 
-    Token j of document i is ``10 + (31 i + j) mod 380``, but for the end-of-document token, so a test can tell where a
-    token comes from.
+    Token j of document i is ``10 + (31 i + j) mod 380``, except the end-of-document token. So a test can tell which
+    document and position a token comes from.
     """
 
     def make(
@@ -58,7 +58,7 @@ def make_corpus(tmp_path: Path, tokenizer_model: bytes) -> MakeCorpus:
 
 
 def tokens_of(document: int, length: int, eos: int) -> np.ndarray:
-    """The known tokens of a document."""
+    """Return the known tokens of a document."""
     tokens = (10 + (31 * document + np.arange(length)) % 380).astype("<u2")
     tokens[-1:] = eos
     return tokens
@@ -97,7 +97,7 @@ def write_shard(
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Path], FaultyServer]]:
-    """`serve(directory)` starts a `FaultyServer`, stopped after the test."""
+    """`serve(directory)` starts a `FaultyServer`, which is stopped after the test."""
     servers: list[FaultyServer] = []
 
     def start(directory: Path) -> FaultyServer:

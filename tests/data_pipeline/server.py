@@ -1,4 +1,4 @@
-"""A server that hands out the files of a directory badly."""
+"""HTTP server that serves the files of a directory with faults."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 
 
 class _Listening(ThreadingHTTPServer):
-    """A server that takes as many connections at a time as a reader opens."""
+    """HTTP server with a listen queue as long as the number of connections that a reader opens."""
 
-    request_queue_size = 128  # with 5, as by default, the kernel drops the others, and their clients time out
+    request_queue_size = 128  # with the default 5, the kernel drops further connections, and clients time out
 
 
 class FaultyServer:
-    """A real HTTP server on the loopback that serves a directory with ranges, and misbehaves as told.
+    """HTTP server on the loopback that serves a directory, with ranges, and produces faults on request.
 
-    ``faults[path]`` is a list of what the next requests for a path get instead: "503", "stall" (headers, then nothing),
-    "drop" (half of the body, then the connection is closed), "flip" (a byte changed), "whole" (the range is ignored).
+    ``faults[path]`` is a list of the faults of the next requests for a path: "503", "stall" (half of the body, then
+    nothing), "drop" (half of the body, then the connection is closed), "flip" (one bit changed), "whole" (the range is
+    ignored).
     """
 
     def __init__(self, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""The simplest reader: one row, any portions. What generation in batches is compared with."""
+"""Reference decoder for one row, with which batched generation is compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bst_dist.model.lm import LanguageModel
 
 
 class Decoder:
-    """A model reading tokens in any portions, for one row; knows the logits of the next token after each."""
+    """Reads tokens of one row in portions of any size, and returns the logits of the next token after each portion."""
 
     def __init__(self, model: LanguageModel):
         self.model = model.eval()
@@ -25,12 +25,12 @@ class Decoder:
 
     @property
     def state_bytes(self) -> int:
-        """What is carried from one token to the next."""
+        """Bytes of the state carried from one token to the next."""
         return self._rows.state_bytes
 
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> Tensor:
-        """Take in `ids` after all that was read before; the logits of the token that follows, (V,)."""
+        """Read `ids` after all tokens read before; return the logits of the next token, (V,)."""
         if not ids:
             raise ValueError("no token to read: the logits are those after the last token")
         (hidden,) = self._rows.read(self.model, [torch.tensor(ids)])

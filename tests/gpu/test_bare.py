@@ -1,4 +1,4 @@
-"""The script for a bare machine, rehearsed: a Python of torch and numpy alone, wheels of what is installed here."""
+"""Dry run of the script for a bare machine: a Python with only torch and numpy, and wheels of installed packages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def packed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory, packed, link_packages):
-    """``bare(results, *words)`` runs the script under a Python that has torch and numpy, and none of the wheels."""
+    """``bare(results, *words)`` runs the script under a Python that has torch and numpy but none of the wheels."""
     packages = tmp_path_factory.mktemp("packages")
     done = link_packages(packages, ["torch", "numpy", "pip"])
     assert not done & {"deepspeed", "pytest", "pytest-xdist", "hypothesis", "pydantic", "bst-dist"}

@@ -1,13 +1,13 @@
-"""What someone with a GPU runs first (`make test-gpu`): the CPU, which the other tests hold to oracles, is the oracle.
+"""Tests for a machine with a GPU (`make test-gpu`). The reference is the CPU, whose results the other tests check.
 
-1. Every model: losses and all gradients on CUDA in fp32 equal the CPU's in fp64; in bf16 they are near.
+1. Every model: losses and all gradients on CUDA in fp32 equal those on the CPU in fp64; in bf16 they are close.
 2. The fused attention path equals the tiles, forward and backward, with bias, past and documents.
-3. With `deterministic: true` gradients are the same bit for bit, a pass waits for nothing, and compiled layers compute
-   what uncompiled ones do.
-4. A few steps of `bst train` with ZeRO-2 on one GPU end well and lower the loss.
+3. With `deterministic: true` gradients are bitwise reproducible, a pass never waits for the device, and compiled layers
+   compute the same as uncompiled ones.
+4. A few steps of `bst train` with ZeRO-2 on one GPU finish and lower the loss.
 
-It has not been run by its authors, who had no GPU: a failure here may be the test's fault. BST_REHEARSE_GPU=1 runs it
-on a CPU, by the path that CUDA takes (tests/cuda_path), which shows that the tests themselves run.
+docs/gpu.md says which of these have passed on which GPU. BST_REHEARSE_GPU=1 runs the tests on a CPU through CUDA's code
+path (tests/cuda_path), which shows that the tests themselves run.
 """
 
 import copy
@@ -86,7 +86,7 @@ def build(name: str) -> tuple[LanguageModel, torch.Tensor, torch.Tensor]:
 def gradients(
     model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | Borders | None = None
 ) -> list[torch.Tensor]:
-    """The loss and every gradient, in double precision on the CPU."""
+    """Return the loss and every gradient, as double-precision tensors on the CPU."""
     losses = model(ids, labels, starts=starts)
     losses.total.backward()
     return [losses.total.detach().double().cpu(), *(p.grad.double().cpu() for p in model.parameters())]
@@ -101,7 +101,7 @@ def test_fp32_on_the_gpu_equals_fp64_on_the_cpu(name):
     model, ids, labels = build(name)
     exact = gradients(copy.deepcopy(model).double(), ids, labels)
     found = gradients(model.to(DEVICE), ids.to(DEVICE), labels.to(DEVICE))
-    assert max(relative_errors(found, exact)) < 5e-3  # on a CPU: 2e-3 for Hyena's sines, 1e-6 for all others
+    assert max(relative_errors(found, exact)) < 5e-3  # on a CPU: 2e-3 for Hyena's sines, 1e-6 for all other models
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -137,7 +137,7 @@ def test_the_fused_path_equals_the_tiles(before, with_documents, monkeypatch):
 
 
 def starting(kind: str, device: str) -> torch.Tensor | Borders:
-    """Where documents begin: with a block, or at any token."""
+    """Return where documents begin: at blocks ("isolated"), or at any token."""
     begins = torch.zeros(2, LENGTH, dtype=torch.bool)
     begins[0, [128, 384]] = begins[1, 256] = True
     if kind == "isolated":
@@ -167,7 +167,7 @@ def test_without_gradients_whole_and_in_slices(name):
         model, ids, labels = model.float().to(DEVICE), ids.to(DEVICE), labels.to(DEVICE)
         whole = model(ids, labels).total
         state, total, position = None, 0.0, 0
-        for end in (256, 320, 321, 384, LENGTH):  # tiles of FlexAttention, and slices that are none
+        for end in (256, 320, 321, 384, LENGTH):  # slices that are whole FlexAttention tiles, and slices that are not
             past = model.carry(state, position)
             total += model(ids[:, position:end], labels[:, position:end], past=past).total
             state, position = past.after, end
@@ -193,7 +193,7 @@ def test_gradients_are_the_same_bit_for_bit_in_deterministic_mode(name):
 def test_a_pass_waits_for_nothing(name):
     model, ids, labels = build(name)
     model, ids, labels = model.cuda(), ids.cuda(), labels.cuda()
-    model(ids, labels).total.backward()  # the first pass compiles, and sets up libraries
+    model(ids, labels).total.backward()  # the first pass compiles and initialises libraries
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

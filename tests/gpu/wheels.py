@@ -1,4 +1,6 @@
-"""Wheels for `bare.sh` (`make wheels-gpu`): what training, a corpus and the tests need beside torch and numpy.
+"""Download wheels for `bare.sh` (`make wheels-gpu`): packages that training, a corpus and the tests need.
+
+torch and numpy are not included.
 
 python tests/gpu/wheels.py FOLDER PYTHON...
 """

@@ -30,7 +30,7 @@ def sentencepiece_model() -> bytes:
 
 @pytest.fixture
 def make_run(tmp_path, sentencepiece_model):
-    """A run directory with a tokenizer of its own and a checkpoint of a model whose every part has something to say."""
+    """``make_run(…)`` makes a run directory with its own tokenizer and a checkpoint; no parameter is 0 or 1."""
 
     def make(name: str = "run", documents: str = "joined", **changes) -> Path:
         settings = {
@@ -57,7 +57,7 @@ def make_run(tmp_path, sentencepiece_model):
 
 @pytest.fixture
 def exported(make_run, tmp_path):
-    """A run and its export."""
+    """``exported(*options, **changes)`` makes a run and exports it; returns both directories."""
 
     def export(*options: str, **changes) -> tuple[Path, Path]:
         run_dir, folder = make_run(**changes), tmp_path / "exported"

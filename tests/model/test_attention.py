@@ -25,7 +25,7 @@ from bst_dist.parallel.sequence.past import EarlierCall, Past
 
 
 def query_by_query(q, k, v, window, bias, include_self, documents=None):
-    """softmax over the keys each query may see, one query and head at a time."""
+    """Return attention over the keys that each query may see, computed one query and head at a time."""
     batch, length, heads, _ = q.shape
     before = k.shape[1] - length
     out = torch.zeros(batch, length, heads, v.shape[-1], dtype=q.dtype)
@@ -76,7 +76,7 @@ def test_documents_are_kept_apart_also_in_windows_of_several_blocks(starts, wind
 
 @given(st.lists(st.booleans(), min_size=12, max_size=12), st.sampled_from([4, 8, 12, 20]))
 def test_documents_that_met_before_the_slice_are_kept_apart(starts, window):
-    """Slices of two blocks of four, one call after the other, against the number of each token's document."""
+    """Slices of two blocks of four tokens, in consecutive calls, compared with each token's document number."""
     starts = torch.tensor(starts).view(1, 12)
     document = starts.cumsum(1).repeat_interleave(4, dim=1)[0]
     state = {}
@@ -93,7 +93,7 @@ def test_documents_that_met_before_the_slice_are_kept_apart(starts, window):
 
 
 def with_sums(q, k, v, window, bias, include_self):
-    """`query_by_query`, with the logarithm of the sum of each query's exponentials."""
+    """Return `query_by_query` and each query's logsumexp of the scores."""
     before = k.shape[1] - q.shape[1]
     sums = torch.zeros(q.shape[:-1], dtype=q.dtype)
     for b, t, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:-1])).tolist():
@@ -106,7 +106,7 @@ def with_sums(q, k, v, window, bias, include_self):
 @pytest.mark.parametrize(("length", "include_self"), [(24, True), (21, True), (24, False)],
                          ids=["fused tiles", "plain tiles", "without self"])  # fmt: skip
 def test_sums_and_their_gradients_equal_query_by_query(length, include_self):
-    """Distances from 4 on share a bias, so that the fused tiles make it of the near ones and of the sums."""
+    """Distances from 4 on share a bias. The fused tiles compute its gradient from the near distances and the sums."""
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(2, n, 2, 4, dtype=torch.float64, requires_grad=True) for n in (length, 3 + length, 3 + length)
@@ -197,7 +197,7 @@ def test_gradients_equal_query_by_query(include_self, heads):
 @pytest.mark.parametrize("varying", [1, 3, 9])
 @pytest.mark.parametrize("at_once", [1, 16, 80, 4096], ids=["one tile", "two tiles", "two rows", "all"])
 def test_a_bias_that_far_distances_share_has_the_gradient_of_their_sum(before, varying, at_once, monkeypatch):
-    """The fused tiles make it from the near distances alone; several calls, and tiles at the start of the stream."""
+    """The fused tiles compute this gradient from the near distances only; tested with several tile sizes and pasts."""
     monkeypatch.setattr("bst_dist.model.fused_tiles.QUERIES_AT_ONCE", at_once)
     monkeypatch.setattr("bst_dist.model.fused_tiles.BAND_SCORES_AT_ONCE", at_once * 16)
     torch.manual_seed(before)
@@ -231,7 +231,7 @@ def test_nothing_crosses_a_document_start(position, dtype):
 
 
 def test_t5_buckets_are_exact_then_logarithmic():
-    """Bucket numbers written out from the definition: exact to 15, then log-spaced to 128, then the last."""
+    """Bucket numbers by the definition: exact up to 15, then log-spaced up to 128, then the last bucket."""
     bias = DistanceBias(1, AttentionConfig(position="t5", buckets=32, max_distance=128))
     with torch.no_grad():
         bias.weight.copy_(torch.arange(32.0))
@@ -257,12 +257,12 @@ def test_rotation_depends_on_differences_only():
 @pytest.mark.parametrize("position", ["t5", "rope"])
 @pytest.mark.parametrize("length", [40, 64], ids=["plain tiles", "whole tiles"])
 def test_shared_heads_equal_heads_with_the_same_keys_and_values(position, length):
-    """Values and gradients of four heads of queries on two of keys, against four whose keys are written out."""
+    """Values and gradients of 4 query heads with 2 key heads equal those of 4 key heads with repeated weights."""
     sizes = {"width": 8, "heads": 4, "head_width": 6, "ffn": 8, "block": 32}
     torch.manual_seed(0)
     shared = SlidingAttention(LayerConfig(**sizes, attention={"position": position, "kv_heads": 2}), 32).double()
     whole = SlidingAttention(LayerConfig(**sizes, attention={"position": position}), 32).double()
-    pair = torch.tensor([0, 0, 1, 1])  # heads of queries 0 and 1 on the first, 2 and 3 on the second
+    pair = torch.tensor([0, 0, 1, 1])  # query heads 0 and 1 use key head 0, query heads 2 and 3 use key head 1
     with torch.no_grad():
         for module in (shared, whole):
             module.scale.copy_(torch.linspace(1, 2, 4))

@@ -1,4 +1,4 @@
-"""What every model owes to the contract for the past: variants of BST, kernels, baselines and ablations alike."""
+"""Every model (BST variants, kernels, baselines, ablations) keeps the contract for the past."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ RESETTABLE = {
     "full": {"mixer": "full"},
     "full rope": {"mixer": "full", "attention": {"position": "rope"}},
 }
-# Heads that are together wider than the model: 2 of 12 at a width of 16.
+# Heads that together are wider than the model: 2 heads of 12 at width 16.
 RESETTABLE |= {f"{name}, wide heads": {**RESETTABLE[name], "head_width": 12}
                for name in ("SH s4d", "MH s4d", "MF s4d", "SH joint", "previous", "sliding",
                             "transformer-xl rope", "block-recurrent", "gated-deltanet", "full")}  # fmt: skip
-# One head of keys and values for both heads of queries.
+# One key and value head for both query heads.
 RESETTABLE |= {
     f"{name}, shared keys": {**RESETTABLE[name], "attention": {**RESETTABLE[name].get("attention", {}), "kv_heads": 1}}
     for name in ("SH s4d", "MF joint", "sliding", "transformer-xl rope", "block-recurrent", "full", "full rope")
@@ -82,7 +82,7 @@ FILTERS = {
     "ssm hyena": {"mixer": "ssm", **UNSTRUCTURED["hyena"]},
 }
 ALL = {**RESETTABLE, **FILTERS}
-# An FFT cancels the future only up to rounding, here of double precision.
+# With an FFT, future tokens cancel only up to rounding, here in double precision.
 BY_FFT = [name for name in FILTERS if not name.startswith("MF")]
 
 
@@ -90,7 +90,7 @@ def build(settings):
     torch.manual_seed(3)
     shared = {"width": 16, "heads": 2, "ffn": 16, "block": BLOCK, "vocab_size": VOCAB, "depth": 3, "placement": [0, 2]}
     model = LanguageModel(parse(ModelConfig, {**shared, "filler": "sliding", **settings})).double().eval()
-    with torch.no_grad():  # so that biases and scales count
+    with torch.no_grad():  # so that biases and scales have an effect
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model
@@ -101,7 +101,7 @@ def tokens(batch=2, length=LENGTH):
 
 
 def losses(model, ids, **others):
-    """Loss of each token, (B, l)."""
+    """Return the loss of each token, (B, l)."""
     return model(ids, (ids + 1) % VOCAB, **others).per_token
 
 
@@ -122,7 +122,7 @@ def test_carried_slices_equal_one_long_sequence(name, sizes):
 @pytest.mark.parametrize("name", RESETTABLE)
 @torch.no_grad()
 def test_a_document_reset_equals_separate_documents(name):
-    """Documents of 2, 1 and 2 blocks, after something carried that only the first row continues."""
+    """Documents of 2, 1 and 2 blocks, after a carried past that only the first row continues."""
     model, ids = build(RESETTABLE[name]), tokens()
     earlier = model.carry()
     before = losses(model, tokens(length=2 * BLOCK), past=earlier)
@@ -137,7 +137,7 @@ def test_a_document_reset_equals_separate_documents(name):
 @pytest.mark.parametrize("name", RESETTABLE)
 @torch.no_grad()
 def test_a_stream_of_documents_may_be_cut_into_calls_anywhere(name):
-    """Windows of several blocks meet documents that began, and ended, in an earlier call."""
+    """Windows of several blocks include documents that began, or ended, in an earlier call."""
     model, ids = build(RESETTABLE[name]), tokens()
     starts = torch.tensor([[False, True, False, False, True], [True, False, True, True, False]])
     state, position, parts = None, 0, []

@@ -1,4 +1,4 @@
-"""Every baseline's mixer against a slow, literal transcription of its equations: loops over tokens, no shared code."""
+"""Each baseline's mixer compared with a slow, literal transcription of its equations (token loops, no shared code)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STARTS = [[False, True, False, True, True], [True, False, False, False, True]]
 
 
 class Layers(LayerConfig):
-    """Settings of one mixer, as the model knows which ones there are."""
+    """Layer settings for one mixer, with the method `mixers` of a model's settings."""
 
     name: str
 
@@ -66,7 +66,7 @@ def normal(x):
 
 
 def turned(x, position, base=10_000.0):
-    """One head's vector rotated to its position, pair by pair."""
+    """Return one head's vector rotated to its position (RoPE), pair by pair."""
     half, out = len(x) // 2, list(x)
     for i in range(half):
         angle = position * base ** (-i / half)
@@ -91,8 +91,10 @@ def document(starts, t):
 
 
 def literal_attention(attention, u, starts, sees, detached=lambda t, j: False, more=lambda t, h, q: []):
-    """Self-attention of one row, token by token and head by head, over the positions j that `sees(t, j)` allows, and
-    over `more` keys and values under the same softmax."""
+    """Return self-attention of one row, token by token and head by head.
+
+    Token t attends to the positions j that `sees(t, j)` allows, and to `more` keys and values in the same softmax.
+    """
     weight = attention.qkv.weight
     rope, rows = attention.config.position == "rope", []
     for t in range(len(u)):
@@ -136,7 +138,7 @@ def no_cross(model, u, starts):
 
 
 def block_recurrent(model, u, starts):
-    """Block by block: tokens attend to the state, then the state is updated from itself and 2W tokens."""
+    """Return the output block by block: tokens attend to the state, then the state attends to itself and 2W tokens."""
     own = literal_attention(model.attention, u, starts, window(BLOCK, model.attention.config.include_self))
     cell, rows, state = model.cell, [], model.initial
     for i in range(len(u) // BLOCK):
@@ -163,7 +165,7 @@ def block_recurrent(model, u, starts):
 
 
 def read(query, scale, keys, values):
-    """One query's attention to a list of unnormalised keys, all heads."""
+    """Return one query's attention to a list of unnormalised keys, for all heads."""
     heads = []
     for h in range(HEADS):
         q = normal(head_of(query, h)) * scale[h]
@@ -191,7 +193,7 @@ def literal_ssm(ssm, z, starts, output=0):
 
 
 def joint(model, u, starts):
-    """Each token attends at once to the keys of its window and to its block's context states, without positions."""
+    """Return the output with one softmax over a token's window and its block's context states (without positions)."""
     context = model.cross.context
     y = [literal_ssm(context.ssm, u @ model.down.weight.T, starts, i) for i in range(len(context.ssm.read_out))]
 
@@ -242,7 +244,7 @@ def literal_selective(scan, x, dt, b, c, starts):
 
 
 def convolved(convolution, x, starts):
-    """Each channel's last taps, those of another document left out."""
+    """Return the causal convolution of each channel, without inputs of other documents."""
     taps = convolution.weight.shape[1]
     return [
         sum(convolution.weight[:, taps - 1 - back] * x[t - back] for back in range(min(taps, t + 1))
@@ -268,7 +270,7 @@ def mamba2(model, u, starts):
 
 
 def gated_deltanet(model, u, starts):
-    """Each head's state as a matrix, written by correction token by token."""
+    """Return the output with each head's state as a matrix, updated token by token by the delta rule."""
     mixed = [silu(x) for x in convolved(model.convolution, [model.into.weight @ x for x in u], starts)]
     wide, rows, state = 2 * HEAD, [], {}
     for t in range(len(u)):
@@ -307,7 +309,7 @@ for other in ({"position": "rope"}, {"include_self": False}, {"position": "rope"
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Several tiles of queries, the last one shorter, with keys beyond the last bucket's distance."""
+    """Use several tiles of queries, the last one shorter, with keys beyond the last bucket's distance."""
     monkeypatch.setattr("bst_dist.model.baselines.full.QUERY_TILE", 3)
 
 
@@ -336,7 +338,7 @@ def gradients(total, model, u):
 
 @pytest.mark.parametrize(("position", "first"), [(0, 8), (4, 4), (8, 8)])
 def test_segments_are_counted_from_the_beginning_of_the_stream(position, first):
-    """The 12th token of a slice learns from its own segment of 8, which begins at token `first` of the slice."""
+    """The 12th token of a slice has gradients only in its segment of 8 tokens, from token `first` of the slice."""
     model, u = build("transformer-xl")
     (gradient,) = torch.autograd.grad(model(u, EarlierCall({}, position), None)[:, 11].sum(), u)
     assert not gradient[:, :first].any()

@@ -1,4 +1,4 @@
-"""Documents that begin at any token, held to each document alone, a token at a time, in double precision."""
+"""Documents that begin at any token, compared with each document alone, token by token, in double precision."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODELS = {
     "gated-deltanet": {"mixer": "gated-deltanet", "gated_deltanet": {"chunk": 4}},
     "full": {"mixer": "full"},
 }
-# Two of one chunk, one of a token, one of two, one of several blocks; and one that continues from what came before.
+# Two documents begin in one chunk; documents of one token, of two, and of several blocks; one that continues the past.
 BORDERS = [[5, 6, 8, 9, 22], [0, 1, 18, 19, 23]]
 LENGTH = 3 * BLOCK
 
@@ -50,7 +50,7 @@ def model(**settings) -> LanguageModel:
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if name.endswith("bias.weight"):
-                parameter.normal_()  # T5's, which begins as zero
+                parameter.normal_()  # the T5 bias, which is initialised with 0
     return built
 
 
@@ -68,14 +68,14 @@ def batch(length: int = LENGTH, rows: int = 2, seed: int = 1) -> tuple[Tensor, T
 
 
 class Remembered(EarlierCall):
-    """An earlier call through which gradients flow."""
+    """An earlier call that does not detach: gradients flow through it."""
 
     def leave(self, name: str, value: Tensor) -> None:
         self.after[self._prefix + name] = value
 
 
 def alone(of: LanguageModel, ids: Tensor, labels: Tensor, position: int) -> Tensor:
-    """Losses of one document (1, n), its tokens one by one; `position`: of its first one among the blocks."""
+    """Return the losses of one document (1, n), token by token; `position`: of its first token within a block."""
     state, found = {}, []
     for place in range(ids.shape[1]):
         past = Remembered(state, position + place)
@@ -85,13 +85,13 @@ def alone(of: LanguageModel, ids: Tensor, labels: Tensor, position: int) -> Tens
 
 
 def losses(of: LanguageModel, ids: Tensor, labels: Tensor, **how) -> Tensor:
-    """(B, l), with gradient."""
+    """Return the loss of each token, (B, l), with gradient."""
     logits = of.logits(of.hidden(ids, **how))
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
 
 def documents_alone(of: LanguageModel, ids: Tensor, labels: Tensor, begins: Tensor) -> Tensor:
-    """(B, l): every document of every row by itself."""
+    """Return the losses (B, l) with every document of every row computed alone."""
     rows = []
     for row, own in enumerate(begins):
         edges = sorted({0, *own.nonzero().flatten().tolist(), len(own)})
@@ -118,11 +118,13 @@ def require_equal(found: tuple, expected: tuple, tolerance: float = 1e-9) -> Non
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_document_is_computed_as_if_it_were_alone(name: str) -> None:
-    """Losses and the gradients of all parameters; borders within one chunk, at a chunk, at a block, and next to each
-    other."""
+    """Losses and the gradients of all parameters are equal.
+
+    Documents begin within a chunk, at a chunk, at a block, and at consecutive tokens.
+    """
     of, (ids, labels), at = model(**MODELS[name]), batch(), begins(BORDERS, LENGTH)
     together, apart = losses(of, ids, labels, starts=Borders.of(at)), documents_alone(of, ids, labels, at)
-    if name == "transformer-xl":  # one by one, tokens have no gradient between them
+    if name == "transformer-xl":  # token by token, no gradient flows between tokens
         torch.testing.assert_close(together, apart)
     else:
         require_equal((together, gradients(of, together)), (apart, gradients(of, apart)))
@@ -130,10 +132,10 @@ def test_a_document_is_computed_as_if_it_were_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_another_documents_tokens_change_no_bit(name: str) -> None:
-    """Those before it nor those behind it, in single precision."""
+    """Neither tokens before the document nor tokens after it, in fp32."""
     of, (ids, _), starts = model(**MODELS[name]).float(), batch(), Borders.of(begins(BORDERS, LENGTH))
     own = torch.zeros(LENGTH, dtype=torch.bool)
-    own[9:22] = True  # the first row's last document but one: from within a chunk on, over two blocks' ends
+    own[9:22] = True  # a document that begins within a chunk and spans two block ends
     others = torch.where(own, ids[0], (ids[0] + 5) % VOCABULARY)
     before, after = (of.hidden(rows, starts=starts)[0, own] for rows in (ids, torch.stack((others, ids[1]))))
     assert torch.equal(before, after)
@@ -142,7 +144,7 @@ def test_another_documents_tokens_change_no_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["rope", "SH", "MF", "SH ssd", "transformer-xl", "gated-deltanet", "full"])
 def test_slices_that_continue_are_the_whole(name: str) -> None:
-    """With gradients across; documents over several slices, and several in the window before one."""
+    """Gradients flow across slices; documents span several slices, or several begin in the window before a slice."""
     of, (ids, labels), at = model(**MODELS[name]), batch(), begins([[5, 6, 7], [2, 15]], LENGTH)
     whole = losses(of, ids, labels, starts=Borders.of(at))
     state, found = {}, []
@@ -158,7 +160,7 @@ def test_slices_that_continue_are_the_whole(name: str) -> None:
 
 
 def test_the_room_for_borders_has_few_sizes_and_holds_a_document_a_token() -> None:
-    """What it is changes nothing: here all sizes are passed through."""
+    """The size of the table of borders does not change the results; all sizes are tested."""
     of, (ids, labels) = model(**MODELS["SH"]), batch(64 * BLOCK, rows=1)
     sizes = set()
     for count in (0, 1, 2, 16, 17, 512):
@@ -180,7 +182,7 @@ def test_the_room_for_borders_has_few_sizes_and_holds_a_document_a_token() -> No
 def test_what_cannot_be_told_apart_is_refused_with_the_reason(settings: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         model(**settings)(batch()[0], starts=Borders.none(2, LENGTH))
-    assert masking_problem(model(mixer="ssm", ssm=S4D, context={"attend": "previous"}).config) is None  # has none
+    assert masking_problem(model(mixer="ssm", ssm=S4D, context={"attend": "previous"}).config) is None  # no context
 
 
 def test_slices_within_a_block_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The BST layer against a literal transcription of its equations: loops over tokens and heads, no shared code."""
+"""The BST layer compared with a literal transcription of its equations: loops over tokens and heads, no shared code."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def make(variant: str, attend: str = "current") -> BSTMixer:
         context=ContextConfig(variant=variant, states=3, attend=attend), ssm={"state": 4, "chunk": 4},
     )  # fmt: skip
     mixer = BSTMixer(config).double()
-    for parameter in mixer.parameters():  # nothing at a special value, so that no term is hidden by its start
+    for parameter in mixer.parameters():  # no parameter at 0 or 1, which could hide a wrong term
         if parameter.dim() <= 2:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return mixer
@@ -29,7 +29,7 @@ def normalised(x):
 
 
 def ssm_outputs(ssm, z):
-    """y[t][c] (Ds,) of one row by the step recurrence."""
+    """Return y[t][c] (Ds,) of one row by the step recurrence."""
     a = torch.complex(-ssm.log_decay.exp(), ssm.frequency)
     a_bar = torch.exp(ssm.log_dt.exp().unsqueeze(-1) * a)
     b_bar = (a_bar - 1) / a
@@ -45,7 +45,7 @@ def ssm_outputs(ssm, z):
 
 
 def keys_and_values(mixer, variant, y, head):
-    """(key, value) functions of a context state for one head."""
+    """Return a function from a context state to its (key, value) for one head."""
     context, dh = mixer.cross.context, WIDTH // HEADS
     if variant == "MF":
         weight = context.key_value.weight
@@ -55,7 +55,7 @@ def keys_and_values(mixer, variant, y, head):
 
 
 def context_of(mixer, variant, attend, y, t, head):
-    """The context states that token t attends to."""
+    """Return the context states that token t attends to."""
     block = t // BLOCK
     if variant == "MF":
         context = mixer.cross.context
@@ -67,7 +67,7 @@ def context_of(mixer, variant, attend, y, t, head):
 
 
 def literal(mixer, variant, attend, u):
-    """Output of one row, token by token and head by head."""
+    """Return the output of one row, token by token and head by head."""
     dh = WIDTH // HEADS
     own = mixer.attention
     qkv = [(own.qkv.weight @ token).view(3, HEADS, dh) for token in u]

@@ -1,4 +1,4 @@
-"""FFT convolution against its definition as a sum."""
+"""FFT convolution compared with its definition as a sum."""
 
 from __future__ import annotations
 

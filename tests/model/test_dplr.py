@@ -1,4 +1,4 @@
-"""S4-DPLR against HiPPO's definition, a step recurrence, and itself in slices."""
+"""S4-DPLR compared with HiPPO's definition, with a step recurrence, and with itself in slices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = 16
 def build(width=3, maps=2, own_dynamics=False, config=CONFIG):
     torch.manual_seed(0)
     model = S4DPLR(width, maps, config, own_dynamics).double()
-    with torch.no_grad():  # away from the initialisation's symmetry
+    with torch.no_grad():  # breaks the symmetry of the initial values
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model
@@ -26,7 +26,7 @@ def build(width=3, maps=2, own_dynamics=False, config=CONFIG):
 
 @torch.no_grad()
 def step_by_step(model, z, starts=None):
-    """The literal recurrence: A = diag(λ) - p p* on all 2n complex modes, bilinear, one token at a time."""
+    """Return the output of the literal recurrence: A = diag(λ) - p p* on all 2n complex modes, bilinear, by token."""
     batch, length, width = z.shape
     maps, sets = len(model.read_out), len(model.log_dt)
     y = torch.zeros(batch, length, maps, width, dtype=torch.float64)
@@ -67,7 +67,7 @@ def test_initial_modes_are_hippo_legs():
     modes = torch.diag(lam) - torch.outer(p, p.conj())
     eigenvalues = torch.linalg.eigvals(modes).real.sort().values
     torch.testing.assert_close(eigenvalues, -torch.arange(8.0, 0, -1, dtype=torch.float64), rtol=0, atol=1e-6)
-    for t in (0.1, 0.5, 2.0):  # p* is a read-out that both bases know: p = (n + 1/2)^(1/2) in HiPPO's
+    for t in (0.1, 0.5, 2.0):  # read out with p*, which is known in both bases: (n + 1/2)^(1/2) in HiPPO's
         known = torch.sqrt(torch.arange(8, dtype=torch.float64) + 0.5) @ torch.linalg.matrix_exp(a * t) @ b
         close((p.conj() @ torch.linalg.matrix_exp(modes * t) @ into).real, known, 1e-10)
 

@@ -1,4 +1,4 @@
-"""The feed-forward network against formulas written out here: values and all gradients, in double precision."""
+"""The feed-forward network compared with explicit formulas: values and all gradients, in double precision."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sigmoid(x):
 
 
 def normal(x):
-    """Distribution function and density of N(0, 1)."""
+    """Return the distribution function and the density of N(0, 1)."""
     return (1 + torch.erf(x / math.sqrt(2))) / 2, torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 

@@ -1,4 +1,4 @@
-"""What a model predicts before it has learnt anything: next to nothing, at any width."""
+"""An untrained model predicts an almost uniform distribution, at any width."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def initial_loss(width: int, **settings: Any) -> float:
-    """Mean nats of a token that has nothing to do with those before it."""
+    """Return the mean loss in nats of an untrained model on independent random tokens."""
     torch.manual_seed(0)
     sizes = {"width": width, "heads": width // 32, "ffn": 2 * width, "block": BLOCK, "depth": 2}
     model = LanguageModel(ModelConfig(**sizes, vocab_size=VOCABULARY, **settings))

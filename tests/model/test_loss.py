@@ -1,4 +1,4 @@
-"""The tiled loss against torch's cross-entropy."""
+"""The tiled loss compared with torch's cross-entropy."""
 
 from contextlib import nullcontext
 
@@ -52,7 +52,7 @@ def test_logits_are_single_precision_under_autocast():
     exact = linear_cross_entropy(hidden, weight, labels, mask, 1.0)[0]
     assert (total - exact).abs() / exact < 0.02
     expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none").view(2, 5)
-    torch.testing.assert_close(exact, (expected * mask).sum())  # no autocast of its own
+    torch.testing.assert_close(exact, (expected * mask).sum())  # does not use autocast itself
 
 
 def test_without_gradient_only_the_loss_is_computed():
@@ -71,12 +71,12 @@ def test_correct_labels_have_the_highest_logit_and_count():
         correct = linear_cross_entropy(hidden, weight, labels, mask, 0.5)[2]
     assert correct.tolist() == ((best == labels) & mask).tolist()
     assert correct.any()
-    assert linear_cross_entropy(hidden, weight, labels, mask, 0.5)[2] is None  # in training nobody asks
+    assert linear_cross_entropy(hidden, weight, labels, mask, 0.5)[2] is None  # not computed in training
 
 
 @pytest.mark.usefixtures("_tiles")
 def test_the_z_loss_and_its_gradient_equal_the_formula():
-    """d/d logits of nll + z log^2 Z is (1 + 2 z log Z) softmax - onehot, and of Z's square alone without the onehot."""
+    """The gradient of nll + z log^2 Z with respect to the logits is (1 + 2 z log Z) softmax - onehot."""
     hidden, weight, labels, mask = inputs()
     total, per_token, _, squares = linear_cross_entropy(hidden, weight, labels, mask, 0.5, z_loss=0.3)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_without_gradient_the_z_loss_is_left_out():
 
 
 class Traffic(TorchDispatchMode):
-    """Counts kernels, and the bytes that they read and write."""
+    """Counts kernel launches, and the bytes that they read and write."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +120,7 @@ class Traffic(TorchDispatchMode):
 
 @pytest.mark.parametrize(("device", "launches", "traffic_gb"), [("cpu", 2150, 164), ("meta", 144, 71)])
 def test_launches_and_traffic_of_32k_tokens_by_device(device, launches, traffic_gb, monkeypatch):
-    """Tiles of a CPU's size are for a CPU alone: counted without storage, in single precision, D 1024, V 32,000."""
+    """Only a CPU uses the small CPU tiles. Counted on tensors without storage, in fp32, D 1024, V 32,000."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # a meta device has no autocast
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     with FakeTensorMode() if device == "cpu" else nullcontext(), Traffic() as counted:

@@ -55,12 +55,12 @@ def test_every_parameter_is_in_one_group_and_every_group_has_its_multipliers(mix
     assert scales["ssm"] == scales["vectors"] == scales["filters"] == (1, 1, 1 / 12)
     assert scales["embedding"] == (1, 1, 1 / 4)
     assert {id(p) for p in groups["embedding"]} == {id(model.embedding.weight), id(model.norm.weight)}
-    # All that grows in both dimensions, and nothing else, is a matrix whose rate falls with the width.
+    # Only parameters that grow in both dimensions are matrices, whose learning rate falls with the width.
     narrow = dict(make(mixer, width=32, depth=6, parametrisation=BASE).named_parameters())
     names = {id(p): name for name, p in model.named_parameters()}
     for p in groups["matrices"]:
         before = narrow[names[id(p)]]
-        # Mamba-2's first map also makes what reads and writes its state, whose size is fixed.
+        # Mamba-2's first map also makes B and C, whose size is fixed, so it grows less.
         least = 2 if names[id(p)].endswith("mixer.into.weight") else 4
         assert least * before.numel() <= p.numel() <= 4 * before.numel(), names[id(p)]
     for name in ("vectors", "ssm", "filters"):

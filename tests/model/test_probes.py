@@ -15,10 +15,10 @@ IDS = torch.randint(19, (2, 5 * BLOCK), generator=torch.Generator().manual_seed(
 
 
 def half_lives(kernel, length=4000):
-    """Tokens in which each mode's free response falls to 1/e, by letting it fall."""
+    """Return the number of tokens in which each mode's free response decays to 1/e, by simulation."""
     a = torch.exp(-torch.exp(kernel.log_decay.double()) * torch.exp(kernel.log_dt.double()).unsqueeze(-1))
     response = a.unsqueeze(-1) ** torch.arange(length)
-    return (response > 1 / math.e).sum(-1).flatten()  # the first token below it
+    return (response > 1 / math.e).sum(-1).flatten()  # the first token below 1/e
 
 
 @pytest.mark.parametrize("mixer", ["bst", "ssm", "gss"])
@@ -33,7 +33,7 @@ def test_time_scales_of_a_dense_recurrence_and_of_a_filter(make_model):
     kernel = kernels(model)[1]
     slowest = time_scales(kernel).max()
     a = kernel.recurrence()[0].detach()
-    tokens = range(500, 5000, 13)  # the slowest mode turns as it falls: the slope is taken over many turns
+    tokens = range(500, 5000, 13)  # the slowest mode oscillates: fit the slope over many periods
     sizes = [torch.linalg.matrix_norm(torch.linalg.matrix_power(a, t), 2).max().log().item() for t in tokens]
     assert np.polyfit(tokens, sizes, 1)[0] == pytest.approx(float(-1 / slowest), rel=0.03)
     kernel = kernels(make_model(ssm={"kernel": "explicit", "length": 20}))[2]
@@ -74,7 +74,7 @@ def test_shares_are_of_what_each_part_adds_to_the_output(make_model, mixer, vari
     with ContextProbe(model) as probe:
         after = model(IDS)
         first = {index: sums.clone() for index, sums in probe.sums.items()}
-        model(IDS.flip(1))  # only the first pass is looked at
+        model(IDS.flip(1))  # only the first pass is probed
     assert torch.equal(before, after)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert list(probe.sums) == [1, 2]

@@ -1,4 +1,4 @@
-"""Initial values and optimizer groups of every mixer and kernel, against lists of names written down here."""
+"""Initial values and optimizer groups of every mixer and kernel, compared with explicit lists of names."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ KERNELS = {
     "ssd": {"scan.log_decay", "scan.step"},
     "none": set(),
 }
-"""The dynamics of each kernel."""
+"""Parameters of each kernel's dynamics."""
 OF_MIXER = {"mamba2": {"scan.log_decay", "scan.step"}, "gated-deltanet": {"rule.log_decay", "rule.step"}}
-"""Those of mixers that have a recurrence of their own."""
+"""Dynamics of mixers with their own recurrence."""
 
 
 def make(mixer="bst", **changes) -> LanguageModel:

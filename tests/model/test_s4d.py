@@ -1,4 +1,4 @@
-"""S4D in chunks against a step recurrence and a full-length FFT, in double precision."""
+"""S4D in chunks compared with a step recurrence and with a full-length FFT, in double precision."""
 
 import math
 from itertools import pairwise
@@ -21,7 +21,7 @@ def make(width=3, maps=1, own=False, chunk=8, state=6, init="lin") -> S4D:
 
 
 def step_by_step(ssm: S4D, z: torch.Tensor) -> torch.Tensor:
-    """x_t = Ā x_{t-1} + B̄ z_t, y_t = 2 Re(C x_t) + d z_t, one token after another: (B, L, Ds) -> (B, L, C, Ds)."""
+    """Return x_t = Ā x_{t-1} + B̄ z_t, y_t = 2 Re(C x_t) + d z_t by token: (B, L, Ds) -> (B, L, C, Ds)."""
     a = torch.complex(-ssm.log_decay.exp(), ssm.frequency)
     a_bar = torch.exp(ssm.log_dt.exp().unsqueeze(-1) * a)
     b_bar = (a_bar - 1) / a
@@ -66,7 +66,7 @@ def test_gradients_equal_those_of_the_recurrence():
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from([8, 16, 24]), min_size=1, max_size=4), st.integers(0, 7))
 def test_any_slicing_equals_one_call(slices, rest):
-    """Slices of whole chunks, then a remainder shorter than one, each taking up what the one before left."""
+    """Slices of whole chunks, then a remainder shorter than a chunk; each continues from the state of the previous."""
     ssm = make(maps=2)
     lengths = [*slices, *([rest] if rest else [])]
     z = torch.randn(2, sum(lengths), 3, dtype=torch.float64)
@@ -121,7 +121,7 @@ def test_block_ends_of_slices_equal_one_call():
 def test_single_precision_keeps_the_phase_over_65536_tokens():
     ssm = make(state=16, chunk=64)
     with torch.no_grad():
-        ssm.log_decay.fill_(math.log(1e-4))  # next to no decay: what is far away still counts
+        ssm.log_decay.fill_(math.log(1e-4))  # almost no decay, so that distant tokens still matter
     z = torch.zeros(1, 65536, 3)
     z[0, 0] = 1
     exact = ssm(z.double(), NOTHING)
@@ -160,7 +160,7 @@ def test_legs_frequencies_are_those_of_the_normal_part_of_hippo():
 
 
 def test_parameters_at_odd_offsets_of_a_flat_buffer_work():
-    """Where ZeRO puts them: a complex view of real pairs would need an even offset."""
+    """ZeRO may place parameters there. A complex view of real pairs would need an even offset."""
     ssm = make(maps=2).float()
     z = torch.randn(1, 16, 3)
     expected = ssm(z, NOTHING)
@@ -181,5 +181,5 @@ def test_channels_may_share_their_modes():
     assert S4D(4, 2, config).log_decay.shape == (1, 4, 3)
     shared = S4D(4, 2, config, shared_modes=True)
     assert shared.log_decay.shape == shared.frequency.shape == (1, 1, 3)
-    assert shared.log_dt.shape == (1, 4)  # each its own step
+    assert shared.log_dt.shape == (1, 4)  # each channel has its own step size
     assert S4D(4, 2, config, own_dynamics=True).log_decay.shape == (2, 4, 3)

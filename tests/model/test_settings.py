@@ -1,4 +1,4 @@
-"""Every number of the model's settings has bounds: what cannot be meant is refused when the recipe is read."""
+"""Every number in the model's settings has bounds: impossible values are refused when the recipe is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMPOSSIBLE = (0, -1, 10**40, math.nan, math.inf)
 
 
 def numbers() -> list[tuple[str, dict[str, Any]]]:
-    """Each numeric field of the model, with what else must be set for it to be read."""
+    """Return each numeric field of the model, with the settings under which it is read."""
     found = []
     for name, annotation, _, text in fields(ModelConfig):
         if "int" not in annotation and "float" not in annotation:

@@ -1,4 +1,4 @@
-"""The unstructured filters against direct sums, their block-end form against full convolutions, and in slices."""
+"""Unstructured filters compared with direct sums; block-end outputs compared with full convolutions; in slices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inputs(length=5 * BLOCK, batch=2):
 
 @torch.no_grad()
 def literal_filter(model, kind, config_length):
-    """h[t] tap by tap from the definition: values · exp(-α t/K), of unit energy over the K taps."""
+    """Return h[t] tap by tap from the definition: values · exp(-α t/K); the window has unit energy over K taps."""
     h = torch.zeros(MAPS, WIDTH, config_length, dtype=torch.float64)
     for d in range(WIDTH):
         rate = math.exp(model.log_decay[d])

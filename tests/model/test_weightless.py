@@ -1,4 +1,4 @@
-"""Models without memory: the shapes of a model with weights, and neither the compiler loaded nor lost."""
+"""Models without storage have the shapes of a real model, do not load torch's compiler, and do not break it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Change one line of the program at a time, and see whether its unit tests notice.
+"""Mutation testing: change one line of the program at a time, and check whether its unit tests fail.
 
     python tests/mutation [--sample N] [--seed N] [FILE ...]
 
-What is tried, and with which tests, stands in targets.yaml beside this file. Everything happens in a copy of the tree.
-The same seed draws the same mutants from the same file.
+targets.yaml in this folder lists the files and their tests. Everything happens in a copy of the tree. The same seed
+draws the same mutants from the same file.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from mutants import Mutant, mutants
 
 HERE = Path(__file__).parent
 TREE = HERE.parent.parent
-# Loaded once, before the forks: what takes seconds to import and is not under test.
+# Imported once, before forking: modules that take seconds to import and are not under test.
 HEAVY = ("numpy", "scipy.stats", "torch", "pydantic", "hypothesis", "pytest")
 PROFILE = "mutation"
 LEFT_OUT = "not ranks and not cluster and not gpu"
-SLOWEST = 10  # a mutant that takes this many times as long as the program itself does not end
+SLOWEST = 10  # a mutant that takes this many times as long as the unchanged program counts as hanging
 LEAST_S = 60
 
 
 @dataclass
 class Target:
-    """A file, the tests that are to notice its mutants, and mutants that no test can notice: on a line with the text
-    `code`, the mutant `change`, for the reason `why`."""
+    """A file, the tests that should fail for its mutants, and equivalent mutants that no test can notice.
+
+    Each entry of `explained` is the mutant `change` on a line with the text `code`, with the reason `why`.
+    """
 
     path: str
     tests: list[str]
@@ -90,7 +92,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _copy_tree(copy: Path) -> None:
-    """What git knows or would add, as it is in the working tree."""
+    """Copy the working tree's tracked and untracked files, without those that git ignores."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     for name in subprocess.run(listed, cwd=TREE, check=True, capture_output=True, text=True).stdout.split("\0"):
         if name and (TREE / name).is_file():
@@ -101,13 +103,13 @@ def _copy_tree(copy: Path) -> None:
 def _prepare_process(copy: Path) -> None:
     os.chdir(copy)
     os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    sys.dont_write_bytecode = True  # a file changed twice within a second has the same key in the cache of bytecode
+    sys.dont_write_bytecode = True  # two changes within a second have the same key in the bytecode cache
     sys.path.insert(0, str(copy))
     for name in HEAVY:
         importlib.import_module(name)
     from hypothesis import HealthCheck, Phase, settings
 
-    # The first failing example is enough: shrinking it would be most of the time.
+    # The first failing example is enough; shrinking it would take most of the time.
     settings.register_profile(
         PROFILE, phases=[Phase.explicit, Phase.generate], derandomize=True, database=None, deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
@@ -140,7 +142,7 @@ def _try_file(target: Target, copy: Path, sample: int, seed: int) -> Outcome:
 
 
 def _passes(tests: list[str], limit_s: float | None) -> bool:
-    """Whether the tests pass, in a fork of this process. Past ``limit_s`` seconds they do not."""
+    """Whether the tests pass in a fork of this process within ``limit_s`` seconds."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
@@ -158,7 +160,7 @@ def _passes(tests: list[str], limit_s: float | None) -> bool:
 
 
 def _end_group(leader: int) -> None:
-    """End the tests and whatever they left running."""
+    """Kill the tests and all processes that they left running."""
     try:
         os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:
@@ -166,7 +168,7 @@ def _end_group(leader: int) -> None:
 
 
 def _run_tests(tests: list[str]) -> None:
-    """Never returns."""
+    """Run the tests and exit with their status; never returns."""
     import pytest
 
     with tempfile.TemporaryDirectory(prefix="mutation-tests-") as base, Path(os.devnull).open("w") as nowhere:

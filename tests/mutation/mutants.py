@@ -1,4 +1,4 @@
-"""Small changes to a source file, each of which a good test should notice."""
+"""Mutants: small changes to a source file, each of which should make a good test fail."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 
-# A comparison is moved by one element, and turned round.
+# A comparison gains or loses equality, or is inverted.
 COMPARISONS = {
     ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
     ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,),
@@ -19,14 +19,14 @@ ARITHMETIC = {
 }  # fmt: skip
 CALLS = {"min": "max", "max": "min", "any": "all", "all": "any", "sorted": "list", "reversed": "list"}
 LOOPS = {ast.Break: ast.Continue, ast.Continue: ast.Break}
-# What a person reads and no program computes with.
+# Texts for people, which no program computes with.
 WORDS = (ast.JoinedStr, ast.Raise)
 LONGEST = 100  # characters of the old text that are shown
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change. ``start`` and ``end`` are bytes of the source, ``old`` and ``new`` one line each, for people."""
+    """One change: bytes ``start`` to ``end`` of the source, the text ``old``, become ``new``."""
 
     line: int
     start: int
@@ -43,7 +43,7 @@ class Mutant:
 
 
 def mutants(source: bytes) -> list[Mutant]:
-    """All changes of a file that are tried, in its order. Docstrings, annotations and messages are left out."""
+    """Return all possible mutants of a file, in source order. Docstrings, annotations and messages are left out."""
     tree = ast.parse(source)
     starts = [0]
     for line in source.splitlines(keepends=True):
@@ -53,7 +53,7 @@ def mutants(source: bytes) -> list[Mutant]:
         start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
         new = ast.unparse(ast.fix_missing_locations(replacement))
         if isinstance(node, ast.expr):
-            new = f"({new})"  # as tight as what stood there
+            new = f"({new})"  # binds as tightly as the old expression
         found.append(Mutant(node.lineno, start, end, source[start:end].decode(), new))
     return found
 
@@ -66,7 +66,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
 
 
 def _computing(node: ast.AST) -> Iterator[ast.AST]:
-    """The children that take part in a computation: no annotations, decorators, messages, or declarations of flags."""
+    """Yield the children that take part in a computation: no annotations, decorators, messages or `add_argument`."""
     if isinstance(node, WORDS) or (isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"):
         return
     for name, value in ast.iter_fields(node):
@@ -115,7 +115,7 @@ def _of_expression(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
 
 
 def _joins_text(node: ast.BinOp) -> bool:
-    """Paths and texts: another operator there is an error of types, which every test notices."""
+    """Whether an operator joins paths or texts: another operator there is a TypeError, which every test notices."""
     if isinstance(node.op, ast.BitOr | ast.BitAnd):
         return False
     return any(

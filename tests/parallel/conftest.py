@@ -1,4 +1,4 @@
-"""Several ranks on this machine, for tests of what they say to each other."""
+"""Fixture that runs a function on several ranks of this machine, for tests of their communication."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT_S = 120
 
 @pytest.fixture
 def on_ranks(tmp_path) -> Callable[..., list[Any]]:
-    """``on_ranks(world, function, *args)`` runs `function(*args)` on that many gloo ranks; returns what each did.
+    """``on_ranks(world, function, *args)`` runs `function(*args)` on `world` gloo ranks; returns their results.
 
     Ranks are forked, so they start at once and `function` may be a closure. The first failure ends all of them.
     """
@@ -42,7 +42,7 @@ def on_ranks(tmp_path) -> Callable[..., list[Any]]:
 
 
 def _collect(receivers: list) -> list[Any]:
-    """What each rank returned; raises AssertionError with the traceback of the first that failed."""
+    """Return the result of each rank. Raise AssertionError, with the traceback, if a rank fails."""
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
         waiting = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in results}
@@ -60,6 +60,6 @@ def _rank(rank: int, world: int, store, sender, function: Callable[..., Any], ar
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         sender.send((False, function(*args)))
-        dist.barrier()  # nobody leaves while another may still be talking
+        dist.barrier()  # no rank may leave while another still communicates
     except BaseException:
         sender.send((True, traceback.format_exc()))

@@ -1,4 +1,4 @@
-"""Models that ask their past for more than a block, on ranks that share a sequence; and what is refused there."""
+"""Models that read more than a block of the past, on ranks that share a sequence; and layouts that are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_and_gradients(model, ids, labels, past=None) -> torch.Tensor:
-    """One vector: the loss, then all gradients."""
+    """Return one vector: the loss, then all gradients."""
     out = model(ids, labels, past=past)
     gradients = torch.autograd.grad(out.total, list(model.parameters()), allow_unused=True)
     flat = [g.flatten() if g is not None else torch.zeros(p.numel(), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Which device a process takes, under every launcher, and when it must not compute on the CPU."""
+"""Which device a process uses under every launcher, and when it must not compute on the CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bst_dist.parallel.devices import LOCAL_RANKS, cpu_refusal, device_files, lo
 @pytest.mark.parametrize("name", LOCAL_RANKS)
 def test_every_launcher_says_which_process_of_the_host_this_is(name):
     assert local_rank({name: "3"}) == 3
-    assert local_rank({name: "3"} | {"LOCAL_RANK": "1"}) == 1  # what this project's launchers say comes first
+    assert local_rank({name: "3"} | {"LOCAL_RANK": "1"}) == 1  # this project's launchers take precedence
 
 
 def test_without_a_launcher_there_is_no_number():
@@ -30,8 +30,8 @@ def test_without_a_launcher_there_is_no_number():
 @pytest.mark.parametrize(
     ("environment", "count", "device"),
     [
-        ({"OMPI_COMM_WORLD_LOCAL_RANK": "5"}, 8, 5),  # mpirun -n 8: not all on the first one
-        ({"SLURM_LOCALID": "1"}, 1, 0),  # srun --gpus-per-task=1: each process sees its own alone
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "5"}, 8, 5),  # mpirun -n 8: not all on the first device
+        ({"SLURM_LOCALID": "1"}, 1, 0),  # srun --gpus-per-task=1: each process sees only its own
         ({}, 8, 0),
     ],
 )
@@ -44,7 +44,7 @@ def test_a_process_takes_the_device_of_its_number(monkeypatch, environment, coun
 
 
 class _OneDevice:
-    """DeepSpeed's accelerator where CUDA shows a process one device; records which are taken."""
+    """Stub of DeepSpeed's accelerator in a process that sees one CUDA device; records which devices are set."""
 
     def __init__(self) -> None:
         self.taken: list[torch.device] = []
@@ -63,11 +63,11 @@ class _OneDevice:
 
 
 class _JoinedError(Exception):
-    """The ranks would be joined here."""
+    """Raised where the process group would be initialised."""
 
 
 def _as_process(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
-    """`environment` is all that launchers say to this process; restored afterwards, whatever is put there."""
+    """Set `environment` as the only variables of launchers; the old environment is restored after the test."""
     said = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_RANK", *LOCAL_RANKS}
     monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in said})
     os.environ |= environment
@@ -81,11 +81,11 @@ def _as_process(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) ->
     ],
 )
 def test_deepspeed_takes_the_one_device_that_a_process_sees(monkeypatch, environment):
-    """It takes LOCAL_RANK for the number of a device, in the process group and in its engine."""
+    """DeepSpeed uses LOCAL_RANK as the device number, in the process group and in its engine."""
     from bst_dist.parallel.loading import deepspeed
 
     accelerator, comm, engine = _OneDevice(), deepspeed.comm.comm, deepspeed.runtime.engine
-    backend = importlib.import_module("deepspeed.comm.torch")  # the package's attribute of that name is torch itself
+    backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm.torch` as an attribute is torch itself
 
     def join(**named: object) -> None:
         if "RANK" not in os.environ:
@@ -139,7 +139,7 @@ def test_a_host_with_accelerators_is_not_computed_on_by_its_cpu_unless_told(tmp_
 
 
 def test_amds_devices_are_those_of_its_compute_driver(tmp_path, monkeypatch):
-    """A render device alone may be any graphics card. They are named in their order, whatever the directory's is."""
+    """A render device without the compute driver may be any graphics card. The devices are sorted by name."""
     (tmp_path / "dri").mkdir()
     for name in ("renderD128", "renderD129", "card0"):
         (tmp_path / "dri" / name).touch()

@@ -1,4 +1,4 @@
-"""Ranks that wait for each other say for whom, obey a signal, and give up in time."""
+"""Ranks that wait for each other print for whom they wait, stop at a signal, and time out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bst_dist.faults.status import RESUBMIT
 from bst_dist.parallel.gathering import spans
 
 END_S = 60
-"""Far more than an end takes."""
+"""Timeout for a process to end, far more than it needs."""
 
 PROGRAM = """
 import sys
@@ -38,7 +38,7 @@ except gathering.GatheringError as error:
 
 @pytest.fixture
 def start() -> Iterator:
-    """``start(rank, world, limit_s)`` starts a process that gathers with the others once it is told to (`meet`)."""
+    """``start(rank, world, limit_s)`` starts a process that connects to the others when `meet` is called."""
     started, free = [], free_port()
 
     def one(rank: int, world: int, limit_s: float = 60.0, port: int = free) -> subprocess.Popen:
@@ -57,7 +57,7 @@ def start() -> Iterator:
 
 
 def meet(*processes: subprocess.Popen) -> None:
-    """Let them gather, all at once: imports take as long as the machine has other work."""
+    """Let the processes connect, all at once, after their imports, whose time depends on the machine's load."""
     for process in processes:
         heard(process, "ready")
     for process in processes:
@@ -66,7 +66,7 @@ def meet(*processes: subprocess.Popen) -> None:
 
 
 def heard(process: subprocess.Popen, text: str) -> str:
-    """The line that holds `text`."""
+    """Read output until a line contains `text`; return that line."""
     for line in process.stdout:
         if text in line:
             return line

@@ -1,4 +1,4 @@
-"""What a run loads: neither torch's compiler nor MLflow, and an optimizer that steps as torch's own does."""
+"""A run imports neither torch's compiler nor MLflow, and its optimizer steps like torch's own."""
 
 from __future__ import annotations
 

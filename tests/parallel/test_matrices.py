@@ -1,4 +1,4 @@
-"""Cut matrices: who owns them, and that their runs come together and go back where they came from."""
+"""Matrices that ZeRO has cut: their owners, and the exchange of their runs to the owners and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bst_dist.parallel.ranks import Ranks
 
 
 def cut(sizes: dict[int, int], work: float) -> Matrix:
-    """Runs of these sizes by rank, one after the other."""
+    """Return a matrix whose runs have these sizes by rank, one after another."""
     runs, begin = {}, 0
     for rank, count in sizes.items():
         runs[rank] = begin, count
@@ -55,7 +55,7 @@ def test_runs_come_together_and_go_back(on_ranks):
         return ranks.phases.take()[1]
 
     sent = on_ranks(4, run)
-    # Of matrix 1 rank 0 has two elements, its owner 1; of matrix 3 ranks 1 and 3 have three and one, its owner 2.
+    # Matrix 1: rank 0 has two elements, its owner is rank 1. Matrix 3: ranks 1 and 3 have 3 and 1, its owner is rank 2.
     assert [4 * out for out in (2, 3 + 2, 3 + 1, 1)] == [sum(each.values()) for each in sent]
 
 

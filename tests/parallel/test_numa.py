@@ -1,4 +1,4 @@
-"""A rank runs on the cores near its device, where /sys says which these are; in a made-up /sys."""
+"""A rank is bound to the CPU cores near its device, according to /sys; tested with a fake /sys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ done.set()
 
 @pytest.fixture
 def system(tmp_path: Path):
-    """``system(node, cpulist)`` makes a /sys in which the device belongs to a node, and the node has these cores."""
+    """``system(node, cpulist)`` makes a /sys in which the device belongs to a NUMA node with these cores."""
 
     def make(node: int, cpulist: str) -> Path:
         device, near = tmp_path / "bus/pci/devices" / DEVICE, tmp_path / "devices/system/node/node1"
@@ -42,7 +42,7 @@ def system(tmp_path: Path):
 
 
 def bound(system: Path, device: str = DEVICE) -> str:
-    """The node, the cores of the process and of its other thread, as a process finds them that binds itself."""
+    """Let a process bind itself; return its node, its cores, and the cores of its other thread."""
     ran = subprocess.run([sys.executable, "-c", PROGRAM, device, str(system)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()
@@ -60,8 +60,8 @@ def test_all_threads_run_on_the_cores_of_the_device_s_node(system):
     [
         (-1, "0", DEVICE),  # the kernel does not know
         (1, "900-903", DEVICE),  # a scheduler gave the process other cores
-        (1, "0-1023", DEVICE),  # one node has all there are
-        (1, "0", "0000:ff:00.0"),  # a device that is not there
+        (1, "0-1023", DEVICE),  # one node has all cores
+        (1, "0", "0000:ff:00.0"),  # a device that does not exist
         (1, "zero", DEVICE),
     ],
 )

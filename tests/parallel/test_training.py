@@ -1,4 +1,4 @@
-"""A training step on a dp x sp mesh under every ZeRO stage against one process: loss, norm and every gradient."""
+"""A training step on a dp x sp mesh, in every ZeRO stage, equals one process: loss, norm and every gradient."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from data_pipeline.serve.spread import Spread
 
 BLOCK, LENGTH, ROWS, MICRO_ROWS, VOCABULARY = 8, 32, 8, 2, 29
 TOLERANCE = 2e-5
-"""Of single precision, in which the training sums in another order."""
+"""Relative tolerance in fp32, because training sums in another order."""
 
 
 def model(variant: str) -> LanguageModel:
@@ -37,13 +37,13 @@ def model(variant: str) -> LanguageModel:
 
 
 def batches(mesh: Mesh, isolated: bool) -> list[SimpleNamespace]:
-    """The micro-batches of one rank, cut from the same global batch for every mesh; many labels do not count."""
+    """Return the micro-batches of one rank, cut from the same global batch for every mesh; many labels are masked."""
     generator = np.random.default_rng(0)
     ids = generator.integers(0, VOCABULARY, (ROWS, LENGTH + 1))
     mask = generator.random((ROWS, LENGTH)) < np.linspace(0.1, 0.9, ROWS)[:, None]
     starts = generator.random((ROWS, LENGTH // BLOCK)) < 0.3
     length = LENGTH // mesh.sp
-    ids, mask, starts = (np.append(rows, rows[:1], 0) for rows in (ids, mask, starts))  # the last is read where masked
+    ids, mask, starts = (np.append(rows, rows[:1], 0) for rows in (ids, mask, starts))  # for masked rows
     mask[-1] = False
     tokens = slice(mesh.sp_rank * length, (mesh.sp_rank + 1) * length)
     blocks = slice(tokens.start // BLOCK, tokens.stop // BLOCK)
@@ -56,7 +56,7 @@ def batches(mesh: Mesh, isolated: bool) -> list[SimpleNamespace]:
 
 
 def step(variant: str, isolated: bool, again: bool, stage: int, sp: int) -> dict[str, Any]:
-    """One step of the trainer on all ranks there are; what it reports, and the full gradients."""
+    """Take one step of the trainer on all ranks; return what it reports, and the full gradients."""
     from bst_dist.parallel.ranks import Ranks
     from bst_dist.train.deepspeed_json import Intent, complete
     from bst_dist.train.engine import Engine
@@ -87,7 +87,7 @@ def step(variant: str, isolated: bool, again: bool, stage: int, sp: int) -> dict
 
 
 def one_process(variant: str, isolated: bool) -> dict[str, Any]:
-    """The mean loss over all valid tokens of the global batch, without the trainer and without DeepSpeed."""
+    """Return loss, norm and gradients of the mean loss over all valid tokens, without trainer and DeepSpeed."""
     of, total, tokens = model(variant), 0.0, 0
     for batch in batches(Mesh(1, 0), isolated):
         names = ("input_ids", "labels", "loss_mask", "starts")
@@ -101,7 +101,7 @@ def one_process(variant: str, isolated: bool) -> dict[str, Any]:
 
 
 def errors(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    """Relative errors of a step as one rank sees it; of tiny gradients, relative to the largest a thousandfold."""
+    """Return the relative errors of a step on one rank; for tiny gradients relative to 1e-3 of the largest."""
     least = 1e-3 * max(float(g.norm()) for g in expected["gradients"].values())
     differences = {
         name: float((found["gradients"][name] - wanted).norm() / max(wanted.norm(), least))
@@ -114,9 +114,9 @@ def errors(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("world", "sp"), [(2, 1), (2, 2), (3, 1), (4, 2), (5, 1)])
 def test_a_step_on_a_mesh_is_one_process_s(on_ranks, stage, world, sp):
-    """With joined documents and all activations kept, and with isolated ones and every layer run again.
+    """With joined documents and all activations kept, and with isolated documents and every layer recomputed.
 
-    Three and five ranks do not divide the eight rows: of three, one has a masked row; of five, two have one.
+    Three and five ranks do not divide the eight rows: one of three ranks, or two of five, have a masked row.
     """
 
     def all_cases() -> dict[str, float]:

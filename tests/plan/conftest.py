@@ -1,9 +1,9 @@
-"""Fixtures of the tests of what is told before a launch."""
+"""Fixtures of the tests of the plan."""
 
 import pytest
 
 
 @pytest.fixture
 def plain_attention(monkeypatch):
-    """Attention in plain tiles: torch's counter of FLOPs knows matmuls, and not the fused kernel of a CPU."""
+    """Compute attention in plain tiles, because torch's FLOP counter does not know the fused CPU kernel."""
     monkeypatch.setattr("bst_dist.model.attention.attention_path", lambda device: "tiles")

@@ -1,7 +1,7 @@
-"""Programs of `lowering`, run on a CPU: their Triton kernels by Triton's interpreter, all else by torch.
+"""Run programs of `lowering` on a CPU: Triton kernels in Triton's interpreter, everything else in torch.
 
-A process of its own, since Triton decides when it is imported: `running.py` starts it. Buffers that a program makes
-begin as NaN, so that what is read before it was written shows.
+Runs in a separate process, started by `running.py`, because Triton reads at import whether to interpret. Buffers that a
+program allocates are filled with NaN, so that a read before a write is noticed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import torch
 from torch import Tensor
 
 KINDS = "pointwise", "reduction", "persistent_reduction", "template", "foreach", "fixed_config"
-"""Of kernels, as Inductor's decorators name them."""
+"""Kinds of kernels, as Inductor's decorators name them."""
 LIBDEVICE = {
     "cos": np.cos, "exp": np.exp, "expm1": np.expm1, "log1p": np.log1p, "rsqrt": lambda x: 1 / np.sqrt(x),
     "sin": np.sin, "tanh": np.tanh,
     "erf": np.vectorize(math.erf, otypes=[float]),
 }  # fmt: skip
-"""CUDA's functions that kernels call."""
+"""Replacements of CUDA's functions that kernels call."""
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *_: object,
           scale: float | None = None) -> Any:  # fmt: skip
-    """torch's flash attention as a GPU has it, (B, H, l, dh): its output, and the logarithms of its sums."""
+    """Return the outputs of torch's GPU flash attention, (B, H, l, dh): output, logsumexp, and unused others."""
     scores = _scores(q, k, causal, scale)
     out = (scores.softmax(-1) @ v.float()).to(q.dtype)
     laid_out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2).copy_(out)
@@ -44,7 +44,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = 
 
 def flash_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *rest: Any,
                    scale: float | None = None) -> list[Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values."""
+    """Return the gradients of queries, keys and values."""
     causal = rest[5]
     d_out, q_, k_, v_, out = (x.float() for x in (d_out, q, k, v, out))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -61,10 +61,10 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float | None) -> Tensor:
 
 
 def run(code: str, inputs: list[Any], configs: dict[str, dict[str, int]]) -> list[Any]:
-    """What the program of a pass makes of its inputs.
+    """Run the program of a pass; return its outputs.
 
     Args:
-        configs: sizes of the tiles of each kernel, by name.
+        configs: tile sizes of each kernel, by name.
     """
     code = code.replace("empty_strided_cuda(", "_made(").replace("async_compile.triton(", "_interpreted(")
     code = code.replace("torch.cuda._DeviceGuard(0)", "_here()").replace("torch.cuda.set_device(0)", "pass")
@@ -88,7 +88,7 @@ def _made(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
 
 
 class Kernel:
-    """A Triton kernel, called as Inductor's programs do."""
+    """A Triton kernel that is called like in Inductor's programs."""
 
     def __init__(self, name: str, source: str, config: dict[str, int], folder: Path):
         self.config = config
@@ -121,7 +121,7 @@ class Kernel:
 
 
 def prepare_interpreter() -> None:
-    """What Triton's interpreter has no rule for: products of bfloat16, and CUDA's functions."""
+    """Add to Triton's interpreter what it lacks: products of bf16, and CUDA's functions."""
     import triton.language as tl
     from torch._inductor.runtime import triton_helpers
     from triton.runtime import interpreter
@@ -151,7 +151,7 @@ def prepare_interpreter() -> None:
 
 
 def main(path: str) -> None:
-    """Write what each pass in the file makes of its inputs into the file."""
+    """Run each pass in the file, and overwrite the file with their outputs."""
     prepare_interpreter()
     passes = torch.load(path, weights_only=False)
     torch.save([run(one["code"], one["inputs"], one["configs"]) for one in passes], path)

@@ -1,8 +1,8 @@
-"""Layers lowered and compiled for sm_90: `python -m tests.sm90.layers [NAME ...]` prints what is counted.
+"""Lower and compile layers for sm_90: `python -m tests.sm90.layers [NAME ...]` prints the counts.
 
-A line of JSON for each: launches of both passes by kind, bytes that they read and write, and Triton kernels compiled
-with the shared memory they ask for. `counts.json` beside this file keeps the lines that the test and the table in
-docs/gpu.md hold.
+It prints one line of JSON per layer: launches of both passes by kind, bytes read and written, and the number of Triton
+kernels compiled, with their shared memory. `counts.json` in this folder holds the lines that the test checks and the
+table in docs/gpu.md shows.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ ROPE: dict[str, Any] = {"attention": {"position": "rope"}}
 LENGTH = 512
 PASSES = "forward", "backward"
 FEW = 4
-"""Kinds of operators that the table names."""
+"""Up to this many kinds of operators are named in the table."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, and the shape that it is compiled in."""
+    """A layer, and the shape that it is compiled for."""
 
     mixer: str
     settings: dict[str, Any]
     documents: Literal["", "isolated", "masked"] = ""
-    """Begin with a block, or at any token."""
+    """Documents begin at a block ("isolated") or at any token ("masked"); "": no documents."""
     selective: bool = False
-    """Whether its graph has selective checkpointing."""
+    """Whether its graph uses selective checkpointing."""
     width: int = 256
     heads: int = 2
     block: int = 128
     rows: int = 2
     length: int = LENGTH
     document: int = 700
-    """Tokens of a masked one."""
+    """Tokens of a masked document."""
 
     def compute(self) -> Tensor:
-        """As training does with `compile: true`; no parameter is zero or one, which could hide a fault."""
+        """Run the layer as training does with `compile: true`. No parameter is 0 or 1, which could hide an error."""
         torch.manual_seed(0)
         sizes = {"width": self.width, "heads": self.heads, "ffn": 4 * self.width, "block": self.block}
         layer = Layer(self.mixer, LayerConfig(**sizes, **self.settings))
@@ -62,7 +62,7 @@ class Case:
         return compiled.run(layer, x, Past(), self._starts(), keeps if self.selective else None)
 
     def _starts(self) -> Starts | None:
-        """Where documents begin. A program does not depend on it, but for the room that masked ones take."""
+        """Return where documents begin. A program depends only on the size of the table of masked documents."""
         if self.documents == "masked":
             begins = torch.zeros(self.rows, self.length, dtype=torch.bool)
             begins[:, 100 :: self.document] = True
@@ -76,18 +76,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Attention:
-    """What is compiled where layers are not: sliding attention alone, here with a block of keys before its tokens, as
-    in a slice of a sequence, after a carried past, or on a rank that shares its sequences."""
+    """Sliding attention alone, which is compiled if layers are not.
+
+    Here it has a block of keys before its tokens, as in a slice, after a carried past, or under sequence parallelism.
+    """
 
     gradients: bool = True
-    """Otherwise as in evaluation and generation: any number of rows, queries and keys."""
+    """Whether gradients are needed; if not, as in evaluation and generation: any number of rows, queries and keys."""
     past: bool = True
-    """Whether there are keys before its tokens; not for context states, which are causal sliding attention where
+    """Whether there are keys before its tokens. False for context states, which use causal sliding attention if
     documents begin at any token."""
     sums: bool = False
-    """Whether the sums of the exponentials are wanted, for one softmax over more keys."""
+    """Whether the sums of the exponentials are returned, for one softmax over further keys."""
     bias: bool = False
-    """T5's."""
+    """Whether it has a T5 bias."""
     documents: bool = False
 
     def compute(self) -> Tensor:
@@ -165,11 +167,11 @@ LAYERS: dict[str, Case | Attention] = {
     "attention, no gradients, documents": Attention(gradients=False, documents=True),
     "attention, no gradients, T5": Attention(gradients=False, bias=True),
 }
-"""Every kind of layer; RoPE where nothing else is said and the layer has a window."""
+"""Every kind of layer. Layers with a window use RoPE unless the name says otherwise."""
 
 
 def count(name: str) -> dict[str, Any]:
-    """All passes of one layer."""
+    """Return the counts of all passes of one layer."""
     graphs, passes, kernels, moved, atomics = trace(LAYERS[name].compute), [], [], [], 0
     with pretended_h100():
         for graph in graphs:
@@ -190,7 +192,7 @@ def count(name: str) -> dict[str, Any]:
 
 
 def fallbacks(passes: list[Launches]) -> dict[str, int]:
-    """Operators of torch that are called as they are, by name."""
+    """Count the torch operators that are called directly, by name."""
     found: dict[str, int] = {}
     for one in passes:
         for operator in (name.removeprefix("torch.ops.aten.").removesuffix(".default") for name in one.fallbacks):
@@ -199,7 +201,7 @@ def fallbacks(passes: list[Launches]) -> dict[str, int]:
 
 
 def table(counts: dict[str, dict[str, Any]]) -> str:
-    """The rows of the table in docs/gpu.md."""
+    """Return the rows of the table in docs/gpu.md."""
     lines = []
     for name, found in counts.items():
         kinds, own = found["kinds"], _named(found["fallbacks"])
@@ -212,7 +214,7 @@ def table(counts: dict[str, dict[str, Any]]) -> str:
 
 
 def _named(operators: dict[str, int]) -> str:
-    """How often which, or of how many kinds."""
+    """Return text that lists the operators with their counts; if there are many kinds, only the totals."""
     if len(operators) > FEW:
         return f"{sum(operators.values())} of {len(operators)} kinds"
     return ", ".join(f"{number} {name}" for name, number in operators.items()) or "none"

@@ -1,9 +1,9 @@
-"""A layer compiled for an H100 on a machine without one: its graphs lowered by Inductor, its kernels made machine code.
+"""Compile a layer for an H100 on a machine without a GPU: Inductor lowers its graphs, ptxas compiles its kernels.
 
-Needs a torch built with CUDA, which brings Triton and ptxas; no GPU and no driver. A layer, or attention alone, is
-traced by the front end that a run uses, on a CPU with CUDA's path forced. Its graphs are moved to fake CUDA tensors,
-and Inductor writes the programs that would run. What only a device could say (what it is, which attention kernel torch
-takes) is said here.
+Needs a torch built with CUDA, which includes Triton and ptxas, but neither GPU nor driver. A layer, or attention alone,
+is traced as in a run, on a CPU with CUDA's code path forced. Its graphs are moved to fake CUDA tensors, and Inductor
+writes the programs that would run. Properties that only a device knows (its model, which attention kernel torch
+chooses) are set here.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from bst_dist.model import attention, compiled, flex
 CUDA = torch.device("cuda", 0)
 CAPABILITY = 90
 SHARED_MEMORY = 232_448
-"""Bytes of shared memory that a block of threads may ask for on an H100."""
+"""Most bytes of shared memory that a thread block may use on an H100."""
 
 
 class H100:
-    """What torch's device properties say of one."""
+    """torch's device properties of an H100."""
 
     major, minor, multi_processor_count, warp_size, name, gcnArchName = 9, 0, 132, 32, "NVIDIA H100", ""
     max_threads_per_multi_processor, regs_per_multiprocessor, max_threads_per_block = 2048, 65536, 1024
@@ -49,7 +49,7 @@ class H100:
 
 @dataclass
 class Graph:
-    """One pass as the compiler's front end leaves it."""
+    """The graph of one pass after the compiler's front end."""
 
     backward: bool
     inference: bool
@@ -59,11 +59,11 @@ class Graph:
 
 
 class _TracedError(Exception):
-    """All graphs are there, and none is to be run."""
+    """Raised to stop the call once all graphs exist, before any runs."""
 
 
 def stopped(graph: Graph) -> Callable[..., Any]:
-    """In place of what would be compiled from the graph."""
+    """Return a function, to use instead of the compiled graph, that stops the call."""
 
     def run(*_: Any) -> None:
         raise _TracedError
@@ -73,10 +73,12 @@ def stopped(graph: Graph) -> Callable[..., Any]:
 
 def trace(call: Callable[[], object], compiled_as: Callable[[Graph], Callable[..., Any]] = stopped,
           bf16: bool = True) -> list[Graph]:  # fmt: skip
-    """What is compiled in a call, under autocast to bf16 or without: a forward and a backward pass, or, without
-    gradients, a forward pass.
+    """Return the graphs that are compiled in a call: forward and backward, or only forward without gradients.
 
-    `compiled_as`: what a graph becomes, called with a list of its inputs; by default nothing runs, and the call ends.
+    Args:
+        compiled_as: turns a graph into the function that runs it, called with a list of its inputs. By default nothing
+            runs, and the call ends.
+        bf16: whether the call is under autocast to bf16.
     """
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
 
@@ -117,7 +119,7 @@ def trace(call: Callable[[], object], compiled_as: Callable[[Graph], Callable[..
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
            scale: float | None = None) -> Tensor:  # fmt: skip
-    """The kernel that torch takes on an H100 for half precision without a mask; it would ask the device."""
+    """Call the kernel that torch chooses on an H100 for half precision without a mask; torch would ask the device."""
     if attn_mask is not None:
         raise NotImplementedError("no call of a compiled layer has a mask")
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[0]
@@ -125,7 +127,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_
 
 @contextmanager
 def pretended_h100() -> Iterator[None]:
-    """An H100 for torch, Inductor and Triton to ask about."""
+    """Context manager in which torch, Inductor and Triton see an H100."""
     import torch._inductor.scheduler as scheduler
     import torch._subclasses.fake_tensor as fake_tensor
     import torch.utils._triton as has
@@ -167,16 +169,16 @@ def pretended_h100() -> Iterator[None]:
 
 @dataclass
 class Program:
-    """What Inductor writes for a pass."""
+    """The program that Inductor writes for a pass."""
 
     code: str
-    """In Python, with its Triton kernels."""
+    """Python source, with its Triton kernels."""
     bytes: int
-    """That its kernels read and write, a buffer once a kernel."""
+    """Bytes that its kernels read and write; each buffer counts once per kernel."""
 
 
 def lower(graph: Graph) -> Program:
-    """The pass as Inductor would have it run."""
+    """Lower a pass with Inductor; return its program."""
     from torch._inductor.compile_fx import _recursive_post_grad_passes
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
@@ -189,7 +191,7 @@ def lower(graph: Graph) -> Program:
         for node in part.graph.nodes:
             node.args, node.kwargs = _on_cuda(node.args), _on_cuda(node.kwargs)
             if part is not module and isinstance(value := node.meta.get("val"), Tensor):
-                node.meta["val"] = _fake(mode, value)  # what is propagated below does not go into them
+                node.meta["val"] = _fake(mode, value)  # the propagation below does not enter them
         part.recompile()
     inputs = [_fake(mode, one) if isinstance(one, Tensor) else one for one in graph.inputs]
     with mode:
@@ -207,10 +209,10 @@ def lower(graph: Graph) -> Program:
 
 
 def _moved(node: Any) -> int:
-    """Bytes that a kernel reads and writes: Inductor's own count, but of a buffer only the part that is used.
+    """Return the bytes that a kernel reads and writes: Inductor's count, corrected to the used part of each buffer.
 
-    Inductor counts all of a buffer that a fused kernel or an operator of torch reads a slice of, and what only passes
-    from one part of a combined kernel to the next.
+    Inductor counts a whole buffer even if a kernel or operator reads only a slice of it. It also counts values that
+    only pass from one part of a combined kernel to the next.
     """
     from torch._inductor.dependencies import MemoryDep
     from torch._inductor.ir import MultiOutputLayout, NoneLayout
@@ -246,18 +248,18 @@ def _fake(mode: FakeTensorMode, x: Tensor) -> FakeTensor:
 
 @dataclass(frozen=True)
 class Launches:
-    """Calls of kernels in a program, by kind."""
+    """Number of kernel calls in a program, by kind."""
 
     fused: int
-    """Of Triton kernels that Inductor wrote."""
+    """Triton kernels written by Inductor."""
     products: int
-    """Of cuBLAS, with or without ReLU."""
+    """cuBLAS matrix products, with or without ReLU."""
     flex: int
-    """Of FlexAttention's kernels."""
+    """FlexAttention kernels."""
     flash: int
-    """Of torch's flash attention."""
+    """torch's flash attention."""
     fallbacks: tuple[str, ...]
-    """Other operators of torch, run as they are; views launch nothing."""
+    """Other torch operators that are called directly; views are not included, because they launch nothing."""
 
     @property
     def total(self) -> int:
@@ -265,7 +267,7 @@ class Launches:
 
 
 def launches(code: str) -> Launches:
-    """Counted in the part of the program that calls them."""
+    """Count the kernel calls in a program."""
     called = re.findall(r"(?m)^\s+(triton_\w+)\.run\(", code)
     operators = re.findall(r"(?m)= (torch\.ops\.[\w.]+)\(", code)
     flash, relu = (sum(kind in name for name in operators) for kind in ("flash_attention", "addmm_activation"))
@@ -282,22 +284,22 @@ def launches(code: str) -> Launches:
 
 
 def _operator(name: str) -> Any:
-    """`torch.ops.aten.add.Tensor` and the like, by its name."""
+    """Return the operator with a name such as `torch.ops.aten.add.Tensor`."""
     return reduce(getattr, name.split(".")[1:], torch)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Triton kernel as machine code for sm_90."""
+    """A Triton kernel compiled to machine code for sm_90."""
 
     name: str
     bytes: int
     shared: int
-    """Bytes of shared memory that a block of threads asks for."""
+    """Bytes of shared memory per thread block."""
 
 
 def compile_kernels(code: str) -> list[Kernel]:
-    """Every Triton kernel of a program, compiled by Triton and ptxas. Raises what they raise."""
+    """Compile every Triton kernel of a program with Triton and ptxas; their errors are not caught."""
     from torch._inductor.codecache import PyCodeCache
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -322,8 +324,10 @@ MADE = re.compile(r"(?:(\w+) = empty_strided_cuda\(|assert_size_stride\((\w+), )
 
 
 def copied_operands(code: str) -> list[str]:
-    """Operands of matrix products that torch copies before each, since neither rows nor columns are next to each other
-    in memory; no kernel of the program shows it."""
+    """Return the operands of matrix products that torch copies first, because neither rows nor columns are contiguous.
+
+    The program does not show these copies.
+    """
     layouts = {one or other: (sizes, strides) for one, other, sizes, strides in MADE.findall(code)}
     found = []
     for operands in PRODUCTS.findall(code):

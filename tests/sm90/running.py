@@ -1,4 +1,4 @@
-"""What the programs of a layer compute, pass by pass, beside what the same graphs compute in plain torch on a CPU."""
+"""Run the programs of a layer, pass by pass, and the same graphs in plain torch on a CPU, to compare the results."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.sm90.layers import LAYERS, Case
 from tests.sm90.lowering import Graph, lower, pretended_h100, trace
 
 PARTS = 8192
-"""Numbers that a program of a fused kernel works on: the interpreter takes as long for few."""
+"""Elements per program of a fused kernel. Large, because the interpreter takes as long for few elements."""
 ROWS = 64
-"""Sums over rows that it makes at once."""
+"""Row sums per program of a reduction kernel."""
 SMALL: dict[str, Any] = {"width": 128, "rows": 2, "length": 256, "document": 60}
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
@@ -30,16 +30,16 @@ FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.def
 
 @dataclass(frozen=True)
 class Pass:
-    """Of a layer, forward or backward."""
+    """Outputs of one pass of a layer, forward or backward."""
 
     backward: bool
     expected: list[Any]
-    """Of plain torch."""
+    """Outputs of plain torch."""
     found: list[Any]
-    """Of the program for an H100."""
+    """Outputs of the program for an H100."""
 
     def errors(self) -> list[float]:
-        """Largest differences, each over the largest number of that output; NaN where a number is missing."""
+        """Return each output's largest difference relative to its largest number; NaN if an element was not written."""
         both = zip(self.found, self.expected, strict=True)
         pairs = [(a.detach().double(), b.detach().double()) for a, b in both if _counts(b)]
         return [float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs]
@@ -50,7 +50,7 @@ def _counts(x: Any) -> bool:
 
 
 class _OnCPU(fx.Interpreter):
-    """Runs a graph as it was traced, with flash attention, which torch has for GPUs alone, written out."""
+    """Runs a graph as traced, with explicit formulas for flash attention, which torch only has on GPUs."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         own = {FLASH: flash, FLASH_BACKWARD: flash_backward}.get(target)
@@ -58,9 +58,11 @@ class _OnCPU(fx.Interpreter):
 
 
 def passes(name: str, folder: Path, bf16: bool = True) -> list[Pass]:
-    """Of a small layer of this name, with random parameters and gradients; `folder` is for files of its own.
+    """Run both passes of a small layer of this name, with random parameters and gradients; return their outputs.
 
-    `bf16`: as a GPU has it; otherwise in fp32 throughout, where two ways to compute the same hardly differ.
+    Args:
+        folder: for temporary files.
+        bf16: as on a GPU; otherwise everything is in fp32, where two ways to compute the same hardly differ.
     """
     case = LAYERS[name]
     case = replace(case, **SMALL) if isinstance(case, Case) else case
@@ -94,14 +96,14 @@ def _recorder(graph: Graph, recorded: list[tuple[Graph, list[Any], list[Any]]]) 
 
 
 def _as_traced(x: Any, like: Any) -> Any:
-    """A copy with the strides that the program was written for; plain torch may have left others."""
+    """Return a copy with the strides that the program expects; plain torch may have used others."""
     if not isinstance(like, FakeTensor):
         return x
     return torch.empty_strided(x.shape, like.stride(), dtype=x.dtype).copy_(x)
 
 
 def _tiles(code: str) -> dict[str, dict[str, int]]:
-    """Sizes of the tiles of each kernel of a program, by name: as on a GPU, but for larger ones where any will do."""
+    """Return the tile sizes of each kernel of a program, by name: as on a GPU, but larger if the size is free."""
     from torch._inductor.codecache import PyCodeCache
 
     found = {}

@@ -1,4 +1,4 @@
-"""What a GPU would be given to run computes the right numbers: its programs, run by Triton's interpreter on a CPU."""
+"""The programs for a GPU compute the right numbers: they are run by Triton's interpreter on a CPU."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NAMES = [
     "Block-Recurrent", "attention, no gradients", "attention, no gradients, documents", "attention, past, documents",
 ]  # fmt: skip
 ROUNDING = {"bf16": 0.06, "fp32": 1e-4}
-"""Both sides compute with these numbers, in another order. A GPU is given the programs for bf16; those for fp32 are the
-same but for the casts, and there hardly anything can hide behind rounding."""
+"""Largest relative error by precision; both sides only differ in the order of sums. A GPU runs the bf16 programs. The
+fp32 programs are the same without the casts, and there rounding can hide almost no error."""
 
 
 @pytest.mark.parametrize("precision", ROUNDING)

@@ -1,4 +1,4 @@
-"""What a GPU would be given to run: the programs of layers, their machine code for sm_90, and how many launches."""
+"""The programs of layers for a GPU: they compile to machine code for sm_90, with few launches and little traffic."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.sm90.lowering import SHARED_MEMORY, copied_operands, lower, pretended
 
 COMMITTED = json.loads(COUNTS.read_text())
 MOST = 100
-"""Launches of a layer of window and context states, both passes together."""
+"""Most launches of a layer with window and context states, both passes together."""
 MOST_BYTES = 12e9
-"""That one reads and writes, with D 1024 and eight rows of 4,096 tokens."""
+"""Most bytes that such a layer reads and writes, with D 1024 and eight rows of 4,096 tokens."""
 
 
 @pytest.mark.parametrize("name", COMMITTED)
@@ -44,7 +44,7 @@ def test_a_layer_of_window_and_states_has_few_launches(name):
 def test_an_sh_layer_has_a_kernel_for_each_of_its_attentions(name):
     kinds = COMMITTED[name]["kinds"]
     assert kinds["flex"] == 2  # FlexAttention's own kernel in each pass
-    assert kinds["flash"] == 2  # torch's, of cross-attention
+    assert kinds["flash"] == 2  # torch's flash attention in each pass, for cross-attention
 
 
 def test_where_documents_begin_at_any_token_states_are_attended_by_flex_attention_as_well():
@@ -54,7 +54,7 @@ def test_where_documents_begin_at_any_token_states_are_attended_by_flex_attentio
 
 @pytest.mark.parametrize("name", ["BST-SH", "BST-SH, masked documents", "BST-MF", "joint", "pure SSM", "GSS"])
 def test_products_take_their_operands_as_they_lie(name):
-    """An H200 spent 6 % of a BST-SH layer in copies that torch makes before a product."""
+    """On an H200, 6 % of the time of a BST-SH layer was spent in copies that torch makes before a product."""
     graphs = trace(LAYERS[name].compute)
     with pretended_h100():
         assert not [one for graph in graphs for one in copied_operands(lower(graph).code)]
@@ -62,7 +62,7 @@ def test_products_take_their_operands_as_they_lie(name):
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_no_kernel_adds_by_atomics(name):
-    """Sums in no fixed order, of bf16 numbers, and slow where many threads add to one place."""
+    """Atomic additions sum bf16 numbers in no fixed order, and are slow if many threads add to one address."""
     assert COMMITTED[name]["atomics"] == 0
 
 
@@ -71,7 +71,7 @@ def test_a_large_sh_layer_moves_few_bytes():
 
 
 def test_few_layers_need_operators_of_torch_beside_products_and_attention():
-    """FFTs, complex numbers, triangular systems and running maxima have no kernels of Inductor's."""
+    """Inductor has no kernels for FFTs, complex numbers, triangular systems and running maxima."""
     needing = {name for name, found in COMMITTED.items() if found["fallbacks"]}
     kernels = {"BST-SH, hyena", "BST-SH, explicit", "BST-SH, S4", "Gated DeltaNet"}
     assert needing == kernels | {"full, documents", "Transformer-XL, documents"}

@@ -12,7 +12,7 @@ from data_pipeline.prepare.parallel import open_workers
 
 
 class InMemory:
-    """Documents of random tokens; like a corpus, gives any run of one, and remembers the longest it gave."""
+    """Corpus of random tokens in memory. Records the longest range of tokens that was read at once."""
 
     def __init__(self, lengths: list[int], vocabulary: int):
         random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The averaged weights of a run: a literal average in one process, to the bit through stops, in any layout."""
+"""Averaged weights: equal to a literal average in one process, bitwise equal after a resume, in any layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AVERAGE = "train.average={decay: 0.4}"
 
 @pytest.fixture
 def go(recipe_file, train_in):
-    """Trains the small recipe, with a checkpoint per step, as `train_in` says."""
+    """Train the small recipe with a checkpoint per step; see `train_in`."""
     return train_in(recipe_file(checkpoint={"every": 1, "keep_last": 9}, train={"steps": 5, "sequences": 8}))
 
 
@@ -63,7 +63,7 @@ def test_a_stop_leaves_no_trace_and_another_layout_takes_up_the_same_average(go,
     assert equal(averages(whole, 5), averages(parts, 5))
     other = go("other", zero, AVERAGE, world=2, until=3)
     go("other", "deepspeed=ds_configs/zero2.json", AVERAGE, world=1, resume=True)
-    for name, tensor in averages(other, 5).items():  # what differs is the rounding of the gradients
+    for name, tensor in averages(other, 5).items():  # only the rounding of gradients differs
         torch.testing.assert_close(tensor, averages(whole, 5)[name], rtol=1e-4, atol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_a_stop_leaves_no_trace_and_another_layout_takes_up_the_same_average(go,
 def test_it_may_begin_and_end_at_a_resume(go, unmeasured):
     run = go("run", until=2)
     go("run", AVERAGE, until=3, resume=True)
-    begun = load_weights(directory(run, 2))  # as the average was before step 3
+    begun = load_weights(directory(run, 2))  # the average before step 3
     share = min(0.4, 4 / 13)
     weights = load_weights(directory(run, 3))
     for name, tensor in averages(run, 3).items():
@@ -110,7 +110,7 @@ def test_the_run_evaluates_it_and_it_leaves_the_house(go, tmp_path, unmeasured, 
 
 
 def literal_loss(run: Path, model: torch.nn.Module, sequences: int) -> float:
-    """Of the first validation sequences, one at a time."""
+    """Return the loss of the first validation sequences, computed one at a time."""
     from bst_dist.train.objective import open_objective
     from bst_dist.train.rundir import read_recipe
     from data_pipeline.serve.loader import Loader

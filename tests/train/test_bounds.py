@@ -1,4 +1,4 @@
-"""Every number of a recipe has bounds, but for the model's, which tests/model/test_settings.py walks through."""
+"""Every number of a recipe has bounds. For the model's settings see tests/model/test_settings.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMPOSSIBLE = (-1, 10**40, math.nan, math.inf)
 
 
 def numbers() -> list[tuple[str, dict[str, Any], str]]:
-    """Each numeric field, a recipe in which it is read, and what is said of it."""
+    """Return each numeric field, a recipe that uses it, and its description."""
     found = []
     for name, annotation, _, text in fields(Recipe):
         section = name.partition(".")[0]

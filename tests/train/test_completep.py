@@ -1,4 +1,4 @@
-"""The rates, decays and epsilons of CompleteP's groups, kept by every ZeRO stage and through a resume."""
+"""CompleteP's learning rates, weight decays and epsilons by group, in every ZeRO stage and after a resume."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_stage_trains_the_same_way_by_group_and_goes_on_after_a_stop(recip
                 train(request, ranks)
             engine = building.build_engine(resolve(load(request), request, ranks.world))
             for group in engine.deepspeed.optimizer.param_groups:
-                group.update(lr=9.0, weight_decay=9.0, eps=9.0)  # as a loading that mixes groups up might
+                group.update(lr=9.0, weight_decay=9.0, eps=9.0)  # as if loading had mixed up the groups
             engine.set_rates(1.0)
             keys = ("lr", "weight_decay", "eps")
             own = zip(engine.groups.names, engine.deepspeed.optimizer.param_groups, strict=True)

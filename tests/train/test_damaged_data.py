@@ -1,4 +1,4 @@
-"""Ranks that meet damaged data, as a user sees them."""
+"""Training on damaged data, as a user sees it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bst_dist.cli import main
 
 @pytest.mark.ranks
 def test_each_warning_of_damaged_data_names_its_rank(recipe_file, corpus, tmp_path, capfd):
-    """Both ranks read from the one shard, in which every block is damaged."""
+    """Both ranks read from the same shard, in which every block is damaged."""
     shutil.copytree(corpus, tmp_path / "damaged")
     for path in (*(tmp_path / "damaged").glob("train-*.tar"), *(tmp_path / "damaged").glob("train-*.tokens")):
         data = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Where edges wait: what comes back is what went in, in the opposite order, and disk takes no memory."""
+"""Stores of edges return what was put in, in reverse order; edges on disk take no memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLACES = ("device", "host", "disk")
 
 
 def edge(seed: int) -> State:
-    """What a layer leaves: a complex state, keys in half precision, where documents begin, and nothing of a kind."""
+    """Return an edge: complex states, keys in bf16, document numbers, and an empty tensor."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "state": torch.randn(2, 3, dtype=torch.complex64, generator=generator),
@@ -28,7 +28,7 @@ def edge(seed: int) -> State:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_edges_come_back_last_first_and_as_they_were(place):
-    """Also when the stack grows again after some have come back, as it does from one micro-batch to the next."""
+    """Also when edges are pushed again after some were popped, as from one micro-batch to the next."""
     edges, expected = edges_in(place), []
     for seed, pops in enumerate((0, 0, 1, 0, 0, 2, 0, 3)):
         edges.push(edge(seed))
@@ -50,7 +50,7 @@ def test_what_is_on_disk_is_not_in_memory_and_has_no_name(monkeypatch, tmp_path)
     assert edges.bytes == 8 * one
     for _ in range(8):
         edges.pop()
-    assert edges.bytes == 0  # the file is used again from its beginning
+    assert edges.bytes == 0  # the file is reused from its beginning
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The validation loss of a run, held to plain torch on the same sequences, one row at a time."""
+"""The validation loss of a run equals that of plain torch on the same sequences, one row at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def untrained(recipe: Path) -> Start:
 
 
 def literal(start: Start, sequences: int) -> tuple[int, float, list[float]]:
-    """Tokens, loss and loss by block of the untrained model on the first sequences, in double precision."""
+    """Return tokens, loss and loss by block of the untrained model on the first sequences, in double precision."""
     recipe = start.recipe
     torch.manual_seed(recipe.seed)
     model, block = start.objective.model().double().eval(), recipe.model.block
@@ -30,7 +30,7 @@ def literal(start: Start, sequences: int) -> tuple[int, float, list[float]]:
     loader = Loader(recipe.data, start.objective.validation, share, block=block, seed=0)
     nats = np.zeros((sequences, 32))
     for row in range(sequences):
-        (batch,) = loader.batches(row)  # one row a step: sequence after sequence of the split's first pass
+        (batch,) = loader.batches(row)  # one row per step: the sequences of the split's first pass, in order
         with torch.no_grad():
             hidden = model.hidden(torch.from_numpy(batch.input_ids))
             logits = model.logits(hidden.float().double())[0]
@@ -44,7 +44,7 @@ def literal(start: Start, sequences: int) -> tuple[int, float, list[float]]:
 def test_the_validation_loss_is_that_of_plain_torch_over_all_micro_batches(
     recipe_file, tmp_path, on_ranks, unmeasured, world, sp, sequences
 ):
-    """Three ranks do not divide seven sequences, and of two sequences one rank has none."""
+    """Three ranks do not divide seven sequences; with two sequences, one rank has none."""
     recipe = recipe_file(evaluation={"every": 1, "sequences": sequences}, optimizer={"learning_rate": 1e-12})
     changes = ["train.micro_sequences=2", f"parallel.sp={sp}"]
     on_ranks(world, lambda ranks: train(Request(recipe, changes, tmp_path / "run", False, 1), ranks))
@@ -65,7 +65,7 @@ def test_no_token_is_counted_twice_when_more_is_asked_for_than_the_split_holds(
     (line,) = [line for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "eval"]
     start = untrained(recipe)
     (corpus,) = start.objective.validation
-    held = int(corpus.lengths.sum()) - 1  # each token but the first has one before it to be predicted from
+    held = int(corpus.lengths.sum()) - 1  # every token except the first is predicted
     assert line["tokens"] == held
     sequences = -(-held // 32)
     assert (

@@ -1,4 +1,4 @@
-"""The gradient of a step is that of the mean loss over all its valid tokens, however the step is spread."""
+"""The gradient of a step is that of the mean loss over all its valid tokens, in every layout."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def start_of(recipe: Path, world: int, changes: list[str]) -> Start:
     request = Request(recipe, changes, recipe.parent / "never-written", resume=False, until=None)
     start = resolve(load(request), request, world)
     zero = start.completed["zero_optimization"]
-    if zero["stage"] == 3 and "gathered_once" not in start.recipe.deepspeed:  # they would all stay whole
+    if zero["stage"] == 3 and "gathered_once" not in start.recipe.deepspeed:  # else all parameters would stay whole
         zero["stage3_param_persistence_threshold"] = 0
     return start
 
 
 def one_process(recipe: Path) -> tuple[dict[str, np.ndarray], float]:
-    """Gradients and loss by plain torch: all rows at once, in one process, in double precision."""
+    """Return gradients and loss of plain torch: all rows at once, in one process, in double precision."""
     start = start_of(recipe, 1, ["train.micro_sequences=4"])
     torch.manual_seed(start.recipe.seed)
     model = LanguageModel(start.recipe.model).double()
@@ -68,7 +68,7 @@ def one_process(recipe: Path) -> tuple[dict[str, np.ndarray], float]:
 
 
 def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, np.ndarray], StepReport]:
-    """Full gradients as they are before the update, and the report, of the first step on these ranks."""
+    """Take the first step on these ranks; return the full gradients before the update, and the step's report."""
     start = start_of(recipe, ranks.world, changes)
     engine = building.build_engine(start)
     sharing = Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp).sp_group()
@@ -87,7 +87,7 @@ def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, 
 
 
 def test_gradient_of_two_ranks_is_that_of_one_process_in_every_stage(recipe_file, on_ranks, unmeasured):
-    recipe = recipe_file(data={"documents": "isolated"})  # some tokens are masked out, unevenly over the ranks
+    recipe = recipe_file(data={"documents": "isolated"})  # some tokens are masked, unevenly over the ranks
     expected, loss = one_process(recipe)
     norm = np.sqrt(sum((gradient**2).sum() for gradient in expected.values()))
 
@@ -105,7 +105,7 @@ def test_gradient_of_two_ranks_is_that_of_one_process_in_every_stage(recipe_file
 
 @pytest.mark.parametrize("policy", ["none", "every-layer"])
 def test_matrices_gathered_in_bf16_change_no_bit_of_a_gradient(policy, recipe_file, on_ranks, unmeasured, monkeypatch):
-    """Autocast would round them all the same; the first step is compared with one that gathers single precision."""
+    """Autocast rounds them in any case. The first step is compared with one that gathers in fp32."""
     recipe = recipe_file(train={"precision": "bf16"}, model={"tied": False})
     halve = engines._gather_in_bf16
 
@@ -127,11 +127,11 @@ def test_matrices_gathered_in_bf16_change_no_bit_of_a_gradient(policy, recipe_fi
     assert sum(half[3].values()) == single[3][torch.float32]
     model = LanguageModel(start_of(recipe, 2, overrides("zero3", 2, policy)).recipe.model)
     matrices = sum(one.numel() for module in model.modules() for one in products_only(module))
-    assert half[3][torch.bfloat16] >= 2 * matrices - model.output.weight.numel()  # some stay between the passes
+    assert half[3][torch.bfloat16] >= 2 * matrices - model.output.weight.numel()  # some stay gathered between passes
 
 
 class Sent(TorchDispatchMode):
-    """Counts elements by type that are gathered from all ranks, and that are reduced."""
+    """Counts elements, by dtype, in all-gathers and in reduce-scatters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Sent(TorchDispatchMode):
 
 
 def test_the_z_loss_is_in_the_gradient_and_in_no_loss_that_is_reported(recipe_file, on_ranks, unmeasured):
-    """Against the formula in double precision and one process, with its head tied and not, over slices and ranks."""
+    """Compared with the formula in double precision in one process; with tied and separate head, slices and ranks."""
     weight = 0.05
     recipe = recipe_file(data={"documents": "isolated"}, train={"z_loss": weight})
     cases = [[f"deepspeed=zero{stage}", f"model.tied={tied}", *layout] for stage, tied, layout in
@@ -167,7 +167,7 @@ def test_the_z_loss_is_in_the_gradient_and_in_no_loss_that_is_reported(recipe_fi
 
 
 def literal_z_loss(recipe: Path, weight: float, tied: str) -> tuple[dict[str, np.ndarray], float, float]:
-    """Gradients, mean nats and mean of log² Z, from all logits at once."""
+    """Return gradients, mean nats and mean of log² Z, from all logits at once."""
     start = start_of(recipe, 1, ["train.micro_sequences=4", f"model.tied={tied}"])
     torch.manual_seed(start.recipe.seed)
     model = LanguageModel(start.recipe.model).double()

@@ -1,4 +1,4 @@
-"""`bst train`, as a user starts it."""
+"""`bst train` as a user starts it."""
 
 from __future__ import annotations
 

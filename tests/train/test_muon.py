@@ -1,4 +1,4 @@
-"""Muon under ZeRO, on any number of ranks, is torch's Muon and AdamW in one process, on the same gradients."""
+"""Muon under ZeRO, on any number of ranks, equals torch's Muon and AdamW in one process on the same gradients."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from bst_dist.train.optimizer import build_for
 
 CONFIG = OptimizerConfig(kind="muon", learning_rate=2e-3, ssm_learning_rate=1e-3, weight_decay=3.0, momentum=0.9)
 CLIPPING = 0.05
-"""Far below the norms, so that what is clipped wrongly shows."""
+"""Far below the gradient norms, so that wrong clipping is noticed."""
 STEPS = 4
 
 
 def model() -> LanguageModel:
-    """Matrices of several shapes: stacked ones, and one with three dimensions."""
+    """Return a model with matrices of several shapes: stacked ones, and one with three dimensions."""
     torch.manual_seed(0)
     return LanguageModel(
         ModelConfig(
@@ -45,9 +45,10 @@ def batch(step: int) -> Tensor:
 
 
 def reference(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor], list[float]]:
-    """Weights after all steps, and each step's gradient norm: torch's two optimizers, a matrix for every map.
+    """Return the weights after all steps and each step's gradient norm, with torch's two optimizers.
 
-    torch's Muon orthogonalises in bf16; here it does so in single precision, as Muon does on a CPU.
+    Stacked matrices are split into one matrix per map. torch's Muon orthogonalises in bf16; here it does so in fp32, as
+    our Muon on a CPU.
     """
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     own = model()
@@ -106,7 +107,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 @pytest.mark.ranks
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_stage_is_torch_s_muon_and_adamw(on_ranks, monkeypatch, world):
-    """Weights after several steps, and the norms that are clipped by. On two and three ranks borders cut matrices."""
+    """Compares weights after several steps, and the norms used for clipping. On 2 and 3 ranks, matrices are cut."""
     expected, norms = reference(monkeypatch)
     monkeypatch.undo()
 
@@ -152,7 +153,7 @@ def test_a_step_without_finite_gradients_changes_neither_weights_nor_momentum(on
 
 @pytest.mark.ranks
 def test_only_the_first_moment_of_hidden_matrices_is_kept(on_ranks):
-    """What each rank finds of the layout without asking is what it holds, and what it sends is what is planned."""
+    """Also: the layout that each rank computes matches what it holds, and the bytes sent match the plan."""
     own = model()
     hidden = {id(weight) for weight, _ in own.hidden_matrices()}
     names = {name for name, weight in own.named_parameters() if id(weight) in hidden}
@@ -204,7 +205,7 @@ def test_completep_is_refused(recipe_file):
 
 
 def test_filters_and_heads_of_classes_stay_with_adamw():
-    """They are matrices with decay, but no maps from one activation to another inside a layer."""
+    """They are matrices with weight decay, but not linear maps between activations inside a layer."""
     sizes = {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 2, "vocab_size": 29, "mixer": "bst"}
     own = LanguageModel(ModelConfig(**sizes, ssm={"kernel": "hyena", "length": 16, "hidden": 8}))
     filters = [weight for name, weight in own.named_parameters() if ".ssm.layers." in name and name.endswith("weight")]

@@ -1,4 +1,4 @@
-"""A classifier's run is a run like any other: the same on any number of ranks, and resumed to the bit."""
+"""Training a classifier: the same on any number of ranks, and bitwise equal after a resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from data_pipeline.prepare.parallel import open_workers
 
 @pytest.fixture
 def task(recipe_file, tmp_path) -> Path:
-    """The small recipe for a small ListOps, padding and all."""
+    """The small recipe for a small ListOps task, with padding."""
     examples = tmp_path / "listops"
     config = ListOpsConfig(train=40, validation=12, test=10, max_depth=4, max_args=4, min_length=8, max_length=32)
     with open_workers(1) as workers:
@@ -36,7 +36,7 @@ def task(recipe_file, tmp_path) -> Path:
 
 @pytest.fixture
 def go(task, train_in, unmeasured) -> Callable[..., Path]:
-    """Trains on the task, as `train_in` says."""
+    """Train on the task; see `train_in`."""
     return train_in(task)
 
 

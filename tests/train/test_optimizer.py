@@ -66,4 +66,4 @@ def test_apply_puts_back_what_a_loading_has_mixed_up():
     assert groups.apply(optimizer, 0.5) == {"matrices": 5e-4, "vectors": 5e-4, "ssm": 5e-4}
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
     assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 for group in optimizer.param_groups)
-    assert groups.apply(optimizer, 1.0)["ssm"] == 1e-3  # factors do not multiply up
+    assert groups.apply(optimizer, 1.0)["ssm"] == 1e-3  # factors do not accumulate

@@ -1,4 +1,4 @@
-"""What a run reads of its data: passes counted before it starts, and corpora without a validation split."""
+"""A run's data: passes counted before it starts, and corpora without a validation split."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from data_pipeline.serve.loader import open_corpora
 
 @pytest.fixture(scope="module")
 def unsplit(corpus, tmp_path_factory) -> Path:
-    """A corpus of numbers that has a training split only, in the tokens of the other."""
+    """A corpus of numbers with only a training split, in the other corpus's tokens."""
     place = tmp_path_factory.mktemp("unsplit")
     random = np.random.default_rng(1)
     (place / "texts").mkdir()
@@ -40,7 +40,7 @@ def unsplit(corpus, tmp_path_factory) -> Path:
 
 
 def passes_of(corpus: Path, steps: int, rows: int, length: int) -> float:
-    """By the manifest: rows of `length` inputs, each token of a pass an input but the last."""
+    """Return the number of passes by the manifest: rows of `length` inputs; every token but the last is an input."""
     manifest = json.loads((corpus / "manifest.json").read_text())
     tokens = sum(shard["tokens"] for shard in manifest["splits"]["train"])
     return steps * rows / -(-(tokens - 1) // length)
@@ -65,7 +65,7 @@ def test_a_run_without_a_validation_split_says_so_and_finishes(
 
 @pytest.mark.ranks
 def test_what_has_a_validation_split_is_evaluated_on(recipe_file, tmp_path, on_ranks, unmeasured, unsplit, corpus):
-    """A mixture by the corpus that has one, a corpus without by the others that are named."""
+    """A mixture is evaluated on the corpus that has a split; a corpus without one, on the additional named corpora."""
     mixed = [{"corpus": str(unsplit), "weight": 3}, {"corpus": str(corpus), "weight": 1}]
     found = {}
     for name, data in [("alone", str(corpus)), ("mixed", mixed), ("named", str(unsplit))]:

@@ -1,4 +1,4 @@
-"""The recipe as people meet it: its documentation, its file, its identity."""
+"""The recipe: its documentation, its files, its digest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_every_setting_is_documented():
     assert [name for name, _, _, meaning in fields(Recipe) if not meaning] == []
 
 
-# The others of these folders are experiments with their base.yaml (tests/study/experiment/test_design.py).
+# The other files in these folders are experiments on their base.yaml (tests/study/experiment/test_design.py).
 FOLDERS = [ROOT / "launch/recipes" / name for name in ("ablations", "diagnostics")]
 EXPERIMENTS = {path for folder in FOLDERS for path in folder.glob("*.yaml") if path.name != "base.yaml"}
 RECIPES = sorted(set((ROOT / "launch/recipes").rglob("*.yaml")) - EXPERIMENTS)
@@ -67,7 +67,7 @@ def test_masked_documents_are_refused_in_one_line_where_a_model_cannot_tell_them
     ("log.profile=3", "log.profile: input should be a list (got 3)"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_the_words_of_a_recipe(override, said):
-    """One line each, without pydantic's names of types, tags and functions."""
+    """Each error is one line, without pydantic's names of types, tags and functions."""
     path = ROOT / "launch/recipes/demo.yaml"
     with pytest.raises(ConfigError) as caught:
         load_recipe(path, [override])

@@ -54,5 +54,5 @@ def test_the_rate_is_at_its_peak_until_the_decay_is_said_to_begin(schedule, step
         assert schedule.kind == "cosine" or all(rate == 1 for rate in rates[schedule.warmup_steps :])
         return
     assert all(rate == 1 for rate in rates[schedule.warmup_steps : until + 1])
-    if schedule.final_fraction < 0.9:  # nearer to 1 the fall is lost in rounding
+    if schedule.final_fraction < 0.9:  # nearer to 1, rounding hides the decay
         assert all(rate < 1 for rate in rates[until + 1 :])

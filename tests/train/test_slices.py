@@ -1,4 +1,4 @@
-"""Training in slices, as a user starts it: the run that takes sequences at once, in less memory."""
+"""Training in slices, as a user starts it, equals training on whole sequences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Go = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def go(recipe_file, tmp_path, on_ranks) -> Go:
-    """``go(run, *overrides, world=…, until=…, resume=…)`` trains the small recipe; returns what the run reports."""
+    """``go(run, *overrides, world=…, until=…, resume=…)`` trains the small recipe; returns the run's reports."""
     recipe = recipe_file(train={"sequence_length": 64, "sequences": 4})
 
     def train_(run: str, *changes: str, world: int = 1, until: int | None = None, resume: bool = False) -> list:
@@ -36,7 +36,7 @@ def go(recipe_file, tmp_path, on_ranks) -> Go:
 
 
 def differences(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[Any]:
-    """Where two runs tell something else, but for the rounding of single precision."""
+    """Return the values in which two runs differ by more than rounding in fp32."""
     assert [line["kind"] for line in run] == [line["kind"] for line in other]
     names = ("loss_nats", "bits_per_byte", "gradient_norm", "loss_by_block")
     pairs = [(a[n], b[n]) for a, b in zip(run, other, strict=True) for n in names if n in a]
@@ -53,7 +53,7 @@ def differences(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[
     ("model.mixer=block-recurrent", "model.block_recurrent.states=4"),
 ])  # fmt: skip
 def test_a_run_in_slices_is_the_run_at_once(go, changes):
-    """The same losses, norms and evaluations, step after step; with documents, and with a past from before."""
+    """The same losses, norms and evaluations in every step; with documents, and with a carried past."""
     at_once = [change for change in changes if "edges" not in change]
     assert differences(go("slices", "train.slice_tokens=16", *changes), go("whole", *at_once)) == []
 
@@ -61,7 +61,7 @@ def test_a_run_in_slices_is_the_run_at_once(go, changes):
 @pytest.mark.ranks
 @pytest.mark.parametrize(("documents", "variant"), [("isolated", "SH"), ("masked", "MF")])
 def test_a_run_in_slices_on_a_mesh_is_the_run_of_one_rank(go, documents, variant):
-    """Two ranks to a sequence and two sequences side by side, ZeRO-3, layers that run again."""
+    """Two ranks per sequence, two sequences in parallel, ZeRO-3, recomputed layers."""
     spread = ("parallel.sp=2", "deepspeed=ds_configs/zero3.json", "activation_checkpointing.policy=every-layer")
     changes = (f"data.documents={documents}", f"model.context.variant={variant}")
     slices = ("train.slice_tokens=16", "train.edges_every=3")
@@ -82,7 +82,7 @@ def test_a_stopped_run_goes_on_to_the_bit_and_may_go_on_at_once(go, tmp_path, as
 
 @pytest.mark.ranks
 def test_every_slice_is_a_sign_of_life(recipe_file, tmp_path, on_ranks, monkeypatch):
-    """The watchdog reads how many phases were entered: a step of minutes must not look like one that hangs."""
+    """The watchdog counts phases that were entered, so a step of minutes must not look like a hang."""
     entered: Counter[tuple[str, int]] = Counter()
     honest = Phases.enter
 
@@ -103,7 +103,7 @@ def test_every_slice_is_a_sign_of_life(recipe_file, tmp_path, on_ranks, monkeypa
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_step_in_slices_that_is_held_back_changes_no_weight(go, tmp_path, monkeypatch, stage):
-    """The guard judges when the losses of all slices are there, while most of them have gone backward already."""
+    """The guard decides when the losses of all slices exist, after most slices already ran their backward pass."""
     honest, calls = sum_of_batch, count()
 
     def spoilt(*args: Any) -> torch.Tensor:
@@ -138,6 +138,6 @@ def test_what_has_no_slices_is_refused_with_the_reason(settings, changes, messag
 
 
 def test_slices_and_the_place_of_edges_are_not_what_a_run_is(settings):
-    """So a run may go on with others, and recipes from before there were any keep their digests."""
+    """So they may change when a run is resumed, and recipes older than these settings keep their digests."""
     sliced = settings | {"train": settings["train"] | {"slice_tokens": 8, "edges": "disk", "edges_every": 2}}
     assert digest(parse(Recipe, sliced)) == digest(parse(Recipe, settings))

@@ -1,8 +1,9 @@
-"""Nothing between the data and the optimizer's step waits for the device: it computes while the host queues more. And
-nothing in it is an operation that CUDA has in no fixed order alone, which `deterministic: true` would refuse.
+"""A training step has no synchronisation with the device between the data and the optimizer's step.
 
-Tensors on the meta device stand for those of a GPU: to ask one for its value is an error, and copies between host and
-device are seen. The step under DeepSpeed is counted on the CPU, where questions for values are answered, and counted.
+So the device computes while the host queues more work. The step also has no operation that is nondeterministic on CUDA,
+which `deterministic: true` would refuse. Tensors on the meta device stand for those of a GPU: reading a value is an
+error, and copies between host and device are detected. The step under DeepSpeed runs on the CPU, where reading values
+works and is counted.
 """
 
 from __future__ import annotations
@@ -61,13 +62,14 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations for which a host waits for its device, and those without a fixed order of sums."""
+    """Counts operations for which the host waits for the device, and those that sum in no fixed order."""
 
     READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal")
     CHECKED = ("_linalg_check_errors", "_linalg_eigh", "linalg_eig", "_linalg_eigvals", "_linalg_svd", "linalg_lstsq")
-    """Whether they succeeded is read: by the first for all that have a form without, such as `linalg.solve_ex`."""
+    """They read whether they succeeded. `_linalg_check_errors` does so for all that have a variant without the check,
+    such as `linalg.solve_ex`."""
     UNORDERED = ("histc", "put_", "kthvalue", "median", "nll_loss_forward", "scatter_reduce", "bincount")
-    """Of `torch.use_deterministic_algorithms`'s list, what a model could come to use; and sums of floats so far."""
+    """Operations in the list of `torch.use_deterministic_algorithms` that a model could use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class Waits(TorchDispatchMode):
             self.found[name] += 1
         indexed = name in ("index", "index_put", "index_put_")
         if indexed and any(x is not None and x.dtype == torch.bool for x in args[1]):
-            self.found["indexed by a mask"] += 1  # asks how many it selects
+            self.found["indexed by a mask"] += 1  # reads how many elements it selects
         if indexed or name in ("_to_copy", "copy_"):
             devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
             if len(devices) > 1:
@@ -89,7 +91,7 @@ class Waits(TorchDispatchMode):
 
 
 class FakeEngine:
-    """The model itself, its gradients summed by autograd."""
+    """Stub of an engine: runs the model itself; autograd accumulates the gradients."""
 
     stage = 2
 
@@ -107,7 +109,7 @@ class FakeEngine:
 
     def update(self) -> float:
         self.before_update = self.waits.found.copy()
-        raise StopIteration  # what follows reads the step's sums
+        raise StopIteration  # the code after it reads the step's sums
 
 
 def batch(documents: str) -> Batch:
@@ -123,7 +125,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     def fresh(array: np.ndarray, device: torch.device) -> Tensor:  # pinned memory needs a driver
         return torch.zeros(array.shape, dtype=torch.from_numpy(array).dtype, device=device)
 
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # torch knows none on the meta device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # the meta device has no autocast
     monkeypatch.setattr(torch, "autocast", lambda *device, **settings: nullcontext())
     monkeypatch.setattr(attention, "sliding_attention", fused_attention)
     monkeypatch.setattr(attention, "sliding_share", fused_share)
@@ -192,7 +194,7 @@ def test_deepspeed_waits_for_nothing_before_its_own_step(
     from bst_dist.config import load_recipe
     from bst_dist.verify.step import distributed_step
 
-    # A carried past makes it two steps: in the first, ZeRO-3 compares with other ranks what it will gather, and waits.
+    # A carried past makes it two steps. In the first, ZeRO-3 waits for other ranks to agree on what it will gather.
     changes = {"train": {"micro_sequences": 2, "carry": True}, "data": {"mode": "streaming"}}
     recipe = load_recipe(recipe_file(deepspeed=f"ds_configs/zero{stage}.json", **changes), ["model.vocab_size=320"])
 

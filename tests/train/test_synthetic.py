@@ -1,4 +1,4 @@
-"""A run that learns a synthetic task: the same over any layout, resumed to the bit, judged by distance."""
+"""Training on a synthetic task: the same in any layout, bitwise equal after a resume, evaluated by distance."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TASK = "{synthetic: {task: associative-recall, pairs: 3, keys: 6, symbols: 6, sp
 
 @pytest.fixture
 def task(recipe_file) -> Path:
-    """The small recipe with a task in place of its corpus."""
+    """The small recipe with a task instead of its corpus."""
     recipe = recipe_file()
     text = recipe.read_text()
     before, after = text.index("data:"), text.index("train:")
@@ -37,7 +37,7 @@ def task(recipe_file) -> Path:
 
 @pytest.fixture
 def go(task, train_in, unmeasured) -> Callable[..., Path]:
-    """Trains on the task, as `train_in` says."""
+    """Train on the task; see `train_in`."""
     return train_in(task)
 
 
@@ -73,7 +73,7 @@ def test_resumed_run_equals_the_uninterrupted_one_also_under_another_layout(go, 
 
 @pytest.mark.ranks
 def test_metrics_by_distance_are_those_of_the_rows_one_by_one(go, capsys):
-    """Beside plain torch on single rows; and `bst eval` finds the same on the same rows."""
+    """Compared with plain torch on single rows. `bst eval` gives the same on the same rows."""
     run = go("run", "evaluation.sequences=5", "log.tensorboard=true")
     line = evaluations(run)[-1]
     recipe = load_recipe(run / "recipe.yaml")
@@ -109,7 +109,7 @@ def test_metrics_by_distance_are_those_of_the_rows_one_by_one(go, capsys):
 @pytest.mark.ranks
 @pytest.mark.parametrize("changes", [[], ["train.slice_tokens=16"]])
 def test_a_row_over_several_steps_is_the_row_at_once_where_nothing_is_learnt(go, changes):
-    """Its past is carried from step to step, and dropped where the next row begins; evaluations read whole rows."""
+    """The past is carried from step to step, and dropped when the next row begins. Evaluations read whole rows."""
     fixed = ["optimizer.learning_rate=1e-30", "optimizer.ssm_learning_rate=1e-30", "optimizer.weight_decay=0",
              "data.synthetic.span=64"]  # fmt: skip
     carried = go("carried", *fixed, *changes, "data.row_tokens=64", "train.carry=true", "train.steps=4")
@@ -117,7 +117,7 @@ def test_a_row_over_several_steps_is_the_row_at_once_where_nothing_is_learnt(go,
     steps = [[line for line in read_lines(run / FILE) if line["kind"] == "train"] for run in (carried, whole)]
 
     def nats(lines: list[dict]) -> list[float]:
-        """Of all labels of each step; `tokens` counts the labels up to a step."""
+        """Return the summed loss of each step; `tokens` counts the labels up to a step."""
         before = [0, *(line["tokens"] for line in lines)]
         return [line["loss_nats"] * (line["tokens"] - seen) for line, seen in zip(lines, before, strict=False)]
 

@@ -1,4 +1,4 @@
-"""TF32 for the SSM's products: the flag, which torch has on a CPU as well, while a run trains and after it."""
+"""TF32 for the SSM's products: torch's flag, which also exists on a CPU, while a run trains and after it."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from bst_dist.train import run
 
 
 class _Here(Exception):
-    """A run has begun."""
+    """Raised to stop a run once it has begun."""
 
 
 @pytest.fixture(params=[False, True], ids=["off before", "on before"])
@@ -21,7 +21,7 @@ def before(request):
 
 
 def while_training(monkeypatch, precision: str) -> bool:
-    """The flag as a run of that precision finds it, which then fails."""
+    """Return the flag's value in a run of that precision; the run is stopped at its start."""
     found = []
 
     def begin(*_):

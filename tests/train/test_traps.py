@@ -1,4 +1,4 @@
-"""What is known to go wrong with DeepSpeed, and cannot here; docs/verify.md lists the traps and where each is held."""
+"""Known pitfalls of DeepSpeed that must not happen here. docs/verify.md lists them, each with its test."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_offloading_to_a_drive_that_is_not_there_names_the_host_and_the_key():
 
 
 class Recorder(Rehearsal):
-    """Writes down every exchange, in order."""
+    """A rehearsal that records every exchange, in order."""
 
     def __init__(self, rank: int, size: int):
         super().__init__(rank, size)
@@ -109,7 +109,7 @@ class Recorder(Rehearsal):
 @pytest.mark.parametrize("isolated", [False, True])
 @pytest.mark.parametrize("variant", ["SH", "MH", "MF"])
 def test_all_ranks_make_the_same_exchanges_in_the_same_order_needed_or_not(variant, isolated):
-    """Also a rank that begins the sequence, and one whose every block begins a document: what came is of no use."""
+    """Also the first rank of a sequence, and a rank where every block begins a document: they do not use the past."""
 
     def exchanges(rank: int, starts_everywhere: bool) -> list[tuple[str, str]]:
         group, own = Recorder(rank, 4), model(context={"variant": variant, "states": 3})
@@ -127,7 +127,7 @@ def test_all_ranks_make_the_same_exchanges_in_the_same_order_needed_or_not(varia
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 def test_dynamics_stay_in_single_precision_under_bf16_in_every_stage(recipe_file, tmp_path, on_ranks):
-    """After a step too; what the state space model computes is single precision, what it is given is not."""
+    """Also after a step. The SSM computes in fp32; its inputs are in bf16."""
     recipe = recipe_file(train={"precision": "bf16", "micro_sequences": 2})
 
     def dtypes(ranks: Ranks) -> list[set[str]]:
@@ -157,7 +157,7 @@ def test_dynamics_stay_in_single_precision_under_bf16_in_every_stage(recipe_file
 
 @pytest.mark.parametrize(("mixer", "kernel"), [*((one, "s4d") for one in MIXERS), ("bst", "hyena"), ("bst", "ssd")])
 def test_what_zero3_gathers_in_bf16_is_rounded_to_it_before_any_use_anyway(mixer, kernel):
-    """So rounding it first changes no bit of the loss or of a gradient, in any layer."""
+    """So rounding these weights first leaves the loss and all gradients bitwise equal, in any layer."""
     ssm = {"hyena": {"length": 16}, "ssd": {"head": 8}}.get(kernel, {}) | {"kernel": kernel}
     sections = {"ssm": ssm} if "ssm" in MIXER_SECTIONS[mixer] else {}
     own = model(mixer=mixer, width=64, tied=False, **sections)
@@ -182,7 +182,7 @@ def test_what_zero3_gathers_in_bf16_is_rounded_to_it_before_any_use_anyway(mixer
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 def test_clipping_is_to_the_norm_of_the_whole_gradient_in_every_stage(recipe_file, tmp_path, on_ranks):
-    """What is off by sp or dp is clipped wrongly: two stages would step differently, and AdamW would hide it."""
+    """A norm wrong by a factor of sp or dp would clip wrongly; two stages would differ, and AdamW would hide it."""
     recipe = recipe_file(train={"gradient_clipping": 0.01, "micro_sequences": 4}, parallel={"sp": 2})
 
     def norms(ranks: Ranks) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Validation on further corpora: each loss and its error held to plain torch, one sequence at a time."""
+"""Validation on additional corpora: each loss and its error compared with plain torch, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from data_pipeline.serve.share import Share
 
 @pytest.fixture(scope="module")
 def numbers(corpus, tmp_path_factory) -> Path:
-    """Another corpus, of numbers, in the same tokens."""
+    """Another corpus, of numbers, with the same tokenizer."""
     return prepared(tmp_path_factory.mktemp("numbers"), {"reuse": str(corpus)})
 
 
@@ -51,11 +51,11 @@ def prepared(place: Path, tokenizer: dict[str, Any]) -> Path:
 def test_the_standard_error_is_that_of_a_ratio():
     random = np.random.default_rng(0)
     nats, tokens = random.gamma(2.0, 30.0, 400), random.integers(5, 40, 400)
-    again = [random.integers(0, 400, 400) for _ in range(4000)]  # bootstrap: an independent way to the same figure
+    again = [random.integers(0, 400, 400) for _ in range(4000)]  # the bootstrap gives the same figure independently
     spread = np.std([nats[draw].sum() / tokens[draw].sum() for draw in again])
     found = standard_error(torch.from_numpy(np.stack((nats, tokens), 1)))
     assert found == pytest.approx(spread, rel=0.05)
-    alike = torch.tensor([[3.0, 4.0], [5.0, 4.0], [1.0, 4.0], [0.0, 0.0]])  # of the last nothing counts
+    alike = torch.tensor([[3.0, 4.0], [5.0, 4.0], [1.0, 4.0], [0.0, 0.0]])  # the last has no tokens
     assert standard_error(alike) == pytest.approx(np.std([0.75, 1.25, 0.25], ddof=1) / math.sqrt(3))
     assert math.isnan(standard_error(alike[:1]))
 
@@ -85,14 +85,14 @@ def test_the_loss_of_each_corpus_is_that_of_plain_torch(
     assert found["again"]["loss_nats"] == pytest.approx(own["loss_nats"], rel=1e-6)
     assert found["again"]["bits_per_byte"] == pytest.approx(own["bits_per_byte"], rel=1e-6)
     manifest = read_manifest(directory(tmp_path / "run", 1))
-    assert manifest["validation_loss_nats"] == found["numbers"]["loss_nats"]  # what checkpoint.keep_best goes by
+    assert manifest["validation_loss_nats"] == found["numbers"]["loss_nats"]  # used by checkpoint.keep_best
 
 
 def literal(start, url: str, sequences: int) -> np.ndarray:
-    """Mean loss of each of the first validation sequences of the untrained model, in double precision."""
+    """Return the untrained model's mean loss on each of the first validation sequences, in double precision."""
     recipe = start.recipe
     torch.manual_seed(recipe.seed)
-    model, data = start.objective.model().double().eval(), alone(recipe.data, url)  # which is served in shuffled mode
+    model, data = start.objective.model().double().eval(), alone(recipe.data, url)  # served in shuffled mode
     loader = Loader(data, open_corpora(data, "validation"), Share(length=32, rows=1, micro_rows=1),
                     block=recipe.model.block, seed=0)  # fmt: skip
     found = np.zeros(sequences)

@@ -17,7 +17,7 @@ from data_pipeline.prepare.parallel import Workers
 
 
 def text(i: int, words: int = 200) -> str:
-    """A text like no other, with some lines and characters that need care."""
+    """Return a text that is different for each `i`, with several lines and special characters."""
     rng = random.Random(i)
     lines = (" ".join(f"w{rng.randrange(900)}" for _ in range(8)) for _ in range(words // 8))
     return f"Text {i} \u2581 é\r\n" + "\n".join(lines)
@@ -38,7 +38,7 @@ Settings = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def settings_of(tmp_path: Path, folder: Path) -> Settings:
-    """`settings_of(output, **changes)`: a preparation of the folder in several small shards."""
+    """`settings_of(output, **changes)` returns settings to prepare the folder into several small shards."""
 
     def settings(output: str = "corpus", **changes: Any) -> dict[str, Any]:
         return {
@@ -69,5 +69,5 @@ def run(settings_of: Settings) -> Run:
 
 @pytest.fixture
 def files_of() -> Callable[[Path], dict[str, bytes]]:
-    """Every file of a corpus directory, hidden ones apart."""
+    """`files_of(corpus)` returns the content of every file of a corpus directory, without hidden files."""
     return lambda corpus: {f.name: f.read_bytes() for f in corpus.iterdir() if f.is_file() and f.name[0] != "."}

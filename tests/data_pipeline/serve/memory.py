@@ -13,7 +13,7 @@ from data_pipeline.serve.share import Share
 
 
 class Memory:
-    """A corpus in memory: documents of given lengths, whose tokens are all different, in shards of so many each."""
+    """A corpus in memory: documents of given lengths, all tokens different; `shards`: documents per shard."""
 
     where, split, sha256, remote = "memory", "train", "0" * 64, False
 
@@ -35,20 +35,20 @@ class Memory:
         return np.concatenate([self.lengths[first[shard] : first[shard + 1]] for shard in shards.tolist()])
 
     def find(self, documents: np.ndarray) -> list[Any]:
-        """Nothing lies in files."""
+        """Return an empty list: no document is in a file."""
         return []
 
     def unmap(self) -> None:
-        """Nothing is mapped."""
+        """Do nothing: no file is mapped."""
 
     def fetch_ahead(self, now: list[int], soon: list[int]) -> None:
-        """Nothing is fetched."""
+        """Do nothing: everything is in memory."""
 
     def release(self, shards: set[int]) -> None:
-        """Nothing is held here."""
+        """Do nothing: no shard is cached."""
 
     def interrupt(self, stop: bool) -> None:
-        """Nothing waits here."""
+        """Do nothing: no read ever waits."""
 
     def read_into(self, number: int, start: int, buffer: memoryview) -> None:
         out = np.frombuffer(buffer, "<u4")

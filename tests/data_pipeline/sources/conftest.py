@@ -1,4 +1,4 @@
-"""Reading a source whole."""
+"""Fixtures to read whole sources and to make their files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from data_pipeline.sources import SOURCES, Document, Skipped
 
 @pytest.fixture
 def read_all() -> Callable[..., tuple[list[Document], dict[str, str]]]:
-    """`read_all(kind, **settings)`: the documents of a source in order, and what it skipped with the reasons.
+    """`read_all(kind, **settings)` returns the documents of a source in order, and the skipped paths with reasons.
 
-    Raises UserError for what is bad, as a preparation with `on_bad_record: stop` does.
+    Raises UserError for a bad record, as a preparation with `on_bad_record: stop` does.
     """
 
     def read(kind: str, **settings: Any) -> tuple[list[Document], dict[str, str]]:
@@ -35,7 +35,7 @@ def read_all() -> Callable[..., tuple[list[Document], dict[str, str]]]:
 
 @pytest.fixture
 def make_tar() -> Callable[..., bytes]:
-    """`make_tar({name: bytes, name: "-> target" for a symbolic link}, mode)`: an archive's bytes."""
+    """`make_tar({name: content}, mode)` returns a tar archive as bytes; a content "-> target" is a symbolic link."""
 
     def make(members: dict[str, bytes | str], mode: str = "w:") -> bytes:
         file = io.BytesIO()
@@ -55,7 +55,7 @@ def make_tar() -> Callable[..., bytes]:
 
 @pytest.fixture
 def put(tmp_path: Path) -> Callable[..., Path]:
-    """`put({path: content})` writes files below a directory and returns it."""
+    """`put({path: content})` writes files below a directory and returns the directory."""
 
     def write(files: dict[str, bytes | str], under: str = "source") -> Path:
         for name, content in files.items():

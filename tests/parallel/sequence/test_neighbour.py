@@ -1,4 +1,4 @@
-"""Sequence parallelism against one process: the same losses, gradients and leftovers, in double precision."""
+"""Sequence parallelism equals one process: losses, gradients and the state left to the next call, in fp64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RELATIVE_ERROR = 1e-10
 def model(mixer: str = "bst", variant: str = "SH", position: str = "t5", attend: str = "current",
           ssm: dict | None = None, head_width: int | None = None,
           kv_heads: int | None = None) -> LanguageModel:  # fmt: skip
-    """Two layers with a sliding one between them, in double precision, the same on every rank."""
+    """Return two layers with a sliding layer between them, in double precision, the same on every rank."""
     config = ModelConfig(
         width=16, heads=2, ffn=24, block=BLOCK, depth=3, mixer=mixer, placement=[0, 2], vocab_size=VOCABULARY,
         attention={"position": position, "kv_heads": kv_heads}, head_width=head_width,
@@ -36,13 +36,13 @@ def model(mixer: str = "bst", variant: str = "SH", position: str = "t5", attend:
     torch.manual_seed(0)
     built = LanguageModel(config).double()
     for name, parameter in built.named_parameters():
-        if name.endswith("bias.weight"):  # zero at the start, where its gradient would say little
+        if name.endswith("bias.weight"):  # initialised with 0, where its gradient would test little
             torch.nn.init.normal_(parameter, std=0.3)
     return built
 
 
 def data(length: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """One global batch. In odd ones no token of the last slice counts."""
+    """Return one global batch. With an odd seed, all tokens of the last slice are masked."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(VOCABULARY, (ROWS, length + 1), generator=generator)
     mask = torch.rand(ROWS, length, generator=generator) < 0.9
@@ -51,7 +51,7 @@ def data(length: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def part(batch: dict, rank: int, size: int) -> dict:
-    """The slice of `batch` that a rank holds."""
+    """Return the slice of `batch` that a rank holds."""
     return {name: own(x, rank, size) for name, x in batch.items()}
 
 
@@ -78,12 +78,12 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Case(NamedTuple):
-    """Consecutive calls on whole sequences, and what one process makes of them."""
+    """Consecutive calls on whole sequences, and their results in one process."""
 
     calls: list[dict]
     carry: bool
     expected: list[tuple]
-    """(loss, losses by token, gradients, what is left to the next call) of each."""
+    """For each call: (loss, losses by token, gradients, state left to the next call)."""
 
 
 def one_process(of: LanguageModel, calls: list[dict], carry: bool) -> Case:
@@ -100,7 +100,7 @@ def one_process(of: LanguageModel, calls: list[dict], carry: bool) -> Case:
 
 
 def compare(group: SequenceGroup, of: LanguageModel, case: Case) -> float:
-    """The largest relative error of the group against one process, over everything in `case.expected`."""
+    """Return the largest relative error of the group compared with one process, over all of `case.expected`."""
     state, worst, position = None, 0.0, 0
     for batch, (loss, per_token, grads, leftovers) in zip(case.calls, case.expected, strict=True):
         earlier = EarlierCall(state, position) if case.carry else None
@@ -135,7 +135,7 @@ MODELS = [
 ]
 
 
-# Filters that reach further than a slice, as far as several of them, and a little further than one.
+# Filters that reach over several slices, and a little further than one slice.
 FILTERS = [
     {"variant": "SH", "ssm": {"kernel": "hyena", "length": 8 * BLOCK}},
     {"variant": "MH", "ssm": {"kernel": "explicit", "length": 8 * BLOCK}},
@@ -146,7 +146,7 @@ FILTERS = [
 
 
 def starts(length: int) -> torch.Tensor:
-    """A document that begins where a slice does (whatever sp), one within a slice, a row that has none."""
+    """Return document starts: one at a slice (for any sp), others within slices, and a row with none."""
     begins = torch.zeros(ROWS, length // BLOCK, dtype=torch.bool)
     begins[0, length // BLOCK // 2] = True
     begins[0, 1] = True
@@ -155,7 +155,7 @@ def starts(length: int) -> torch.Tensor:
 
 
 def cases(of: LanguageModel, size: int) -> dict[str, Case]:
-    """With and without documents, in one call and in two that go on from each other."""
+    """Return cases with and without documents, in one call and in two consecutive calls."""
     found, length = {}, 2 * BLOCK * size
     for reset, carry in itertools.product((False, True), repeat=2):
         calls = [data(length, seed) | ({"starts": starts(length)} if reset else {}) for seed in range(1 + carry)]
@@ -185,8 +185,10 @@ def test_loss_gradients_and_leftovers_are_one_process_s(on_ranks, sp):
 
 @pytest.mark.ranks
 def test_documents_that_begin_at_any_token_are_told_apart_over_ranks(on_ranks):
-    """In two calls that continue, with layers run again. Documents lie over several ranks, and begin at a rank's last
-    token, at its first, and within its blocks and chunks."""
+    """In two consecutive calls, with recomputed layers.
+
+    Documents span several ranks. They begin at a rank's last token, at its first, and within its blocks and chunks.
+    """
     sp, length = 4, 2 * 4 * BLOCK
     begins = torch.zeros(ROWS, length, dtype=torch.bool)
     begins[0, [3, 2 * BLOCK, 4 * BLOCK - 1, length - 3]] = True
@@ -227,7 +229,7 @@ def test_filters_longer_than_a_slice_see_whole_sequences_of_some_channels(on_ran
 
 @pytest.mark.ranks
 def test_bytes_sent_are_those_of_the_formula_at_any_length(on_ranks):
-    """One state to every other rank, W keys and values and one block end to the right; as much back as gradient."""
+    """One state to every other rank; W keys and values and one set of block ends to the right; gradients as large."""
     width, rows, block, sp = 8, 1, 128, 2
     settings = {"width": width, "heads": 1, "ffn": 8, "block": block, "depth": 1, "mixer": "bst", "vocab_size": 16}
     context, ssm = {"variant": "MF", "states": 4, "ssm_width": 2}, {"state": 6}
@@ -245,7 +247,7 @@ def test_bytes_sent_are_those_of_the_formula_at_any_length(on_ranks):
     last = {"ssm": state, "ssm gradient": state, "kv gradient": keys_values, "ends gradient": ends}
     for length in (4096, 65536):
         assert on_ranks(sp, sent, length) == [first, last]
-    assert rehearse(built.config, sp, rows, slice_length=2048) == last  # sp // 2: the last of two
+    assert rehearse(built.config, sp, rows, slice_length=2048) == last  # rank sp // 2 is the last of two
 
 
 @pytest.mark.ranks
@@ -271,7 +273,7 @@ def test_messages_travel_in_the_tensors_own_dtype_and_one_sequence_does_not_hear
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("documents", ["joined", "isolated", "masked"])
 def test_what_is_sent_is_known_beforehand(on_ranks, bf16, documents):
-    """The middle one of three ranks, with every layer run again in the backward pass."""
+    """The middle rank of three, with every layer recomputed in the backward pass."""
     sp, length = 3, 6 * BLOCK
     kinds = [settings for settings in MODELS if documents != "masked" or settings.get("attend") != "previous"]
     built = [model(**settings).float() for settings in kinds]
@@ -303,14 +305,14 @@ def refusal(slice_length: int, documents: str = "joined", **settings) -> str:
 
 
 def test_what_cannot_be_spread_over_ranks_is_refused_with_the_reason():
-    """A filter whose reach is a slice of its own or less is fine: the left neighbour has all its inputs."""
+    """A filter that reaches at most one slice back is allowed, because the left neighbour has all its inputs."""
     hyena = {"kernel": "hyena", "length": 4 * BLOCK}
     odd = {"variant": "SH", "ssm_width": 5}
     assert "looks 31 positions back (inputs), further than its slice of 24, and its 5 channels" in refusal(
         3 * BLOCK, ssm=hyena, context=odd
     )
     assert refusal(4 * BLOCK, ssm=hyena, context=odd) == ""
-    far = {"kernel": "explicit", "length": 20 * BLOCK}  # more than is rehearsed of kernels with a state
+    far = {"kernel": "explicit", "length": 20 * BLOCK}  # longer than the dry run's slice for kernels with a state
     assert refusal(20 * BLOCK, ssm=far, context=odd) == ""
     assert "choose a parallel.sp that divides them" in refusal(19 * BLOCK, ssm=far, context=odd)
     assert "s4-dplr" in refusal(4 * BLOCK, ssm={"kernel": "s4-dplr"})

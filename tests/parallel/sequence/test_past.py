@@ -1,4 +1,4 @@
-"""Block arithmetic of the past, against the stream itself."""
+"""Block arithmetic of the past, compared with the whole stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK = 4
 
 @st.composite
 def slices(draw: st.DrawFn) -> list[int]:
-    """Lengths of slices, each whole blocks from a boundary or within one block."""
+    """Draw lengths of slices; each is whole blocks from a block boundary, or lies within one block."""
     lengths, position = [], 0
     for _ in range(draw(st.integers(1, 8))):
         left = BLOCK - position % BLOCK

@@ -1,4 +1,4 @@
-"""The scan over ranks against the recurrence, slice after slice, and autograd through it."""
+"""The scan over ranks equals the recurrence slice by slice, and so do its gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bst_dist.parallel.sequence.scan import start_exclusive_scan
 
 
 class Recorded:
-    """A group whose messages are made up beforehand: rank `rank` of `len(maps)`, without any process."""
+    """Stub of a group with given messages: rank `rank` of `len(maps)`, without other processes."""
 
     def __init__(self, rank: int, maps: list[torch.Tensor], gradients: list[torch.Tensor]):
         self.rank, self.size = rank, len(maps)
@@ -26,7 +26,7 @@ class Recorded:
 
 
 def serial(ends: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
-    """State before each slice, one after another: (ranks, B, n)."""
+    """Return the state before each slice, and after the last: (ranks + 1, B, n)."""
     state, before = torch.zeros_like(ends[0]), []
     for end, transition in zip(ends, transitions, strict=True):
         before.append(state)
@@ -43,7 +43,7 @@ def test_every_rank_gets_the_state_and_the_gradients_of_the_serial_recurrence(si
     shared = torch.randn(3, dtype=dtype, requires_grad=True)
     keep = (torch.rand(size, rows, 1) < 0.6) if own else torch.ones(size, rows, 1)
     transitions = shared * keep  # a row in which a document begins forgets what came before
-    # Of the state before each slice; of the zero before the first, of the state after the last, in the same place.
+    # Gradients of the states. The state before the first slice is 0, so entry 0 belongs to the state after the last.
     gradients = torch.randn(size, rows, 3, dtype=dtype)
     states = serial(ends, transitions)
     asked = torch.cat((states[-1:], states[1:-1]))
@@ -68,7 +68,7 @@ def test_every_rank_gets_the_state_and_the_gradients_of_the_serial_recurrence(si
 
 @pytest.mark.ranks
 def test_a_message_may_be_under_way_while_the_rank_computes(on_ranks):
-    """Two exchanges started before either is finished, and gradients when one result is multiplied by zero."""
+    """Two exchanges are started before either is finished; gradients also if one result is multiplied by zero."""
 
     def check() -> tuple[float, float, float]:
         group = Mesh(3, dist.get_rank(), sp=3).sp_group()

@@ -1,4 +1,4 @@
-"""A sequence in slices against one pass over the whole: the same gradients, in double precision."""
+"""A sequence in slices has the same gradients as one pass over the whole, in double precision."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ MODELS = {
     "MF, explicit": {"context": {"variant": "MF", "states": 3}, "ssm": {"kernel": "explicit", "length": 5 * BLOCK}},
 }
 SERIAL = ("block-recurrent", "SH, s4-dplr")
-"""Whose state cannot be spread over ranks."""
+"""Models whose state cannot be passed between ranks."""
 
 
 def model(name: str) -> LanguageModel:
-    """Two layers of the kind with a sliding one between them, every part of which has something to say."""
+    """Return two layers of the kind with a sliding layer between them; no parameter has a special value."""
     config = ModelConfig(**{
         "width": 16, "heads": 2, "ffn": 24, "block": BLOCK, "depth": 3, "placement": [0, 2], "vocab_size": VOCABULARY,
         "mixer": "bst", "ssm": {"state": 4, "chunk": 4, "dt_min": 0.01}, **MODELS[name],
@@ -66,16 +66,16 @@ def batch(rows: int, blocks: int, starts: Tensor | None = None, seed: int = 0) -
 
 
 class Sliced:
-    """Slices of a batch, each spread over the ranks of a group if there is one; runs the model itself."""
+    """Slices of a batch, each shared by the ranks of a group if there is one; runs the model itself."""
 
     def __init__(self, of: LanguageModel, whole: dict, lengths: list[int], group: SequenceGroup | None = None) -> None:
         self.of, self.lengths, self.group, self.total = of, lengths, group, 0.0
         self.left: list[int] = []
-        """The slices that were run without a graph."""
+        """The slices that were run without an autograd graph."""
         self.whole = whole
 
     def part(self, s: int) -> dict[str, Tensor | None]:
-        """What this rank holds of slice `s`."""
+        """Return this rank's part of slice `s`."""
         size, rank = (self.group.size, self.group.rank) if self.group else (1, 0)
         share = self.lengths[s] // size
         begin = sum(self.lengths[:s]) + rank * share
@@ -118,21 +118,21 @@ def one_pass(of: LanguageModel, whole: dict, carried: EarlierCall | None = None)
 
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Of what is wrong; relative, of tiny gradients relative to the largest a millionfold."""
+    """Return the relative errors above TOLERANCE; for tiny gradients relative to 1e-6 of the largest."""
     least = 1e-6 * max(float(x.norm()) for x in expected.values())
     off = {n: float((found[n] - x).norm() / x.norm().clamp(min=least)) for n, x in expected.items()}
     return {name: error for name, error in off.items() if not error <= TOLERANCE}
 
 
 def lengths_of(blocks: int, cuts: set[int]) -> list[int]:
-    """Tokens of the slices between the blocks that are cut before."""
+    """Return the tokens of the slices that result from cuts before these blocks."""
     edges = [0, *sorted(cuts), blocks]
     return [(b - a) * BLOCK for a, b in pairwise(edges)]
 
 
 @st.composite
 def slicings(draw) -> dict:
-    """Any kind of layer, any slices of whole blocks, documents or none, with or without a past from before."""
+    """Draw any kind of layer, any slices of whole blocks, with or without documents and a carried past."""
     name = draw(st.sampled_from(list(MODELS)))
     blocks = draw(st.integers(2, 9))
     unit = 2 if name == "transformer-xl" else 1  # a slice must not cut a segment
@@ -150,7 +150,7 @@ def slicings(draw) -> dict:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(slicings())
 def test_any_slicing_gives_the_gradients_of_one_pass(case):
-    """Documents, a past from an earlier step, edges run again, and checkpointing inside of the slices included."""
+    """Includes documents, a past from an earlier step, recomputed edges, and activation checkpointing in slices."""
     of = model(case["name"])
     carried = None
     if case["carried"]:
@@ -176,7 +176,7 @@ def test_any_slicing_gives_the_gradients_of_one_pass(case):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_of_layer_has_the_gradients_of_one_pass(name):
-    """In slices shorter than the reach of filters and segments' keys, whose edges so hold more than a slice."""
+    """In slices shorter than the reach of filters and of Transformer-XL, so that edges hold more than one slice."""
     of, whole = model(name), batch(2, 8)
     _, expected = one_pass(of, whole)
     unit = 2 if name == "transformer-xl" else 1
@@ -185,7 +185,7 @@ def test_every_kind_of_layer_has_the_gradients_of_one_pass(name):
 
 
 def test_a_gradient_that_stops_at_an_edge_is_seen():
-    """The oracle tells exact gradients from a cache without gradients."""
+    """The comparison distinguishes exact gradients from a cache without gradients."""
     of, whole = model("SH"), batch(1, 6)
     _, expected = one_pass(of, whole)
     state, sliced = {}, Sliced(of, whole, [2 * BLOCK] * 3)
@@ -216,7 +216,7 @@ def test_before_a_slice_that_begins_a_document_nothing_is_run_twice_and_no_edge_
 
 
 def test_what_is_before_the_last_slice_of_a_group_that_needs_no_edge_is_not_run_for_the_edge_after_it():
-    """Of slices 0 to 2 the last one alone, or none: first for the edges before 3 and 6, then for those between."""
+    """Of slices 0 to 2 only the last is run, or none: first for the edges before 3 and 6, then for those between."""
     of, blocks = model("SH"), 8
     for begins, left in ((2, [2, 3, 4, 5, 6, 3, 4, 0]), (3, [3, 4, 5, 6, 3, 4, 0, 1])):
         starts = torch.zeros(1, blocks, dtype=torch.bool)
@@ -233,7 +233,7 @@ def test_what_is_before_the_last_slice_of_a_group_that_needs_no_edge_is_not_run_
     (7, 1, 6, 6, 0), (9, 3, 12, 2, 2), (8, 3, 11, 2, 2), (7, 3, 10, 2, 2), (256, 16, 480, 15, 15), (4, 3, 5, 1, 2),
 ])  # fmt: skip
 def test_edges_that_wait_and_passes_for_the_others_are_as_counted(slices, every, passes, waiting, between):
-    """Counted in a run of slices that do nothing, of which each leaves its number."""
+    """Counted with slices that compute nothing and leave their number as edge."""
     edges, run, most = EdgesHere(), 0, 0
     anchor = torch.zeros(1, requires_grad=True)
 
@@ -265,7 +265,7 @@ def test_edges_that_wait_and_passes_for_the_others_are_as_counted(slices, every,
 
 
 def test_layers_that_run_again_leave_nothing_behind():
-    """What they would leave in the backward pass would keep a second graph of the slice alive."""
+    """Otherwise, what they leave in the backward pass would keep a second graph of the slice alive."""
     of, whole = model("MF"), batch(1, 4)
     of.checkpoint = policy(ActivationCheckpointingConfig(policy="every-layer"), of.layers)
     seen = []
@@ -286,8 +286,10 @@ def test_layers_that_run_again_leave_nothing_behind():
 @pytest.mark.ranks
 @pytest.mark.parametrize("sp", [2, 4])
 def test_slices_spread_over_ranks_have_the_gradients_of_one_process(on_ranks, sp):
-    """The ring carries gradients back; with documents that begin at a slice, inside of one, and in one row only. On
-    four ranks, what has ranks between the first and the last: one of each kind of exchange."""
+    """Gradients go back over the ring; documents begin at a slice, inside a slice, and in one row only.
+
+    Four ranks also have ranks between the first and the last; there one model of each kind of exchange is tested.
+    """
     spread = [name for name in MODELS if name not in SERIAL and "hyena" not in name and "explicit" not in name]
     names, again = (spread, ("SH", "MF")) if sp == 2 else (["SH", "MF"], ())
     blocks = 4 * sp
@@ -295,7 +297,7 @@ def test_slices_spread_over_ranks_have_the_gradients_of_one_process(on_ranks, sp
     starts[0, sp] = starts[1, sp] = starts[0, 2 * sp + 1] = starts[1, -1] = True
 
     def wrong() -> dict:
-        # One pass is made in each rank: what torch starts in a backward pass does not outlive the fork.
+        # Each rank makes the reference pass: threads that torch starts in a backward pass do not survive a fork.
         group, found = Mesh(sp, dist.get_rank(), sp).sp_group(), {}
         for name, begins in product(names, (None, starts)):
             if begins is not None and name == "transformer-xl":

@@ -1,9 +1,9 @@
-"""Memory and time per token while a run's model writes on and on; not collected by pytest.
+"""Measure memory and time per token while a run's model generates a very long text; not collected by pytest.
 
     python tests/study/evaluation/long_generation.py runs/demo --tokens 100000
 
-One JSON line every so many tokens: the process's resident memory, what the row carries, and the time of a token since
-the line before, on the clock and on the processor. The end of a document ends nothing here.
+Prints one JSON line every `--every` tokens: the process's resident memory, the bytes of the carried state, and the time
+per token since the previous line, as wall-clock and CPU time. Generation does not stop at the end of a document.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Streams 65,536 tokens of a corpus through every model that can, and reads them at once: must be the same losses.
+"""Check that 65,536 tokens of a corpus give the same losses when streamed in slices and when read at once.
 
     python tests/study/evaluation/streaming_65k.py corpora/stdlib
 
-What the unit tests check at some thousand tokens, once at the real length (docs/evaluation.md has the figures).
-Models are those of launch/recipes/demo.yaml with other mixers, with the weights of a seed, in single precision.
+The unit tests check this with some thousand tokens; this script uses the real length, for every model that can stream
+(docs/evaluation.md has the figures). The models are that of launch/recipes/demo.yaml with other mixers, with random
+weights, in fp32.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MODELS = {
 
 
 def compare(model: LanguageModel, corpus: Corpus) -> tuple[float, ...]:
-    """(loss streamed, loss at once, largest difference of a token, MiB streaming, MiB at once)."""
+    """Return (loss streamed, loss at once, largest difference of a token, MiB streaming, MiB at once)."""
     text = open_stretches(corpus, LENGTH, isolated=False, tokens=LENGTH)
     memory = PeakMemory(torch.device("cpu"))
     pieces = streams(np.array([LENGTH + 1]), LENGTH, first=1)

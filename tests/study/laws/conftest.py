@@ -1,4 +1,4 @@
-"""Synthetic sweeps of known laws and known advantages."""
+"""Synthetic sweeps with a known scaling law, and synthetic studies with a known gap between architectures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIZES, DEPTHS, LENGTHS = (1e5, 2e5, 4e5), (2, 8), (5.0, 10.0, 20.0)
 
 
 def _sweep(law, noise=0.0, seed=0, group="bst", sizes=(2e7, 6e7, 2e8, 6e8)):
-    """Four sizes x three depths x two seeds, four branches a trunk; most of the noise belongs to the trunk."""
+    """Return points of 4 sizes x 3 depths x 2 seeds, four branches per trunk; most of the noise is the trunk's."""
     generator = np.random.default_rng(seed)
     rows = []
     for size in sizes:
@@ -42,7 +42,7 @@ def _observation(architecture, size, depth, seed, length, loss, arm="all", param
 
 def _study(seed, mean=0.01, per_depth=0.0, per_flops=0.0, noise=0.004, seeds=4, variants=("bst",), arm="all",
            sizes=SIZES, parameters=lambda name, depth, size: size, slope=0.0, late=0.0, held_out=()):  # fmt: skip
-    """Observations of the baseline and the variants.
+    """Return observations of the baseline and the variants.
 
     The gap is `mean` plus its slopes in the natural logarithms of depth and compute. `parameters` may make the models
     unequal; the loss then depends on N with `slope` at equal compute.
@@ -73,13 +73,13 @@ def _study(seed, mean=0.01, per_depth=0.0, per_flops=0.0, noise=0.004, seeds=4, 
 
 @pytest.fixture
 def sweep():
-    """Makes the points of a sweep from a law."""
+    """Function that makes the points of a sweep from a law."""
     return _sweep
 
 
 @pytest.fixture
 def study():
-    """Makes the observations of a study of known advantage."""
+    """Function that makes the observations of a study with a known gap."""
     return _study
 
 

@@ -17,7 +17,7 @@ from data_pipeline.prepare.parallel import open_workers
 
 @pytest.fixture(scope="session")
 def listops(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared examples of ListOps, of 8 to 32 symbols."""
+    """Directory with prepared examples of ListOps of 8 to 32 symbols."""
     directory = tmp_path_factory.mktemp("lra") / "listops"
     config = ListOpsConfig(train=60, validation=20, test=20, max_depth=4, max_args=4, min_length=8, max_length=32)
     with open_workers(1) as workers:

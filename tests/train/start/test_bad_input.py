@@ -1,4 +1,4 @@
-"""What a user may get wrong: one clear message, status 2, nothing launched, nothing written or changed."""
+"""Mistakes of a user: one clear message, exit status 2, nothing launched, nothing written or changed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_missing_recipe(tmp_path, capsys):
 
 @pytest.fixture
 def run_there(recipe_file, tmp_path) -> tuple[Path, Path]:
-    """A recipe, and the directory of a run of it that has a checkpoint."""
+    """A recipe, and a run directory of it with a checkpoint."""
     recipe, run_dir = recipe_file(), tmp_path / "run"
     request = Request(recipe, [], run_dir, resume=False, until=None)
     start = resolve(load(request), request, 1)
@@ -104,7 +104,10 @@ def test_what_does_not_decide_the_run_may_change(run_there):
 
 
 def test_the_directory_of_a_run_in_place_of_its_recipe(run_there, tmp_path, capsys):
-    """It stands for the run's own recipe and directory; overrides of its start are in that recipe."""
+    """A run directory can replace the recipe: it means the run's own recipe and directory.
+
+    Overrides from the start of the run are already in that recipe.
+    """
     _, run_dir = run_there
     asked = of_run(Request(run_dir, ["log.every=3"], None, resume=True, until=None))
     assert asked == Request(run_dir / "recipe.yaml", ["log.every=3"], run_dir, resume=True, until=None)

@@ -1,4 +1,4 @@
-"""Branches: a run that takes its first steps from a trunk is the run its own recipe describes."""
+"""Branches: a run that takes its first steps from a trunk equals a run that trains its recipe from the start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS = {
 
 @pytest.fixture
 def runs(tmp_path):
-    """A trunk with a checkpoint at step 8, and how to make a branch of it that differs in some sections."""
+    """A trunk with a checkpoint at step 8, and a function that makes a branch of it with changed sections."""
     trunk = tmp_path / "trunk"
     directory(trunk, 8).mkdir(parents=True)
     (trunk / "recipe.yaml").write_text(dump(parse(Recipe, SETTINGS)))
@@ -63,7 +63,7 @@ def test_other_steps_than_the_trunks_are_refused(runs, changes, message):
 
 @pytest.mark.parametrize(("from_step", "steps", "shown"), [(8, 1, None), (9, 1, "step 9"), (8, 5, "due at step 10")])
 def test_a_branch_killed_before_its_first_checkpoint_starts_again(runs, from_step, steps, shown):
-    """The step that it begins at was its trunk's: it shows no checkpoint of its own."""
+    """Its first step is the trunk's, so it shows no checkpoint of its own."""
     train = {**SETTINGS["train"], "steps": 20}
     runs.directory.mkdir()
     (runs.directory / "recipe.yaml").write_text(dump(runs.branch(train=train, checkpoint={"every": 5})))

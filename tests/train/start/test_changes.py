@@ -1,4 +1,4 @@
-"""What may change when a run goes on, what may not, and the way that is left."""
+"""Which settings may change when a run is resumed, which may not, and what the error suggests instead."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ RESUME = ("train", "run/recipe.yaml", "--resume", "--run-dir", "run", "--ranks",
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """With checkpoints of steps 2 and 4."""
+    """A run directory with checkpoints of steps 2 and 4."""
     for step in (2, 4):
         directory(tmp_path / "run", step).mkdir(parents=True)
     return tmp_path / "run"
 
 
 def pair(settings, one: str, *changed: str) -> tuple[Recipe, Recipe]:
-    """The small recipe under a schedule, and the same with changes."""
+    """Return the small recipe with a schedule, and the same with changes."""
     before = settings | {"schedule": {"kind": one, "warmup_steps": 0, "decay_fraction": 0.7},
                          "train": settings["train"] | {"steps": 6}}  # fmt: skip
     return parse(Recipe, before), parse(Recipe, overridden(json.loads(json.dumps(before)), changed))
@@ -55,7 +55,7 @@ def test_another_run_is_refused(run_dir, settings, change):
 
 
 def test_another_length_is_refused_with_how_it_is_had_from_here_on(run_dir, settings):
-    """What is said to be given is taken, and gives the length that was asked for."""
+    """The override that the error suggests is accepted, and gives the requested length."""
     early = "train.length_changes=[{step: 3, sequence_length: 16}]"
     for given, planned in (((), []), ((early,), [(3, 16)])):
         _, before = pair(settings, "wsd", *given)
@@ -79,7 +79,7 @@ def test_the_batch_may_change_but_not_that_of_streaming_rows(run_dir, settings):
 
 
 def test_a_batch_changes_at_the_checkpoint_that_is_resumed_from():
-    """Whatever the recipe in the run's directory says: a later checkpoint may be damaged, or rolled back."""
+    """The recipe in the run directory does not matter: a later checkpoint may be damaged or rolled back."""
     assert with_batch(["train.steps: 6, 8"], {"rows": 4}, 6) == ["train.steps: 6, 8", "train.sequences: 4, 6"]
     assert with_batch(["train.sequences: 4, 6"], {"rows": 4}, 6) == ["train.sequences: 4, 6"]
     assert with_batch([], {"rows": 6, "batches": [[0, 4], [2, 6]]}, 6) == []
@@ -137,7 +137,7 @@ def test_fewer_steps_than_are_taken(run_dir, settings, replan):
 
 
 def test_a_setting_that_a_later_version_adds_makes_no_other_run(settings):
-    """A recipe written down before there was the setting has the default for it."""
+    """A recipe stored before the setting existed has its default."""
     now = parse(Recipe, settings)
     older = json.loads(json.dumps(settings))
     del older["schedule"]["warmup_steps"]
@@ -171,7 +171,7 @@ def test_a_run_goes_on_with_more_steps_another_rate_and_its_corpus_elsewhere(bst
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 def test_a_run_goes_on_with_another_batch(recipe_file, tmp_path, on_ranks, capfd):
-    """Six sequences from step 4 on, on four ranks; then four again. What a step has read its bytes of text tell."""
+    """Six sequences from step 4 on, on four ranks; then four again. A step's bytes of text show which rows it read."""
     recipe, run = recipe_file(train={"steps": 10}), tmp_path / "run"
 
     def go(world: int, until: int, *changes: str) -> None:
@@ -180,7 +180,7 @@ def test_a_run_goes_on_with_another_batch(recipe_file, tmp_path, on_ranks, capfd
     go(1, 4)
     manifest = directory(run, 4) / MANIFEST
     older = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(older | {"settings": older["settings"] | {"train.sequences": 4}}))  # as it once was
+    manifest.write_text(json.dumps(older | {"settings": older["settings"] | {"train.sequences": 4}}))  # older format
     go(4, 6, "train.sequences=6")
     assert "change train.sequences: 4, 6 (before, from here on)" in capfd.readouterr().out
     go(2, 8)
@@ -200,7 +200,7 @@ def test_a_run_goes_on_with_another_batch(recipe_file, tmp_path, on_ranks, capfd
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_planned_batch_is_that_of_any_stops_and_ranks(recipe_file, tmp_path, on_ranks, capfd, stage):
-    """4, 6 and 3 sequences: in one go, and with stops inside and at the end of a batch, on other ranks each time."""
+    """4, 6 and 3 sequences: without a stop, and with stops before and at a change, each time on other ranks."""
     changes = [{"step": 2, "sequences": 6}, {"step": 5, "sequences": 3}]
     recipe = recipe_file(train={"steps": 7, "sequence_changes": changes}, deepspeed=f"zero{stage}")
 
@@ -249,7 +249,7 @@ def test_planned_batches_may_change_where_a_run_is_resumed(run_dir, settings):
 
 
 def bytes_of(run: Path) -> dict[int, float]:
-    """Bytes of text of every step."""
+    """Return the bytes of text of every step."""
     tokens, found = 0, {}
     for line in read_lines(run / FILE):
         if line["kind"] == "train":
@@ -259,7 +259,7 @@ def bytes_of(run: Path) -> dict[int, float]:
 
 
 def rows_bytes(run: Path) -> list[int]:
-    """Of each of the first rows of the series."""
+    """Return the bytes of text of each of the first rows of the data order."""
     recipe = load_recipe(run / "recipe.yaml")
     corpora = open_corpora(recipe.data)
     share = Share(length=recipe.train.sequence_length, rows=1, micro_rows=1)
@@ -271,7 +271,7 @@ def rows_bytes(run: Path) -> list[int]:
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 def test_a_run_goes_on_with_a_corpus_that_it_did_not_have(recipe_file, tmp_path, on_ranks, capfd):
-    """From step 4 on all rows are of the other corpus; weights of steps that were taken cannot be changed."""
+    """From step 4 on all rows are from the other corpus. Weights of steps already taken cannot be changed."""
     recipe, run = recipe_file(train={"steps": 10}), tmp_path / "run"
     first = load_recipe(recipe).data.corpus
     shutil.copytree(first, tmp_path / "second")

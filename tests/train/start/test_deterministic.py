@@ -1,4 +1,4 @@
-"""`deterministic: true`: what it sets, what it refuses, and that a run with it trains; on CUDA it has not been run."""
+"""`deterministic: true`: what it sets, what it refuses, and that a run with it trains (here on a CPU)."""
 
 from __future__ import annotations
 

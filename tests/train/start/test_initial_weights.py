@@ -1,4 +1,4 @@
-"""Runs that begin with another run's weights."""
+"""Runs that start from another run's weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weights(run_dir):
 
 @pytest.fixture
 def trained(settings, monkeypatch, tmp_path):
-    """A run as far as its initial weights are concerned: a checkpoint of step 5."""
+    """A stub of a run with a checkpoint of step 5, to take initial weights from."""
     recipe = parse(Recipe, settings | {"model": settings["model"] | {"vocab_size": 320}})
     model = LanguageModel(recipe.model)
     monkeypatch.setattr(
@@ -54,7 +54,7 @@ def test_a_model_of_another_shape_is_refused(trained):
 
 
 def test_text_of_another_tokenizer_is_refused(trained, tmp_path):
-    load_initial(trained.model, trained.config, "abc")  # that run has not written its own down
+    load_initial(trained.model, trained.config, "abc")  # that run has not recorded its tokenizer
     (tmp_path / "environment.json").write_text(json.dumps({"starts": [{"tokenizer_sha256": "abc"}]}))
     load_initial(trained.model, trained.config, "abc")
     with pytest.raises(CheckpointError, match="had another tokenizer"):

@@ -1,4 +1,4 @@
-"""Sequences that change their length within a run: the same run in one go, with stops, and on other ranks."""
+"""Changes of the sequence length within a run give the same run without a stop, with stops, and on other ranks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_run_of_three_lengths_is_that_of_any_stops_and_ranks(recipe_file, tmp_
     go("whole", 1, 8)
     said = capfd.readouterr().out
     assert "length 64 tokens from step 3, 16 tokens from step 6; evaluated with 16" in said
-    for until in (2, 3, 4, 8):  # before, at and behind a change, to the same bits
+    for until in (2, 3, 4, 8):  # before, at and after a change; bitwise equal
         go("stops", 1, until)
     assert losses(tmp_path / "stops") == losses(tmp_path / "whole")
     for world, until, *more in [(2, 2), (4, 5, "parallel.sp=2"), (1, 7, "train.slice_tokens=16"), (2, 8)]:
@@ -101,7 +101,7 @@ def test_streamed_rows_carry_their_past_up_to_a_change(recipe_file, tmp_path, on
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 def test_a_change_that_was_not_planned_is_refused_where_it_cannot_be_exact(recipe_file, tmp_path, on_ranks):
-    """Within a pass that is shuffled as a whole; and what is planned anew is in the ledger where it can."""
+    """It is refused within a pass that is shuffled as a whole. Where it is possible, it is recorded in the ledger."""
     recipe, run = recipe_file(train={"steps": 8}), tmp_path / "run"
 
     def go(until: int, *changes: str) -> None:
@@ -110,7 +110,7 @@ def test_a_change_that_was_not_planned_is_refused_where_it_cannot_be_exact(recip
     go(3)
     with pytest.raises(BaseException, match=r"train.length_changes: at step 3 .* at a step from \d+ on"):
         go(5, "train.length_changes=[{step: 4, sequence_length: 64}]")
-    go(4, "train.length_changes=[{step: 1000000, sequence_length: 64}]")  # far beyond what is shuffled now
+    go(4, "train.length_changes=[{step: 1000000, sequence_length: 64}]")  # far after the pass that is shuffled now
     (entry,) = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert (entry["step"], entry["action"]) == (3, "change") and "train.length_changes" in entry["cause"]
 
