@@ -1,4 +1,4 @@
-"""Each policy gives the same gradients, and keeps between the passes what it says."""
+"""Each activation checkpointing policy gives the same gradients, and keeps the expected bytes between the passes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bst_dist.plan.memory.live import LiveBytes
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 2, 32, 16, 29
 INPUT_BYTES = ROWS * LENGTH * WIDTH * 4
-"""What one layer's input takes in single precision."""
+"""Bytes of one layer's input in fp32."""
 POLICIES = ("none", "every-layer", "every-kth-layer", "selective", "offload")
 
 
@@ -41,7 +41,7 @@ def tokens() -> tuple[Tensor, Tensor]:
 
 
 def gradients(policy: str, variant: str, bf16: bool) -> tuple[list[Tensor], EarlierCall]:
-    """Of the second of two calls, the first of which leaves a past behind."""
+    """Return gradients and past of the second of two calls, which continues the past of the first."""
     model = build(policy, 4, variant)
     left = model.carry()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -66,7 +66,7 @@ def test_gradients_and_what_is_carried_on_are_the_same_bit_for_bit(policy, varia
 
 @contextmanager
 def counting(model: LanguageModel, *inputs: Tensor) -> Iterator[LiveBytes]:
-    """Counts live bytes beyond the model and its inputs."""
+    """Context manager that counts live bytes, without the model and its inputs."""
     with LiveBytes() as live:
         for tensor in (*model.parameters(), *inputs):
             live.add(tensor)
@@ -76,7 +76,7 @@ def counting(model: LanguageModel, *inputs: Tensor) -> Iterator[LiveBytes]:
 
 @cache
 def held(policy: str, depth: int, every: int = 2) -> tuple[int, int]:
-    """Bytes that live between the passes, and those of them that the policy keeps in the host's memory."""
+    """Return the bytes kept between the passes, and the part of them that the policy keeps in host memory."""
     model = build(policy, depth, every=every)
     ids, labels = tokens()
     with counting(model, ids, labels) as live:
@@ -88,7 +88,7 @@ def held(policy: str, depth: int, every: int = 2) -> tuple[int, int]:
 
 
 def growth(policy: str, every: int = 2) -> tuple[float, float]:
-    """Bytes a layer adds, in all and in the host's memory, in units of its input."""
+    """Return the bytes that one more layer adds, in all and in host memory, in units of its input."""
     (few, few_host), (many, many_host) = held(policy, 4, every), held(policy, 12, every)
     return (many - few) / 8 / INPUT_BYTES, (many_host - few_host) / 8 / INPUT_BYTES
 

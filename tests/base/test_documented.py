@@ -1,4 +1,4 @@
-"""The strings below fields, read from the source: compared with what pydantic makes of the same classes."""
+"""Docstrings of fields, read from the source, equal those that pydantic finds for the same classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, and what is said when the disk is full."""
+"""Atomic writes of files and directories, and the error message when the disk is full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process asks of its machine."""
+"""Free ports and other properties of the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bst_base.host import free_port, with_port, without_brackets
 
 @pytest.fixture
 def handed_out(tmp_path, monkeypatch):
-    """``handed_out(text)``: what Linux says of the ports that it chooses from; None as where it says nothing."""
+    """``handed_out(text)`` sets the content of Linux's file with the range of ephemeral ports; None: no such file."""
 
     def set_to(text: str | None) -> None:
         path = tmp_path / "ip_local_port_range"
@@ -24,7 +24,7 @@ def handed_out(tmp_path, monkeypatch):
 
 
 def test_a_free_port_is_none_that_the_kernel_hands_out(handed_out):
-    """Otherwise a connection made before the rank listens could be given it."""
+    """Otherwise another connection could get the port before the rank listens on it."""
     handed_out("10100\t60999\n")
     found = {free_port() for _ in range(300)}
     assert found <= set(range(10_000, 10_100))

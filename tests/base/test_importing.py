@@ -1,4 +1,4 @@
-"""Nothing is collected during an import, and what was imported is not looked through afterwards."""
+"""The garbage collector does not run during an import, and ignores the imported objects afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of a command that would each do all of the work are refused."""
+"""A command is refused if several copies of it were started, each of which would do all the work."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Places(Config):
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, which is not the one of the files."""
+    """A working directory other than that of the files."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -58,7 +58,7 @@ def test_an_override_is_meant_from_the_working_directory(tmp_path, elsewhere):
 
 @pytest.fixture
 def recipe(tmp_path: Path, settings) -> Path:
-    """A recipe whose corpus lies beside its folder."""
+    """A recipe whose corpus is next to its folder."""
     settings["data"]["corpus"] = "../corpora/texts"
     return written(tmp_path / "own", **settings)
 

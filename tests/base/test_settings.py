@@ -1,4 +1,4 @@
-"""Settings: what a user gets wrong is told with its place and the nearest key."""
+"""Settings: error messages contain the place of the mistake and the nearest key."""
 
 from typing import Annotated, Literal
 

@@ -1,7 +1,7 @@
 """Every command line of the documentation is accepted by the real parsers, recipes and files, and most are run.
 
-Looked at are README.md, all Markdown of docs/, ds_configs/ and launch/, and the help of every command. Command lines
-are those of code blocks, and those inside the text.
+Checks README.md, all Markdown in docs/, ds_configs/ and launch/, and the help of every command. It finds command lines
+in code blocks and inside the text.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     [ROOT / "README.md", *(path for part in ("docs", "ds_configs", "launch") for path in (ROOT / part).rglob("*.md"))]
 )
-PAGES.remove(ROOT / "docs" / "first-hour.md")  # a replay with files of its own, and mistakes: test_first_hour.py
+PAGES.remove(ROOT / "docs" / "first-hour.md")  # has its own files, and mistakes: test_first_hour.py
 PROGRAMS = ("bst", "make", "deepspeed")
-# What stands for something of the reader's own, and what it is taken for here.
+# Placeholders for the reader's own files, and their replacements in this test.
 RECIPE = "launch/recipes/demo.yaml"
 STAND_INS = {
     "N": "2", "I": "1", "L": "128", "K": "2", "STEP": "1", "SECONDS": "3", "ADDRESS:PORT": "node-00:29500",
@@ -56,14 +56,14 @@ class Line:
     number: int
     words: tuple[str, ...]
     in_text: bool
-    """Then it may leave out what must be given."""
+    """Whether it is inside the text; then required arguments may be missing."""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.number}: {shlex.join(self.words)}"
 
 
 def lines_of(page: str, text: str) -> Iterator[Line]:
-    """All command lines of a page, without the names of commands that stand in its text alone."""
+    """Yield all command lines of a page, without mere names of commands in its text."""
     fenced, joined, begin = False, "", 0
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip().startswith("```"):
@@ -82,7 +82,7 @@ def lines_of(page: str, text: str) -> Iterator[Line]:
 
 
 def commands_of(text: str) -> Iterator[tuple[str, ...]]:
-    """The commands of a shell line, from the name of a program of ours on, each with its stand-ins filled in."""
+    """Yield the commands of our programs in a shell line, each as words from the program's name on."""
     text = text.removeprefix("$ ")
     if not re.search(rf"(^|\s)({'|'.join(PROGRAMS)}) ", text):
         return
@@ -102,7 +102,7 @@ def commands_of(text: str) -> Iterator[tuple[str, ...]]:
 
 
 def split(words: list[str]) -> Iterator[list[str]]:
-    """At `&&`, `;` and redirections."""
+    """Split words at `&&`, `||`, `|`, `;` and redirections."""
     part: list[str] = []
     for word in words:
         if word in ("&&", "||", "|", ">", ";"):
@@ -117,13 +117,13 @@ def split(words: list[str]) -> Iterator[list[str]]:
 
 
 def filled(line: Line, recipe: str) -> list[str]:
-    """The words after the program's name, with what stands for something of the reader's own replaced."""
+    """Return the words after the program's name, with placeholders replaced."""
     stand_ins = STAND_INS | dict.fromkeys(RECIPES, recipe)
     return [stand_ins.get(word, word.replace("$c", stand_ins["$c"])) for word in line.words[1:]]
 
 
 def documented() -> list[Line]:
-    """Of all pages, and of the help of every command."""
+    """Return the command lines of all pages, and of the help of every command."""
     texts = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
     for name, (module, _) in cli.COMMANDS.items():
         source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
@@ -158,7 +158,7 @@ def accept_bst(line: Line, words: list[str]) -> None:
 
 
 def parsed(parser: argparse.ArgumentParser, words: list[str], line: Line) -> argparse.Namespace | None:
-    """The arguments; None when text leaves out what must be given; fails when they are refused."""
+    """Return the parsed arguments; None if a command in the text lacks required ones. Fail if they are refused."""
 
     def refuse(message: str) -> None:
         raise argparse.ArgumentTypeError(message)
@@ -173,10 +173,10 @@ def parsed(parser: argparse.ArgumentParser, words: list[str], line: Line) -> arg
 
 
 def accept_settings(args: argparse.Namespace, line: Line) -> None:
-    """The overrides fit the recipe, the sweep or whatever it is that the command reads."""
+    """Check that the overrides fit the recipe, sweep or other file that the command reads."""
     overrides = getattr(args, "overrides", None) or getattr(args, "override", None) or []
     if hasattr(args, "recipe"):
-        of_run = str(args.recipe).startswith("runs/") and args.resume  # the recipe of a run that the reader has
+        of_run = str(args.recipe).startswith("runs/") and args.resume  # the recipe of a run of the reader's
         recipe = load_recipe(RECIPE if of_run else args.recipe, overrides)
         assert deepspeed_file(recipe).exists(), f"{line}: there is no {recipe.deepspeed}"
     elif hasattr(args, "file"):
@@ -186,7 +186,7 @@ def accept_settings(args: argparse.Namespace, line: Line) -> None:
     elif hasattr(args, "task") and args.task in SETTINGS:
         settings(args.task, overrides)
     else:
-        load_recipe(RECIPE, overrides)  # of a run that the reader has
+        load_recipe(RECIPE, overrides)  # for a run of the reader's
 
 
 def accept_make(line: Line, words: list[str]) -> None:
@@ -211,7 +211,7 @@ def accept_deepspeed(line: Line, words: list[str]) -> None:
 
 
 def test_slips_are_found():
-    """The test itself: what is wrong must not pass."""
+    """Tests this test: wrong command lines must not pass."""
     page = """
 ```
 $ bst train launch/recipes/demo.yaml --resumed
@@ -235,7 +235,7 @@ Inside text: `bst evaluate runs/demo`, and `bst train --nodes N --nod I`, but no
         test_a_documented_command_is_accepted(line)
 
 
-# What is not run here, and why.
+# Commands that are not run here, and the reason.
 LEFT_OUT = {
     r"make ": "installs, or takes minutes: CI does it",
     r"deepspeed ": "needs the hosts of a cluster: tests/train/test_launch.py",
@@ -270,7 +270,7 @@ LEFT_OUT = {
 
 
 def runnable() -> list[Line]:
-    """Whole commands that are not left out, each once."""
+    """Return the complete commands that are not in LEFT_OUT, each once."""
     whole: dict[str, Line] = {}
     for line in documented():
         if not line.in_text:
@@ -286,7 +286,7 @@ def test_only_what_is_documented_is_left_out(pattern):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of the project's recipes, shrunk; a corpus, runs, and whatever else the commands name."""
+    """A directory with small copies of the project's recipes, a corpus, runs, and other files that commands name."""
     here = tmp_path_factory.mktemp("project")
     for part in ("launch", "ds_configs"):
         shutil.copytree(ROOT / part, here / part)
@@ -329,7 +329,7 @@ def project(tmp_path_factory):
 
 
 def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that trains in seconds, of the same kind of model."""
+    """Return a recipe with the same kind of model that trains in seconds."""
     model, train = settings["model"], settings["train"]
     model |= {"width": 16, "heads": 2, "ffn": 32, "block": 16, "ssm": {"state": 4, "chunk": 16}}
     train |= {"sequence_length": 64, "sequences": 1, "micro_sequences": 1, "precision": "fp32"}
@@ -353,7 +353,7 @@ def test_a_documented_command_runs(line, project, monkeypatch, tmp_path):
             lengths = words[words.index(option) + 1]
             words[words.index(lengths)] = ",".join(str(max(least, int(length) // 16)) for length in lengths.split(","))
     outputs = {"exported", "out", "runs/imported", *(["demo-model"] if words[0] == "export" else [])}
-    for output in outputs:  # must not be there, and another example has written it
+    for output in outputs:  # must not exist, but another example has written it
         if output in words:
             shutil.rmtree(project / output, ignore_errors=True)
     assert cli.main(words) == 0

@@ -1,4 +1,4 @@
-"""The page of the diagnostics is what its program writes, and that program judges by the registered rule."""
+"""The page of the diagnostics equals its program's output, and that program decides by the registered rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import diagnostics as page  # noqa: E402
 
 
 def table(experiment, accuracy, statuses=None):
-    """A table of a file of which everything is done; `accuracy`: of (lag, depth, arm, seed)."""
+    """Return the table of an experiment with all runs done; `accuracy`: function of (lag, depth, arm, seed)."""
     rows = []
     for condition in experiment.settings["conditions"]:
         lag, depth = experiment.of(condition, "data.synthetic.lag"), experiment.of(condition, "model.depth")
@@ -50,7 +50,7 @@ def test_the_page_is_what_its_program_writes():
 
 
 def test_all_registered_runs_are_counted_once():
-    """By the registered page 288 (files of a small task share those of bst-sh), by its additions 162, 12 and 72."""
+    """The registered page has 288 runs (files of a small task share those of bst-sh), its additions 162, 12 and 72."""
     assert "of 534 runs are done" in page.build(page.load())
 
 
@@ -94,7 +94,7 @@ def seeds_differ(lag, depth, arm, seed):
     ],
 )  # fmt: skip
 def test_the_page_begins_with_whether_the_advantage_falls(accuracy, verdict):
-    """Lags 32 and 64 are within reach at some depths and beyond at others; lag 16 always is within it."""
+    """Lags 32 and 64 are within reach at some depths and beyond it at others; lag 16 is always within reach."""
     lines = page.build([copying(accuracy)]).splitlines()
     assert "does the advantage fall where windows reach the lag?" in lines[0]
     assert verdict in lines[2]
@@ -172,7 +172,7 @@ def test_windows_have_learnt_if_both_seeds_have_at_one_rate(accuracy, answer):
 
 
 def states(name, accuracy):
-    """An experiment on other states of which all runs are done; `accuracy`: of (condition, arm), a value a seed."""
+    """Return an experiment on other states with all runs done; `accuracy`: values by seed for (condition, arm)."""
     found = next(e for e in page.load() if e.name == name)
     rows = [
         {"condition": condition, "arm": arm, "seeds": dict.fromkeys(map(str, found.settings["seeds"]), "done"),
@@ -206,7 +206,7 @@ def test_gated_deltanet_must_learn_the_shorter_lag_and_copy_more_at_the_longer()
     ],
 )  # fmt: skip
 def test_recall_is_predicted_of_gated_deltanet_and_not_of_bst_sh(arms, verdict):
-    """Windows: 0.3, so 0.4 and more than it in the mean speaks against the prediction."""
+    """Windows have 0.3, so a mean of 0.4 or more contradicts the prediction."""
     found = states("states-recall", lambda condition, arm: arms.get(arm, (0.3, 0.3, 0.3)))
     assert decisions.recall(found).startswith(f"**P9** {verdict}")
 

@@ -1,4 +1,4 @@
-"""The mistakes on the page of the first hour have the messages that it shows."""
+"""The mistakes shown in docs/first-hour.md give the messages on that page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of launches in docs/gpu.md: of every kind of layer, and as `make test-sm90` holds it."""
+"""The table of launches in docs/gpu.md has every kind of layer, with the numbers that `make test-sm90` checks."""
 
 import json
 from pathlib import Path

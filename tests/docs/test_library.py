@@ -1,4 +1,4 @@
-"""The page about the library: its code is run as it stands."""
+"""The code on the page about the library is run unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links between the pages lead somewhere, and every page can be reached from the index."""
+"""Links between the pages are valid, and every page can be reached from the index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXAMPLES = [path for path in sorted((ROOT / "launch").rglob("*")) if path.is_fil
 
 
 def links(page: Path) -> list[tuple[Path, str]]:
-    """Files that a page links to, with the part of them."""
+    """Return the files that a page links to, with the linked section."""
     found = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     parts = [link.partition("#") for link in found if "://" not in link]
     return [((page.parent / path).resolve() if path else page, part) for path, _, part in parts]
@@ -41,5 +41,5 @@ def test_tests_and_programs_that_a_page_names_exist(page):
 
 def test_every_page_can_be_reached_from_the_index():
     reached = {target for target, _ in links(ROOT / "docs/README.md")}
-    made = {ROOT / "docs/README.md", ROOT / "docs/study/report.md"}  # the report is the study's own
+    made = {ROOT / "docs/README.md", ROOT / "docs/study/report.md"}  # the report belongs to the study
     assert not set(PAGES) - reached - made

@@ -1,4 +1,4 @@
-"""A disk that stands still, under the whole program: what hangs is named, and nothing waits for it without end."""
+"""Training on a frozen disk: the hanging file system is named, and nothing waits for it forever."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts and freezes a file system, which root alone may"),
 ]
 END_S = 300
-"""Far more than the end takes: a wait without end is what must not be."""
+"""Timeout for the program to end, far more than it needs; it only detects an endless wait."""
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """An ext4 file system of its own; thawed at the end."""
+    """A separate ext4 file system, which is thawed at the end."""
     if not all(map(shutil.which, ("mkfs.ext4", "fsfreeze", "mount"))):
         pytest.skip("needs mkfs.ext4, fsfreeze and mount")
     image, place = tmp_path / "image", tmp_path / "disk"
@@ -39,7 +39,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     if mounted.returncode:
         pytest.skip(f"no loop device can be had here: {mounted.stderr.strip()}")
     yield place
-    subprocess.run(["fsfreeze", "-u", place], capture_output=True)  # fails where it was thawed
+    subprocess.run(["fsfreeze", "-u", place], capture_output=True)  # fails if it is already thawed
     deadline = time.monotonic() + 300
     while subprocess.run(["umount", place], capture_output=True).returncode:
         assert time.monotonic() < deadline, "something still uses the file system"
@@ -47,7 +47,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class Trainer:
-    """`bst train` on two ranks, with its run directory on the disk; its output is elsewhere."""
+    """`bst train` on two ranks, with the run directory on the disk; its output goes elsewhere."""
 
     def __init__(self, recipe: Path, disk: Path, *words: str) -> None:
         self.run, self.log = disk / "run", disk.parent / "said"
@@ -87,7 +87,7 @@ def test_the_watchdog_names_the_file_system_and_ends_a_run_that_goes_on_later(re
     assert "bst train: no rank has moved for" in said
     assert f"the file system hangs: {trainer.run} has not answered for" in said
     assert "cannot write stacks to" in said
-    assert "thread MainThread (0x" in said  # so they are here
+    assert "thread MainThread (0x" in said  # so they are printed
     freeze(disk, thaw=True)
     reached = max(int(path.name[-8:]) for path in committed(trainer.run))
     again = Trainer(recipe, disk, "--until", str(reached + 1))
@@ -104,8 +104,8 @@ def test_two_signals_end_a_run_whose_disk_hangs(recipe, disk):
     assert trainer.process.poll() is None, "one signal waits for the checkpoint"
     deadline, twice = time.monotonic() + 300, "told to stop (SIGTERM) more than once"
     while twice not in trainer.log.read_text() and time.monotonic() < deadline:
-        trainer.process.send_signal(signal.SIGTERM)  # one that comes sooner than 3 s is a copy of the first
-        time.sleep(1)  # and one that comes while the process exits ends it by that signal
+        trainer.process.send_signal(signal.SIGTERM)  # within 3 s it counts as a copy of the first
+        time.sleep(1)  # a signal during exit would end the process by that signal
     status, said = trainer.status(), trainer.log.read_text()
     assert status == UNREADABLE, said
     assert twice in said

@@ -1,4 +1,4 @@
-"""A disk that fills up, under the whole program: one message, a status that says to start again, nothing lost."""
+"""Training on a disk that fills up: one message, an exit status that means to start again, nothing lost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONG = ("train", "run/recipe.yaml", "--run-dir", "disk/run", "--resume", "train.
 
 @pytest.fixture
 def disk(tmp_path: Path, older: Path) -> Iterator[Path]:
-    """A file system of its own, of 4 MB, beside an older run's recipe and corpus."""
+    """A separate file system of 4 MB, next to an older run's recipe and corpus."""
     place = tmp_path / "disk"
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], check=True)

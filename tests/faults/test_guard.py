@@ -1,4 +1,4 @@
-"""Steps that must not be taken: the same decisions on all ranks, in every stage, and in a run that was stopped."""
+"""Steps that the guard refuses: the same decisions on all ranks, in every ZeRO stage, and after a resume."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_a_spike_is_a_loss_far_above_the_median_of_the_window():
     limit = 3.0 + 5 * 1.4826 * 0.1
     assert judge.loss(limit - 1e-3, 9, 0, 1.0) is None
     assert judge.loss(limit + 1e-3, 9, 0, 1.0).action == "skip"
-    assert judge.loss(judge.limit, 9, 0, 1.0) is None  # a device compares with it the same way
-    assert guard(losses[1:], spike="skip").loss(1e9, 8, 0, 1.0) is None  # the window is not full yet
+    assert judge.loss(judge.limit, 9, 0, 1.0) is None  # the comparison on the device gives the same
+    assert guard(losses[1:], spike="skip").loss(1e9, 8, 0, 1.0) is None  # the window is not yet full
     judge.taken(30.0)  # a spike that was taken changes the median by one rank only
     assert judge.loss(limit + 0.1, 10, 0, 1.0).action == "skip"
     assert guard(losses).loss(1e9, 9, 0, 1.0) is None  # ignored unless asked for
@@ -54,7 +54,7 @@ def test_a_spike_is_a_loss_far_above_the_median_of_the_window():
 
 def test_only_so_many_steps_within_so_much_data_are_passed_over():
     judge = guard(non_finite="skip", most=2, within=10)
-    for step in (0, 5, 11):  # the first is too long ago when the third comes
+    for step in (0, 5, 11):  # the first is outside of the limit when the third comes
         assert judge.loss(math.nan, step, 0, 1.0).action == "skip"
     with pytest.raises(DivergedError, match="2 such steps were already skipped within 10"):
         judge.loss(math.nan, 12, 0, 1.0)
@@ -65,7 +65,7 @@ def test_only_so_many_steps_within_so_much_data_are_passed_over():
 
 
 def test_entries_are_counted_by_the_data_that_they_are_about():
-    """Step 5 was taken twice, the second time with the seventh step's data; what is no bad step does not count."""
+    """Step 5 was taken twice, the second time with the seventh step's data. Only bad steps count."""
     found = Ledger([Entry(5, 0, "a", "skip"), Entry(5, 2, "b", "skip"), Entry(5, 2, "c", ledger.CHANGE)])
     assert [found.lately(8, within) for within in (1, 2, 3)] == [1, 1, 2]
     assert found.lately(7, 10) == 1
@@ -75,8 +75,8 @@ def test_a_ledger_keeps_what_is_behind_a_checkpoint_and_drops_what_is_beyond(tmp
     entries = [Entry(2, 0, "a", "skip"), Entry(6, 0, "b", "roll-back", 4), Entry(5, 2, "c", "skip")]
     (tmp_path / ledger.FILE).touch()
     Ledger(entries, tmp_path / ledger.FILE)
-    assert ledger.read(tmp_path, step=4, skipped=0) == entries[:1]  # the roll-back is yet to come
-    assert ledger.read(tmp_path, step=4, skipped=2) == entries[:2]  # it has been
+    assert ledger.read(tmp_path, step=4, skipped=0) == entries[:1]  # before the roll-back
+    assert ledger.read(tmp_path, step=4, skipped=2) == entries[:2]  # after it
     assert ledger.read(tmp_path, step=5, skipped=2) == entries
     again = Ledger(entries[:2], tmp_path / ledger.FILE)
     (gone,) = read_lines(tmp_path / "ledger.dropped.jsonl")
@@ -104,7 +104,7 @@ SPOILT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.fixture
 def go(recipe_file, tmp_path, on_ranks, unmeasured, monkeypatch) -> Go:
-    """``go(run, how, bad, *overrides, …)`` trains on two ranks, the last of which spoils the loss of `bad` data."""
+    """``go(run, how, bad, *overrides, …)`` trains on two ranks; the last one corrupts the loss of `bad` data."""
     recipe = recipe_file(
         train={"steps": 14, "sequences": 4, "micro_sequences": 1}, evaluation={"every": 4},
         guard={"spike_window": 8, "spike_deviations": 20.0},
@@ -150,7 +150,7 @@ def test_a_skipped_step_changes_no_weight(go, tmp_path, stage, how):
 @pytest.mark.ranks
 @pytest.mark.parametrize(("how", "policy"), [("loss", "skip"), ("spike", "roll-back")])
 def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, assert_same_run, how, policy):
-    # Two pieces of bad data: the second is met on the way that the first one's roll-back leads to.
+    # Two bad steps of data: the second is reached after the roll-back that the first one causes.
     settings = (f"guard.non_finite={policy}", f"guard.spike={policy}", "data.mode=streaming", "train.carry=true",
                 "checkpoint.every=4")  # fmt: skip
     go("whole", how, (10, 13), *settings)
@@ -159,7 +159,7 @@ def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, assert_sa
     if policy == "roll-back":  # both times to step 8: with data 11 on, its steps are 9, 10 (data 12), 11 (data 13)
         assert [(entry.step, entry.skipped, entry.back_to) for entry in entries] == [(11, 0, 8), (11, 3, 8)]
         assert json.loads((newest_valid(tmp_path / "whole") / "manifest.json").read_text())["skipped"] == 6
-    for until in (10, 11):  # checkpoints that the whole run has not, which rolls back to 8
+    for until in (10, 11):  # with checkpoints that the whole run does not have; it rolls back to 8
         go("parts", how, (10, 13), *settings, until=until)
     go("parts", how, (10, 13), *settings)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

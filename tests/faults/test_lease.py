@@ -1,4 +1,4 @@
-"""One start at a time trains in a run directory, and the next one has it when that is dead."""
+"""Only one start at a time trains in a run directory; another can take it over when the first is dead."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fast(monkeypatch):
 
 
 def held_elsewhere(run_dir: Path, epoch: int = 4, **about: Any) -> Path:
-    """The lease of a start on another machine."""
+    """Write the lease of a start on another machine; return its path."""
     path = run_dir / LEASE / f"epoch-{epoch:08d}.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"host": "node-03", "pid": 7, "job": "Slurm job 4711", "machine": "other",
@@ -92,7 +92,7 @@ def test_a_start_that_was_thought_dead_learns_of_its_successor(tmp_path):
         old.require()
     old._thread.join(60)
     assert "epoch 2, this start has 1" in lost[0]
-    old.release()  # which must not touch the other's
+    old.release()  # must not touch the other's lease
     assert "released" not in (tmp_path / LEASE / "epoch-00000002.json").read_text()
 
 
@@ -109,7 +109,7 @@ STARTS = {
 @pytest.mark.ranks
 @pytest.mark.parametrize("way", STARTS)
 def test_two_trainers_on_one_directory(older, way):
-    """The first is stopped in the middle of its run, so that the second finds it alive."""
+    """The first is suspended during its run, so that the second finds it alive."""
     if not Path(STARTS[way][0]).exists():
         pytest.skip(f"no {way} on this machine")
     words = ["run/recipe.yaml", "--resume", "--run-dir", "run"]
@@ -124,7 +124,7 @@ def test_two_trainers_on_one_directory(older, way):
     os.kill(rank, signal.SIGSTOP)
     try:
         done = subprocess.run(again, cwd=older.parent, timeout=400, **output)
-        # torchrun has a status of its own for whatever its ranks end with.
+        # torchrun has its own exit status, whatever its ranks' statuses are.
         assert done.returncode == (FAILED if "torch" in way else USER_ERROR), done.stdout
         assert f"bst train: run: process {rank} on " in done.stdout
         assert "trains there (epoch 1)" in done.stdout

@@ -1,4 +1,4 @@
-"""A run outlives what it prints to."""
+"""A run continues, or ends with a checkpoint, if its output or terminal is closed."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_what_leads_nowhere_is_no_error_and_all_else_is_as_it_was():
 
 @pytest.mark.ranks
 def test_a_closed_terminal_leaves_a_checkpoint(recipe_file, tmp_path):
-    """`bst train` in a terminal of its own, which is closed while it trains."""
+    """`bst train` runs in its own terminal, which is closed during training."""
     recipe, run_dir, status = recipe_file(train={"steps": 10_000}), tmp_path / "run", tmp_path / "status"
     bst = Path(sys.executable).with_name("bst")
     script = f"{bst} train {recipe} log.every=1 --run-dir {run_dir} --ranks 2; echo $? > {status}"
-    # The shell holds the terminal, and outlives it to write down the status.
+    # The shell owns the terminal, and ignores the hang-up so that it can write the exit status.
     command = [sys.executable, "-c", "import fcntl, subprocess, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
                "subprocess.run(['bash', '-c', 'trap : HUP; ' + sys.argv[1]])", script]  # fmt: skip
     master, slave = pty.openpty()

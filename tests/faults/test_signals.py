@@ -1,5 +1,5 @@
-"""A signal to one rank: all of them leave a checkpoint and stop, wherever they are, and the run goes on as if nothing
-had been."""
+"""A signal to one rank: all ranks stop with a checkpoint, wherever they are, and the resumed run equals one that was
+never stopped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Go = Callable[..., list[int]]
 
 @pytest.fixture
 def go(recipe_file, tmp_path, on_ranks, unmeasured) -> Go:
-    """``go(run, resume=…)`` trains the small recipe on two ranks that listen to signals; their exit statuses."""
+    """``go(run, resume=…)`` trains the small recipe on two ranks that handle signals; returns their exit statuses."""
     recipe = recipe_file(train={"sequences": 4, "micro_sequences": 1}, evaluation={"every": 3, "sequences": 8})
 
     def on_rank(ranks: Ranks, run: str, resume: bool) -> int:
@@ -41,11 +41,11 @@ def go(recipe_file, tmp_path, on_ranks, unmeasured) -> Go:
 
 
 notices: list[signals.Notice] = []
-"""Of this process, where it is a rank."""
+"""Signal notices of this process, if it is a rank."""
 
 
 def tell(rank: int) -> None:
-    """Send this process the signal when it is that rank, and wait until it has heard."""
+    """Send this process the signal if it is that rank, and wait until it is handled."""
     if int(os.environ["RANK"]) == rank:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert notices[-1].heard.wait(60)
@@ -88,7 +88,7 @@ def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninter
         (Trainer, "_accumulate", training, 2),
         (evaluation, "_by_block", evaluating(2), 3),
         (snapshot.Snapshots, "start", saving, 5),
-        (evaluation, "_by_block", evaluating(2), 6),  # the last: there is nothing left to do but that
+        (evaluation, "_by_block", evaluating(2), 6),  # the last evaluation, after all steps
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, patched)
@@ -104,7 +104,7 @@ def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninter
 
 
 def test_the_end_of_a_terminal_is_a_stop_unless_it_is_ignored():
-    """As under nohup; the other signals are heard in any case."""
+    """nohup ignores SIGHUP. The other signals are always handled."""
     before = signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -155,8 +155,11 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without an instruction
 
 
 def test_a_further_ctrl_c_ends_a_rank_at_once_and_no_other_signal_does():
-    """By a clock that the test sets. A SIGINT soon after the first signal is a copy of it, as a launcher makes it;
-    Slurm's second SIGTERM must not cost the checkpoint."""
+    """With a clock that the test sets.
+
+    A SIGINT soon after the first signal counts as a copy of it, because launchers send copies. Slurm's second SIGTERM
+    must not prevent the checkpoint.
+    """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     process = subprocess.Popen([sys.executable, "-c", LISTENER], **pipes)
     assert process.stdout.readline() == "listening\n"
@@ -165,7 +168,7 @@ def test_a_further_ctrl_c_ends_a_rank_at_once_and_no_other_signal_does():
         process.stdin.write(f"{at}\n")
         assert process.stdout.readline() == f"it is {float(at)}\n"
         process.send_signal(number)
-        assert process.stdout.readline() == f"{int(number)} SIGTERM\n"  # heard, and not the end
+        assert process.stdout.readline() == f"{int(number)} SIGTERM\n"  # handled, and the process continues
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT
     assert process.communicate()[0] == ""
@@ -178,7 +181,7 @@ def test_a_rank_ends_with_the_launcher_of_deepspeed_that_started_it(tmp_path):
         f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE)\n"
         "assert rank.stdout.readline() == b'1\\n'; print(rank.pid, flush=True); rank.wait()\n"
     )
-    # What the rank looks at is the name in its parent's command line.
+    # The rank looks for this name in its parent's command line.
     command = [sys.executable, "-c", launcher, "deepspeed.launcher.launch"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     pid = int(process.stdout.readline())

@@ -1,4 +1,4 @@
-"""What is written of a rank's threads when it hangs."""
+"""The stack traces that are written when a rank hangs."""
 
 import _thread
 import threading

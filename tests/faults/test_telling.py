@@ -1,4 +1,4 @@
-"""Who says why a job ends: one rank, once."""
+"""Only one rank prints why a job ends, and only once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bst_dist.faults.telling import KEY, lost_peer, tell
 
 @pytest.fixture
 def board(monkeypatch):
-    """The job's board, in this process; who waits for it waits briefly."""
+    """The job's board in this process, with short waits."""
     board = LocalBoard()
     monkeypatch.setattr(telling, "_board", lambda: board)
     for name, value in {"WAIT_S": 0.3, "STAYS_S": 0.0, "LOOK_S": 0.01}.items():
@@ -43,7 +43,7 @@ def test_what_rank_0_says_too_it_says_alone(board, monkeypatch, capsys, rank, fi
 
 @pytest.mark.parametrize(("rank", "peer_gone"), [(1, False), (1, True), (0, True)])
 def test_who_is_told_to_stop_while_it_waits_is_silent(board, monkeypatch, capsys, rank, peer_gone):
-    """The launcher ends it because another rank has failed, and names that one."""
+    """The launcher ends it because another rank has failed, and prints that rank."""
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr(telling, "WAIT_S", 60.0)
     notice = Notice()

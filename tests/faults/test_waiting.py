@@ -1,4 +1,4 @@
-"""Told to stop while waiting for data that does not come: the wait is left, and the last complete step is saved."""
+"""A signal while waiting for data that does not arrive ends the wait, and the last complete step is saved."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.ranks
 TAR = "train-000000.tar"
 STALLED = ["stall"] * 10_000
 NEVER_S = 100_000
-"""Nothing ends a stalled read before that but a signal."""
+"""Timeout of a stalled read, so long that only a signal ends it."""
 END_S = 200
-"""Far more than the end takes: a wait without end is what must not be."""
+"""Timeout for the program to end, far more than it needs; it only detects an endless wait."""
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def recipe(recipe_file, server) -> Path:
 
 
 class Training:
-    """`bst train` on two ranks, in a process group of its own."""
+    """`bst train` on two ranks, in its own process group."""
 
     def __init__(self, recipe: Path, run: Path) -> None:
         self.run, self.log = run, run.with_suffix(".log")
@@ -65,7 +65,10 @@ class Training:
         return sum(line["kind"] == "train" for line in read_lines(self.run / "metrics.jsonl"))
 
     def told_by_slurm(self) -> tuple[int, str]:
-        """Every process of the job step gets the signal, the launcher and the ranks."""
+        """Send SIGTERM to every process of the job step (launcher and ranks), as Slurm does.
+
+        Return the exit status and the output.
+        """
         os.killpg(self.process.pid, signal.SIGTERM)
         try:
             return self.process.wait(END_S), self.log.read_text()
@@ -79,7 +82,7 @@ def test_ranks_that_wait_for_a_stalled_server_save_the_last_complete_step(recipe
         time.sleep(0.05)
     server.faults[TAR] = list(STALLED)
     done = -1
-    while done != (done := training.steps()):  # what was read ahead is used up
+    while done != (done := training.steps()):  # until prefetched data are used up
         time.sleep(1)
     ended, said = training.told_by_slurm()
     assert ended == status.RESUBMIT, said
@@ -98,7 +101,7 @@ def test_ranks_that_wait_for_a_stalled_server_save_the_last_complete_step(recipe
 def test_a_server_that_stalls_before_the_first_step_is_left_with_a_status_to_start_again(
     recipe, server, tmp_path, name, before
 ):
-    """`before`: what `bst train` itself reads of it, before there are ranks."""
+    """`before`: number of reads of the file by `bst train` itself, before ranks exist."""
     server.faults[name] = [""] * before + STALLED
     training = Training(recipe, tmp_path / "run")
     while sum(asked == name for asked, _ in server.requests) <= before:
@@ -120,7 +123,7 @@ def test_a_server_that_stalls_before_the_first_step_is_left_with_a_status_to_sta
 def test_a_rank_without_data_costs_the_others_that_step_and_the_run_nothing_else(
     recipe_file, on_ranks, unmeasured, tmp_path, monkeypatch, assert_same_run, changes: dict[str, Any]
 ):
-    """The rank that waits has to take part in what the others exchange; the resumed run is that of a whole one."""
+    """The waiting rank must take part in the others' collectives. The resumed run equals one without a stop."""
     own = {**changes, "data": {**changes.get("data", {}), "prefetch": 1}}
     recipe = recipe_file(**own)
 
@@ -139,7 +142,7 @@ def test_a_rank_without_data_costs_the_others_that_step_and_the_run_nothing_else
         monkeypatch.setattr(Prefetcher, "_next", next_of)
         return train(Request(recipe, [], tmp_path / run, True, None), ranks, notice)
 
-    for lacking in (0, 3, 4):  # before any step, one after that of a checkpoint, at one
+    for lacking in (0, 3, 4):  # before the first step, one step after a checkpoint, at a checkpoint
         assert on_ranks(2, on_rank, "parts", lacking) == [status.RESUBMIT] * 2
         outcome = read_outcome(tmp_path / "parts")
         assert (outcome["stopped"], outcome.get("step", 0)) == ("SIGTERM", lacking)

@@ -1,4 +1,4 @@
-"""A job that stands still is ended, and the rank that holds it up is named."""
+"""A job that hangs is ended, and the rank that causes it is named."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_what_is_put_on_a_shared_board_is_read_by_all_and_what_is_not_is_none():
 
 
 class Ends:
-    """What the watchdogs of several ranks end with."""
+    """Records messages and exit statuses with which the watchdogs of several ranks end."""
 
     def __init__(self, ranks: int) -> None:
         self.said: dict[int, str] = {}
@@ -112,7 +112,7 @@ class Ends:
 
 
 class Deaf(LocalBoard):
-    """A board that stops answering, as the store of a process that stands still."""
+    """A board that stops answering, like the store of a process that hangs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def test_watchdogs_of_several_ranks_agree_on_the_rank_that_is_behind_and_leave_s
     assert "bst train: no rank has moved for" in ends.said[0]
     assert "rank 1 on" in ends.said[0]
     assert "behind the others, for" in ends.said[0]
-    assert ends.said[1] == ""  # rank 0 has said it
+    assert ends.said[1] == ""  # rank 0 has already printed it
     assert ends.statuses == {HUNG}
     stacks = (tmp_path / STACKS / "rank-00000.txt").read_text()
     assert "test_watchdogs_of_several_ranks" in stacks
@@ -148,7 +148,7 @@ def test_watchdogs_of_several_ranks_agree_on_the_rank_that_is_behind_and_leave_s
 def test_a_frozen_rank_is_named_by_rank_0_and_a_frozen_rank_0_by_the_others(tmp_path):
     for frozen in (0, 1):
         ends, board, phases = Ends(2), LocalBoard(), Phases()
-        board.put(key_of(frozen), written(beat(frozen)))  # its last one
+        board.put(key_of(frozen), written(beat(frozen)))  # its last heartbeat
         with watch(tmp_path, 1 - frozen, phases, board, ends):
             assert ends.ended[1 - frozen].wait(60)
         assert f"rank {frozen} on node-{frozen} (pid 10{frozen}): silent" in ends.said[1 - frozen]
@@ -167,7 +167,7 @@ def test_a_board_that_does_not_answer_stops_nobody_from_ending(tmp_path, rank):
 
 
 def test_a_rank_that_goes_on_slowly_is_left_alone(tmp_path, monkeypatch):
-    """By a clock that the test sets: it takes three quarters of the limit for each exchange."""
+    """With a clock that the test sets: each exchange takes three quarters of the limit."""
     ends, board, phases = Ends(1), LocalBoard(), Phases()
     now = [time.monotonic()]
     monkeypatch.setattr("bst_dist.faults.watchdog.time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -12,7 +12,7 @@ GREEDY = SamplingConfig(temperature=0)
 
 
 def continued(model, prompts, samples, sampling, count, never=None):
-    """`count` tokens of each sample, by (prompt, sample)."""
+    """Generate `count` tokens of each sample; return them by (prompt, sample)."""
     generation = Generation(model, dict(enumerate(prompts)), samples, sampling, never)
     drawn = {sample: [] for sample in samples}
     while generation.running:
@@ -59,7 +59,7 @@ def test_greedy_tokens_are_the_likeliest_of_the_parallel_forward(make_model):
 
 @pytest.mark.parametrize("changes", [{}, {"variant": "MF"}, {"mixer": "block-recurrent"}], ids=str)
 def test_rows_drawn_together_are_those_drawn_alone(make_model, changes):
-    """Prompts within the first block, at a block's end, over several blocks; with and without blocks in common."""
+    """Prompts end in the first block, at a block's end, and after several blocks; some have a common prefix."""
     model = make_model(**changes)
     prompts = [torch.randint(0, 19, (n,)).tolist() for n in (1, 8, 9, 23, 16, 60)]
     samples = [(prompt, sample) for prompt in range(6) for sample in range(2)]
@@ -92,7 +92,7 @@ def test_forbidden_tokens_are_never_drawn(make_model):
 
 
 def test_tokens_of_the_prompt_and_drawn_ones_are_penalised(make_model):
-    """As Keskar et al. write it, one token at a time: a prompt of two whole blocks and more, and one within a block."""
+    """Compared with the formula of Keskar et al., token by token; prompts longer than two blocks and within a block."""
     model, penalty = make_model(), 1.5
     for prompt in ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [7, 7]):
         sampling = SamplingConfig(temperature=0, repetition_penalty=penalty)

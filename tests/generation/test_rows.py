@@ -15,7 +15,7 @@ KINDS = [
 
 
 def counted(model):
-    """How many rows each forward pass had."""
+    """Return a list that records the number of rows of each forward pass."""
     batches = []
     model.layers[0].register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     return batches

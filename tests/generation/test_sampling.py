@@ -74,7 +74,7 @@ def test_the_likeliest_token_is_drawn_from_whatever_min_p_is():
 
 
 def test_ids_without_text_are_not_drawn_but_the_end_of_a_document_is():
-    """Of seven ids of the model the tokenizer has five: 0 is the end, 3 stands for no text."""
+    """The model has seven ids, the tokenizer five: 0 is the end of a document, 3 has no text."""
     tokenizer = SimpleNamespace(vocab_size=5, token_bytes=np.array([0, 1, 4, 0, 2]), eos_id=0, has_text=True)
     assert without_text(7, tokenizer).tolist() == [False, False, False, True, False, True, True]
     tokenizer.has_text, tokenizer.token_bytes = False, np.zeros(5, int)

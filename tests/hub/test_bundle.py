@@ -1,4 +1,4 @@
-"""The code that goes with an export: every import of this project becomes one of a file beside it."""
+"""The code in an export: every import of a module of this project becomes an import of a file next to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def imports(source: str) -> dict[str, tuple[str, int]]:
-    """Where each name of a source comes from, and how many levels up."""
+    """Return the origin of each imported name in a source, and the level of the relative import."""
     found = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

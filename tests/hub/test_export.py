@@ -1,4 +1,4 @@
-"""`bst export` and `bst import`, as a user runs them."""
+"""`bst export` and `bst import` as a user runs them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_what_is_exported_comes_back_by_import(exported, tmp_path):
 
 @pytest.mark.ranks
 def test_what_two_ranks_have_trained_comes_back_and_is_evaluated_and_trained_from(recipe_file, tmp_path, capfd):
-    """Its checkpoint has an index of what lies where in two files; the imported one is a single file."""
+    """The run's checkpoint has an index over two files; the imported checkpoint is a single file."""
     recipe, there, back = str(recipe_file()), tmp_path / "there", tmp_path / "back"
     assert main(["train", recipe, "--run-dir", str(there), "--ranks", "2", "--until", "3"]) == 0
     assert main(["export", str(there), str(tmp_path / "model")]) == 0
@@ -62,7 +62,7 @@ def test_what_two_ranks_have_trained_comes_back_and_is_evaluated_and_trained_fro
 
 
 def test_a_published_tokenizer_goes_out_and_comes_back(make_run, tmp_path):
-    """The export has transformers' form of it, in which no text ends with an end token, and the corpus's own."""
+    """The export contains the corpus's tokenizer, and its form for transformers, which adds no end token to a text."""
     run_dir, folder = make_run(), tmp_path / "exported"
     (run_dir / "tokenizer.model").unlink()
     published = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -34,7 +34,7 @@ def padded(tokenizer, side="left"):
 
 
 def reference(model, ids):
-    """Our logits of every token, in one parallel pass."""
+    """Return our model's logits of every token, computed in one parallel pass."""
     block = model.config.block
     return model.logits(model.hidden(torch.tensor([[*ids, *[0] * (-len(ids) % block)]])))[0, : len(ids)]
 
@@ -63,7 +63,7 @@ def test_logits_are_ours_and_generated_tokens_too(loaded, kind, tmp_path):
         options = ["--prompt", prompt, "--temperature", "0", "--tokens", "20", "--json", str(tmp_path / "r.json")]
         assert main(["generate", str(run_dir), *options]) == 0
         (text,) = json.loads((tmp_path / "r.json").read_text())["texts"]
-        # Our tokenizer, since transformers' one loses the valid bytes before a character that is cut at the end.
+        # Use our tokenizer, because transformers' loses the bytes of an incomplete character at the end.
         assert tokenizer_of(run_dir, read_recipe(run_dir)).decode(written.tolist()) == text["continuation"]
         assert len(written) == text["tokens"]
 

@@ -1,4 +1,4 @@
-"""From tables and a published tokenizer to a published model, by commands alone."""
+"""From tables and a published tokenizer to a published model, using only commands."""
 
 from __future__ import annotations
 

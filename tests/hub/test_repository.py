@@ -1,4 +1,4 @@
-"""Push and import by repository, against a server that speaks the part of the hub's language that they use."""
+"""Push to and import from a repository, with a server that implements the used part of the hub's API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKEN = "hf_local"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory: name -> path -> content."""
+    """Hub server with repositories in memory: name -> path -> content."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
@@ -37,7 +37,7 @@ class Answers(BaseHTTPRequestHandler):
     server: Hub
 
     def log_message(self, *_: Any) -> None:
-        """Nothing is printed."""
+        """Do not print requests."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -87,7 +87,7 @@ class Answers(BaseHTTPRequestHandler):
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def repository(self) -> tuple[str, str]:
-        """OWNER/NAME and what follows it in /api/models/OWNER/NAME/..."""
+        """Return OWNER/NAME, and the rest of the path /api/models/OWNER/NAME/..."""
         owner, name, *rest = unquote(self.path.partition("?")[0]).removeprefix("/api/models/").split("/")
         return f"{owner}/{name}", "/".join(rest)
 
@@ -130,7 +130,7 @@ def hub() -> Iterator[Hub]:
 
 
 def bst(hub: Hub, home: Path, *words: object, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    """The whole program: huggingface_hub reads its variables when it is imported."""
+    """Run `bst` in a process, because huggingface_hub reads its environment variables at import."""
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home), "HF_TOKEN": token,
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",

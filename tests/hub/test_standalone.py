@@ -1,4 +1,4 @@
-"""An export loads with transformers alone: nothing of this project, nor of what only it needs, can be imported."""
+"""An export loads with only transformers: neither this project nor its other dependencies can be imported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ print(json.dumps([inputs.input_ids.tolist(), logits.tolist(), written.tolist()])
 
 @pytest.fixture(scope="module")
 def only_transformers(tmp_path_factory, link_packages):
-    """A directory of packages that holds transformers, torch and what these two require, and nothing else."""
+    """A directory of packages with only transformers, torch and their dependencies."""
     folder = tmp_path_factory.mktemp("packages")
     done = link_packages(folder, ["transformers", "torch"])
     assert not done & {"sentencepiece", "deepspeed", "mpi4py", "bst-dist"}
@@ -46,7 +46,7 @@ def only_transformers(tmp_path_factory, link_packages):
 
 
 def alone(folder, tmp_path, packages):
-    """What a process with nothing of the project computes from an export."""
+    """Return what a process without this project computes from an export."""
     base = Path(sys.base_prefix) / "bin" / Path(sys.executable).name  # not that of the virtual environment
     command = [str(base), "-s", "-c", ALONE, str(folder), str(tmp_path / "saved-again")]
     environment = {

@@ -1,4 +1,4 @@
-"""Devices by the names that drivers give them."""
+"""Accelerators found by the device names of drivers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Analytic FLOP counts against torch's counter, which counts every matmul of the plain attention path."""
+"""Analytic FLOP counts compared with torch's counter, which counts every matmul of the plain attention path."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whether bf16 pays on this CPU is a property of the CPU, not of what else it does."""
+"""Whether bf16 is slow on this CPU does not depend on the CPU's load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bst_dist.plan.hardware import bf16_slowdown
 
 @pytest.fixture
 def busy_cores():
-    """Several programs for each core, which compute all the time."""
+    """Run eight programs that compute all the time."""
     programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
     yield
     for program in programs:
@@ -22,7 +22,7 @@ def busy_cores():
 
 
 def test_other_programs_do_not_hide_that_bf16_is_slow(busy_cores, monkeypatch):
-    """As on a CPU that computes a product in bf16 as twenty in fp32."""
+    """Simulates a CPU on which a product in bf16 takes as long as twenty in fp32."""
     single = torch.randn(128, 128)
 
     def product(a: torch.Tensor, b: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The host launches kernels no faster than it can: what a small model's plan is bounded by."""
+"""The time in which the host launches kernels bounds the plan of a small model."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_views_and_allocations_launch_nothing():
         y = torch.relu((x.view(2, 2, 6).transpose(0, 1).flatten(0, 1) @ weight)[:2])  # a copy, a product, a ReLU
         assert live.launched == 3
         y.backward(torch.empty_like(y))
-    assert live.launched == 3 + 3  # of the ReLU, of the slice, of the product: one, for x has no gradient
+    assert live.launched == 3 + 3  # ReLU, slice, and one for the product, because x needs no gradient
 
 
 def plan(recipe: Recipe, rows: int = 16, stage: int = 0, policy: str = "none"):
@@ -64,7 +64,7 @@ def test_zero3_gathers_a_layer_as_a_whole_where_a_run_would_compile_it(policy, c
     way = planner.candidate(3, 1, 8, policy)
     assert given == [planner.sizes.by_layer if compiled else planner.sizes]
     layers, around = operations(planner.activations, planner.model.mixers(), way.work)
-    fewer = COMPILED_FEWER if compiled else 1  # some of it is hidden behind the computation
+    fewer = COMPILED_FEWER if compiled else 1  # some of it overlaps with the computation
     assert way.speed.launches == pytest.approx(LAUNCH_S * (layers / fewer + around), rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Seconds as a run took them: `bst plan --from-run`."""
+"""Calibration with the measured step times of a run: `bst plan --from-run`."""
 
 import json
 
@@ -24,7 +24,7 @@ H100 = accelerator("h100-80gb")
 
 @pytest.fixture
 def run(tmp_path):
-    """Makes the directory of a run: (from_step, ranks, hosts, seconds of its steps) of each start."""
+    """Makes a run directory; each start is (from_step, ranks, hosts, step times in seconds)."""
 
     def make(*starts, device="NVIDIA H100 80GB HBM3", **settings):
         directory = tmp_path / "first"
@@ -47,7 +47,7 @@ def planned_s(nodes: int, per_node: int) -> float:
 
 
 def test_the_factor_is_the_median_step_by_the_planned_one(run):
-    seconds = [60.0, 30.0, *(1 + n / 10 for n in range(11))]  # two that warm up, then a median of 1.5
+    seconds = [60.0, 30.0, *(1 + n / 10 for n in range(11))]  # two warm-up steps, then a median of 1.5
     measured = measure(run((0, 8, 2, seconds)), H100)
     assert (measured.cluster.nodes, measured.cluster.per_node, measured.steps) == (2, 4, 11)
     assert measured.seconds == pytest.approx((1.5, 1.1, 1.9))

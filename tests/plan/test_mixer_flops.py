@@ -1,4 +1,4 @@
-"""FLOPs of every mixer and kernel against torch's counter, which counts every matmul of the plain attention path."""
+"""FLOPs of every mixer and kernel compared with torch's counter, which counts all matmuls of plain attention."""
 
 import pytest
 import torch
@@ -62,8 +62,10 @@ def build(settings):
 
 @pytest.mark.parametrize("name", CASES)
 def test_terms_equal_what_one_more_sequence_costs(name):
-    """Tables and filters are made once a batch, so the difference between two batches leaves them out; FFTs, which the
-    counter does not know, stand in a term of their own."""
+    """Tables and filters are made once per batch, so the difference between two batch sizes leaves them out.
+
+    FFTs, which the counter does not know, have their own term.
+    """
     model = build(CASES[name])
     found = counted(model, 3) - counted(model, 2)
     terms = forward_flops(model.config, LENGTH)
@@ -75,5 +77,5 @@ def test_fused_full_attention_is_counted_as_the_causal_half_in_tiles():
     terms = forward_flops(fused.config, LENGTH)
     assert terms == forward_flops(tiled.config, LENGTH)
     more = counted(fused, 3) - counted(fused, 2) - (counted(tiled, 3) - counted(tiled, 2))
-    hidden = 2 * 4 * 32 * (LENGTH - QUERY_TILE) / 2  # of two layers: what the plain path computes beyond the tiles
+    hidden = 2 * 4 * 32 * (LENGTH - QUERY_TILE) / 2  # what the plain path of two layers computes beyond the tiles
     assert more / LENGTH == pytest.approx(hidden, rel=1e-9)

@@ -1,4 +1,4 @@
-"""The list of models: its counts against modules that are really built and run, and the paper's recipes."""
+"""The list of models: its counts compared with real modules, and the paper's recipes."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_counts_equal_those_of_the_built_model(name):
 
 
 def test_known_sizes():
-    """From the equations: a sliding mixer has 4 D² and H scales and biases, a feed-forward network 2 D M."""
+    """By the equations, a sliding mixer has 4 D² plus H scales and the biases, a feed-forward network 2 D M."""
     d, h, m, layers, vocabulary = 32, 4, 48, 4, 50
     found = entry("sliding", MODELS["sliding window"], LENGTH)
     assert found.parameters == {
@@ -92,15 +92,17 @@ def test_a_paper_recipe_is_named_as_its_file_and_says_its_size(path):
     layers = recipe.model.mixers()
     assert len(layers) == 12
     assert recipe.model.head == 128
-    # Counted from 0: the last BST layer stands where Block-Recurrent's one layer does, the 10th of 12.
+    # Counted from 0. The last BST layer is where Block-Recurrent's only recurrent layer is, the 10th of 12.
     places = {"bst": [1, 5, 7, 9] if path.stem.startswith("large") else [1, 7, 9], "block-recurrent": [9]}
     kind = recipe.model.mixer.removesuffix("-no-cross")
     assert kind not in places or recipe.model.placement == places[kind]
 
 
 def test_the_large_models_have_the_papers_shape():
-    """D 1024, M 8192 and heads that are together twice as wide as the model: in units of D², a sliding layer has 8 of
-    attention and 16 of feed-forward network; BST adds 2 of query, 2 of output, 1/4 down, and 1 of keys and values.
+    """D 1024, M 8192, and heads that together are twice as wide as the model.
+
+    In units of D², a sliding layer has 8 for attention and 16 for the feed-forward network. BST adds 2 for the query, 2
+    for the output, 1/4 for the down projection, and 1 for keys and values.
     """
     d2, vocabulary = 1024**2, 32_000 * 1024
     for name, expected in {"large-sliding": 12 * 24 * d2, "large-bst-sh": (12 * 24 + 4 * 5.25) * d2}.items():

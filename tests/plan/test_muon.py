@@ -1,4 +1,4 @@
-"""What Muon takes of the rank that has most to do, against closed forms."""
+"""Muon's cost on the busiest rank, compared with closed forms."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SMALL = {"width": 64, "heads": 2, "ffn": 96, "block": 8, "depth": 2, "vocab_size
 
 
 def test_equal_matrices_in_equal_parts_are_shared_out_evenly():
-    """Each of 4 ranks owns 3 of 12, is sent three quarters of these, and sends as much of the others; and back."""
+    """Each of 4 ranks owns 3 of 12 matrices, receives three quarters of them, sends as much, and then the same back."""
     found = busiest((100,) * 12, (7.0,) * 12, stage=3, world=4)
     assert (found.flops, found.updated, found.sent) == (3 * 7.0, 300, 2 * 2 * 3 * 75)
 
 
 def test_borders_cut_few_matrices_of_a_flat_share():
-    """Three matrices of 10 on two ranks: the border is in the middle of the second, which rank 0 owns."""
+    """Three matrices of 10 elements on two ranks: the cut is in the middle of the second, which rank 0 owns."""
     found = busiest((10,) * 3, (5.0,) * 3, stage=1, world=2)
     assert (found.flops, found.updated, found.sent) == (10.0, 15, 2 * 5)
     assert busiest((10,) * 4, (5.0,) * 4, stage=1, world=2).sent == 0
@@ -57,4 +57,4 @@ def test_a_plan_counts_the_exchanges_and_the_products():
     assert MOMENTUM not in ways["muon"][0].traffic
     assert ways["muon"][3].traffic[MOMENTUM] == pytest.approx(2 * sum(sizes.groups[0]) / 2, rel=0.02)  # bf16
     assert 0 < ways["muon"][3].speed.muon < ways["muon"][0].speed.muon
-    assert ways["muon"][3].speed.exposed > ways["adamw"][3].speed.exposed  # behind nothing
+    assert ways["muon"][3].speed.exposed > ways["adamw"][3].speed.exposed  # no overlap

@@ -1,4 +1,4 @@
-"""The plan a user gets: what fits, what is refused and why."""
+"""The plan that a user gets: layouts that fit, and errors with their reasons."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_more_ranks_than_sequences_share_them():
 def test_ranks_that_do_not_divide_the_sequences_compute_some_in_vain(recipe_file, capsys, tmp_path):
     planner = Planner(parse(Recipe, SETTINGS), Cluster(1, 3, device(80)))
     best = planner.best()
-    rows = best.work.slice.rows * best.work.accumulation  # of the rank that has most of 16: 6, 5 and 5
+    rows = best.work.slice.rows * best.work.accumulation  # the 16 rows are spread as 6, 5 and 5
     assert rows == 6
     assert best.spread.masked == 3 * rows - 16
     assert tokens_a_step(best) == 16 * 256

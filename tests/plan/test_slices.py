@@ -1,4 +1,4 @@
-"""Plans of sequences in slices: edges are what layers leave, and memory is a slice's."""
+"""Plans of training in slices: edges have the bytes that layers leave, and memory is that of one slice."""
 
 from __future__ import annotations
 
@@ -96,14 +96,16 @@ def test_one_edge_in_four_takes_less_memory_and_more_passes():
     ways = [planner().candidate(0, 1, 1, "none", 8, place, every) for place in ("device", "disk") for every in (1, 4)]
     edge = planner().activations.edge(1)
     assert ways[0].memory.total - ways[1].memory.total == edge * (7 - (1 + 3))
-    assert ways[3].memory.total - ways[2].memory.total == edge * 3  # between two that wait, all are on the device
+    assert ways[3].memory.total - ways[2].memory.total == edge * 3  # all edges between two kept ones are on the device
     assert [way.work.edge_passes for way in ways] == [7, 10, 7, 10]
     assert ways[1].speed.rerun == pytest.approx(ways[0].speed.rerun * 10 / 7)
 
 
 def test_a_plan_shows_slices_where_they_make_it_fit(found):
-    """On a device that holds slices with their edges on disk, and no more; a compiled layer of a whole sequence would
-    fit as well."""
+    """The device's memory is just enough for slices with edges on disk.
+
+    Layers are not compiled, because a compiled layer would fit even with a whole sequence.
+    """
     limit = found[-1].by_place["disk"].needed / (1 - HEADROOM) + 1
     small = accelerator("h100-80gb", None).model_copy(update={"memory_gb": limit / 1e9})
     tight = Planner(recipe().model_copy(update={"compile": False}), Cluster(1, 1, small))
@@ -123,7 +125,7 @@ def test_flops_for_edges_are_those_of_the_layers_forward_but_for_the_last_slice(
 
 
 def test_the_longest_sequence_is_as_many_slices_as_edges_fit_beside_one(monkeypatch):
-    """Memory of 100 bytes per token and 10,000,000 in all; an edge of 1,000 bytes; a host with 5,000,000."""
+    """A device of 10,000,000 bytes, 100 bytes per token, edges of 1,000 bytes, and a host with 5,000,000 bytes."""
 
     def way(recipe, cluster, length, policy, slices=1, edges="device"):
         return SimpleNamespace(fits=length // slices <= 100_000, excess=100 * (length // slices) - 10_000_000)

@@ -1,4 +1,4 @@
-"""What is measured of the ranks: times that add up, bytes that are known in closed form, the slowest rank."""
+"""Performance reports: times add up, bytes have known values, and the slowest rank is found."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIG = ModelConfig(width=32, heads=2, ffn=64, block=16, depth=4, vocab_size=50
 
 
 class Clock:
-    """In place of time.perf_counter: moves when told."""
+    """Replacement for time.perf_counter that the test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -85,7 +85,7 @@ def test_the_slowest_rank_is_judged_by_its_own_work():
 
 
 def test_ranks_exchange_numbers_alone_once_they_know_their_names():
-    """One rank has a number in some reports that no other ever has, as when it alone writes; another misses one."""
+    """One rank sometimes has numbers that no other has, for example because only it writes; another lacks a number."""
     given = [{"a": 1.0, "b": 2.0}, {"b": 3.0, "a": 4.0}, {"a": 5.0, **{f"only here {n}": float(n) for n in range(60)}}]
 
     def on_rank(ranks: Any) -> list[Any]:
@@ -100,7 +100,7 @@ def test_ranks_exchange_numbers_alone_once_they_know_their_names():
     results, _ = World(3).run(on_rank)
     assert results[0] == results[1] == results[2]
     first, second, third, fourth, fifth = results[0]
-    assert first == (["a"], [[0.5]] * 3, 3)  # numbers, names, numbers
+    assert first == (["a"], [[0.5]] * 3, 3)  # three collectives: numbers, names, numbers
     names, table, collectives = second
     assert [dict(zip(names, row, strict=True)) for row in table] == [
         {name: own.get(name, 0.0) for name in names} for own in given
@@ -187,7 +187,7 @@ def test_flops_done_again_are_what_torch_counts_beyond_a_run_that_keeps_all(poli
     settings = ActivationCheckpointingConfig(policy=policy)
     more = counted(settings) - counted(ActivationCheckpointingConfig())
     again = recomputed_flops_per_token(CONFIG, 64, settings, LanguageModel(CONFIG).layers, "fused-tiles")
-    if policy != "selective":  # which keeps attention; and torch counts nothing of its fused kernel for CPUs
+    if policy != "selective":  # selective keeps attention; torch does not count its fused CPU kernel
         for index in filter(settings.runs_again, range(CONFIG.depth)):
             terms = MIXER_TERMS[CONFIG.mixers()[index]](CONFIG, 64)
             again -= terms["attention"] + terms.get("cross", 0)
@@ -210,7 +210,7 @@ def test_a_run_reports_bytes_that_are_known_and_traces_a_window(recipe_file, tmp
     assert [line["step"] for line in reports] == [2, 4]
     model = load_recipe(run / "recipe.yaml").model
     parameters = sum(p.numel() for p in LanguageModel(model).parameters())
-    sent = reports[0]["sent_bytes"]  # ZeRO-1 on two ranks: gradients once around, and half of the weights
+    sent = reports[0]["sent_bytes"]  # ZeRO-1 on two ranks: all gradients, half of the weights
     assert sent["all-reduce"] == pytest.approx(4 * parameters, rel=0.01)
     assert sent["all-gather"] == pytest.approx(4 * parameters / 2, rel=0.05)
     between = rehearse(model, sp=2, rows=1, slice_length=16)

@@ -1,4 +1,4 @@
-"""What TensorBoard reads from a run's events, and that a run is the same with and without them."""
+"""TensorBoard reads the expected values from a run's events, and a run is the same with and without them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_every_run_has_the_same_columns_for_the_hparams_page(settings, tmp_path)
 
 @pytest.fixture
 def go(recipe_file, train_in) -> Go:
-    """Trains the small recipe, as `train_in` says."""
+    """Train the small recipe; see `train_in`."""
     return train_in(recipe_file(train={"precision": "bf16", "sequences": 8, "micro_sequences": 2}))
 
 

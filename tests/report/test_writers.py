@@ -1,4 +1,4 @@
-"""Writers that a recipe names: what reaches them, and that none of them can hold up or end a run."""
+"""Writers named in a recipe: they get all reports, and none of them can block or end a run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def report(step: int) -> StepReport:
 
 
 class Kept(Writer):
-    """Keeps what it is given."""
+    """Writer that records the steps of its reports."""
 
     def __init__(self, fails_at: int | None = None, waits_for: threading.Event | None = None) -> None:
         self.steps: list[int] = []
@@ -60,7 +60,7 @@ class Kept(Writer):
 
 
 class Lines(Writer):
-    """A writer of one's own, as a recipe names it."""
+    """A custom writer that a recipe can name."""
 
     def __init__(self, run_dir, recipe, about) -> None:
         self._file = (run_dir / "lines.txt").open("a")
@@ -74,7 +74,7 @@ class Lines(Writer):
 
 
 class Broken(Writer):
-    """One that cannot even begin."""
+    """A writer whose constructor fails."""
 
     def __init__(self, run_dir, recipe, about) -> None:
         raise ConnectionError("the service is away")
@@ -181,7 +181,7 @@ def test_names_of_several_writers_are_kept_side_by_side(tmp_path):
 
 
 class Taken(Service):
-    """A service that keeps what it is sent in a file, one line a report."""
+    """A service that appends each report to a file, one line per value."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir, "taken")
@@ -197,7 +197,7 @@ EVALUATED = [EvalReport(2, split, 9, 2.0, 3.0, [1.0], 0.5) for split in ("valida
 
 
 def test_a_service_is_given_each_report_once_and_the_first_values(tmp_path):
-    """Step 2 and an evaluation after it are taken again, after a resume from step 1; the rest had not come."""
+    """After a resume from step 1, step 2 and its evaluation are repeated; other reports are new."""
     first, file = Taken(tmp_path), MetricsFile(tmp_path, 0)
     before = [report(1), report(2), EVALUATED[0]]
     for one in before:
@@ -213,7 +213,7 @@ def test_a_service_is_given_each_report_once_and_the_first_values(tmp_path):
     for step in (2, 3):
         second.see(Seen(step, {"share": 0.5}, {}, None))
     second.see(Seen(4, {}, {}, None))
-    second.write(report(3))  # twice in one start: it was in metrics.jsonl already when the writer was made
+    second.write(report(3))  # sent twice in one start, because metrics.jsonl already had it when the writer was created
     assert second.file.read_text().splitlines() == [
         "train/data_wait_s 1 0.0", "train/data_wait_s 2 0.0", "validation/bits_per_byte 2 3.0", "share 2 0.25",
         "books/bits_per_byte 2 3.0", "train/data_wait_s 3 0.0", "share 3 0.5",
@@ -291,7 +291,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_what_waited_to_be_sent_when_a_run_was_killed_is_sent_by_the_next_start(tmp_path):
-    """Killed after 8 steps, of which the service has 3; resumed from step 6."""
+    """Killed after 8 steps, of which the service has received 3; resumed from step 6."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "3"], env=environment, timeout=300)
     assert done.returncode == -signal.SIGKILL
@@ -304,8 +304,11 @@ def test_what_waited_to_be_sent_when_a_run_was_killed_is_sent_by_the_next_start(
 
 
 def wandb_records(path: Path) -> list:
-    """The records of an offline run's file: seven bytes of header, then a log of LevelDB's form, blocks of 32 KiB with
-    records of 4 bytes checksum, 2 length, 1 type (1 whole; 2 first, 3 middle, 4 last part)."""
+    """Return the records of an offline W&B run's file.
+
+    It has a header of 7 bytes, then a log in LevelDB's format: blocks of 32 KiB with records of 4 bytes checksum, 2
+    bytes length, 1 byte type (1: whole record; 2, 3, 4: first, middle, last part).
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, part, found = path.read_bytes(), 7, b"", []
@@ -323,7 +326,7 @@ def wandb_records(path: Path) -> list:
 
 
 def values_of(name, history):
-    """(step, value) pairs that W&B's records of a history hold of one curve, in their order."""
+    """Return the (step, value) pairs of one curve in W&B's history records, in order."""
     lines = [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in one.item} for one in history
     ]
@@ -332,8 +335,10 @@ def values_of(name, history):
 
 @pytest.mark.ranks
 def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_path):
-    """The whole program, resumed from before its last steps, so that two are taken again, and with an evaluation that
-    was not sent; W&B offline, MLflow in a local store; one writer that never works."""
+    """Runs the whole program, resumed so that two steps are repeated, with an evaluation that was not sent.
+
+    W&B is offline, MLflow uses a local store, and one writer always fails.
+    """
     for module in ("wandb", "mlflow", "sqlalchemy"):
         pytest.importorskip(module)
     names = ["wandb", "mlflow", "test_writers:Lines", "test_writers:Broken"]
@@ -345,7 +350,7 @@ def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_p
     }  # fmt: skip
     program = [sys.executable, "-m", "bst_dist.train", str(recipe), "--run-dir", str(run_dir)]
     for more in (["--until", "5"], ["--resume"]):
-        if run_dir.exists():  # as if the first start had been killed before this one was sent
+        if run_dir.exists():  # as if the first start had been killed before it sent this report
             with (run_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"kind": "eval", **vars(EVALUATED[1])}) + "\n")
         for step in (4, 5):
@@ -365,7 +370,7 @@ def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_p
     assert lines.count("small ['parameters', 'ranks']") == 2
     taken = [int(line.split()[1]) for line in lines if line.startswith("train")]
     assert taken[:5] == [1, 2, 3, 4, 5]
-    assert taken[5] <= 4  # a writer that keeps to no such rule is given all again
+    assert taken[5] <= 4  # a plain writer gets repeated steps again
     assert taken[5:] == list(range(taken[5], 7))
 
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))

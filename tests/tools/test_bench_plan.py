@@ -1,4 +1,4 @@
-"""Plans against real training steps on ranks of this machine: memory and bytes sent."""
+"""Plans compared with real training steps on ranks of this machine: memory and bytes sent."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,10 +13,10 @@ from bst_dist.tools.bench.plan import CASES, MEMORY_TOLERANCE, TRAFFIC_TOLERANCE
 @pytest.mark.alone
 @pytest.mark.parametrize("name", ["zero1, sp2", "zero2, one in two", "zero3, partly kept"])
 def test_a_plan_is_what_is_measured(name, monkeypatch):
-    """Of a second step: moments exist by then, and ZeRO-3 has learnt the order of the modules.
+    """Measures the second step: by then moments exist, and ZeRO-3 has recorded the order of the modules.
 
-    The least of up to three: where a busy machine delays a rank, ZeRO-3 holds gathered parameters for longer (by 3 % of
-    all memory between runs that were otherwise the same, and once by 6 %).
+    Takes the minimum of up to three runs. If a busy machine delays a rank, ZeRO-3 holds gathered parameters longer (3 %
+    of all memory between otherwise equal runs, once 6 %).
     """
     monkeypatch.setattr(plan, "STEPS", 2)
     (case,) = (case for case in CASES if case.name == name)
@@ -32,8 +32,11 @@ def test_a_plan_is_what_is_measured(name, monkeypatch):
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", ["zero3, slices", "zero3, head of its own"])
 def test_zero3_sends_what_is_planned(monkeypatch, name):
-    """Weights gathered in every pass of every slice; a head beside the embedding. Bytes alone: without the profile of
-    memory, and in single precision, which a CPU multiplies many times as fast, it takes seconds."""
+    """Weights gathered in every pass of every slice; a head separate from the embedding.
+
+    Only bytes sent are checked. Without the memory profile, and in fp32, which is much faster on a CPU, it takes
+    seconds.
+    """
     monkeypatch.setattr(plan, "profile", lambda **_: nullcontext())
     monkeypatch.setattr(plan, "high_water", lambda *_: 1)
     monkeypatch.setattr(plan, "STEPS", 2)

@@ -18,7 +18,7 @@ from bst_dist.train.rundir import OUTCOME
 
 @pytest.fixture
 def demo(tmp_path, monkeypatch, make_run):
-    """A demo whose commands are noted and not run; ``demo.leave(name, step)`` makes the run that one would leave."""
+    """A demo whose commands are recorded but not run; ``demo.leave(name, step)`` makes the run of such a command."""
     monkeypatch.chdir(tmp_path)
     template = make_run("template", steps=()) / "recipe.yaml"
     demo = Demo(load_recipe(template))
@@ -132,7 +132,7 @@ def read_precision(demo) -> str:
 
 
 def test_every_command_is_one_that_the_real_parsers_accept(demo, monkeypatch):
-    """Finished runs leave nothing to train, so each action is called where it types its command."""
+    """Runs do not count as finished, so that each action runs its command."""
     monkeypatch.setattr(demo, "_finished", lambda run_dir: False)
     monkeypatch.setattr(demo, "_report", lambda name, *words: demo._bst(*words, "--json", name))
     demo.overrides = ["train.precision=fp32"]
@@ -151,7 +151,7 @@ def test_every_command_is_one_that_the_real_parsers_accept(demo, monkeypatch):
 @pytest.mark.ranks
 @pytest.mark.long
 def test_the_whole_demo_runs_and_then_uses_everything_again(tmp_path, monkeypatch, capfd):
-    """As a user types it, with a small recipe: a command or a report that has changed ends it."""
+    """Runs `bst demo` as a user does, with a small recipe; it fails if a command or a report has changed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     for module in sorted(Path(heapq.__file__).parent.glob("[a-d]*.py"))[:25]:

@@ -33,7 +33,7 @@ def test_rounding_like_one_process_s_passes_at_any_precision(size):
 
 
 def test_a_gradient_of_few_numbers_has_the_rounding_of_the_same_parameter_in_the_other_layers():
-    """One process's own error is one draw of two numbers, and may be next to nothing."""
+    """The error of one process is a sample of two numbers, which may be almost 0 by chance."""
     exact = {f"layers.{layer}.{name}": torch.ones(2).double() for layer in (0, 1) for name in ("scale", "bias")}
     exact["embedding"] = torch.ones(10_000).double()  # all gradients together are nearly exact
 
@@ -42,7 +42,7 @@ def test_a_gradient_of_few_numbers_has_the_rounding_of_the_same_parameter_in_the
 
     yardstick = Yardstick.of(step(exact), [off(layers_0_scale=2e-2)])
     assert judge(off(layers_1_scale=4e-2), yardstick).passed
-    assert judge(off(layers_1_bias=4e-2), yardstick).wrong == ("layers.1.bias",)  # no layer's bias has such an error
+    assert judge(off(layers_1_bias=4e-2), yardstick).wrong == ("layers.1.bias",)  # no other layer's bias has this error
     assert judge(off(layers_1_scale=0.5), yardstick).wrong == ("layers.1.scale",)
 
 

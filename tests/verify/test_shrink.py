@@ -9,7 +9,7 @@ from bst_dist.config import load_recipe
 from bst_dist.verify.shrink import BLOCK, shrink
 
 ROOT = Path(__file__).parents[2] / "launch" / "recipes"
-# Those of language models: what is in lra/ are classifiers, and in ablations/ experiments, with one recipe for all.
+# Recipes of language models. Those in lra/ are classifiers; those in ablations/ are experiments on one base recipe.
 RECIPES = [*sorted(ROOT.glob("*.yaml")), *sorted(ROOT.glob("paper/*.yaml")), ROOT / "ablations" / "base.yaml"]
 
 DEMO = next(path for path in RECIPES if path.stem == "demo")

@@ -1,4 +1,4 @@
-"""`bst verify` as a user starts it: passes what is right, and names what was broken on purpose."""
+"""`bst verify` as a user starts it: it passes correct code, and names parameters that were broken on purpose."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_combination_of_a_grid_passes_without_a_corpus(recipe, capfd):
 
 
 def test_sequences_in_slices_are_verified_against_whole_ones(recipe):
-    """Also with edges in a file, and with the ranks of a sequence sharing each slice."""
+    """Also with edges on disk, and with slices shared by the ranks of a sequence."""
     grid = ["train.slice_tokens=64", "train.edges=disk", "--slices", "1", "4", "--sp", "1", "2", "--zero", "1"]
     status, report = certificate(recipe, *grid, "--variants", "MF")
     assert status == 0

@@ -1,4 +1,4 @@
-"""Activations of a layer on fake tensors, against what autograd really saves in a real one."""
+"""Activations of a layer on fake tensors, compared with what autograd saves in a real layer."""
 
 from dataclasses import replace
 
@@ -48,11 +48,11 @@ def test_kept_is_what_autograd_saves_in_a_real_layer(variant, bf16):
     part = Activations(model(variant), bf16, fused=False).layer(
         "bst", keeping("none"), Slice(ROWS, LENGTH), zero3=False
     )
-    assert part.kept == pytest.approx(kept, rel=0.02)  # functions of our own also keep scalars and masks by other means
+    assert part.kept == pytest.approx(kept, rel=0.02)  # custom functions also keep scalars and masks in other ways
 
 
 def test_attention_is_planned_as_a_fused_kernel_unless_told_otherwise():
-    """As on a GPU: it keeps its inputs, its output and one number a query, and no scores."""
+    """As on a GPU: it keeps its inputs, its output and one number per query, but no scores."""
     plain, fused, other = (
         Activations(model(), True, **given).layer("sliding", keeping("none"), Slice(ROWS, LENGTH), zero3=False).kept
         for given in ({}, {"fused": True}, {"fused": False})
@@ -65,7 +65,7 @@ def test_a_layer_that_is_run_again_keeps_its_input_only():
     part = activations.layer("bst", keeping("every-layer"), Slice(ROWS, LENGTH), zero3=False)
     assert part.kept == 4 * ROWS * LENGTH * WIDTH
     whole = activations.layer("bst", keeping("none"), Slice(ROWS, LENGTH), zero3=False)
-    assert part.backward > whole.backward  # what it does not keep it makes again
+    assert part.backward > whole.backward  # it recomputes what it does not keep
 
 
 def test_offloaded_inputs_lie_in_the_host_s_memory():
@@ -74,7 +74,7 @@ def test_offloaded_inputs_lie_in_the_host_s_memory():
 
 
 def test_many_rows_and_many_tokens_follow_from_few(monkeypatch):
-    monkeypatch.setattr("bst_dist.plan.memory.activations.GPU_TILE_LOGITS", 50 * 16)  # sixteen tokens a tile
+    monkeypatch.setattr("bst_dist.plan.memory.activations.GPU_TILE_LOGITS", 50 * 16)  # 16 tokens per tile
     activations = Activations(model(), bf16=True)
     direct = activations._layer("bst", keeping("selective"), Slice(5, LENGTH), zero3=False)
     follows = activations.layer("bst", keeping("selective"), Slice(5, LENGTH), zero3=False)
@@ -82,7 +82,7 @@ def test_many_rows_and_many_tokens_follow_from_few(monkeypatch):
     assert follows.backward == pytest.approx(direct.backward, rel=0.05)  # few rows may peak at another moment
     monkeypatch.setattr("bst_dist.plan.memory.activations.REHEARSED_TILES", 12)
     assert activations.head(Slice(5, LENGTH)) == activations._head(5 * LENGTH)
-    monkeypatch.setattr("bst_dist.plan.memory.activations.GPU_TILE_LOGITS", 50 * 20)  # tiles that are no whole blocks
+    monkeypatch.setattr("bst_dist.plan.memory.activations.GPU_TILE_LOGITS", 50 * 20)  # tiles that are not whole blocks
     assert activations.head(Slice(5, LENGTH)) == activations._head(5 * LENGTH)
 
 

@@ -1,4 +1,4 @@
-"""What a compiled layer keeps by the plan, against what the compiler's own front end keeps of a compiled layer."""
+"""The planned memory of a compiled layer, compared with traces of the compiler's front end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_graph_that_is_run_again_keeps_its_input_and_makes_all_else_twice():
 
 @pytest.mark.parametrize("mixer, documents", [("sliding", "isolated"), ("bst", "joined"), ("gated-deltanet", "joined")])
 def test_one_trace_counts_for_any_number_of_rows(mixer, documents):
-    """Against a trace of so many rows alone; for one row Gated DeltaNet's has other operations than for two."""
+    """Compared with a trace of exactly that many rows; Gated DeltaNet has other operations for one row than for two."""
     activations = Activations(model(mixer), bf16=True, documents=documents)
     for rows in (1, 5):
         asked = replace(SLICE, rows=rows)
@@ -68,7 +68,7 @@ def test_one_trace_counts_for_any_number_of_rows(mixer, documents):
     ids=["feed-forward", "powers", "maps together"],
 )
 def test_what_does_not_grow_with_the_rows_is_told_by_its_size_from_what_does(mixer, settings):
-    """Sizes that 1,009 divides, against a trace of so many rows alone."""
+    """Layers with sizes that 1,009 divides, compared with a trace of exactly that many rows."""
     config, policy = model(mixer, **settings), ActivationCheckpointingConfig()
     asked = Slice(3, config.block)
     activations = Activations(config, bf16=True)
@@ -77,7 +77,7 @@ def test_what_does_not_grow_with_the_rows_is_told_by_its_size_from_what_does(mix
 
 
 def test_documents_that_begin_anywhere_are_traced_for_every_number_of_rows():
-    """The room for their borders grows in steps."""
+    """The table of their borders grows in steps."""
     activations = Activations(model(), bf16=True, documents="masked")
     asked, checkpointing = replace(SLICE, rows=3), ActivationCheckpointingConfig()
     found = activations.layer("bst", checkpointing, asked, zero3=False, compiled=True)
@@ -85,7 +85,7 @@ def test_documents_that_begin_anywhere_are_traced_for_every_number_of_rows():
 
 
 def test_all_gradients_of_a_layer_are_there_at_once():
-    """Of a layer whose weights are much larger than all else."""
+    """Tested with a layer whose weights are much larger than everything else."""
     config = ModelConfig(width=512, heads=2, ffn=2048, block=64, depth=1, vocab_size=2, mixer="sliding", ssm={})
     weights = 4 * (4 * 512 * 512 + 2 * 512 * 2048)
     parameters = sum(p.numel() for p in LanguageModel(config).layers[0].parameters())
@@ -102,7 +102,7 @@ def test_a_trace_that_is_too_long_to_divide_counts_as_uncompiled(monkeypatch):
 
 
 def test_gradients_that_stay_where_they_are_are_counted_once():
-    """Of the last layer's backward phase: what ZeRO-0 has more with a micro-batch before are all older gradients."""
+    """In the last layer's backward phase, an earlier micro-batch adds exactly all its gradients in ZeRO-0."""
     config = ModelConfig(width=512, heads=2, ffn=2048, block=64, depth=1, vocab_size=2, mixer="sliding", ssm={})
     activations, found = Activations(config, bf16=False), []
     for accumulation in (1, 2):

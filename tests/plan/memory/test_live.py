@@ -1,4 +1,4 @@
-"""Bytes of live tensors, against sizes that can be told by heart."""
+"""Bytes of live tensors, compared with known sizes."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,7 +26,7 @@ def test_what_autograd_keeps_counts_until_the_backward_pass_has_used_it():
         loss = x.exp().sum()  # keeps its result
         assert live.now == 4000 + 4000 + 4
         loss.backward()
-        assert live.now == 4000 + 4000 + 4  # the result has gone, the gradient has come
+        assert live.now == 4000 + 4000 + 4  # the result is freed, the gradient is new
         assert live.mark() == live.peak
 
 

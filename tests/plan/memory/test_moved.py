@@ -1,4 +1,4 @@
-"""Bytes that operations move, against sizes that can be told by heart."""
+"""Bytes that operations move, compared with known sizes."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,4 +1,4 @@
-"""ZeRO's states and traffic, against the arithmetic of arXiv 1910.02054 in single precision."""
+"""ZeRO's states and traffic, compared with the arithmetic of arXiv 1910.02054 in fp32."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_states_are_spread_by_stage(stage, weights, master, moments):
 def test_every_rank_s_share_of_a_group_is_whole():
     sizes = Sizes(groups=((101,),), layers=(((101,),),), embedding=0, rest=0)
     found = states(sizes, work(1).strategy, WORLD, accumulation=1)
-    assert found.weights == 4 * 112  # of 8 ranks an even number each
+    assert found.weights == 4 * 112  # an even number on each of 8 ranks
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,11 @@ def test_every_rank_s_share_of_a_group_is_whole():
     ],
 )
 def test_what_gradients_take_until_they_are_reduced(stage, overlap, accumulation, gradients, buckets, reducing):
-    """A bucket of 100,000 elements, two where reducing overlaps the backward pass (stage 3 has one). A rank's share of
-    the first group, 80,000 elements, has parts of two parameters of 64,000; of the second it has a part of the only
-    one, of 320,000, which no bucket holds."""
+    """A bucket has 100,000 elements; there are two if reduction overlaps the backward pass (stage 3 has one).
+
+    A rank's share of the first group, 80,000 elements, has parts of two parameters of 64,000. Its share of the second
+    group is a part of the only parameter, of 320,000 elements, which does not fit in a bucket.
+    """
     strategy = Strategy.of({"stage": stage, "reduce_bucket_size": 100_000, "overlap_comm": overlap}, "test")
     found = states(SIZES, strategy, WORLD, accumulation)
     assert (found.gradients, found.buckets, found.reducing) == (4 * gradients, 4 * buckets, 4 * reducing)
@@ -67,13 +69,13 @@ def test_traffic_of_each_stage():
     assert zero_traffic(SIZES, work(1, accumulation=4)) == {REDUCE: 2 * once, GATHER: once}
     assert zero_traffic(SIZES, work(2, accumulation=4)) == {REDUCE: 8 * once, GATHER: once}
     nothing_kept = zero_traffic(SIZES, work(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0))
-    embedding = 4 * 320_000 * (WORLD - 1) / WORLD  # gathered once: it is the head as well
+    embedding = 4 * 320_000 * (WORLD - 1) / WORLD  # gathered once, because it is also the head
     assert nothing_kept == {SCATTER: once, GATHER: 2 * once - embedding}
     assert zero_traffic(SIZES, work(3)) == {SCATTER: once, GATHER: once}
 
 
 def test_a_head_of_its_own_is_gathered_twice_and_so_is_the_embedding():
-    """Once in each pass, unless they are kept between the two: the head is needed again at once."""
+    """Once in each pass, unless they are kept between the passes; the head is needed again at once."""
     sizes = Sizes(SIZES.groups, SIZES.layers, embedding=320_000, rest=0, head=320_000)
     strategy = work(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0).strategy
     assert gather(sizes, strategy, rerun=[False, False]).received == 4 * 2 * (2 * 320_000 + 640_000)
@@ -82,17 +84,17 @@ def test_a_head_of_its_own_is_gathered_twice_and_so_is_the_embedding():
 
 
 def test_matrices_under_autocast_are_gathered_in_half_the_bytes():
-    """The two layers' first parameters are, here."""
+    """Here the first parameter of each of the two layers is gathered in bf16."""
     half = frozenset({(0, 0, 0), (1, 0, 0)})
     sizes = Sizes(SIZES.groups, SIZES.layers, embedding=320_000, rest=0, sent_in_half=half)
     strategy = work(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0).strategy
     single, found = (gather(one, strategy, rerun=[True, False]) for one in (SIZES, sizes))
-    assert single.received - found.received == 2 * 64_000 * (3 + 2)  # forward, backward and run again in between
-    assert found.forward == single.forward  # they lie there in single precision
+    assert single.received - found.received == 2 * 64_000 * (3 + 2)  # layer 0 is recomputed
+    assert found.forward == single.forward  # they are stored in fp32
 
 
 def test_compiled_layers_are_gathered_whole():
-    """Of the second layer's matrices one is sent in half the bytes, wherever it stands."""
+    """One of the second layer's matrices is sent in bf16, whatever its position."""
     sizes = Sizes(
         SIZES.groups, SIZES.layers, 320_000, rest=0, head=320_000, sent_in_half=frozenset({(1, 3, 0), (2, 0, 0)})
     )

@@ -1,4 +1,4 @@
-"""The model of the time that trains, against failures that are drawn."""
+"""The goodput model compared with a simulation of random failures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from bst_dist.tools.bench.goodput import MEAN_TIMES, best_interval_s, goodput
 
 
 def drawn(mean: float, recovery: float, interval: float, cost: float, failures: int = 40_000) -> float:
-    """The share that trains for good when each failure's time is drawn, second by second as it would happen."""
+    """Return the goodput of a simulation in which the time of each failure is drawn."""
     chance, useful, total = random.Random(0), 0.0, 0.0
     for _ in range(failures):
         until = chance.expovariate(1 / mean)
-        useful += interval * int(until / (interval + cost))  # what is saved; the rest is lost
+        useful += interval * int(until / (interval + cost))  # saved training time; the rest is lost
         total += until + recovery
     return useful / total
 

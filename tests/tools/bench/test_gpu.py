@@ -1,4 +1,4 @@
-"""`bst bench gpu`, rehearsed in small sizes on a CPU: every part runs and writes its figures."""
+"""`bst bench gpu` with small sizes on a CPU: every part runs and writes its figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan's model of time against one H200: docs/gpu/h200-second.txt, which its share of products is fitted to."""
+"""The plan's time model compared with one H200 (docs/gpu/h200-second.txt), to which its efficiencies are fitted."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ MEASURED = Path(__file__).parents[3] / "docs" / "gpu" / "h200-second.txt"
 
 
 def measured() -> dict[tuple[str, int], float]:
-    """Tokens per second by model and width."""
+    """Return the measured tokens per second by model and width."""
     lines = MEASURED.read_text().split("layers\n")[0].splitlines()[3:]
     rows = [(line[:9].strip(), *line[9:].split()) for line in lines]
     return {(name, int(width)): float(rate) for name, width, rate, *_ in rows}

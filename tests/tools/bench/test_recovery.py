@@ -1,4 +1,4 @@
-"""`bst bench recovery`, on one real kill."""
+"""`bst bench recovery` with one real kill."""
 
 from __future__ import annotations
 

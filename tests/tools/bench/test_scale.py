@@ -1,4 +1,4 @@
-"""What `bst bench scale` counts, held to what follows from the format by arithmetic."""
+"""The counts of `bst bench scale`, compared with those that follow from the checkpoint format."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_counts_are_those_of_arithmetic(found, ranks):
     cost = costs(one)
     save, same, half = cost["save"], cost["load, same layout"], cost["load, half the ranks"]
     assert (save["opens"], save["all_opens"]) == (4, 3 * ranks + 1)
-    # Three files for their digests and again for what is in them; the first rank reads the manifest for all.
+    # Three files for their digests and again for their content; the first rank reads the manifest for all ranks.
     assert (same["opens"], same["all_opens"]) == (8, 6 * ranks + 2)
-    # Six files per rank for their digests, two of each kind for what is in them, of two ranks what these alone knew.
+    # Six files per rank for their digests, two of each kind for their content, and the per-rank files of two ranks.
     assert (half["opens"], half["all_opens"]) == (6 + 4 + 2 + 2, 12 * (ranks // 2) + 2)
     assert cost["its weights and moments"]["opens"] == 4
     assert cost["and without the index"]["opens"] == 2 * ranks + 4
