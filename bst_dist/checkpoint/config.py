@@ -10,6 +10,9 @@ from pydantic import Field
 from bst_base.places import LocalPath
 from bst_base.settings import Config
 
+LOCAL_COPIES_KEPT = 3
+"""Local copies of a rank that a node may hold at once."""
+
 
 class CheckpointConfig(Config):
     every: int = Field(500, ge=0, le=2**40)

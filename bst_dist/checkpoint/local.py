@@ -27,6 +27,7 @@ from typing import Any
 
 from bst_base.errors import StorageError
 from bst_base.files import atomic_file
+from bst_dist.checkpoint.config import LOCAL_COPIES_KEPT
 from bst_dist.checkpoint.copying import Copied, HostCopy
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.checkpoint.judging import of_first
@@ -43,8 +44,6 @@ from bst_dist.report.metrics import Callback, StepReport
 
 TOKEN = "local-copies"
 """In the lease's directory: a random word of this run."""
-MOST = 3
-"""Copies of a rank that a node has at once."""
 
 
 class LocalCopies:
@@ -70,7 +69,7 @@ class LocalCopies:
         """Learn where all ranks are. Without room for all copies on each node there will be none: a full /dev/shm would
         hurt others too, NCCL among them."""
         held = self.snapshots.state.held()
-        own = MOST * 4 * sum(fragment.elements(self.snapshots.kinds) for fragment in held)
+        own = LOCAL_COPIES_KEPT * 4 * sum(fragment.elements(self.snapshots.kinds) for fragment in held)
         seen = self.ranks.gather((*_tried(lambda: Node.here(self.root)), own))
         self._turn_off([why for _, why, _ in seen if why])
         if not self.on:

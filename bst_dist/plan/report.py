@@ -16,6 +16,7 @@ from bst_dist.config import Recipe
 from bst_dist.plan.accelerators import Accelerator
 from bst_dist.plan.figures import by_link, mfu, overrides, tokens_a_day
 from bst_dist.plan.flops import forward_flops
+from bst_dist.plan.host import host_memory
 from bst_dist.plan.models import entry
 from bst_dist.plan.search import GATHERED_ONCE, POLICIES, STAGES, Candidate, Planner
 from bst_dist.plan.slices import PLACES, Longest, Size
@@ -65,7 +66,7 @@ def show(
     console.print(Padding(Columns(list(_counts(planner, best)), padding=(0, 5, 1, 0)), INDENT), highlight=False)
     part = best.work.slice
     title = f"  GB per GPU by ZeRO stage, with sp {part.sp} and micro-batches of {part.rows}"
-    print_table(_alternatives(planner, best), f"{title}; in brackets, by how much it does not fit")
+    print_table(_alternatives(planner, best), f"{title}; in brackets: by how much it exceeds the memory")
 
 
 def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list) -> None:
@@ -176,7 +177,7 @@ def _reason(planner: Planner, best: Candidate) -> str:
     if work.strategy.stage == 3:
         why.append("weights and optimizer states fit only when spread over all ranks")
     elif work.strategy.overlap_comm:
-        why.append(f"ZeRO-{work.strategy.stage} reduces gradients behind the backward pass")
+        why.append(f"ZeRO-{work.strategy.stage} reduces gradients during the backward pass")
     if unequal := best.spread.unequal(work.slice.sp):
         why.append(unequal)
     return "; ".join(why)
@@ -216,7 +217,7 @@ def _counts(planner: Planner, best: Candidate) -> list[Table]:
     recipe = planner.recipe
     parameters = entry(recipe.name, recipe.model, 2 * recipe.model.block).parameters
     flops = forward_flops(recipe.model, recipe.train.sequence_length)
-    lost = {"holes and libraries": best.needed - best.memory.total}
+    lost = {"fragmentation, libs": best.needed - best.memory.total}
     sent = {**best.traffic, **best.between}
     inside, between = by_link(best, planner.cluster)
     found = [
@@ -228,8 +229,8 @@ def _counts(planner: Planner, best: Candidate) -> list[Table]:
     if sent:
         links = {"inside the node": inside, "to another node": between}
         found += [_count("GB sent per step and GPU", sent, GB, 3), _count("of that, over links", links, GB, 3)]
-    if best.memory.host:
-        found.append(_count("GB in the host's memory, a GPU", {"activations": best.memory.host}, GB, 2))
+    if any((host := host_memory(planner, best)).values()):
+        found.append(_count("host GB per GPU", host, GB, 2))
     return found
 
 
@@ -243,7 +244,7 @@ def _count(title: str, amounts: Mapping[str, float], unit: float, digits: int) -
     for name, amount in shown:
         table.add_row(name, f"{amount / unit:,.{digits}f}")
     if len(shown) > 1:
-        table.add_row("[bold]in all[/]", f"[bold]{sum(amounts.values()) / unit:,.{digits}f}[/]")
+        table.add_row("[bold]total[/]", f"[bold]{sum(amounts.values()) / unit:,.{digits}f}[/]")
     return table
 
 

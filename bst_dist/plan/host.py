@@ -1,0 +1,25 @@
+"""Host memory per GPU that a plan takes beside the GPU's own memory."""
+
+from __future__ import annotations
+
+from bst_dist.checkpoint.config import LOCAL_COPIES_KEPT
+from bst_dist.plan.search import Candidate, Planner
+
+
+def host_memory(planner: Planner, best: Candidate) -> dict[str, float]:
+    """Bytes of host memory per GPU, by what they hold.
+
+    activations: the layers' inputs under the policy `offload`, and the edges of slices that wait in host memory.
+    checkpoint copy: pinned memory that a background checkpoint is written from.
+    local copies: the pinned copy that they are written from, and the files in /dev/shm. With several nodes, a node also
+    keeps the files of a rank of another node.
+    """
+    cluster, checkpoint = planner.cluster, planner.recipe.checkpoint
+    replicated = best.work.strategy.stage == 0
+    held = best.memory.optimizer + (best.memory.weights if replicated else 0)
+    files = LOCAL_COPIES_KEPT * (2 if cluster.nodes > 1 else 1)
+    return {
+        "activations": best.memory.host,
+        "checkpoint copy": (held / cluster.world if replicated else held) if checkpoint.background else 0,
+        "local copies": held * (1 + files) if checkpoint.local_every else 0,
+    }

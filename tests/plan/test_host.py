@@ -1,0 +1,70 @@
+"""Host memory in a plan, compared with what a run on two ranks reserves for checkpoints and local copies."""
+
+from __future__ import annotations
+
+import pytest
+
+from bst_dist.checkpoint.copying import HostCopy
+from bst_dist.checkpoint.local import LocalCopies
+from bst_dist.parallel.ranks import Ranks
+from bst_dist.plan.accelerators import accelerator
+from bst_dist.plan.host import host_memory
+from bst_dist.plan.search import Planner
+from bst_dist.plan.speed import Cluster
+from bst_dist.train.run import train
+from bst_dist.train.start.request import Request, load, resolve
+
+WORLD = 2
+PADDING = 0.02
+"""ZeRO gives every rank an equal share, padded at the end of each group of parameters."""
+
+
+def planned(request: Request, nodes: int = 1) -> dict[str, float]:
+    recipe = resolve(load(request), request, WORLD).recipe  # with the vocabulary of the corpus
+    planner = Planner(recipe, Cluster(nodes, WORLD // nodes, accelerator("h100-80gb")))
+    return host_memory(planner, planner.as_written())
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_plan_has_what_a_run_reserves(recipe_file, tmp_path, on_ranks, monkeypatch, stage):
+    average = ["train.average.decay=0.9"] if stage == 1 else []
+    changes = [f"deepspeed=ds_configs/zero{stage}.json", "checkpoint.local_every=1",
+               f"checkpoint.local_directory={tmp_path / 'local'}", *average]  # fmt: skip
+    request = Request(recipe_file(), changes, tmp_path / "run", False, 2)
+    found = planned(request)
+    pinned: dict[int, int] = {}
+    files: list[int] = []
+    reserve, opened = HostCopy.reserve, LocalCopies._open
+
+    def reserving(self: HostCopy, count: int) -> None:
+        pinned[id(self)] = max(pinned.get(id(self), 0), 4 * count)
+        reserve(self, count)
+
+    def opening(self: LocalCopies) -> None:
+        opened(self)
+        files.append(self._needed)
+
+    monkeypatch.setattr(HostCopy, "reserve", reserving)
+    monkeypatch.setattr(LocalCopies, "_open", opening)
+
+    def run(ranks: Ranks) -> tuple[int, int]:
+        train(request, ranks)
+        assert len(pinned) == 2  # of checkpoints, and of local copies
+        return sum(pinned.values()), files[0]
+
+    reserved = on_ranks(WORLD, run)
+    assert found["activations"] == 0
+    taken = sum(own for own, _ in reserved) + reserved[0][1]  # the files of a node are those of both ranks
+    assert WORLD * sum(found.values()) == pytest.approx(taken, rel=PADDING)
+
+
+def test_a_neighbour_s_copies_count_and_nothing_is_counted_that_is_off(recipe_file, tmp_path):
+    def of(*changes: str, nodes: int = 1) -> dict[str, float]:
+        return planned(Request(recipe_file(), list(changes), tmp_path / "run", False, None), nodes)
+
+    assert set(of("checkpoint.background=false").values()) == {0}
+    alone, beside = (of("checkpoint.local_every=1", nodes=nodes) for nodes in (1, 2))
+    assert alone["checkpoint copy"] == beside["checkpoint copy"] > 0
+    assert beside["local copies"] / alone["local copies"] == 7 / 4  # one copy in pinned memory, three or six in files
