@@ -25,22 +25,22 @@ Row = tuple[str, str, Any, str]  # dotted name, type, default, meaning
 
 INTRODUCTION = """# Recipes
 
-One YAML file says everything about one run. A setting is changed on the command line by its dotted name, and an unknown
-name is an error that names the nearest one:
+One YAML file describes one run completely. Change a setting on the command line by its dotted name; for an unknown
+name, the error names the nearest one:
 
     bst train launch/recipes/demo.yaml train.steps=200 model.context.variant=MF
 
-`bst train demo` is the same: recipes of `launch/recipes/` come with the program and are found by name from any
-directory. A relative path in a recipe starts from the recipe's own folder, wherever the command is run (for a recipe in
-`launch/`: from the folder that holds `launch/`); on the command line, and in a recipe that comes with an installed bst,
-from the working directory.
+`bst train demo` does the same: the program comes with the recipes of `launch/recipes/` and finds them by name from any
+directory. A relative path in a recipe starts from the recipe's folder, wherever you run the command (for a recipe in
+`launch/`: from the folder that holds `launch/`). On the command line, and in a recipe that comes with an installed bst,
+it starts from the working directory.
 
-Values mean what one reads, in recipes, corpora, sweeps and overrides alike: `1e-3`, `1e3`, `1_000` are numbers, `true`
-and `false` the only booleans, dates are text. What could be misread is refused with its line: `yes`, `no`, `on`, `off`
-and numbers that begin with a zero, unless they are in quotes, and a key that is given twice in one section.
+Values mean what they look like, in recipes, corpora, sweeps and overrides: `1e-3`, `1e3`, `1_000` are numbers, `true`
+and `false` are the only booleans, dates are text. Ambiguous values are an error that names the line: `yes`, `no`, `on`,
+`off` and numbers with a leading zero, unless quoted, and a key that is given twice in one section.
 
-The run directory keeps the recipe with every default filled in, as `recipe.yaml`. `bst recipe SECTION` prints a part of
-what follows, and `bst recipe --markdown` printed this file."""
+The run directory keeps the recipe as `recipe.yaml`, with every default filled in. `bst recipe SECTION` prints a part of
+this page, and `bst recipe --markdown` prints all of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

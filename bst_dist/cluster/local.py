@@ -129,7 +129,7 @@ def check(start: Start, share: Share) -> dict[str, Any]:
         "ranks": f"{share.world} (dp {share.world // recipe.parallel.sp} x sp {recipe.parallel.sp}), "
         f"ZeRO-{start.completed['zero_optimization']['stage']}, {train.precision}",
         "step": f"{tokens:,} tokens, micro-batches per rank: {start.spread.micro_batches}",
-        "in all": f"{train.steps:,} steps, {train.tokens:,} tokens",
+        "total": f"{train.steps:,} steps, {train.tokens:,} tokens",
     }
     if unequal := start.spread.unequal(recipe.parallel.sp):
         lines["masked"] = unequal

@@ -16,20 +16,21 @@ def likely_cause(combination: Combination, world: int, finding: Finding, ranks_a
     if finding.error != finding.error or finding.loss_error != finding.loss_error:
         return "not a number: an overflow, or memory read before it was written"
     if not ranks_agree:
-        return "ranks disagree about the gradient: it is not reduced over all of them, or before all is there"
+        return "the ranks have different gradients: the reduction leaves out ranks, or begins before they are complete"
     if not finding.wrong:
-        return "the gradients are right, so the loss or the norm is summed wrongly over ranks when it is reported"
+        return "the gradients are correct, so the reported loss or norm is reduced wrongly over ranks"
     if finding.rest <= max(finding.allowed_whole, NEAR):
         factors = list(_factors(combination, world, finding.scale))
         return f"every gradient is {finding.scale:.4g} times what it should be{_explained(factors)}"
     if len(finding.wrong) == 1:
-        return f"only {finding.wrong[0]} is wrong: look at what is done with it between ranks"
+        return f"only the gradient of {finding.wrong[0]} is wrong: check how it is communicated between ranks"
     what = (
-        f"{len(finding.wrong)} gradients are wrong; nearest to the loss {finding.wrong[-1]}, whose error others inherit"
+        f"{len(finding.wrong)} gradients are wrong; the one nearest to the loss is {finding.wrong[-1]}, and its error "
+        "propagates to the others"
     )
     if combination.sp > 1:
-        return f"{what}. With sp {combination.sp}, look at the exchanges there and their backward passes"
-    return f"{what}. Look there first"
+        return f"{what}. With sp {combination.sp}, check the communication in that layer and its backward pass"
+    return f"{what}. Check that layer first"
 
 
 def _factors(combination: Combination, world: int, scale: float) -> Iterator[tuple[str, float]]:
@@ -45,17 +46,17 @@ def _factors(combination: Combination, world: int, scale: float) -> Iterator[tup
 def _explained(factors: list[tuple[str, float]]) -> str:
     names = [name for name, _ in factors]
     if not names:
-        return ": a factor that is no number of ranks or micro-batches"
+        return ", a factor that matches no number of ranks or micro-batches"
     meanings = {
-        "sp": "summed over the ranks of a sequence (is a sequence-parallel unit given to DeepSpeed?)",
-        "1/sp": "averaged over the ranks of a sequence, whose losses add up",
-        "dp": "summed over data-parallel ranks, where a mean of losses already scaled is meant",
+        "sp": "summed over the ranks that share a sequence (was the sequence-parallel group given to DeepSpeed?)",
+        "1/sp": "averaged over the ranks that share a sequence; their losses must be summed",
+        "dp": "summed over data-parallel ranks instead of averaged",
         "1/dp": "averaged twice over data-parallel ranks",
-        "ranks": "summed over ranks, where a mean of losses already scaled is meant",
+        "ranks": "summed over ranks instead of averaged",
         "1/ranks": "averaged twice over ranks",
-        "micro-batches": "multiplied by the micro-batches, whose losses already add up",
-        "slices": "multiplied by the slices, whose losses already add up",
-        "1/slices": "divided by the slices, whose losses already add up to the mean",
-        "1/micro-batches": "divided by the micro-batches, whose losses already add up to the mean",
+        "micro-batches": "multiplied by the number of micro-batches; their losses are already scaled",
+        "slices": "multiplied by the number of slices; their losses are already scaled",
+        "1/slices": "divided twice by the number of slices",
+        "1/micro-batches": "divided twice by the number of micro-batches",
     }
     return f" = {' = '.join(names)}: {'; or '.join(meanings[name] for name in names)}"

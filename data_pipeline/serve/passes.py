@@ -18,7 +18,7 @@ def passes_told(loader: Loader, steps: int) -> str:
             f"{most}: {passes[most]:,.2f} passes by step {steps:,}, more than data.max_passes {limit:g}: take fewer "
             "steps, prepare more text, or raise it"
         )
-    listed = ", ".join(f"{count:,.2f} of {url}" for url, count in passes.items())
+    listed = ", ".join(f"{count:,.2f} passes over {url}" for url, count in passes.items())
     if loader.config.documents == "isolated":
         listed += f" ({', '.join(f'{share:.0%}' for share in loader.padding())} padding between isolated documents)"
-    return f"passes by step {steps:,}: {listed}"
+    return f"by step {steps:,}: {listed}"

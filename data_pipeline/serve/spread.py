@@ -72,7 +72,7 @@ class Spread:
             + (f" and {slots - rows} masked" if slots > rows else "")
             for ranks, rows in counts
         ]
-        return f"{', '.join(parts)}: {self._vain:.0%} of what is computed does not count{self._advice()}"
+        return f"{', '.join(parts)}: {self._vain:.0%} of the computation is wasted{self._advice()}"
 
     def sparing(self) -> list[int]:
         """Return the nearest values of `most` with the fewest masked rows, at most one below and one above.

@@ -72,7 +72,7 @@ def test_ranks_that_do_not_divide_the_sequences_compute_some_in_vain(recipe_file
     assert used[0] == pytest.approx(used[1])
     assert main(["plan", recipe_file, "--gpus-per-node", "3"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 of 3 ranks has 6 sequences, 2 of 3 ranks have 5 sequences and 1 masked: 11% of what is computed" in said
+    assert "1 of 3 ranks has 6 sequences, 2 of 3 ranks have 5 sequences and 1 masked: 11% of the computation" in said
 
 
 def test_the_command_prints_a_command_that_the_trainer_takes(recipe_file, capsys, tmp_path):

@@ -50,7 +50,7 @@ def test_a_known_law_is_found_and_the_rows_held_out_are_predicted(table, tmp_pat
         assert one["predicted"]["value"] == pytest.approx(one["observed"], rel=5e-3)
     out = capsys.readouterr().out
     assert "45 points of 15 runs, 3 held out" in out
-    assert "The best model for a budget" in out
+    assert "The best model for a compute budget" in out
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 

@@ -56,7 +56,7 @@ def test_a_run_without_a_validation_split_says_so_and_finishes(
     assert on_ranks(2, lambda ranks: train(Request(recipe, [], run, False, None), ranks)) == [0, 0]
     said = capfd.readouterr().out
     assert said.count("no corpus has a validation split (prepare one with validation_fraction above 0)") == 1
-    assert f"passes by step 6: {passes_of(unsplit, 6, 4, 32):.2f} of {unsplit}" in said
+    assert f"by step 6: {passes_of(unsplit, 6, 4, 32):.2f} passes over {unsplit}" in said
     assert said.count("\ndocs   masked, packing: best_fit\n") == 1
     lines = read_lines(run / FILE)
     assert {line["kind"] for line in lines} & {"eval", "corpus", "averaged"} == set()
@@ -136,7 +136,7 @@ def test_the_plan_counts_passes_and_refuses_too_many(recipe_file, corpus, capsys
     recipe = str(recipe_file())
     assert main(["plan", recipe]) == 0
     said = "".join(capsys.readouterr().out.split())
-    assert f"passesbystep6:{passes_of(corpus, 6, 4, 32):.2f}of{corpus}" in said
+    assert f"bystep6:{passes_of(corpus, 6, 4, 32):.2f}passesover{corpus}" in said
     assert main(["plan", recipe, "data.max_passes=0.01"]) == 2
     assert "more than data.max_passes 0.01" in capsys.readouterr().err
     assert main(["plan", recipe, f"data.corpus={tmp_path / 'none'}", "model.vocab_size=320"]) == 0
@@ -157,4 +157,4 @@ def test_passes_after_a_change_of_the_batch_count_what_was_read(recipe_file, cor
     state = objective.loader(Mesh(1, 0)).state(2)
     more = recipe.model_copy(update={"train": recipe.train.model_copy(update={"sequences": 40})})
     told = LanguageModelling(more, objective.corpora, [], {}).reading(Mesh(1, 0), state, 6)
-    assert told == f"passes by step 6: {passes_of(corpus, 1, 2 * 4 + 4 * 40, 32):.2f} of {corpus}"
+    assert told == f"by step 6: {passes_of(corpus, 1, 2 * 4 + 4 * 40, 32):.2f} passes over {corpus}"

@@ -57,9 +57,9 @@ def test_a_factor_fails_however_coarse_the_precision(factor):
 @pytest.mark.parametrize(
     ("factor", "said"),
     [
-        (2, "= sp: summed over the ranks of a sequence"),
+        (2, "= sp: summed over the ranks that share a sequence"),
         (4, "= dp: summed over data-parallel ranks"),
-        (1 / 2, "= 1/sp: averaged over the ranks of a sequence"),
+        (1 / 2, "= 1/sp: averaged over the ranks that share a sequence"),
         (1 / 8, "= 1/ranks = 1/micro-batches: "),
         (1.5, "no number of ranks or micro-batches"),
     ],
@@ -76,8 +76,8 @@ def test_of_several_wrong_parameters_the_one_nearest_to_the_loss_is_named():
     assert found.wrong == NAMES[:2]
     assert found.parameter in NAMES[:2]
     said = likely_cause(HOW, 8, found, ranks_agree=True)
-    assert "2 gradients are wrong; nearest to the loss layers.0.mixer.out" in said
-    assert "With sp 2, look at the exchanges" in said
+    assert "2 gradients are wrong; the one nearest to the loss is layers.0.mixer.out" in said
+    assert "With sp 2, check the communication" in said
 
 
 def test_what_is_not_a_number_fails():
@@ -93,7 +93,7 @@ def test_a_wrong_loss_or_norm_fails_though_the_gradients_are_right():
     for wrong in (step(EXACT, loss=3.1), replace(step(EXACT), norm=1.0)):
         found = judge(wrong, yardstick)
         assert not found.passed
-        assert "loss or the norm" in likely_cause(HOW, 8, found, ranks_agree=True)
+        assert "reported loss or norm" in likely_cause(HOW, 8, found, ranks_agree=True)
 
 
 def test_a_gradient_that_is_zero_but_for_rounding_may_be_so_otherwise():

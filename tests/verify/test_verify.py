@@ -111,5 +111,5 @@ def test_a_gradient_lost_between_slices_fails_and_names_where(recipe, broken, ca
     assert status == 1
     (line,) = report["combinations"]
     assert "nearest to the loss layers.3.mixer.attention.qkv.weight" in line["cause"]
-    assert "look at the exchanges" in line["cause"]
+    assert "check the communication" in line["cause"]
     assert "FAIL" in capfd.readouterr().out

@@ -142,9 +142,9 @@ def _write_commands(folder: Path, pythons: Sequence[str], minutes: float) -> Non
 
     ./run.sh --minutes 9 --out results
 
-On a machine with Python {" or ".join(pythons)}, torch (2.11 or newer) and numpy; no network is needed. Trains the runs
-of pack.json in their order, several side by side on each GPU, for so many minutes, and leaves at most eight files of at
-most 16 MB in `--out`. Given again it continues; meant for about {minutes:g} minutes in all. `--state DIR` puts what is
-unpacked and trained into another folder than this one. On another machine it leaves out the runs that are done in
-`--results DIR`, the files of an earlier `--out`.
+Needs Python {" or ".join(pythons)}, torch (2.11 or newer) and numpy, but no network. It trains the runs of pack.json in
+order, several side by side on each GPU, for this many minutes, and leaves at most eight files of at most 16 MB in
+`--out`. Start it again to continue; it is meant for about {minutes:g} minutes in total. `--state DIR` unpacks and
+trains in another folder than this one. On another machine, `--results DIR` (the files of an earlier `--out`) skips the
+runs that are already done.
 """)

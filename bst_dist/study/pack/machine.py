@@ -84,7 +84,7 @@ class Machine:
         finally:
             self._write()
         counts = self.state.counts(self.jobs)
-        self._tell(f"{counts['done'] - before} runs done in this piece, {counts['done']} of {len(self.jobs)} in all")
+        self._tell(f"{counts['done'] - before} runs done this time, {counts['done']} of {len(self.jobs)} in total")
         self._write()
         return 0
 

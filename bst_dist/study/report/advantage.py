@@ -12,10 +12,10 @@ from bst_dist.study.report.document import Block, Items, Paragraph
 from bst_dist.study.report.words import number, percent, percent_interval, power, span
 from bst_dist.study.statistics import Estimate
 
-EQUAL = {"flops": "training FLOPs", "time_s": "time of training"}
+EQUAL = {"flops": "training FLOPs", "time_s": "training time"}
 VERBS = {
     "grows": "grows with", "shrinks": "shrinks with", "equivalent": "does not change with",
-    "undecided": "may or may not change with", "confounded": "cannot be judged over",
+    "undecided": "may or may not change with", "confounded": "cannot be judged against",
 }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def ahead(name: str, found: Comparison, one: Advantage) -> str:
     size = percent(abs(mean.value), sign=False)
     where = f"at equal {equal}, on average over {one.gaps.pairs} pairs of runs in arm {found.arm}"
     if mean.standard_error is None:
-        return f"{name} and {found.baseline}: one pair of runs, which differ by {size} of the loss; more are needed."
+        return f"{name} and {found.baseline} differ by {size} of the loss in the only pair of runs; more are needed."
     if mean.low <= 0 <= mean.high:
         return (f"{name} and {found.baseline} do not differ significantly {where}: the loss of {name} is between "
                 f"{_better(mean.high)} and {_better(mean.low)} (95 % interval).")  # fmt: skip
@@ -57,11 +57,11 @@ def sentence(change: Change, one: Advantage) -> str:
             f"{unit.per}, from {power(change.from_value)} to {power(change.to_value)}; "
             f"{change.answer}")  # fmt: skip
     if change.answer == "undecided":
-        text += f", about {one.more_pairs[change.factor]:,} more pairs of runs are needed"
+        text += f", and about {one.more_pairs[change.factor]:,} more pairs of runs are needed"
     if change.answer == "confounded":
         off = f"{100 * math.expm1(change.mismatch):+.1f} %"
-        text += (f": N of {change.variant} over N of the baseline changes by {off} over it. With the sizes taken out, "
-                 f"{percent_interval(one.adjusted[change.factor])}")  # fmt: skip
+        text += (f": the ratio of parameter counts ({change.variant} to baseline) changes by {off} over this range. "
+                 f"Corrected for the sizes: {percent_interval(one.adjusted[change.factor])}")  # fmt: skip
     return text + "."
 
 
@@ -83,8 +83,8 @@ def tables(found: Comparison) -> Iterator[Block]:
         names = ("variant", "over", "change", "95 % interval", "per", "p robust", "p permutation", "p, Holm",
                  "p equivalent, Holm", "verdict")  # fmt: skip
         yield Sheet(names, changes)
-        yield Paragraph(f"A change counts as none inside ±{percent(MARGIN, 1, sign=False)} of the loss per doubling of "
-                        "depth or tenfold of compute.")  # fmt: skip
+        yield Paragraph(f"Changes within ±{percent(MARGIN, 1, sign=False)} of the loss per doubling of depth or "
+                        "tenfold of compute count as equivalent to no change.")  # fmt: skip
     lines = [line for name, one in found.variants.items() for line in _more(name, found, one)]
     if lines:
         yield Items(lines)
@@ -94,9 +94,9 @@ def tables(found: Comparison) -> Iterator[Block]:
         for name, one in found.variants.items() for arm, parts in one.contrasts.items() for what, e in parts.items()
     ]  # fmt: skip
     if rows:
-        yield Paragraph(f"Other arms compared with arm {found.arm}: how much larger the advantage and its changes are "
-                        "there. There is no verdict about them.")  # fmt: skip
-        yield Sheet(("variant", "arm", "of", "difference", "95 % interval"), rows)
+        yield Paragraph(f"Other arms minus arm {found.arm}: the difference of the mean advantage and of its changes. "
+                        "There is no verdict on these.")  # fmt: skip
+        yield Sheet(("variant", "arm", "quantity", "difference", "95 % interval"), rows)
 
 
 def _zones(found: Comparison) -> Iterator[Block]:
@@ -107,9 +107,9 @@ def _zones(found: Comparison) -> Iterator[Block]:
         for name, one in found.variants.items() for z in one.zones
     ]  # fmt: skip
     if rows:
-        yield Paragraph("By position in the sequence: the first window; further, as far as the windows of all layers "
-                        "see; and beyond. Each part is judged over depth by the rule on its own, in arm "
-                        f"{found.arm} alone: a study names the part that counts before its data.")  # fmt: skip
+        yield Paragraph("By position in the sequence: the first window, the rest of what stacked windows reach, and "
+                        "everything beyond. The rule is applied to each part separately, against depth, in arm "
+                        f"{found.arm} only. A study must name its primary part before it has data.")  # fmt: skip
         yield Sheet(("variant", "arm", "part", "pairs", "mean advantage", "95 % interval",
                      "change per doubling of depth", "95 % interval", "verdict"), rows)  # fmt: skip
 
@@ -127,23 +127,23 @@ def held_out(found: Comparison) -> Iterator[Block]:
         for name, one in found.variants.items() for out in one.held_out
     ]  # fmt: skip
     if rows:
-        yield Paragraph("The size that was held out: the advantage of each pair, and what the other sizes predict.")
-        yield Sheet(("variant", "block", "FLOPs", "advantage", "expected", "95 % interval", "inside"), rows)
+        yield Paragraph("The held-out size: the advantage of each pair, and the prediction from the other sizes.")
+        yield Sheet(("variant", "block", "FLOPs", "advantage", "predicted", "95 % interval", "inside"), rows)
 
 
 def _more(name: str, found: Comparison, one: Advantage) -> Iterator[str]:
     """Yield lines with the results that are in no table."""
     if one.interaction is not None:
-        yield (f"{name}, size × depth: per tenfold of compute the change per doubling of depth itself changes by "
+        yield (f"{name}, size × depth interaction: per tenfold of compute, the change per doubling of depth changes by "
                f"{percent_interval(one.interaction)}")  # fmt: skip
     if one.crossing is not None:
-        yield (f"{name} and {found.baseline} cross at {power(one.crossing.flops)} FLOPs (95 % interval "
-               f"{span(one.crossing.low, one.crossing.high)}) at the sweep's mean depth")  # fmt: skip
+        yield (f"{name} and {found.baseline} are equal at {power(one.crossing.flops)} FLOPs (95 % interval "
+               f"{span(one.crossing.low, one.crossing.high)}) at the mean depth of the sweep")  # fmt: skip
     elif any(c.factor == "flops" for c in one.changes):
-        yield f"{name}: the data do not determine a compute at which it would cross {found.baseline}"
+        yield f"{name}: the data do not determine the compute at which it equals {found.baseline}"
     if one.by_document is not None:
         yield (f"{name}, by document: {percent_interval(one.by_document)} over {one.documents} validation documents, "
-               f"each counted once; better on {one.better_documents}")  # fmt: skip
+               f"each counted once; {name} is better on {one.better_documents}")  # fmt: skip
     yield from (f"left out: {line}" for line in one.gaps.left_out)
 
 

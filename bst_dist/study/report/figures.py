@@ -23,7 +23,7 @@ from bst_dist.study.statistics import mean
 
 LABELS: dict[str, tuple[Callable[[Gaps], np.ndarray], str]] = {
     "flops": (lambda gaps: gaps.flops, "training FLOPs"),
-    "time_s": (lambda gaps: gaps.flops, "training FLOPs (of the variant, at equal time)"),
+    "time_s": (lambda gaps: gaps.flops, "training FLOPs of the variant, at equal time"),
 }
 
 

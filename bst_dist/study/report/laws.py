@@ -21,13 +21,13 @@ def blocks(found: Laws, baseline: str | None = None) -> Iterator[Block]:
             yield Heading(3, name)
         yield from _architecture(laws)
     if baseline is not None:
-        yield Heading(3, "One irreducible loss")
+        yield Heading(3, "Shared irreducible loss E")
         yield from _shared(found, baseline)
 
 
 def _architecture(laws: ArchitectureLaws) -> Iterator[Block]:
     if rows := [_fit_row(fitted) for fitted in laws.fits if fitted.law]:
-        yield Sheet(("form, objective", *EXPONENTS, "error of a shape left out", "error of the largest size"), rows)
+        yield Sheet(("form, objective", *EXPONENTS, "error on held-out shapes", "error on the largest size"), rows)
     reasons = {(f.form, f.why_not) for f in laws.fits if not f.law}
     lines = [f"{form}: not fitted: {why}" for form, why in sorted(reasons)]
     lines += [f"d ln L / d ln {name} = {e.value:+.4f} (95 % interval {e.low:+.4f} to {e.high:+.4f}), over the range of "
@@ -36,55 +36,55 @@ def _architecture(laws: ArchitectureLaws) -> Iterator[Block]:
         lines += list(_trust(laws))
     yield Items(lines)
     if laws.predictions:
-        yield Paragraph("Runs that were held out, and what the law of the others predicts:")
+        yield Paragraph("Held-out runs, and the prediction of the law fitted to the others:")
         yield Sheet(("run", "N", "D", "loss", "predicted", "95 % interval", "error", "inside"),
                     [_prediction_row(p) for p in laws.predictions])  # fmt: skip
     if laws.optima:
-        yield Paragraph("The best model for a budget of compute, with 95 % intervals:")
+        yield Paragraph("The best model for a compute budget, with 95 % intervals:")
         yield Sheet(("FLOPs", "N", "D", "width", "depth", ""), [_optimum_row(o) for o in laws.optima])
 
 
 def _trust(laws: ArchitectureLaws) -> Iterator[str]:
     """Yield lines about the chosen form: its unknowns, and the evidence against it."""
-    yield f"chosen: the {laws.chosen} form, which predicts shapes left out best"
+    yield f"chosen: the {laws.chosen} form, which predicts held-out shapes best"
     for name in (*UNKNOWNS[laws.chosen or "chinchilla"], "optimal_N_exponent"):
         if (one := laws.intervals.get(name)) is not None and name != "log_aspect":
             yield f"{name.replace('_', ' ')} = {_interval(one)}"
     if laws.non_embedding_alpha is not None:
-        yield f"alpha = {_interval(laws.non_embedding_alpha)} where N is counted without embedding and head"
+        yield f"alpha = {_interval(laws.non_embedding_alpha)} when N excludes the embedding and the head"
     if laws.no_valley:
-        yield "no valley: within the shapes tried no width / depth is the best one"
+        yield "no optimum: the loss has no minimum over width / depth within the tried shapes"
     elif "log_aspect" in laws.intervals:
         one = laws.intervals["log_aspect"]
         yield f"best width / depth: {math.exp(one.value):.3g} (95 % interval {_exp(one.low)} to {_exp(one.high)})"
     if (lack := laws.lack_of_fit) is not None:
-        told = "the form misses shapes by more than seeds scatter" if lack.p_value < 0.05 else "none is seen"
+        told = "the residuals are larger than the spread over seeds" if lack.p_value < 0.05 else "not detected"
         yield f"lack of fit: F = {lack.statistic:.2f}, p = {lack.p_value:.3f}: {told}"
     if laws.isoflop_exponent is not None:
         yield f"exponent of the optimal N in C by isoFLOP profiles: {laws.isoflop_exponent:.3f}"
     if laws.not_identified:
-        yield "the law is not identified and must not be extrapolated; the slopes above stand in its place:"
+        yield "the law is not identified and must not be extrapolated; use the slopes above instead:"
         yield from (f"not identified: {reason}" for reason in laws.not_identified)
 
 
 def _shared(found: Laws, baseline: str) -> Iterator[Block]:
     lines = []
     for name, reach in found.reach.items():
-        told = {"equal": "sees as far as", "different": "does not see as far as, or further than,",
+        told = {"equal": "sees as far as", "different": "does not see exactly as far as",
                 "undecided": "may or may not see as far as"}[reach.answer]  # fmt: skip
-        lines.append(f"{name} {told} {baseline}: from the first block of a sequence to the last its advantage changes "
+        lines.append(f"{name} {told} {baseline}: from the first to the last block of a sequence, its advantage changes "
                      f"by {percent_interval(reach.difference)}")  # fmt: skip
     for name, difference in found.shared.differences.items():
         told = {"equal": "is shown to be the same", "different": "differs", "undecided": "may differ"}
         lines.append(
-            f"E of {name} {told[found.shared.answers[name]]}: {percent_interval(difference)} of the least loss"
+            f"E of {name} {told[found.shared.answers[name]]}: {percent_interval(difference)} of the lowest loss"
         )
     if found.shared.laws:
         e = next(iter(found.shared.laws.values())).E
         each = ", ".join(f"{n}: alpha {law.alpha:.3f}, beta {law.beta:.3f}" for n, law in found.shared.laws.items())
-        lines.append(f"with one E = {e:.4g}: {each}")
+        lines.append(f"with a shared E = {e:.4g}: {each}")
     elif found.shared.why_not:
-        lines.append(f"no law with one E is fitted: {found.shared.why_not}")
+        lines.append(f"no law with a shared E is fitted: {found.shared.why_not}")
     yield Items(lines)
 
 

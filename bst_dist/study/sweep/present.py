@@ -72,8 +72,8 @@ def _answer(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterato
     counts = Counter(row.status for row in rows)
     yield Paragraph(
         f"{len(rows)} measurements were planned: " + ", ".join(f"{n} {status}" for status, n in counts.items())
-        + f". An advantage is ln L of {sweep.baseline} less ln L of the variant, at equal training FLOPs and equal N, "
-        f"in per cent of the loss: above 0 the variant is better. Verdicts are within arm {sweep.arm}."
+        + f". The advantage is ln L({sweep.baseline}) − ln L(variant) at equal training FLOPs and equal N, in percent "
+        f"of the loss; a positive value means that the variant is better. Verdicts use arm {sweep.arm} only."
     )  # fmt: skip
     yield from _reservations(counts, found)
 
@@ -81,41 +81,41 @@ def _answer(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterato
 def _reservations(counts: Counter[str], found: Findings) -> Iterator[Block]:
     """Yield the caveats of the verdict: unfinished runs, and a learning rate that was not shown to be right."""
     if unfinished := counts["waiting"] + counts["running"]:
-        yield Paragraph(f"{unfinished} measurements have not finished: a verdict read before the end is wrong more "
-                        "often than its p value says.")  # fmt: skip
+        yield Paragraph(f"{unfinished} measurements have not finished. A verdict read before they finish is wrong more "
+                        "often than its p-value says.")  # fmt: skip
     answers = Counter(corner.answer for corner in found.audit)
     if answers["failed"]:
-        yield Paragraph("The audit of the learning rate does not pass, so a change with depth or compute may be an "
-                        "effect of the learning rate.")  # fmt: skip
+        yield Paragraph("The learning-rate audit failed, so a change with depth or compute may be an effect of the "
+                        "learning rate.")  # fmt: skip
     elif answers["undecided"]:
-        yield Paragraph("The audit of the learning rate is undecided in some corners: a change with depth or compute "
-                        "may be an effect of the learning rate.")  # fmt: skip
+        yield Paragraph("The learning-rate audit is undecided in some corners, so a change with depth or compute may "
+                        "be an effect of the learning rate.")  # fmt: skip
     elif not found.audit:
-        yield Paragraph("Only the rule's learning rate was tried.")
+        yield Paragraph("There was no learning-rate audit: only the default learning rate was tried.")
 
 
 def _advantage(found: Findings) -> Iterator[Block]:
-    yield Heading(2, "The advantage")
+    yield Heading(2, "Advantage")
     for comparison in (found.flops, found.time_s):
         if not comparison.variants:
             continue
         label = advantage.EQUAL[comparison.axis]
         yield Heading(3, f"At equal {label}")
         if comparison.axis == "time_s":
-            yield Paragraph("Times mean something only where nothing else ran on the machine: without that there is no "
-                            "verdict here.")  # fmt: skip
+            yield Paragraph("Training times can only be compared when nothing else ran on the machine; otherwise there "
+                            "is no verdict here.")  # fmt: skip
             if comparison.missing:
                 yield Items([f"{name} is not judged: {why}" for name, why in comparison.missing.items()])
         yield from advantage.tables(comparison)
         yield Picture(f"gap-{comparison.axis.removesuffix('_s')}", gap_figure(comparison),
-                      f"Advantage at equal {label} in arm {comparison.arm}: a line with its 95 % band a depth, by the "
-                      "rule's regression; small marks are measurements, those of one pair joined, hollow ones were "
-                      "held out; the grey band is the margin of equivalence.")  # fmt: skip
+                      f"Advantage at equal {label} in arm {comparison.arm}. Lines with 95 % bands: the regression of "
+                      "the rule, one line per depth. Small marks: measurements, joined within a pair. Hollow marks: "
+                      "held-out runs. Grey band: the equivalence margin.")  # fmt: skip
         yield from advantage.held_out(comparison)
     place = place_figure(found.flops)
     if place is not None:
-        yield Picture("gap-by-place", place, "Mean advantage by position in the sequence, a point a block, with 95 % "
-                      "intervals over pairs. An advantage that only appears beyond the window comes from a longer "
+        yield Picture("gap-by-place", place, "Mean advantage by position in the sequence, one point per block, with "
+                      "95 % intervals over pairs. An advantage that only appears beyond the window comes from a longer "
                       "receptive field.")  # fmt: skip
 
 
@@ -125,8 +125,8 @@ def _laws(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterator[
     if not own:
         yield Paragraph("No run has finished.")
         return
-    yield Picture("loss", loss_figure(own, found.laws), "Validation loss against training FLOPs; the lengths of one "
-                  f"run are joined, the chosen law of each size is dashed, hollow marks were held out. "
+    yield Picture("loss", loss_figure(own, found.laws), "Validation loss against training FLOPs. Lines join the "
+                  "training lengths of one run. Dashed: the chosen law for each size. Hollow marks: held-out runs. "
                   f"Arm {sweep.arm}.")  # fmt: skip
     if found.laws is None:
         yield Paragraph(f"No law is fitted: {found.why_no_laws}.")
@@ -136,13 +136,13 @@ def _laws(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterator[
 
 def _transfer(found: Findings) -> Iterator[Block]:
     """Yield the evidence that one learning rate suits all shapes: the coordinate check and the audit."""
-    yield Heading(2, "Does one learning rate hold for all shapes?")
+    yield Heading(2, "Does one learning rate fit all shapes?")
     yield Heading(3, "Coordinate check")
     if found.coordinates is None:
-        yield Paragraph("None was made: `bst sweep coordinates` makes it.")
+        yield Paragraph("Not run. Run it with `bst sweep coordinates`.")
     else:
         yield from coordinate_blocks(found.coordinates)
-    yield Heading(3, "Audit of the learning rate")
+    yield Heading(3, "Learning-rate audit")
     yield from audit_blocks(found.audit)
 
 
@@ -152,12 +152,12 @@ def coordinate_blocks(check: Check) -> Iterator[Block]:
     equal = sum(one.answer == "equal" for _, one in every)
     widths, depths = (", ".join(map(str, values)) for values in (check.widths, check.depths))
     yield Paragraph(
-        f"{check.answer.capitalize()}, parametrisation {check.parametrisation}: after {check.steps} steps at "
-        f"{check.rate:g} of the peak rate {equal} of {len(every)} changes are shown to depend neither on the width "
-        f"({widths}) nor on the depth ({depths}): both one-sided tests put the slope in logarithms within ±{SLOPE}."
+        f"Answer: {check.answer}, with parametrisation {check.parametrisation}. After {check.steps} steps at "
+        f"{check.rate:g} of the peak learning rate, {equal} of {len(every)} quantities are shown not to depend on the "
+        f"width ({widths}) or the depth ({depths}): both one-sided tests put the log-log slope within ±{SLOPE}."
     )
     yield Sheet(
-        ("architecture", "change of", "along", "by value", "slope", "depends on it"),
+        ("architecture", "quantity", "against", "change by value", "slope", "depends on it"),
         [[name, one.watched, one.along, ", ".join(f"{key}: {v:.3g}" for key, v in one.changes.items()),
           one.slope.text(2, sign=True), {"equal": "no", "different": "yes", "undecided": "undecided"}[one.answer]]
          for name, one in every],
@@ -167,18 +167,18 @@ def coordinate_blocks(check: Check) -> Iterator[Block]:
 def audit_blocks(corners: Sequence[Corner]) -> Iterator[Block]:
     """Yield the blocks about the audit of the learning rate."""
     if not corners:
-        yield Paragraph("None was made: a claim about depth is confounded by the learning rate as far as one rate does "
-                        "not suit all depths.")  # fmt: skip
+        yield Paragraph("Not run. If one learning rate does not fit all depths, a change with depth may be an effect "
+                        "of the learning rate.")  # fmt: skip
         return
     answers = Counter(corner.answer for corner in corners)
     yield Paragraph(
         f"{answers['passed']} of {len(corners)} corners passed, {answers['failed']} failed, {answers['undecided']} are "
-        f"undecided. Passed: no rate in the range tried is better than the rule's by "
-        f"{percent(rates.MARGIN, 1, sign=False)} of the loss, by a parabola in ln of the rate and a "
-        "one-sided test at 5 %; failed: some rate is better by more."
+        f"undecided. Passed: a one-sided test at 5 % on a parabola in ln(rate) shows that no tried rate is better than "
+        f"the default by {percent(rates.MARGIN, 1, sign=False)} of the loss or more. Failed: some rate is better by "
+        "more."
     )
     yield Sheet(
-        ("architecture", "corner", "seeds", "loss by factor", "best", "lost by the rule's", "answer"),
+        ("architecture", "corner", "seeds", "loss by factor", "best", "cost of the default rate", "answer"),
         [[c.architecture, c.corner, str(c.seeds), ", ".join(f"{f:g}: {loss:.4f}" for f, loss in c.losses.items()),
           number(c.best, ".2f") or "no valley", _lost(c), c.answer] for c in corners],
     )  # fmt: skip
@@ -203,7 +203,7 @@ def _rule() -> Iterator[Block]:
 
 
 def _runs(rows: Sequence[Row]) -> Iterator[Block]:
-    yield Heading(2, "Every run")
+    yield Heading(2, "All runs")
     yield Sheet(
         ("run", "status", "role", "width", "N", "ln N − baseline's", "tokens", "FLOPs", "loss, nats", "bits/byte",
          "time, s"),

@@ -44,16 +44,16 @@ def test_no_more_is_masked_than_must_be() -> None:
 
 def test_who_computes_in_vain_is_said() -> None:
     assert Spread(8, 5, 1).unequal() == (
-        "3 of 5 ranks have 2 sequences, 2 of 5 ranks have 1 sequence and 1 masked: 20% of what is computed does not "
-        "count"
+        "3 of 5 ranks have 2 sequences, 2 of 5 ranks have 1 sequence and 1 masked: 20% of the computation "
+        "is wasted"
     )
     assert Spread(14, 2, 4).unequal(sp=2) == (
-        "2 of 2 groups of 2 ranks have 7 sequences and 1 masked: 12% of what is computed does not count; "
+        "2 of 2 groups of 2 ranks have 7 sequences and 1 masked: 12% of the computation is wasted; "
         "train.micro_sequences 1 or 7 would waste nothing"
     )
     assert Spread(15, 2, 3).unequal() == (
-        "1 of 2 ranks has 8 sequences and 1 masked, 1 of 2 ranks has 7 sequences and 2 masked: 17% of what is computed "
-        "does not count; train.micro_sequences 2 or 4 would waste 6%"
+        "1 of 2 ranks has 8 sequences and 1 masked, 1 of 2 ranks has 7 sequences and 2 masked: 17% of the computation "
+        "is wasted; train.micro_sequences 2 or 4 would waste 6%"
     )
 
 

@@ -137,7 +137,7 @@ def test_a_check_starts_nothing_and_writes_nothing(recipe_file, tmp_path, capsys
     said = capsys.readouterr().out
     assert "ranks  2 (dp 2 x sp 1), ZeRO-1, fp32" in said
     assert "from step 0 to 6" in said
-    assert "in all 6 steps, 768 tokens" in said
+    assert "total  6 steps, 768 tokens" in said
     assert "masked" not in said
     assert main([*words, "--ranks", "3"]) == 0
     assert (

@@ -141,4 +141,4 @@ def test_a_plan_is_for_the_longest_and_names_them_all(recipe_file, capsys):
     assert main(["plan", str(recipe), "--nodes", "1", "--gpus-per-node", "1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "32 tokens, 64 from step 3, 16 from step 6; planned as if all were 64" in said
-    assert "passes by step 6" in said
+    assert "by step 6: " in said

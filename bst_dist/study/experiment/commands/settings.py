@@ -19,10 +19,10 @@ INTRODUCTION = """# Settings of an experiment
 
     bst experiment run launch/recipes/ablations/ssm.yaml seeds=[0] measure.speed=true
 
-An experiment is one YAML file. On the command line a setting is given by its dotted name, directly after the file; an
-unknown name is an error that names the nearest one. What an experiment is for: [experiments](experiments.md).
-`settings`, `arms` and `conditions` hold settings of the [recipe](recipes.md). `bst experiment settings SECTION` prints
-a part of this page, and `bst experiment settings --markdown` prints all of it."""
+An experiment is one YAML file. Change a setting on the command line by its dotted name, directly after the file; for an
+unknown name, the error names the nearest one. What an experiment is for: [experiments](experiments.md). `settings`,
+`arms` and `conditions` hold settings of the [recipe](recipes.md). `bst experiment settings SECTION` prints a part of
+this page, and `bst experiment settings --markdown` prints all of it."""
 
 add_arguments = describe.add_arguments
 

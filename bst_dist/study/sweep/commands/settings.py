@@ -19,10 +19,10 @@ INTRODUCTION = """# Settings of a sweep
 
     bst sweep design launch/sweeps/mini.yaml noise.seed=0.01
 
-A sweep is one YAML file. On the command line a setting is given by its dotted name, directly after the file; an unknown
-name is an error that names the nearest one. What a sweep is for, and what it refuses: [sweeps](sweeps.md). `settings`,
-`arms`, `kernels` and `architectures` hold settings of the [recipe](recipes.md). `bst sweep settings SECTION` prints a
-part of this page, and `bst sweep settings --markdown` prints all of it."""
+A sweep is one YAML file. Change a setting on the command line by its dotted name, directly after the file; for an
+unknown name, the error names the nearest one. What a sweep is for, and what it rejects: [sweeps](sweeps.md).
+`settings`, `arms`, `kernels` and `architectures` hold settings of the [recipe](recipes.md). `bst sweep settings
+SECTION` prints a part of this page, and `bst sweep settings --markdown` prints all of it."""
 
 add_arguments = describe.add_arguments
 
