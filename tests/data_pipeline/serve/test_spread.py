@@ -44,8 +44,7 @@ def test_no_more_is_masked_than_must_be() -> None:
 
 def test_who_computes_in_vain_is_said() -> None:
     assert Spread(8, 5, 1).unequal() == (
-        "3 of 5 ranks have 2 sequences, 2 of 5 ranks have 1 sequence and 1 masked: 20% of the computation "
-        "is wasted"
+        "3 of 5 ranks have 2 sequences, 2 of 5 ranks have 1 sequence and 1 masked: 20% of the computation is wasted"
     )
     assert Spread(14, 2, 4).unequal(sp=2) == (
         "2 of 2 groups of 2 ranks have 7 sequences and 1 masked: 12% of the computation is wasted; "
