@@ -53,7 +53,7 @@ class HostCopies:
 
 
 class _Copy:
-    """One tensor while it is in the host's memory."""
+    """One tensor while it is in host memory."""
 
     def __init__(self, x: Tensor, stream: Any, before: weakref.ref[_Copy] | None) -> None:
         self.device, self.stream, self.before = x.device, stream, before

@@ -109,7 +109,7 @@ def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tok
     config.save_pretrained(folder)
     never = without_text(recipe.model.vocab_size, tokenizer).nonzero().flatten().tolist()
     GenerationConfig(suppress_tokens=never, **named).save_pretrained(folder)
-    if not tokenizer.has_text:  # ids alone: there is no tokenizer to publish
+    if not tokenizer.has_text:  # a corpus of ids: there is no tokenizer to publish
         (folder / tokenizer.file).write_bytes(tokenizer.model)
         return
     published = isinstance(tokenizer, HuggingFaceTokenizer)

@@ -290,7 +290,7 @@ class Share(NamedTuple):
     """The contribution of some of the keys to a softmax over all of them."""
 
     out: Tensor
-    """(B, l, H, dh): attention to these keys alone."""
+    """(B, l, H, dh): attention to these keys only."""
     sums: Tensor
     """(B, l, H): the logarithm of the sum of the exponentials of their scores."""
 

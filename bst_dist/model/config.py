@@ -27,7 +27,7 @@ class AttentionConfig(Config):
     """RoPE: base of the wavelengths."""
     kv_heads: int | None = Field(None, ge=1, le=2**16)
     """Key and value heads for grouped-query attention (arXiv 2305.13245); must divide the heads. null: as many as
-    heads. Fewer of them shrink the cache and what sequence-parallel ranks send. Cross-attention keeps all heads."""
+    heads. Fewer heads make the cache and the messages of sequence-parallel ranks smaller. Cross-attention keeps all."""
     include_self: bool = True
     """Whether a token attends to itself. false: only to the W tokens before it, as in meliad."""
 

@@ -1,6 +1,6 @@
 """The layers of the stack: a mixer over positions, then a feed-forward network, both residual.
 
-Every mixer maps (B, l, D) -> (B, l, D) given its past and the document starts; `MIXERS` names them all.
+Every mixer maps (B, l, D) -> (B, l, D) given its past and the document starts. `MIXERS` lists the mixers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The output head and its cross-entropy, in tiles: the logits of all tokens never exist at once."""
+"""The output head and its cross-entropy, computed in tiles, so that the logits of all tokens never exist at once."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class DeltaRule(Decays):
         state = past.serial_state("state")
         chunks = parts[0].shape[1]
         outputs = []
-        # Unbound at once: indexing chunk by chunk would make the backward pass quadratic in the chunks.
+        # Chunks are unbound at once: indexing them one by one would make the backward pass quadratic in the chunks.
         for index, (fresh, of_state, into, query, scores, kept) in enumerate(
             zip(*(part.unbind(1) for part in parts), strict=True)
         ):
@@ -74,7 +74,7 @@ class DeltaRule(Decays):
 
 
 class GatedDeltaNetMixer(nn.Module):
-    """Gated DeltaNet mixer: (B, l, D) -> (B, l, D); H heads of the model's, K = dh, V = expand K."""
+    """Gated DeltaNet mixer: (B, l, D) -> (B, l, D); H is the model's number of heads, K = dh, V = expand K."""
 
     def __init__(self, config: LayerConfig):
         super().__init__()

@@ -84,7 +84,7 @@ class Selective(Decays):
             begins.view(*starts.shape, -1)[:, :, 0] = starts
         state, share = torch.zeros_like(ends[:, 0]), torch.ones_like(kept[:, 0])
         states, shares = [], []
-        # Unbound at once: indexing chunk by chunk would make the backward pass quadratic in the chunks.
+        # Chunks are unbound at once: indexing them one by one would make the backward pass quadratic in the chunks.
         for end, keep, begin in zip(ends.unbind(1), kept.unbind(1), begins.unbind(1), strict=True):
             if starts is not None:
                 state, share = (one.masked_fill(begin[:, None, None, None], 0) for one in (state, share))
