@@ -1,12 +1,12 @@
-"""What the runs of copying say about depth: whether a state's advantage falls where windows come to reach the lag.
+"""The analysis of copying by depth: whether the advantage of a state falls at depths where the windows reach the lag.
 
-Used by diagnostics.py. The registered page predicts in words that the advantage falls; here is how that is measured. It
-was written and tried on simulated accuracies before any result of copying was read.
+diagnostics.py uses this module. The registered page predicts in words that the advantage falls, and this module defines
+how the fall is measured. It was written and tested on simulated accuracies before any result of copying was read.
 
-The advantage of an arm is its accuracy minus that of the reference with the same seed. Its fall at a lag is the mean
-advantage at the depths at which a stack of windows cannot tell the label, minus the mean at those at which it can; the
-fall is the mean over the lags that have both. Its 95 % interval is Student's t over seeds: with two seeds it is 12.7
-standard errors to each side.
+The advantage of an arm is its accuracy minus that of the reference with the same seed. The fall at a lag is the mean
+advantage at the depths where a stack of windows cannot see the label, minus the mean at the depths where it can. The
+fall is the mean over the lags that have both kinds of depth. Its 95 % interval is Student's t over seeds: with two
+seeds it is 12.7 standard errors to each side.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from bst_dist.study.report.style import GREY, marked, panels
 
 @dataclass(frozen=True)
 class Cell:
-    """A condition of which all runs are done."""
+    """A condition with all runs done."""
 
     lag: int
     depth: int
     hidden: bool
-    """Whether a stack of windows cannot tell the label."""
+    """Whether the label is beyond the reach of a stack of windows."""
     accuracy: dict[str, np.ndarray]
-    """Of each arm, a value a seed."""
+    """Arm -> accuracy of each seed, (seeds,)."""
 
 
 def answer(cells: Sequence[Cell], reference: str, unfinished: Sequence[int] = ()) -> Iterator[str]:
-    """Does the advantage fall, an arm a line; then by how much at each lag and depth.
+    """Yield one line per arm on whether its advantage falls, and a table of accuracies by lag and depth.
 
-    `unfinished`: lags of which some condition is not done. Until there are none, no question is answered, so that no
-    verdict is read while it can still change.
+    `unfinished` are the lags with an unfinished condition. As long as there are any, no verdict is given, because it
+    could still change.
     """
     arms = [arm for arm in cells[0].accuracy if arm != reference]
     for arm in arms:
@@ -79,7 +79,7 @@ def _level_on_both_sides(cells: Sequence[Cell], arm: str) -> str:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Of the mean over seeds, 95 % by Student's t; everything where there is one seed."""
+    """Return the 95 % interval of the mean over seeds by Student's t; infinite with one seed."""
     if len(values) < 2:
         return -np.inf, np.inf
     half = float(stats.t.ppf(0.975, len(values) - 1)) * _error(values)
@@ -87,13 +87,13 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def _crossed(cells: Sequence[Cell]) -> list[Cell]:
-    """Those of lags that are within reach at one depth and beyond it at another."""
+    """Return the cells of the lags that are within reach at one depth and beyond it at another."""
     reached = {hidden: {cell.lag for cell in cells if cell.hidden is hidden} for hidden in (True, False)}
     return [cell for cell in cells if cell.lag in reached[True] & reached[False]]
 
 
 def _over(cells: Sequence[Cell], hidden: bool, value: Callable[[Cell], np.ndarray]) -> np.ndarray:
-    """The mean over lags of the means over a lag's depths beyond reach, or within it; a value a seed."""
+    """Return the mean over lags of the mean of `value` over depths beyond reach (`hidden`) or within it; (seeds,)."""
     own: dict[int, list[np.ndarray]] = {}
     for cell in cells:
         if cell.hidden is hidden:
@@ -122,14 +122,17 @@ def _signed(values: np.ndarray) -> str:
 
 
 def draw(cells: Sequence[Cell], chance: float) -> Figure:
-    """Accuracy against depth, a panel a lag, with errors over seeds; grey where windows cannot tell the label."""
+    """Return the figure of accuracy over depth, one panel per lag, with errors over seeds.
+
+    The background is grey where the label is beyond the reach of the windows.
+    """
     lags, arms = sorted({cell.lag for cell in cells}), list(cells[0].accuracy)
     figure, every = panels(len(lags), 2.4, sharey=True)
     for axes, lag in zip(every, lags, strict=False):
         own = sorted((cell for cell in cells if cell.lag == lag), key=lambda cell: cell.depth)
         depths = [cell.depth for cell in own]
         for number, arm in enumerate(arms):
-            shift = 2 ** ((number - (len(arms) - 1) / 2) / 12)  # beside each other
+            shift = 2 ** ((number - (len(arms) - 1) / 2) / 12)  # so that the marks do not overlap
             axes.errorbar(
                 [depth * shift for depth in depths], [cell.accuracy[arm].mean() for cell in own],
                 [_error(cell.accuracy[arm]) for cell in own], capsize=2, markersize=4, **marked(number),

@@ -1,4 +1,4 @@
-"""What the registered rule says of the diagnostics: each prediction holds or does not. Used by diagnostics.py."""
+"""The registered rule, applied to the diagnostics: whether each prediction holds. diagnostics.py uses this module."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def decisions(experiments: list[Experiment]) -> Iterator[str]:
 
 
 def _copying(experiments: list[Experiment]) -> Iterator[str]:
-    """P1 to P3, each over all whole conditions that it is about."""
+    """Yield the decisions on P1 to P3, each over all its conditions with all runs done."""
     cells = [(e, c) for e in experiments if e.name.endswith("copy") for c in e.settings["conditions"] if e.rows(c)]
     if not cells:
         return
@@ -50,7 +50,7 @@ def _judged(name: str, cells: list[tuple[str, str, bool, float]], what: str = "r
 
 
 def _unigram(experiments: list[Experiment]) -> Iterator[str]:
-    """P4 and P5 by the ratio of the advantages at 8 and at 2 layers, a ratio a seed; P6 by means."""
+    """Yield the decisions on P4 and P5 (by the ratio of each seed's advantages at 8 and 2 layers) and P6 (by means)."""
     for e in (e for e in experiments if e.name.endswith("unigram")):
         whole = [c for c in e.settings["conditions"] if e.rows(c)]
         gains = {c: np.subtract(e.by_seed(c, "sliding", "loss_nats"), e.by_seed(c, "bst-sh", "loss_nats"))
@@ -67,7 +67,7 @@ def _unigram(experiments: list[Experiment]) -> Iterator[str]:
 
 
 def ratio_verdict(ratios: np.ndarray) -> str:
-    """By the interval of the mean ratio: below 1/4 for P5, above 1/2 for P4."""
+    """Return the decision by the interval of the mean ratio: below 1/4 P5 holds, above 1/2 P4 holds."""
     mean = float(ratios.mean())
     half = float(stats.t.ppf(0.975, len(ratios) - 1) * ratios.std(ddof=1) / np.sqrt(len(ratios)))
     low, high = mean - half, mean + half
@@ -78,15 +78,17 @@ def ratio_verdict(ratios: np.ndarray) -> str:
 
 
 def difference(falls: np.ndarray) -> str:
-    """Of the advantages at 2 and at 8 layers, a value a seed: it can be told apart where their ratio, which has a
-    small number below, cannot. Not part of the rule."""
+    """Return a sentence about the advantage at 2 layers minus that at 8; `falls` is (seeds,).
+
+    The difference may be significant where the ratio, with its small denominator, is not. It is not part of the rule.
+    """
     low, high = copying.interval(falls)
     return (f"the advantage at 2 layers minus that at 8, which the rule does not ask for, is {falls.mean():+.4f} nats "
             f"per label in the mean (95 % interval {low:+.3f} to {high:+.3f}).")  # fmt: skip
 
 
 def reach_verdict(experiment: Experiment) -> str:
-    """P7: whether windows learn with more steps, at one of the rates, to copy what they can see."""
+    """Decide P7: whether windows learn to copy within their reach, with more steps and at one of the rates."""
     rates = experiment.settings["conditions"]
     if not all(experiment.rows(rate) for rate in rates):
         return "**P7**: not all runs that it is about are done."
@@ -99,7 +101,7 @@ def reach_verdict(experiment: Experiment) -> str:
 
 
 def copying_by_states(experiment: Experiment) -> str:
-    """P8: Gated DeltaNet learns lag 32 in each run, and copies more than BST-SH at lag 64, in the means."""
+    """Decide P8: Gated DeltaNet learns lag 32 in each run, and its mean accuracy at lag 64 is above that of BST-SH."""
     cells = []
     for condition in (c for c in experiment.settings["conditions"] if experiment.rows(c)):
         found = experiment.by_seed(condition, "gated-deltanet")
@@ -112,7 +114,7 @@ def copying_by_states(experiment: Experiment) -> str:
 
 
 def recall(experiment: Experiment) -> str:
-    """P9: Gated DeltaNet learns recall in each run, and BST-SH is no better than windows, in the means."""
+    """Decide P9: Gated DeltaNet learns recall in each run, and BST-SH is on average at most P9_MOST above windows."""
     cells = []
     for condition in (c for c in experiment.settings["conditions"] if experiment.rows(c)):
         learnt = experiment.by_seed(condition, "gated-deltanet")

@@ -1,13 +1,12 @@
-"""Builds the results in diagnostics.md from the tables of the experiments: no number on that page is typed.
+"""Build the results in diagnostics.md from the tables of the experiments. No number on that page is typed by hand.
 
     python docs/study/diagnostics.py                          # from the tables in docs/study/diagnostics/
-    python docs/study/diagnostics.py --from runs/experiments  # first copies them from there
-    tar -xJf docs/study/diagnostics/runs.tar.xz -C runs/experiments  # what is done need not be trained again elsewhere
+    python docs/study/diagnostics.py --from runs/experiments  # first copies the tables from there
+    tar -xJf docs/study/diagnostics/runs.tar.xz -C runs/experiments  # finished runs, so as not to train them again
 
-`bst experiment report` writes each table. With --from, the finished runs are kept as well, in runs.tar.xz: recipe,
-outcome and evaluations of each, without weights. Only conditions of which all runs are done are shown and judged, by
-the rule of diagnostics-registered.md (registered.py, decisions.py). What copying says about depth comes first
-(copying.py).
+`bst experiment report` writes each table. With --from, the finished runs are also stored in runs.tar.xz: recipe,
+outcome and evaluations of each, without weights. Only conditions with all runs done are shown and judged, by the rule
+of diagnostics-registered.md (registered.py, decisions.py). The analysis of copying by depth comes first (copying.py).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from data_pipeline.synthetic.unigram import LatentUnigram
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
-import copying  # noqa: E402 - these lie beside this program, which is no part of a package
+import copying  # noqa: E402 - these modules are in the folder of this script, which is not in a package
 from decisions import decisions  # noqa: E402
 from registered import HOURS, TABLES, Experiment, load  # noqa: E402
 
@@ -38,13 +37,13 @@ BEGIN, END = "<!-- from here on: docs/study/diagnostics.py -->", "<!-- to here -
 
 
 def build(experiments: list[Experiment]) -> str:
-    """The generated part of the page."""
+    """Return the generated part of the page."""
     parts = _copying_answers, _standing, _tables, decisions, _missing
     return "\n".join(line for part in parts for line in part(experiments))
 
 
 def _copying_answers(experiments: list[Experiment]) -> Iterator[str]:
-    """First of all what was asked: whether windows catch up where their stack reaches the lag."""
+    """Yield the answers to the main question: whether windows catch up at depths where their stack reaches the lag."""
     for experiment in experiments:
         if not (cells := _cells(experiment)):
             continue
@@ -59,7 +58,7 @@ def _copying_answers(experiments: list[Experiment]) -> Iterator[str]:
 
 
 def _cells(experiment: Experiment) -> list[copying.Cell]:
-    """The whole conditions of an experiment on copying."""
+    """Return the conditions with all runs done of an experiment on copying; none for other experiments."""
     if "copy" not in experiment.name.split("-"):
         return []
     return [
@@ -73,13 +72,13 @@ def _cells(experiment: Experiment) -> list[copying.Cell]:
 
 
 def _unfinished(experiment: Experiment) -> list[int]:
-    """Lags of which some condition is not done."""
+    """Return the lags with an unfinished condition."""
     missing = (c for c in experiment.settings["conditions"] if not experiment.rows(c))
     return sorted({experiment.of(condition, "data.synthetic.lag") for condition in missing})
 
 
 def draw_figures(experiments: list[Experiment]) -> None:
-    """A figure for each experiment on copying of which something is whole."""
+    """Draw a figure for each experiment on copying with at least one finished condition."""
     for experiment in experiments:
         if cells := _cells(experiment):
             chance = 1 / experiment.of(next(iter(experiment.settings["conditions"])), "data.synthetic.symbols")
@@ -137,7 +136,7 @@ def _level(row: dict[str, Any] | None, column: str = "", signed: bool = False) -
 
 
 def _in_reach(experiment: Experiment, condition: str, arm: str) -> str:
-    """The best possible loss of what an arm sees; of arms with a state, of the whole past."""
+    """Return the least possible loss for the tokens that an arm sees; an arm with a state sees the whole past."""
     if experiment.of(condition, "data.synthetic.task") != "latent-unigram":
         return ""
     task = LatentUnigram(
@@ -150,7 +149,7 @@ def _in_reach(experiment: Experiment, condition: str, arm: str) -> str:
 
 
 def best_within(task: LatentUnigram, reach: int, length: int) -> float:
-    """Nats per label of the best prediction from the last `reach` tokens, over a row of `length` labels."""
+    """Return nats per label of the best prediction from the last `reach` tokens, over a row of `length` labels."""
     seen = [min(before, reach) for before in range(1, length + 1)]
     cost = {n: task.best_loss(n, n) for n in set(seen)}
     return float(np.mean([cost[n] for n in seen]))
@@ -171,14 +170,14 @@ def _missing(experiments: list[Experiment]) -> Iterator[str]:
 
 
 def rewrite(page: str, generated: str) -> str:
-    """The page with the part between the marks replaced."""
+    """Return the page with the part between the marks replaced."""
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
     return f"{before}{BEGIN}\n\n{generated}\n\n{END}{after}"
 
 
 def copy_tables(source: Path) -> None:
-    """The tables that the experiments have written under `source`."""
+    """Copy the tables that the experiments have written under `source`."""
     for name in HOURS:
         table = source / f"diagnostics-{name}" / "table.json"
         if table.exists():
@@ -186,7 +185,7 @@ def copy_tables(source: Path) -> None:
 
 
 def keep_runs(source: Path, archive: Path = ARCHIVE) -> None:
-    """Keep what the finished runs under `source` have left that a table is made of, beside what the archive holds."""
+    """Add to the archive those files of finished runs under `source` that a table needs: evaluations, not weights."""
     kept = read_archive(archive)
     for run in sorted((source / "runs").iterdir()):
         outcome = run / "outcome.json"
@@ -207,7 +206,7 @@ def keep_runs(source: Path, archive: Path = ARCHIVE) -> None:
 
 
 def read_archive(archive: Path) -> dict[str, str]:
-    """Name -> text of what is kept; nothing before the first time."""
+    """Return name -> text of the files in the archive; empty if there is no archive yet."""
     if not archive.exists():
         return {}
     with tarfile.open(archive) as tar:

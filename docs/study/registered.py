@@ -1,4 +1,4 @@
-"""The diagnostics as they were registered: their files in order, and what is done of each. Used by diagnostics.py."""
+"""The registered diagnostics: their files in order, and which runs are done. diagnostics.py uses this module."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ HOURS = {
     "unigram": 4.4,
     "copy": 18.0,
 }
-"""The files in the registered order, with the registered estimates in hours of one unshared core; those of the
-additions in proportion to their steps."""
+"""File -> estimated hours on one unshared core, in the registered order. The estimates of the additions are in
+proportion to their steps."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One file of the diagnostics, with the table of what is done of it."""
+    """One file of the diagnostics, with the table of its finished runs."""
 
     name: str
     settings: dict[str, Any]
     table: dict[str, Any] | None
 
     def of(self, condition: str, setting: str) -> Any:
-        """A setting in a condition, by its dotted name."""
+        """Return a setting in a condition, by its dotted name."""
         base = yaml.safe_load((RECIPES / self.settings["recipe"]).read_text())
         for layer in (self.settings["conditions"][condition], self.settings["settings"], base):
             found = _at(layer, setting)
@@ -46,7 +46,7 @@ class Experiment:
         raise KeyError(setting)
 
     def rows(self, condition: str) -> dict[str, dict[str, Any]]:
-        """Arm -> its row of the table, in the order of the file; empty unless all runs of the condition are done."""
+        """Return arm -> row of the table, in the order of the file; empty unless all runs of the condition are done."""
         rows = {row["arm"]: row for row in (self.table or {"rows": []})["rows"] if row["condition"] == condition}
         whole = set(rows) == set(self.settings["arms"]) and all(
             set(row["seeds"]) == {str(s) for s in self.settings["seeds"]} and set(row["seeds"].values()) == {"done"}
@@ -55,19 +55,19 @@ class Experiment:
         return {arm: rows[arm] for arm in self.settings["arms"]} if whole else {}
 
     def reach(self, condition: str) -> int:
-        """Tokens that a stack of windows sees, the current one included."""
+        """Return the number of tokens that a stack of windows sees, including the current one."""
         return self.of(condition, "model.depth") * (self.of(condition, "model.block") - 1) + 1
 
     def hidden(self, condition: str) -> bool:
-        """Whether windows cannot tell the label: n (W - 1) < lag - 1."""
+        """Whether the label is beyond the reach of the windows: n (W - 1) < lag - 1."""
         return self.reach(condition) < self.of(condition, "data.synthetic.lag")
 
     def by_seed(self, condition: str, arm: str, column: str = "accuracy") -> list[float]:
-        """What was measured of an arm, a value a seed."""
+        """Return the measurements of an arm, one value per seed."""
         return list(self.rows(condition)[arm]["measured"][column]["by_seed"].values())
 
     def runs(self) -> dict[str, bool]:
-        """What a run is of, so that shared ones are counted once -> whether it is done."""
+        """Return key of a run -> whether it is done. Runs that two files share have the same key and count once."""
         done = {(row["condition"], row["arm"], int(seed)): status == "done"
                 for row in (self.table or {"rows": []})["rows"] for seed, status in row["seeds"].items()}  # fmt: skip
         common = json.dumps(self.settings["settings"], sort_keys=True)
@@ -80,7 +80,7 @@ class Experiment:
 
 
 def _at(layer: dict[str, Any], dotted: str) -> Any:
-    """A value in settings that may be nested, dotted, or both."""
+    """Return a value from settings with nested or dotted keys, or both; None if it is missing."""
     if dotted in layer:
         return layer[dotted]
     for name, value in layer.items():
@@ -90,7 +90,7 @@ def _at(layer: dict[str, Any], dotted: str) -> Any:
 
 
 def load(tables: Path = TABLES) -> list[Experiment]:
-    """Every file of the diagnostics in the registered order."""
+    """Load every file of the diagnostics, in the registered order."""
     found = []
     for name in HOURS:
         path = tables / f"{name}.json"

