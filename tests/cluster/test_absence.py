@@ -1,6 +1,6 @@
-"""A launching process that was stopped for long finds out what happened meanwhile, in whatever order it happened.
+"""A launching process that was suspended for long finds out what happened meanwhile, in any order of events.
 
-Sockets are real; time and the wait for sockets are made up here, so that a stop can be put between any two steps.
+Sockets are real. Time and the wait for sockets are simulated, so that a suspension can be placed between any two steps.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ STOPS = ("in the wait", "before the look", "after the look", "before judging")
 
 
 class Stage:
-    """A launching process with two agents, which say what the test has them say."""
+    """A launching process with two agents, which send the messages that the test wants."""
 
     def __init__(self, stop: str = "") -> None:
         self.now, self.turns, self.stop, self.agents = 1000.0, 0, stop, {}
         self.stop_at, self.beating = 20, 20
-        """The turn in which the stop happens, and the first in which no heartbeat comes."""
+        """The turn of the suspension, and the first turn without heartbeats."""
         self.ahead = {"a": 0.0, "b": 5e6}
-        """The hosts' own clocks, which have nothing to do with each other."""
+        """Offsets of the hosts' own clocks, which are independent."""
         self.meanwhile, self.deaf = lambda: None, False
         self.controller = Controller(HOSTS, MEANS, clock=lambda: self.now)
         self.real, self.controller._selector = self.controller._selector, self
@@ -56,7 +56,7 @@ class Stage:
         return getattr(self.real, name)
 
     def select(self, seconds: float):
-        """As of a selector; a stop during the wait ends it with nothing, as the system call does (EINTR)."""
+        """Replacement for a selector's `select`. A suspension ends the wait with no events, like EINTR."""
         if not seconds:
             self._at("before the look")
             found = [] if self.deaf else self.real.select(0)
@@ -68,7 +68,7 @@ class Stage:
             for host in self.agents:
                 self.say(host, "beat")
         elif self.turns == self.stop_at:
-            self.say("a", "beat")  # what is ready is not everything that will be
+            self.say("a", "beat")  # one message is ready, more will follow
         return [] if self._at("in the wait") or self.deaf else self.real.select(0)
 
     def _at(self, place: str) -> bool:
@@ -84,7 +84,7 @@ class Stage:
             self.agents[host].send(kind, at=self.now + self.ahead[host], **fields)
 
     def gone(self, host: str) -> None:
-        """Its agent has ended."""
+        """End the host's agent."""
         self.agents.pop(host).close()
 
     def run(self) -> Ended:
@@ -102,7 +102,7 @@ def no_launcher(monkeypatch):
 
 
 def happenings(stage: Stage, order: tuple[str, ...], seconds: float, status: int = RESUBMIT) -> None:
-    """Both hosts are left alone, their ranks end and their connections too, in an order that each host keeps."""
+    """Let both hosts lose the launcher, end their ranks and close their connections; each host keeps this order."""
     steps = {host: iter(("alone", "ended", "gone")) for host in ("a", "b")}
     for host in order:
         stage.now += seconds
@@ -174,7 +174,7 @@ def test_what_was_said_before_a_connection_ended_counts_though_sending_failed_fi
 
 @pytest.mark.parametrize("first", ["failure", "alone"])
 def test_what_came_first_is_the_cause_though_all_is_read_at_once_and_the_clocks_differ(first):
-    """Rank 1 fails and rank 0 is aborted for it; or both fail because they were killed or left by those that were."""
+    """Either rank 1 fails and rank 0 aborts because of it, or both fail because of a kill."""
     stage = Stage("in the wait")
 
     def meanwhile() -> None:
@@ -213,7 +213,7 @@ def test_a_host_that_falls_silent_is_lost_after_as_long_as_this_process_has_list
 
 
 def test_time_away_is_no_silence_though_nothing_has_come_meanwhile():
-    """As after a suspended machine, whose network was away too."""
+    """For example after the whole machine was suspended, network included."""
     now = 100.0
     hearing = Hearing(lambda: now)
     hearing.hear("a")
@@ -226,7 +226,7 @@ def test_time_away_is_no_silence_though_nothing_has_come_meanwhile():
 def test_a_clock_that_runs_apart_is_followed():
     now = 100.0
     hearing = Hearing(lambda: now)
-    assert hearing.when("a", 7.0) == now  # nothing is known of its clock
+    assert hearing.when("a", 7.0) == now  # its clock is not known yet
     for beats in range(100_000):
         now = 100.0 + beats
         hearing.beat("a", 5.0 + beats * (1 - 5e-5))  # 50 parts in a million slower: 5 s in these 28 hours
@@ -236,7 +236,7 @@ def test_a_clock_that_runs_apart_is_followed():
 
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_an_agent_left_alone_stops_its_ranks_and_waits_to_be_asked_what_became_of_them(stubborn):
-    """The agent's side, with a process for a rank: one that stops as it is told, and one that does not."""
+    """Tests the agent, with a process as rank: one that stops on SIGTERM, and one that does not."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         own = Channel(socket.create_connection(server.getsockname()))
         agent = Agent(Channel(server.accept()[0]), lost_after_s=0.5, grace_s=60)
@@ -246,12 +246,12 @@ def test_an_agent_left_alone_stops_its_ranks_and_waits_to_be_asked_what_became_o
     said: list[dict] = []
 
     def launching_process() -> None:
-        """Waits for the rank to be ready, is stopped for as long as it takes, and reads what there is to read."""
+        """Wait for the rank to be ready, send nothing until the agent has stopped it, then read all messages."""
         share = Share(0, 1, 1, "127.0.0.1", 1)
         own.send("start", command=[sys.executable, "-c", rank], directory="/", environment={}, share=vars(share))
         hear("said", beats=True)
         hear("cut short" if stubborn else "ended", beats=False)
-        hear("beat", beats=False)  # it is still there
+        hear("beat", beats=False)  # the agent still runs
         own.send("leave")
 
     def hear(kind: str, beats: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a rank finds out before a model is built."""
+"""The checks of a rank before a model is built."""
 
 from __future__ import annotations
 

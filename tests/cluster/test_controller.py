@@ -1,4 +1,4 @@
-"""The launching process and its agents, all on this machine: who is told what, and what is left when one is gone."""
+"""The launching process and its agents, all on this machine: their messages, and no leftovers when one of them ends."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from bst_dist.cluster.verdict import Ended
 HOSTS = [Host("a", 1), Host("b", 2)]
 LOST_S = 2.0
 MEANS = Means("here", Path.cwd(), lost_after_s=30.0, grace_s=5.0)
-"""On a busy machine an agent may be silent for seconds; only where that is the question it is lost for it."""
+"""On a busy machine an agent may be silent for seconds. Only tests of this case use a short timeout."""
 
 
 @pytest.fixture(autouse=True)
 def local_launcher(monkeypatch):
-    """A launcher that starts all agents here."""
+    """Register a launcher that starts all agents on this machine."""
 
     def start(hosts, directory, agent):
         lines = [f"{shlex.join(agent)} --key {key} &" for key, _ in enumerate(hosts)]
@@ -45,14 +45,14 @@ def local_launcher(monkeypatch):
 
 
 class Job:
-    """A job of three ranks, each of which runs a line of Python after it has written down its process id."""
+    """A job of three ranks; each writes its process id to a file and runs a line of Python."""
 
     def __init__(self, directory: Path, means: Means = MEANS) -> None:
         self.directory, self.told = directory, []
         self.controller = Controller(HOSTS, means, self.told)
 
     def run(self, line: str) -> Ended:
-        """How it ended."""
+        """Run `line` on all ranks; return how the job ended."""
         program = (
             f"import os, signal, sys, time; rank = int(os.environ['RANK']); open(f'{self.directory}/{{rank}}', 'w')"
         )
@@ -65,7 +65,7 @@ class Job:
             return ended
 
     def meanwhile(self, act) -> None:
-        """Have `act` happen once all ranks have started."""
+        """Call `act` once all ranks have started."""
         pump, self.done = self.controller._pump, False
 
         def watched() -> None:
@@ -77,16 +77,16 @@ class Job:
         self.controller._pump = watched
 
     def ranks(self) -> list[int]:
-        """Process ids."""
+        """Return the process ids of the ranks."""
         return [int(path.read_text()) for path in self.directory.glob("[0-9]") if path.read_text()]
 
     def agent(self, host: str) -> psutil.Process:
-        """The agent of a host."""
+        """Return the agent of a host."""
         return next(one for one in psutil.process_iter() if self.controller.job in (line := words(one))
                     and line[:2] == [sys.executable, "-m"] and line[-1] == str("ab".index(host)))  # fmt: skip
 
     def require_nothing_left(self) -> None:
-        """All ranks end within a moment."""
+        """Assert that all ranks end within a minute."""
         deadline = time.monotonic() + 60
         while any(alive(pid) for pid in self.ranks()):
             assert time.monotonic() < deadline
@@ -140,7 +140,7 @@ def test_told_twice_it_waits_for_no_answer(job):
     with job.controller as called:
         assert called.call() == {}
         job.told.extend([2, 2])
-        called.channels["a"].send = lambda *_, **__: None  # the question is lost, and would be waited for
+        called.channels["a"].send = lambda *_, **__: None  # the request is lost, and would be waited for
         assert called.ask("clock", {"a": {}}) == {}
 
 
@@ -165,7 +165,7 @@ def test_a_silent_host_is_given_up_and_nothing_is_started_before_its_lease_is_ov
     agent, frozen_at = stopped
     assert ended.lost["b"].startswith("silent for")
     assert job.ended_at - frozen_at > 3 * LOST_S
-    agent.resume()  # what is left of it ends by itself
+    agent.resume()  # its remaining processes end by themselves
     job.require_nothing_left()
 
 
@@ -185,7 +185,7 @@ STRANGE = {
 
 
 def test_no_stranger_gets_in_or_disturbs_the_job(job):
-    """Whatever comes to the port, before the agents and while they work."""
+    """Whatever connects to the port, before the agents and during the job."""
     address = ("127.0.0.1", job.controller._call.port)
     strangers = {}
 
@@ -208,7 +208,7 @@ def test_no_stranger_gets_in_or_disturbs_the_job(job):
 
 
 def test_a_hello_in_pieces_is_taken(monkeypatch):
-    """As it comes over a real network: one byte a segment."""
+    """As it may arrive over a real network: one byte per segment."""
     with selectors.DefaultSelector() as selector:
         welcomed = {}
         called = Call(selector, {"0": "a"}, welcomed.__setitem__)
@@ -222,7 +222,7 @@ def test_a_hello_in_pieces_is_taken(monkeypatch):
             assert list(welcomed) == ["a"]
             answer = json.loads(agent.recv(1000))
             assert answer == {"kind": "welcome", "proof": proof("secret", "welcome", "0", "s")}
-        with socket.create_connection(("127.0.0.1", called.port)) as again:  # overheard, and said again
+        with socket.create_connection(("127.0.0.1", called.port)) as again:  # a replayed message
             again.sendall((json.dumps(hello) + "\n").encode())
             for _ in range(3):
                 for key, _ in selector.select(0.2):
@@ -276,7 +276,7 @@ def test_a_port_that_is_taken_is_an_error_of_the_user():
 
 
 def test_an_agent_that_cannot_call_back_says_so_itself(monkeypatch):
-    """As behind a firewall: the agents have started, and nothing gets from them to this machine but their output."""
+    """As behind a firewall: the agents have started, but only their output reaches this machine."""
     here = launchers.LAUNCHERS["here"]
 
     def blocked(hosts, directory, words):
@@ -292,7 +292,7 @@ def test_an_agent_that_cannot_call_back_says_so_itself(monkeypatch):
     for reason in missing.values():
         assert f"{socket.gethostname()} cannot reach the launching process at 127.0.0.1:9" in reason
         assert "--port and --address" in reason
-    assert time.monotonic() - begun < 1800  # nobody is waited for who has said that he cannot come
+    assert time.monotonic() - begun < 1800  # an agent that reported this is not waited for
 
 
 def test_what_an_agent_cannot_do_is_said_and_not_only_that_it_is_gone(job):

@@ -1,4 +1,4 @@
-"""How a recipe's batch is spread over the hosts that are left."""
+"""How a recipe's batch is distributed over the remaining hosts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def recipe(sequences: int, sp: int = 1, micro: int = 1, rows: int = 0) -> Recipe
     ("made", "most", "found"),
     [
         (recipe(64), 16, (16, 1)),
-        (recipe(64), 15, (15, 1)),  # 64 sequences are not shared evenly by 15
+        (recipe(64), 15, (15, 1)),  # 15 ranks do not divide 64 sequences
         (recipe(512), 63 * 8, (63 * 8, 1)),  # a host of 64 was lost
         (recipe(6), 2, (2, 1)),
         (recipe(6), 9, (6, 1)),  # no rank without a sequence
@@ -32,7 +32,7 @@ def recipe(sequences: int, sp: int = 1, micro: int = 1, rows: int = 0) -> Recipe
         (recipe(64, sp=4), 15, (12, 4)),  # whole groups of sp; dp 3 does not divide 64
         (recipe(64, sp=4), 3, (2, 2)),  # fewer ranks than share a sequence: a divisor of sp
         (recipe(64, sp=4), 1, (1, 1)),
-        (recipe(8, micro=4), 8, (8, 1)),  # a rank takes four at once where it has as many
+        (recipe(8, micro=4), 8, (8, 1)),  # micro-batches of four do not limit the ranks
     ],
 )
 def test_the_most_ranks_that_have_a_part_in_the_batch(made, most, found):
@@ -47,12 +47,12 @@ def test_ranks_that_compute_in_vain_are_named():
 
 
 def test_a_host_too_many_is_no_reason_to_refuse():
-    """65 hosts of 8 for a batch of 512 sequences: one stands by, and takes the place of the first that is lost."""
+    """65 hosts of 8 slots for a batch of 512 sequences: one is a spare, and replaces the first host that is lost."""
     hosts = [Host(f"n{i}", 8) for i in range(65)]
     assert usable(recipe(512), 65 * 8) == 512
     assert usable(recipe(512), 64 * 8) == 512
     assert idle(hosts, shares(hosts, 512, "address", 1)) == "8 slots of n64"
-    assert usable(recipe(64, sp=4), 3) == 3  # the recipe's own sp, or whoever checks it explains
+    assert usable(recipe(64, sp=4), 3) == 3  # the later check of the recipe explains the error
 
 
 def test_hosts_are_filled_in_order_and_what_is_too_much_stays_idle():

@@ -1,4 +1,4 @@
-"""What the ranks of all hosts find in their environment, and what they must not find there."""
+"""Environment variables that the ranks of all hosts get, and variables that they must not get."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_secrets_are_not_shown():
 
 
 def test_a_launching_host_without_accelerator_does_not_make_the_ranks_compute_on_the_cpu(recipe, tmp_path):
-    """The whole command, in a process of its own: what is imported on the way must not leak into what is handed on."""
+    """Runs the whole command in a separate process: variables set by imports must not be passed to the ranks."""
     (tmp_path / "hosts").write_text("node-01 slots=2\n")
     program = (
         "import os, sys; os.environ.pop('DS_ACCELERATOR', None); from bst_dist.cli import main; sys.exit(main("

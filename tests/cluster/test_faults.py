@@ -1,6 +1,6 @@
-"""What becomes of a run when something breaks: each fault happens, and the run must be what it would have been.
+"""Faults during a run on several hosts: each fault happens, and the run must equal an undisturbed run.
 
-The run that nothing happens to is trained on one machine, without any of the machinery tested here.
+The undisturbed run is trained on one machine, without the launcher and agents tested here.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SOON = ("--lost-after", "5", "--grace", "20")
 
 @pytest.fixture(scope="module")
 def small(recipe) -> str:
-    """The recipe of all these runs."""
+    """Path of the recipe of all these runs."""
     return str(recipe(STEPS))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(small, tmp_path_factory) -> Path:
-    """A run of three ranks that nothing happened to."""
+    """An undisturbed run of three ranks."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     bst = Path(sys.executable).with_name("bst")
     subprocess.run([bst, "train", small, "--ranks", "3", "--run-dir", run_dir], check=True)
@@ -44,14 +44,14 @@ def undisturbed(small, tmp_path_factory) -> Path:
 
 
 def require_same_run(run_dir: Path, undisturbed: Path) -> None:
-    """Equal to the last bit: what the same number of ranks must reach."""
+    """Assert bitwise equality, which the same number of ranks must reach."""
     found = equality(run_dir, undisturbed)
     assert found.passed, found
     assert read_outcome(run_dir)["step"] == STEPS
 
 
 def require_same_data(run_dir: Path, undisturbed: Path) -> None:
-    """The same tokens and bytes at every step; another number of ranks only adds up in another order."""
+    """Assert the same tokens and bytes at every step; with another number of ranks, sums only differ in their order."""
     found, wanted = ([line for line in read_lines(path / FILE) if line["kind"] == "train"]
                      for path in (run_dir, undisturbed))  # fmt: skip
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
@@ -70,7 +70,7 @@ def bytes_of(line: dict[str, float]) -> float:
 def test_a_host_that_loses_its_power_is_missed_and_the_run_ends_on_the_others(
     launch, small, network, tmp_path, undisturbed, launcher
 ):
-    victim = network.hosts[0]  # rank 0's, where all meet
+    victim = network.hosts[0]  # the host of rank 0, to which all ranks connect
     script = [f"launch/cluster/{launcher}.sh", small, "HOSTFILE", str(tmp_path / "run")]
     started = launch(*SOON, command=script)
     started.until(MIDWAY)
@@ -91,7 +91,7 @@ def test_a_network_cut_for_good_ends_the_ranks_on_both_sides(launch, small, netw
     network.cut(victim)
     try:
         assert started.status() == 1, started.said
-        assert not network.ranks(victim)  # not alone in a run directory that successors may write to
+        assert not network.ranks(victim)  # no rank may continue alone in the run directory
     finally:
         network.mend(victim)
     assert f"lost {victim}: silent for" in started.said
@@ -134,12 +134,12 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_been(
     network.kill(network.ranks(network.hosts[1]))
     assert started.status() == 0, started.said
     assert f"rank 1 on {network.hosts[1]} was killed by SIGKILL" in started.said
-    assert "Traceback" not in started.said  # rank 0 lost its peer, and tells nobody anything by that
+    assert "Traceback" not in started.said  # rank 0 lost its peer; its error is not printed
     require_same_run(tmp_path / "run", undisturbed)
 
 
 def test_a_host_that_comes_back_empty_has_its_state_from_its_neighbour(launch, small, network, tmp_path, undisturbed):
-    """Nothing is on shared storage before the end, so the lost host's rank goes on from the copy that another kept."""
+    """Shared storage has no checkpoint, so the lost host's rank resumes from the copy on a neighbour."""
     memory, victim = tmp_path / "memory", network.hosts[1]
     memory.mkdir()
     settings = ("checkpoint.every=0", "checkpoint.local_every=1", f"checkpoint.local_directory={memory}", "log.every=1")
@@ -150,7 +150,7 @@ def test_a_host_that_comes_back_empty_has_its_state_from_its_neighbour(launch, s
         started = launch(small, *settings, "--run-dir", str(tmp_path / "run"), "--max-restarts", "2", *SOON)
         started.until(f"20/{STEPS} ")
         network.power_off(victim)
-        network.power_on(victim, private=memory)  # another machine, as far as its memory goes
+        network.power_on(victim, private=memory)  # its memory is empty, as on a new machine
         assert started.status() == 0, started.said
     finally:
         for host in network.hosts:
@@ -162,7 +162,7 @@ def test_a_host_that_comes_back_empty_has_its_state_from_its_neighbour(launch, s
 
 
 def test_a_launcher_whose_output_nobody_takes_disturbs_nobody(launch, small, network, tmp_path, undisturbed):
-    """As after Ctrl-S: the pipe is full from the first line on, for longer than a silent host would be given."""
+    """As after Ctrl-S: the pipe is full from the first line on, for longer than the timeout of a silent host."""
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     os.set_blocking(write, False)
@@ -180,7 +180,7 @@ def test_a_launcher_whose_output_nobody_takes_disturbs_nobody(launch, small, net
 def test_a_launcher_that_is_stopped_for_long_finds_a_checkpoint_and_goes_on(
     launch, small, network, tmp_path, undisturbed
 ):
-    """The ranks stand still until they are told to stop: the run must not end before, however fast its steps are."""
+    """The ranks are suspended until they get the signal, so that the run cannot finish before."""
     limits = ("--lost-after", "20", "--grace", "60")
     started = launch(small, "--run-dir", str(tmp_path / "run"), "--max-restarts", "1", *limits)
     started.until(MIDWAY, timeout_s=600)
@@ -208,7 +208,7 @@ def test_a_launcher_that_is_stopped_for_long_finds_a_checkpoint_and_goes_on(
 
 
 def told_to_stop(pid: int) -> bool:
-    """Whether SIGTERM waits for a process that stands still."""
+    """Whether SIGTERM is pending for a suspended process."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return bool(int(lines["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1)
 

@@ -1,4 +1,4 @@
-"""Lists of hosts, from a file and from Slurm."""
+"""Lists of hosts from a hostfile and from Slurm."""
 
 from __future__ import annotations
 

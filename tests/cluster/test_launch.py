@@ -1,4 +1,4 @@
-"""`bst launch` on several hosts, as a user starts it: what is found out before a rank is started, and the plain run."""
+"""`bst launch` on several hosts, as a user starts it: checks before the start, and a normal run."""
 
 from __future__ import annotations
 

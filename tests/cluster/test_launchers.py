@@ -1,4 +1,4 @@
-"""What each launcher is told, and what must not get to it."""
+"""The command line and environment of each launcher."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_ssh_of_the_preflight_is_the_launcher_s(launcher, variable):
 
 
 def test_mpich_calls_back_by_the_address_that_leads_to_the_first_host():
-    """And by this machine's name where no way to it is known."""
+    """If no route to that host is known, it uses this machine's name."""
     words = line("mpich", [Host("127.0.0.1", 1), Host("host.invalid", 1)])
     assert words[words.index("-localhost") + 1] == "127.0.0.1"
     assert "-localhost" not in line("mpich", [Host("host.invalid", 1), Host("127.0.0.1", 1)])

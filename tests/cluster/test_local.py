@@ -1,4 +1,4 @@
-"""The ranks of one host: their statuses are the truth, and nothing they started outlives them."""
+"""The ranks of one host: their exit statuses are reported correctly, and no child process outlives them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from bst_dist.cluster import local, processes, verdict
 from bst_dist.cluster.processes import LocalRanks, Share
 
-# A rank that writes down its process id and that of a child of its own; what it does then is up to the test.
+# A rank that writes its process id and that of a child process to a file, and then runs the test's code.
 RANK = """
 import os, signal, subprocess, sys, time
 rank = int(os.environ["RANK"])
@@ -34,7 +34,7 @@ while len([name for name in os.listdir(sys.argv[1]) if name.isdigit()]) < 2:
 
 @pytest.fixture(autouse=True)
 def no_settling(monkeypatch):
-    """Nobody has anything to say after a failure."""
+    """Wait only briefly for other ranks after a failure."""
     monkeypatch.setattr(verdict, "SETTLE_S", 0.3)
 
 
@@ -43,7 +43,7 @@ def started(tmp_path: Path) -> bool:
 
 
 def run(tmp_path: Path, then: str, first: str = "", grace_s: float = 30.0) -> local.Ended:
-    """How two such ranks ended, once none of their processes is left."""
+    """Run two such ranks; return how they ended, after none of their processes is left."""
     command = [sys.executable, "-c", RANK.format(first=first, then=then), str(tmp_path)]
     ended = local.launch(command, Share(0, 2, 2, "127.0.0.1", 1), grace_s)
     pids = [int(pid) for rank in range(2) for pid in (tmp_path / str(rank)).read_text().split()]
@@ -69,7 +69,7 @@ def alive(pid: int) -> bool:
     ],
 )
 def test_status_is_that_of_the_rank_to_blame(tmp_path, monkeypatch, then, status, culprit, settle_s):
-    """`settle_s`: how long the others may take to say more; where all do, nobody waits for so long."""
+    """`settle_s`: time to wait for the other ranks' statuses; if all arrive, the wait is shorter."""
     monkeypatch.setattr(verdict, "SETTLE_S", settle_s)
     ended = run(tmp_path, then)
     assert (ended.status, ended.culprit) == (status, culprit)
@@ -103,11 +103,14 @@ def test_ranks_that_do_not_stop_are_killed_when_the_grace_is_over(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_further_ctrl_c_ends_the_ranks_at_once_and_no_other_signal_does(tmp_path, monkeypatch, number):
-    """By a clock that the test sets. A signal soon after the first is a copy of it; Slurm sends SIGTERM again, seconds
-    after the first, to ranks that write their checkpoint."""
+    """With a clock that the test sets.
+
+    A signal soon after the first counts as a copy of it. Slurm sends SIGTERM again, seconds after the first, to ranks
+    that write their checkpoint.
+    """
     now, read, looked = [0.0], [], []
     clock = SimpleNamespace(monotonic=lambda: read.append(None) or now[0])
-    monkeypatch.setattr("bst_dist.faults.signals.time", clock)  # read once for every signal that is heard
+    monkeypatch.setattr("bst_dist.faults.signals.time", clock)  # read once for every signal that is handled
     poll = processes.LocalRanks.poll
     monkeypatch.setattr(processes.LocalRanks, "poll", lambda ranks: looked.append(None) or poll(ranks))
 
@@ -121,7 +124,7 @@ def test_a_further_ctrl_c_ends_the_ranks_at_once_and_no_other_signal_does(tmp_pa
         os.kill(os.getpid(), number)
         while len(read) == before:
             time.sleep(0.01)
-        until_more_in(looked, 4)  # what the launcher makes of it, it has done
+        until_more_in(looked, 4)  # by then the launcher has reacted
 
     def send_all() -> None:
         while not started(tmp_path):
@@ -176,13 +179,13 @@ def test_ranks_die_with_the_process_that_started_them(tmp_path):
 
 
 def test_a_rank_that_has_said_its_last_word_is_not_waited_for(tmp_path):
-    """As one that ends while a thread of it hangs in the kernel, where the kernel shows it as running on."""
+    """For example a rank that ends while one of its threads hangs in the kernel, which still shows it as running."""
     program = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     program += "int(os.environ['RANK']) or os.write(int(os.environ['BST_LAST_WORD']), b'70\\n'); time.sleep(600)"
     begun = time.monotonic()
     ended = local.launch([sys.executable, "-c", program], Share(0, 2, 2, "127.0.0.1", 1))
     assert (ended.statuses, ended.status, ended.culprit) == ({0: 70}, 70, 0)
-    assert time.monotonic() - begun < 300  # and not for its ten minutes
+    assert time.monotonic() - begun < 300  # not the rank's ten minutes
 
 
 def test_a_last_word_counts_whoever_asks_first():

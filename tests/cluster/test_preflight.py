@@ -1,4 +1,4 @@
-"""What is found wrong with which host."""
+"""Problems that the preflight finds, by host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOUND: dict[str, Any] = {
 
 
 def checked_hosts(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.0, 0.0), accepted=()) -> list[Checked]:
-    """Three hosts that are sound but for the changes."""
+    """Return three checked hosts that are sound except for the changes."""
     answers = []
     for change in (*changes, {}, {}, {})[:3]:
         answer = copy.deepcopy(SOUND)
@@ -34,7 +34,7 @@ def checked_hosts(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.
 
 
 def judged(*changes: dict[str, Any]) -> list[list[str]]:
-    """The problems of three hosts that are sound but for the changes."""
+    """Return the problems of three hosts that are sound except for the changes."""
     return [one.problems for one in checked_hosts(*changes)]
 
 
@@ -95,7 +95,7 @@ def test_a_clock_that_is_wrong_is_a_warning(clock, said):
 
 
 def test_accelerators_that_no_slot_uses_are_a_warning():
-    """As of a Slurm job of one task on a node with many: it would train on one and say nothing."""
+    """Example: a Slurm job with one task on a node with many accelerators would silently train on one."""
     (first, *_) = checked_hosts({"devices": [f"nvidia{i}" for i in range(16)]})
     assert first.warnings == ["16 accelerators, but 8 slots: the others are not used"]
 
@@ -145,5 +145,5 @@ def test_a_probe_sees_the_mark_of_another_and_takes_nothing_for_granted(tmp_path
     assert read["files"][str(tmp_path / "none")] is None
     assert len(read["files"][str(recipe)]) == 64
     unmark("job", str(run_dir))
-    assert list(run_dir.parent.iterdir()) == []  # and no run directory, which would have to be empty
+    assert list(run_dir.parent.iterdir()) == []  # no run directory is created, because it would have to be empty
     assert old_ranks(str(run_dir)) == []

@@ -1,4 +1,4 @@
-"""Output that nobody takes must not stop who prints."""
+"""Output that nobody reads must not block the process that prints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-# Prints more than any pipe and the program's own limit hold, and says through a file when it has done so.
+# Prints more than any pipe and the program's own limit can hold, and creates a file when it is done.
 PROGRAM = """
 import sys
 from bst_dist.cluster import printing
@@ -35,7 +35,7 @@ def start(tmp_path, last_s: float, then: str = "") -> tuple[subprocess.Popen, in
 
 def test_a_pipe_that_nobody_reads_stops_nothing(tmp_path):
     process, read = start(tmp_path, last_s=0.2)
-    assert process.wait(120) == 0  # and the end of the program does not wait for ever either
+    assert process.wait(120) == 0  # the end of the program does not wait forever either
     assert (tmp_path / "done").exists()
     os.close(read)
 

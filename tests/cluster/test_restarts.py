@@ -1,4 +1,4 @@
-"""When a run that failed is started again."""
+"""When a failed run is restarted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOST = Ended(2, lost={"node-02": "silent for 30 s"})
 
 
 def reach(run_dir: Path, step: int, saved: int | None = None) -> None:
-    """The run has taken so many steps, and perhaps left a checkpoint."""
+    """Write metrics of `step` steps and, if `saved` is given, a checkpoint of that step."""
     (run_dir / FILE).write_text("".join(json.dumps({"kind": "train", "step": n}) + "\n" for n in range(1, step + 1)))
     if saved is not None:
         directory(run_dir, saved).mkdir(parents=True)
@@ -26,7 +26,7 @@ def reach(run_dir: Path, step: int, saved: int | None = None) -> None:
 
 def test_a_new_checkpoint_gives_all_restarts_back(tmp_path):
     restarts = Restarts(tmp_path, most=2)
-    for number in range(1, 6):  # a life of failures, each after some progress
+    for number in range(1, 6):  # many failures, each after some progress
         reach(tmp_path, 10 * number + 3, saved=10 * number)
         assert restarts.refuse(KILLED) is None
         assert restarts.used == 1

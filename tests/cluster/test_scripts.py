@@ -1,4 +1,4 @@
-"""The scripts of launch/cluster that need no ssh, and those that only a cluster's own software can run."""
+"""The scripts of launch/cluster that need no ssh, and checks of those that need a cluster's software."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_scripts_are_bash(script):
 
 
 def test_the_image_s_recipe_is_sound():
-    """Linted; nothing here can build an image."""
+    """The Dockerfile is only linted, because images cannot be built here."""
     done = subprocess.run([Path(sys.executable).with_name("hadolint"), ROOT / "launch/cluster/Dockerfile"],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -103,7 +103,7 @@ def test_hosts_that_each_start_their_own_ranks_stop_together(launch, recipe, net
 
 @pytest.fixture
 def ipv6_alone(network):
-    """The addresses of two hosts that have no others."""
+    """Give two hosts only IPv6 addresses; return these."""
     if not socket.has_dualstack_ipv6():
         pytest.skip("this system has no IPv6")
     hosts = {host: f"fd0b:57::{number}" for number, host in enumerate(network.hosts[:2], 1)}
@@ -134,7 +134,7 @@ def test_hosts_that_know_ipv6_alone_train(launch, recipe, network, ipv6_alone, t
 
 @pytest.fixture
 def named(network):
-    """Two hosts that call themselves by names of their own: MPI takes hosts of one name for one host."""
+    """Two hosts with different host names, because MPI treats hosts with the same name as one host."""
     hosts = network.hosts[:2]
     for host in hosts:
         network.power_off(host)

@@ -1,7 +1,7 @@
 """A real Slurm on the hosts of the test network: jobs are submitted with sbatch, as a user would.
 
-slurmd wants cgroup v1 or v2 to itself and refuses what containers often have; so it gets a file system of its own, in
-which the few controllers that it looks for are mounted.
+slurmd needs its own cgroup v1 or v2 hierarchy and refuses what containers often have. So it gets a separate file
+system, in which the few controllers that it needs are mounted.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=
 
 
 class Slurm:
-    """A controller on the launching machine, a daemon on each host."""
+    """Slurm with a controller on the launching machine and a daemon on each host."""
 
     def __init__(self, network, directory: Path) -> None:
         self.network, self.directory = network, directory
@@ -67,7 +67,7 @@ class Slurm:
         self.environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | own
 
     def start(self) -> None:
-        """Write the configuration and start all daemons; returns when every node is idle."""
+        """Write the configuration, start all daemons, and wait until every node is idle."""
         self._configure()
         self._munge()
         self._run("slurmctld", "/usr/sbin/slurmctld", "-D", "-i")
@@ -89,7 +89,7 @@ class Slurm:
             port=ports[0], daemon_port=ports[1], nodes="\n".join(nodes),
         ))  # fmt: skip
         (self.directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
-        # Devices that are none (null and zero): Slurm deals them out, and sets CUDA_VISIBLE_DEVICES, all the same.
+        # Fake devices (null and zero): Slurm assigns them and sets CUDA_VISIBLE_DEVICES all the same.
         for number, minor in enumerate((3, 5)):
             os.mknod(self.directory / f"gpu{number}", 0o600 | stat.S_IFCHR, os.makedev(1, minor))
         (self.directory / "gres.conf").write_text(f"Name=gpu File={self.directory}/gpu[0-1]\n")
@@ -100,7 +100,7 @@ class Slurm:
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
         files = [f"--{name}={self.directory}/munge.{name.split('-')[0]}" for name in ("socket", "pid-file", "log-file")]
-        # --force: the directory of a test is not as guarded as munged would like.
+        # --force: the permissions of a test's directory are not as strict as munged requires.
         self._run("munged", "/usr/sbin/munged", "-F", "--force", f"--key-file={key}", *files,
                   f"--seed-file={self.directory}/munge.seed")  # fmt: skip
         self.until((self.directory / "munge.socket").exists, 10)
@@ -111,20 +111,23 @@ class Slurm:
                                                  start_new_session=True))  # fmt: skip
 
     def ask(self, *command: str) -> str:
-        """What a Slurm command prints, its errors too."""
+        """Run a Slurm command; return its output, errors included."""
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.run(command, env=self.environment, cwd=ROOT, **output).stdout.strip()
 
     def submit(self, *script: str, log: Path, options: Sequence[str] = ("--ntasks-per-node=1", "--gpus-per-node=0")
                ) -> str:  # fmt: skip
-        """Submit a script with its arguments for all hosts, a task on each; returns the job's number."""
+        """Submit a script with its arguments for all hosts, one task per host; return the job id."""
         options = ["--nodes=3", *options, "--no-kill", f"--output={log}"]
         said = self.ask("sbatch", "--parsable", *options, f"--export=ALL,RUNS={log.parent}", *script)
         assert said.isdigit(), said
         return said
 
     def wait(self, job: str, log: Path, timeout_s: float = 240) -> str:
-        """Wait for a job's end; returns its exit code, as 0:0. With a node gone Slurm calls it completing for long."""
+        """Wait for the end of a job; return its exit code, such as 0:0.
+
+        With a lost node the job stays in state COMPLETING for long, so this state also counts as ended.
+        """
 
         def state() -> dict[str, str]:
             return dict(re.findall(r"(JobState|ExitCode)=(\S+)", self.ask("scontrol", "show", "job", job)))
@@ -134,7 +137,7 @@ class Slurm:
         return state()["ExitCode"]
 
     def until(self, true: Callable[[], bool], timeout_s: float, log: Path | None = None) -> None:
-        """Wait for `true`; what the logs say is the error when it does not come."""
+        """Wait until `true()` holds. Raise AssertionError with the logs after `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         while not true():
             if time.monotonic() > deadline:
@@ -143,7 +146,7 @@ class Slurm:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """End all daemons and what they have started."""
+        """End all daemons, jobs and their processes."""
         self.ask("scancel", "--user=root")
         for host in self.network.hosts:
             self.network.kill([one for one in self.network.processes(host) if "sshd" not in one.name()])
@@ -170,17 +173,18 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_its_end(slurm
     log = tmp_path / "log"
     job = slurm.submit(SCRIPT, str(recipe(60)), "schedule.warmup_steps=3", log=log)
     slurm.until(lambda: log.exists() and "step-00000020:" in log.read_text(), 120, log)
-    slurm.ask("scancel", "--signal=USR1", job)  # what --signal=USR1@120 sends ahead of the time limit
+    slurm.ask("scancel", "--signal=USR1", job)  # as --signal=USR1@120 does before the time limit
     slurm.until(lambda: "JobState=PENDING" in slurm.ask("scontrol", "show", "job", job), 60, log)
-    # Slurm lets two minutes pass; within the second in which the nodes revoked its credential it would be killed.
+    # Slurm waits two minutes before a requeued job. It would be killed within the second in which the nodes revoke its
+    # credential, so start it a few seconds later.
     slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now+5")
-    # Until then the first start may still be called completing, with an exit code of its own.
+    # Before that, the first start may still be in state COMPLETING, with its own exit code.
     slurm.until(lambda: "resumed from step" in log.read_text(), 240, log)
     assert slurm.wait(job, log) == "0:0", log.read_text()
     assert "Restarts=1" in slurm.ask("scontrol", "show", "job", job)
     (stopped,) = re.findall(r"stopped after step (\d+)", log.read_text())
     assert f"resumed from step {stopped} " in log.read_text()
-    assert read_outcome(tmp_path / "small")["step"] == 60  # the recipe's name, as everywhere
+    assert read_outcome(tmp_path / "small")["step"] == 60  # named after the recipe
     assert read_recipe(tmp_path / "small").schedule.warmup_steps == 3
 
 
@@ -206,15 +210,15 @@ with Controller(hosts, Means("slurm", Path.cwd())) as controller:
     "options",
     [
         ("--ntasks-per-node=2", "--gpus-per-task=1", "--cpus-per-task=1"),
-        ("--ntasks-per-node=1", "--gpus-per-node=2", "--exclusive"),  # one task, which starts its processes itself
+        ("--ntasks-per-node=1", "--gpus-per-node=2", "--exclusive"),  # one task, which starts the ranks
     ],
     ids=["a-device-a-task", "one-task"],
 )
 def test_what_a_job_asks_for_a_task_is_not_what_all_ranks_of_a_node_get(slurm, tmp_path, options):
-    """Two ranks per node, both of which see both devices, told apart by LOCAL_RANK, and every core."""
+    """Two ranks per node; both see both devices and every core, and differ in LOCAL_RANK."""
     log, script, look = tmp_path / "log", tmp_path / "job.sh", tmp_path / "look.py"
     look.write_text(LOOK)
-    # What sbatch of newer versions sets for --cpus-per-task, so that srun takes it again.
+    # Newer versions of sbatch set this for --cpus-per-task, so that srun uses it again.
     script.write_text(f"#!/bin/sh\ncd {ROOT}\nexport SRUN_CPUS_PER_TASK=1\nexec {sys.executable} {look}\n")
     job = slurm.submit(str(script), log=log, options=options)
     assert slurm.wait(job, log) == "0:0", log.read_text()
@@ -240,7 +244,7 @@ echo "first start: $?"
 
 
 def test_a_second_srun_on_one_run_directory_is_refused_and_told_of_the_first(slurm, recipe, network, tmp_path):
-    """Both without `bst launch`: srun starts the ranks itself, and tells each its place by variables."""
+    """Both without `bst launch`: srun starts the ranks, and sets their rank in environment variables."""
     log, script, run = tmp_path / "log", tmp_path / "job.sh", tmp_path / "run"
     script.write_text(DIRECT.format(root=ROOT, address=network.hosts[0], python=sys.executable, recipe=recipe(100_000),
                                     run=run))  # fmt: skip
@@ -252,7 +256,7 @@ def test_a_second_srun_on_one_run_directory_is_refused_and_told_of_the_first(slu
     assert "first start: 75" in said, said
 
 
-# The last test of this file: the node stays lost to the daemons that all of them share.
+# Must be the last test of this file: the node stays lost for the daemons that all tests share.
 def test_a_node_that_loses_its_power_is_left_out(slurm, recipe, network, tmp_path):
     log, script = tmp_path / "log", tmp_path / "job.sh"
     words = f"--launcher slurm --max-restarts 1 --lost-after 5 --run-dir {tmp_path}/run"

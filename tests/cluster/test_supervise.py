@@ -1,4 +1,4 @@
-"""What a supervisor makes of the check of all ranks together, and of hosts that are not fit for a restart yet."""
+"""The supervisor's reaction to the collective check of all ranks, and to hosts that are not ready for a restart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOSTS = [Host("a", 1), Host("b", 1)]
 
 
 class Stub:
-    """In place of a controller: rank 1 of two ends with the status given."""
+    """Stub of a controller: rank 1 of two ends with the given status."""
 
     def __init__(self, status: int) -> None:
         self.hosts, self.status, self.command = HOSTS, status, []
@@ -41,7 +41,7 @@ class Stub:
 
 
 def rehearse(tmp_path: Path, status: int, accepted: list[str], told: Sequence[int] = ()) -> list[str]:
-    """The command that all ranks were told to run."""
+    """Return the command that all ranks were told to run."""
     job = Job(None, None, {}, None, accepted)
     stub = Stub(status)
     Supervisor(job, HOSTS, Means("pdsh", tmp_path), Restarts(tmp_path, 0), told)._rehearse(stub)
@@ -68,7 +68,7 @@ def test_a_signal_meanwhile_starts_nothing_whatever_is_accepted(tmp_path):
 
 
 def test_a_run_waits_for_hosts_that_are_not_fit_yet(tmp_path, monkeypatch):
-    """Killed after a step; then no host is fit, then one is lost before its ranks start; the third comes to the end."""
+    """A rank is killed; then no host is ready, then one is lost before its ranks start; the third restart succeeds."""
     (tmp_path / FILE).write_text(json.dumps({"kind": "train", "step": 7}) + "\n")
     supervisor = Supervisor(Job(None, None, {}, None), HOSTS, Means("pdsh", tmp_path), Restarts(tmp_path, 5), [])
     comes = iter([None, HostError("b was lost before its ranks could be started"), Ended(2, {0: 0, 1: 0})])

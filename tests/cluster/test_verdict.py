@@ -1,4 +1,4 @@
-"""Which status a job has, whom it blames, and whether it is started again."""
+"""The exit status of a job, the rank that is blamed, and whether the job is restarted."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_status_culprit_and_restart(statuses, status, culprit, again):
     [
         ({0: 1, 1: -6}, {0: 0.0, 1: 4.0}, FAILED, 0, True),  # NCCL aborts the peer of a rank that raised an error
         ({0: -6, 1: 1}, {0: 0.2, 1: 0.0}, FAILED, 1, True),  # also when both are seen in the same moment
-        ({0: 2, 1: -6}, {0: 0.0, 1: 5.0}, USER_ERROR, 0, False),  # diverged: the others abort when rank 0 is gone
-        ({0: -6, 1: 2}, {0: 0.0, 1: 5.0}, 128 + 6, 0, False),  # whoever was first, starting again would not help
-        ({0: 1, 1: -9}, {0: 0.0, 1: 3.0}, FAILED, 0, True),  # killed in the wake of the first failure
-        ({0: 1, 1: -9}, {0: 0.0, 1: 0.9}, 128 + 9, 1, True),  # in one moment, which is a second: nobody was first
+        ({0: 2, 1: -6}, {0: 0.0, 1: 5.0}, USER_ERROR, 0, False),  # diverged: the others abort when rank 0 has ended
+        ({0: -6, 1: 2}, {0: 0.0, 1: 5.0}, 128 + 6, 0, False),  # in any order, a restart would not help
+        ({0: 1, 1: -9}, {0: 0.0, 1: 3.0}, FAILED, 0, True),  # killed because of the first failure
+        ({0: 1, 1: -9}, {0: 0.0, 1: 0.9}, 128 + 9, 1, True),  # within one second, neither counts as first
         ({0: 1, 1: -9}, {0: 0.0, 1: 1.1}, FAILED, 0, True),
-        ({0: -6, 1: 1}, {0: 0.0, 1: 0.9}, FAILED, 1, True),  # an abort is seen sooner than what it came of
+        ({0: -6, 1: 1}, {0: 0.0, 1: 0.9}, FAILED, 1, True),  # an abort may be noticed before its cause
         ({0: -6}, {0: 0.0}, 128 + 6, 0, True),
         ({0: 70, 1: 1}, {0: 0.0, 1: 0.5}, FAILED, 1, True),
     ],
@@ -51,7 +51,7 @@ def test_the_first_failure_is_to_blame(statuses, when, status, culprit, again):
     [({0: 1}, 6.0), ({0: 1, 1: -9}, 1.0), ({0: -11}, 1.0), ({0: -6}, 6.0), ({0: 1, 1: -6}, 6.0), ({0: 0, 1: 75}, 6.0)],
 )
 def test_the_others_are_waited_for_unless_a_rank_was_killed(statuses, settle_s):
-    """A rank that aborts (SIGABRT) does so for want of another, which may have more to say."""
+    """A rank that aborts (SIGABRT) has usually lost another rank, which may still report the cause."""
     assert Ended(3, statuses).settle_s == settle_s
 
 

@@ -1,4 +1,4 @@
-"""What `bst bench data` measures on: the same sequences for every reader, of documents of the length asked for."""
+"""The data of `bst bench data`: the same sequences for every reader, from documents of the requested length."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_readers_serve_the_same_sequences_of_short_and_long_documents(tmp_path: 
 
 
 def pages_in_memory(path: Path) -> int:
-    """Of a file, as the kernel counts them (`fincore` of util-linux)."""
+    """Return the number of a file's pages in memory, according to `fincore` of util-linux."""
     return int(subprocess.run(["fincore", "-nro", "pages", path], capture_output=True, text=True, check=True).stdout)
 
 

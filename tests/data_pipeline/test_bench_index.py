@@ -1,4 +1,4 @@
-"""`bst bench index` on small sizes: its corpora are whole ones, and what it counts is what happened."""
+"""`bst bench index` with small sizes: its corpora are valid, and its counts are right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_an_endless_corpus_is_a_corpus(tmp_path: Path) -> None:
     assert not verify_extents(directory, manifest)
     task = VerifyTask(directory, manifest.shards("train")[4], manifest.tokenizer.vocab_size, "uint16")
     outside = [problem for problem in verify_shard(task) if "outside the vocabulary" not in problem.what]
-    assert not outside  # its tokens are drawn from more ids than its small tokenizer has
+    assert not outside  # its tokens have more ids than its small tokenizer
     assert corpus.shard_sizes(None).tokens.sum() == corpus.lengths.sum() == 5 * corpus.lengths[:100].sum()
     assert np.array_equal(corpus.document(3), corpus.document(403))
 

@@ -1,4 +1,4 @@
-"""From a folder of Parquet and a published tokenizer to a trained model and back out, by the commands alone."""
+"""From a folder of Parquet and a published tokenizer to a trained and exported model, using only commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bst_dist.config import Recipe
 
 
 def published_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
-    """A tokenizer.json as GPT-2's: bytes, no padding token."""
+    """Return a tokenizer like GPT-2's: byte-level, without a padding token."""
     published = tokenizers.Tokenizer(tokenizers.models.BPE())
     published.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     published.decoder = tokenizers.decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Tokens of one's own: with the ids that SentencePiece and `tokenizers` give, and no others changed."""
+"""Added tokens get the ids that SentencePiece and `tokenizers` give, and no other ids change."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trained(kind: str, config: TokenizerConfig = CONFIG) -> Tokenizer:
 
 
 def published(folder: Path) -> Path:
-    """A byte-level tokenizer.json, which has special tokens of its own, in a folder."""
+    """Write a byte-level tokenizer.json with special tokens to a folder; return its path."""
     found = tokenizers.Tokenizer(models.BPE())
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.decoder = decoders.ByteLevel()
@@ -80,7 +80,7 @@ def test_a_text_turns_into_text_tokens_alone_and_comes_back(tokenizer: Tokenizer
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     assert not {named[name] for name in SPECIAL} & set(ids)
-    left, found = text, []  # the leftmost, and of those the longest
+    left, found = text, []  # the leftmost token, and of several the longest
     while starts := [(left.find(name), -len(name), name) for name in TEXT if name in left]:
         start, _, name = min(starts)
         found.append(named[name])
@@ -136,7 +136,7 @@ def test_a_special_token_of_the_model_becomes_a_text_token_when_asked(tmp_path: 
     assert asked.encode("<|im_start|>user")[0] == own
     assert asked.vocab_size == plain.vocab_size
     assert asked.decode([own]) == "<|im_start|>"
-    for name in ("<|stripping|>", "<own>"):  # what it takes off the text in the library
+    for name in ("<|stripping|>", "<own>"):  # in the library these also remove surrounding spaces
         asked = extended(plain, TokenizerConfig(reuse=path, text_tokens=("<|stripping|>",)), "it")
         assert asked.backend.token_to_id(name) in asked.encode(f"a  {name}  b")
         assert asked.decode(asked.encode(f"a  {name}  b")) == f"a  {name}  b"
@@ -197,7 +197,7 @@ def test_tokens_that_the_tokenizer_has_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_that_others_made_reads_them_too(tmp_path: Path) -> None:
-    """A SentencePiece model with symbols of its own, not made here."""
+    """A SentencePiece model with its own symbols, not trained by this project."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(WORDS.splitlines()), model_writer=model, vocab_size=400, model_type="bpe",

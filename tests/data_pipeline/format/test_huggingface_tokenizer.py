@@ -1,4 +1,4 @@
-"""A tokenizer.json gives the ids that the `tokenizers` library gives, and every text back exactly."""
+"""A tokenizer.json gives the same ids as the `tokenizers` library, and decodes every text exactly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ encodable = texts.filter(lambda text: not any(0xD800 <= ord(c) < 0xE000 for c in
 
 
 def byte_level(specials=("<|endoftext|>",), prefix=False) -> tokenizers.Tokenizer:
-    """As GPT-2's and Llama 3's."""
+    """Return a byte-level tokenizer like GPT-2's and Llama 3's."""
     found = tokenizers.Tokenizer(models.BPE())
     found.normalizer = normalizers.NFC()
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
@@ -41,7 +41,7 @@ def byte_level(specials=("<|endoftext|>",), prefix=False) -> tokenizers.Tokenize
 
 
 def byte_fallback() -> tokenizers.Tokenizer:
-    """As Llama 2's and Mistral's."""
+    """Return a tokenizer with byte fallback like Llama 2's and Mistral's."""
     found = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     found.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     found.decoder = decoders.Sequence(
@@ -50,7 +50,7 @@ def byte_fallback() -> tokenizers.Tokenizer:
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     found.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=500, special_tokens=specials, show_progress=False))
     settings = json.loads(found.to_str())
-    settings["added_tokens"] = settings["added_tokens"][:3]  # the bytes are pieces of the vocabulary alone
+    settings["added_tokens"] = settings["added_tokens"][:3]  # bytes are only pieces of the vocabulary
     return tokenizers.Tokenizer.from_str(json.dumps(settings))
 
 
@@ -80,7 +80,7 @@ def test_every_text_comes_back_exactly(tokenizer, text) -> None:
 
 def test_the_ids_are_those_of_the_library(published, tokenizer) -> None:
     peer = tokenizers.Tokenizer.from_file(str(published))
-    lead = " " if tokenizer.encode("x")[0] != peer.encode("x").ids[0] else ""  # what the peer puts in front itself
+    lead = " " if tokenizer.encode("x")[0] != peer.encode("x").ids[0] else ""  # the prefix that the library adds
     for text in ("word3 = other21 + 3", "word1\n\n    return x7", "naïve\ttab", "日本語 \U0001f600"):
         assert tokenizer.encode(lead + text).tolist() == peer.encode(text, add_special_tokens=False).ids
 

@@ -1,4 +1,4 @@
-"""The manifest names a corpus, and is refused when it is missing, foreign or damaged."""
+"""The manifest identifies a corpus, and is refused if it is missing, foreign or damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards are reproducible tars that stock tools read; their index says where tokens lie and what they must be."""
+"""Shards are reproducible tars that standard tools read; their index has the position and checksums of tokens."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_no_byte_of_an_index_can_change_unnoticed(tar: Path) -> None:
 
 
 def test_a_tar_cut_anywhere_is_noticed(tar: Path, tmp_path: Path) -> None:
-    """Also between two members, where tarfile itself sees a whole archive."""
+    """Also if it is cut between two members, where tarfile sees a complete archive."""
     data = tar.read_bytes()
     end = len(data.rstrip(b"\0"))
     for size in {*range(0, end, 4096), *(512 * k for k in range(8)), end - 1}:
@@ -174,7 +174,7 @@ def test_a_document_is_found_by_key_and_by_path(tar: Path) -> None:
 
 
 class Full(io.BytesIO):
-    """A disk that takes nothing more."""
+    """A file on a full disk."""
 
     def write(self, data) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

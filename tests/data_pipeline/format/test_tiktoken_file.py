@@ -1,4 +1,4 @@
-"""Files of tiktoken's, against tiktoken itself."""
+"""tiktoken files, compared with tiktoken itself."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PATTERN = (
 )
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 END, GAP = "<|endoftext|>", 3
-"""The end token's id is that much above the last rank, as that of cl100k_base is above its own."""
+"""The end token, and the gap between the last rank and its id, as in cl100k_base."""
 
 
 @pytest.fixture(scope="module")
 def ranks() -> dict[bytes, int]:
-    """Of a byte-level BPE that the peer library has trained on some code, in the order of its merges."""
+    """Return the ranks, in merge order, of a byte-level BPE that `tokenizers` has trained on some code."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]

@@ -1,4 +1,4 @@
-"""Encoding line by line gives every text back, whatever it holds and however it is cut."""
+"""Encoding line by line decodes to the same text, for any text and any cuts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from data_pipeline.format.tokenizer import (
     train_tokenizer,
 )
 
-# What SentencePiece treats specially: its space, newlines of all kinds, NUL, its own symbols spelt out.
+# Strings that SentencePiece treats specially: its space, newlines of all kinds, NUL, the names of its symbols.
 AWKWARD = [
     "\u2581", "\n", "\r\n", "\u2028", "\x85", "\x00", " ", "  ", "\t", "<s>", "</s>", "<unk>", "<0x0A>", "\ufffd",
     "e\u0301", "\u00e9", "\U0001f600", "\ufeff", "word1 = other2",
@@ -111,7 +111,7 @@ OPTIONS = {
 
 
 def foreign(**changes: object) -> bytes:
-    """A SentencePiece model that someone else has trained."""
+    """Return a SentencePiece model trained with other settings than ours."""
     model = io.BytesIO()
     lines = iter([f"some text number {i * i} of many" for i in range(300)])
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **{**OPTIONS, **changes})
@@ -124,7 +124,7 @@ def test_a_model_that_loses_text_is_refused(change: dict) -> None:
         parse_tokenizer(foreign(**change), "other.model")
 
 
-# Llama's and Gemma's settings among them: a space in front, NFKC, spaces merged, no padding, no newline symbol.
+# Includes Llama's and Gemma's settings: a space in front, NFKC, merged spaces, no padding, no newline symbol.
 FOREIGN = {"add_dummy_prefix": True, "remove_extra_whitespaces": True, "normalization_rule_name": "nmt_nfkc",
            "user_defined_symbols": [], "pad_id": -1}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A word's ids are looked up, and are those that SentencePiece gives the whole line."""
+"""Ids looked up word by word equal those that SentencePiece gives for the whole line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ encodable = texts.filter(lambda text: not any(0xD800 <= ord(c) < 0xE000 for c in
 
 
 def by_lines(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:
-    """The canonical ids, by the stock processor: whole lines, with newlines and U+2581 apart."""
+    """Return the canonical ids by SentencePiece's processor: whole lines; newlines and U+2581 encoded separately."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     space = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
     ids: list[int] = []
@@ -51,7 +51,7 @@ def by_lines(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:
 
 @pytest.fixture(scope="module", params=["trained", "others"])
 def tokenizer(request: pytest.FixtureRequest) -> SentencePieceTokenizer:
-    """One trained here, and one with symbols of its own and scripts apart."""
+    """A tokenizer trained here, and one with its own symbols that splits by script."""
     lines = [*SOURCES, *LANGUAGES * 20]
     if request.param == "trained":
         model = train_tokenizer(lines, TokenizerConfig(vocab_size=1500))
@@ -65,7 +65,7 @@ def tokenizer(request: pytest.FixtureRequest) -> SentencePieceTokenizer:
 
 @pytest.fixture(params=[1, 1 << 30], ids=["joined together", "by SentencePiece"])
 def new_words(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From how many new words on their pieces are joined together."""
+    """Set the number of new words from which on they are encoded together."""
     monkeypatch.setattr(words, "_MANY", request.param)
 
 
@@ -109,7 +109,7 @@ def test_real_text_has_the_ids_of_whole_lines(
 
 
 def test_words_of_one_hash_are_told_apart(tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words that differ behind what is hashed, and a hash of few bits, so that many words have that of another one."""
+    """Words that differ only after the hashed part; and a hash of few bits, so that many words collide."""
     some = [*SOURCES, *("x" * n + end for n in (63, 64, 65, 200) for end in ("", "a", "b"))]
     expected = [by_lines(tokenizer, text) for text in some]
     assert in_bulk(tokenizer, " ".join(some[2:])) == [by_lines(tokenizer, " ".join(some[2:]))]
@@ -128,7 +128,7 @@ def test_kept_words_are_bounded(tokenizer: SentencePieceTokenizer, monkeypatch: 
 
 
 def test_pieces_are_joined_as_sentencepiece_joins_them(tokenizer: SentencePieceTokenizer) -> None:
-    """Every word of some text, and words of which several pairs are the best: what is left out is little."""
+    """Every word of some text, and words in which several pairs have the best score; few words are left out."""
     some = sorted({word for text in SOURCES for word in text.split()} | {"a" * n for n in range(1, 65)})
     characters = np.array([ord(character) for word in some for character in word])
     known, counts, ids = tokenizer._words._merges.encode(characters, np.array(list(map(len, some))))

@@ -1,4 +1,4 @@
-"""The commands as people and machines use them: what they print, report, and exit with."""
+"""The commands: their output, JSON reports and exit statuses."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_tokens_of_ones_own_are_told_and_are_in_the_corpus(
 
 
 def token_members(corpus: Path) -> list[bytes]:
-    """What the shards of a corpus hold for its documents, as stored."""
+    """Return the stored token members of all shards of a corpus."""
     found = []
     for path in sorted(corpus.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -201,7 +201,7 @@ def test_a_file_that_cannot_be_read_or_written_is_one_message(
             raise PermissionError(13, "Permission denied", str(self))
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    monkeypatch.setattr(Path, "open", refuse)  # because root may read everything
     assert main(["data", "verify", str(corpus), "--workers", "1"]) == 1
     assert "train-000001.tar: cannot be read: Permission denied" in capsys.readouterr().out
     for command in (["stats"], ["pack"], ["export", str(tmp_path / "out"), "--format", "parquet"]):

@@ -1,4 +1,4 @@
-"""Duplicates are found as brute force finds them; clusters keep their names when documents are added."""
+"""Duplicates equal those found by brute force; clusters keep their names when documents are added."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def shingles(text: str) -> set[tuple[str, ...]]:
 
 
 def table(n: int, **columns: np.ndarray) -> np.ndarray:
-    """A table of n documents with distinct digests, but for what `columns` says."""
+    """Return a table of n documents with distinct digests; `columns` overrides columns."""
     rows = np.zeros(n, TABLE)
     rows["offset"], rows["bytes"] = np.arange(n), 100
     rows["digest"] = np.arange(n, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
@@ -67,7 +67,7 @@ def test_a_text_of_fewer_than_five_words_resembles_itself_alone() -> None:
 
 @pytest.mark.parametrize(("equal", "joined"), [(102, False), (103, True)])
 def test_documents_that_share_a_band_are_joined_only_from_the_threshold_on(equal: int, joined: bool) -> None:
-    """103 of 128 entries are the first share above 0.8."""
+    """103 of 128 is the smallest share above 0.8."""
     pair = np.zeros((2, PERMUTATIONS), np.uint32)
     pair[1, equal:] = 1
     clusters = Clusters(2)
@@ -101,7 +101,7 @@ def test_near_duplicates_are_joined_and_others_are_not() -> None:
          "half-width kana"],
 )  # fmt: skip
 def test_texts_that_differ_in_a_character_are_alike_in_every_script(first: int) -> None:
-    """In scripts without spaces between words by 5-grams of characters, whose exact similarity is computed here."""
+    """In scripts without spaces, 5-grams of characters are used; their exact similarity is computed here."""
     rng = random.Random(first)
     drawn = [chr(first + rng.randrange(40)) for _ in range(400)]
     text = "".join(drawn) if first != 0xAC00 else "".join(c + " " * (i % 3 == 2) for i, c in enumerate(drawn))
@@ -123,7 +123,7 @@ def test_a_text_in_latin_letters_has_the_same_words_whether_all_of_it_is_ascii_o
 
 
 def test_pages_of_one_template_are_compared_with_a_bounded_number_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All share their first bands and no two are alike: the pairs would be half a million."""
+    """All pages share their first bands and no two are similar; comparing all pairs would be half a million."""
     n, compared = 1000, []
     rng = np.random.default_rng(0)
     signatures = rng.integers(0, 2**32, (n, PERMUTATIONS), dtype=np.uint32)
@@ -135,7 +135,7 @@ def test_pages_of_one_template_are_compared_with_a_bounded_number_of_others(monk
     assert clusters.roots().tolist() == list(range(n))
     bands = dedup.banding(0.8)[0]
     assert sum(compared) <= bands * n * dedup._LEADERS
-    assert len(compared) >= 3 * n  # the template's bands were looked at
+    assert len(compared) >= 3 * n  # the template's bands were compared
 
 
 def test_of_many_leaders_the_last_ones_are_compared_with_and_named_rightly() -> None:
@@ -144,7 +144,7 @@ def test_of_many_leaders_the_last_ones_are_compared_with_and_named_rightly() -> 
     signatures = np.concatenate([signatures, signatures[[199, 150]], signatures[[3]]])
     clusters = Clusters(len(signatures))
     near_duplicates(signatures, np.arange(len(signatures)), DedupConfig(), clusters)
-    assert clusters.roots()[200:].tolist() == [199, 150, 3]  # 3 meets its like in another band
+    assert clusters.roots()[200:].tolist() == [199, 150, 3]  # 3 finds its duplicate in another band
 
 
 @pytest.mark.parametrize("similarity", [0.5, 0.8, 0.95])
@@ -191,7 +191,7 @@ def test_a_text_of_the_sources_test_split_is_removed_from_train_not_from_test() 
 
 
 def split_of(rows: np.ndarray, fraction: float = 0.3, seed: int = 0) -> dict[int, str]:
-    """Split by the first word of a document's digest."""
+    """Return the split of each document, by the first word of its digest."""
     kept = deduplicate(rows, None, DedupConfig(method="exact"))
     plan = assign(rows, kept, validation_fraction=fraction, shard_bytes=1000, seed=seed)
     return {int(row["digest"][0]): SPLITS[row["split"]] for row in plan}

@@ -1,4 +1,4 @@
-"""Token ids of other programs prepared into corpora, served, and written out again for them."""
+"""Token ids of other programs: prepared into corpora, served, and exported for these programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def prepared(output: Path, **settings: Any) -> Manifest:
 
 
 def documents_of(corpus: Path) -> dict[str, list[int]]:
-    """{path: ids, the end apart} of all splits, as a run reads them."""
+    """Return {path: ids without the end token} of all splits, as a run reads them."""
     found = {}
     for split, shards in Manifest.read(corpus).splits.items():
         if shards:
@@ -36,7 +36,7 @@ def documents_of(corpus: Path) -> dict[str, list[int]]:
 
 
 def megatron_documents(prefix: Path) -> list[list[int]]:
-    """What Megatron-LM reads of a pair of files, by its published form."""
+    """Return the documents in a pair of Megatron-LM files, by their published format."""
     index, data = prefix.with_suffix(".idx").read_bytes(), prefix.with_suffix(".bin").read_bytes()
     assert index[:9] == b"MMIDIDX\x00\x00"
     version, code, sequences, bounds = struct.unpack_from("<QBQQ", index, 9)
@@ -54,7 +54,7 @@ def megatron_documents(prefix: Path) -> list[list[int]]:
 
 @pytest.fixture
 def flat(tmp_path: Path) -> Path:
-    """train.bin and val.bin of nanoGPT: forty documents and four, one twice."""
+    """nanoGPT's train.bin and val.bin, with 40 and 4 documents; the first one twice."""
     rng = np.random.default_rng(0)
     for name, count in [("train", 40), ("val", 4)]:
         documents = [rng.integers(0, 99, rng.integers(8, 90)) for _ in range(count)]
@@ -112,7 +112,7 @@ def test_ids_with_their_tokenizer_have_their_text(run, folder: Path, tmp_path: P
 def test_parquet_gives_the_texts_back(run, folder: Path, tmp_path: Path, flat: Path) -> None:
     run("text", validation_fraction=0.2)
     assert cli.main(["data", "export", str(tmp_path / "text"), str(tmp_path / "p"), "--format", "parquet"]) == 0
-    rows = pyarrow.parquet.read_table(tmp_path / "p").to_pylist()  # the folder, as people read one
+    rows = pyarrow.parquet.read_table(tmp_path / "p").to_pylist()  # read the folder as users do
     own = tmp_path / "text/tokenizer.model"
     assert (tmp_path / "p/_tokenizer/tokenizer.model").read_bytes() == own.read_bytes()
     assert {row["path"]: row["text"].encode() for row in rows} == {

@@ -1,4 +1,4 @@
-"""Bad input and failing disks are named, and nothing half-written is ever taken for whole."""
+"""Errors name bad input and failing disks, and incomplete files never count as complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from data_pipeline.format.verify import VerifyTask, verify_shard, verify_tokeniz
 
 
 def problems(corpus: Path) -> list[tuple[str, str]]:
-    """Everything that verification finds, as (file, what)."""
+    """Return all problems that verification finds, as (file, what)."""
     manifest = Manifest.read(corpus)
     tasks = [VerifyTask(corpus, s, manifest.tokenizer.vocab_size, manifest.dtype)
              for infos in manifest.splits.values() for s in infos]  # fmt: skip

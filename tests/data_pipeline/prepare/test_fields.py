@@ -1,5 +1,5 @@
-"""A field that the settings name and no record has is an error: a misspelt one would leave out every record, or do
-nothing."""
+"""A field that the settings name but no record has is an error: a misspelt field would drop every record, or have no
+effect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS[-1]["rare"] = "x"
 
 @pytest.fixture(params=["jsonl", "many chunks", "gzip", "parquet"])
 def source(request, tmp_path: Path, monkeypatch) -> dict[str, Any]:
-    """The same records in files of several kinds, with a field that only the last one has."""
+    """Settings of a source with the same records in files of several kinds; only the last record has a rare field."""
     monkeypatch.setattr(preparing, "_CHUNK_BYTES", 2000 if request.param == "many chunks" else 8 << 20)
     root = tmp_path / "records"
     root.mkdir()
@@ -59,7 +59,7 @@ def test_a_field_that_one_record_has_is_taken(run, source, tmp_path: Path) -> No
 
 
 def test_it_is_named_too_where_the_rest_of_a_file_cannot_be_read(run, tmp_path: Path) -> None:
-    """What was read before the damage counts, so that a field which stands only there is not called missing."""
+    """Records before the damage count, so a field that only they have is not reported as missing."""
     root = tmp_path / "records"
     root.mkdir()
     lines = ["".join(json.dumps(row) + "\n" for row in rows).encode() for rows in (ROWS[:29:-1], ROWS[:30])]
@@ -91,7 +91,7 @@ def test_an_interrupted_preparation_still_knows_the_fields_of_what_was_read(run,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(preparing, "reduce", stopped)  # all chunks are written then
+        patch.setattr(preparing, "reduce", stopped)  # by then all chunks are written
         run(**settings)
     monkeypatch.setattr("data_pipeline.prepare.spool._write_chunk", lambda *_: pytest.fail("a chunk is read again"))
     with pytest.raises(UserError, match=r"source\.keep: no record has the field 'rares'; did you mean 'rare'\?"):

@@ -1,4 +1,4 @@
-"""Filters of the user's own change texts and leave documents out, and are part of what a corpus is."""
+"""Custom filters change texts and drop documents, and are part of a corpus's identity."""
 
 from __future__ import annotations
 

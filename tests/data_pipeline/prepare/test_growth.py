@@ -1,4 +1,4 @@
-"""A corpus that continues an earlier one holds what one prepared anew would, and all of the earlier one as it was."""
+"""A corpus that continues an earlier one has the same content as a new one, and keeps all files of the earlier one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.data_pipeline.prepare.test_prepare import stored
 
 
 def grow(folder: Path) -> None:
-    """Twelve new texts between the old ones, an old one again, and one that nearly is an old one."""
+    """Add twelve new texts between the old ones, a copy of an old one, and a near duplicate of an old one."""
     for i in range(30, 42):
         (folder / "ab"[i % 2] / f"0{i}.txt").write_bytes(text(i).encode())
     (folder / "a" / "0-again.txt").write_bytes((folder / "b" / "01.txt").read_bytes())
@@ -59,7 +59,7 @@ def test_what_is_there_is_kept_and_what_is_new_is_added(run, folder: Path, files
     assert files_of(corpus) == before
     after, shards = files_of(other), [name for name in before if name.endswith((".tar", ".idx"))]
     assert all(after[name] == before[name] for name in [*shards, "tokenizer.model"])
-    for ending in ("tar", "tokens"):  # no copy on the same disk
+    for ending in ("tar", "tokens"):  # hard links on the same disk
         assert (other / f"train-000000.{ending}").samefile(corpus / f"train-000000.{ending}")
     assert {Path(name).stem for name in after if name.endswith(".tokens")} == {
         Path(name).stem for name in after if name.endswith(".tar")
@@ -80,7 +80,7 @@ def test_what_is_there_is_kept_and_what_is_new_is_added(run, folder: Path, files
 def test_it_holds_the_documents_of_a_corpus_prepared_anew_in_the_same_splits(run, folder, tmp_path) -> None:
     manifest = grown(run, folder, tmp_path)
     run("anew", tokenizer={"reuse": str(tmp_path / "corpus")})
-    # Of two texts that say the same the earlier one is kept here, and the first by its name there.
+    # Of two equal texts, the grown corpus keeps the earlier one, the new corpus the first by name.
     same = {"a/0-again.txt": "b/01.txt", "a/0-nearly.txt": "b/03.txt"}
     keys = []
     for split, shards in manifest.splits.items():
@@ -163,7 +163,7 @@ def test_documents_of_the_earlier_corpus_come_first_and_draw_others_into_their_s
     table["group"] = [0, 0, 5, 5, 0]
     earlier = np.array([0, train, 0, validation, 0], np.uint8)
     kept = deduplicate(table, None, DedupConfig(method="exact"), earlier)
-    # A test document that the earlier corpus has in train is left out: it cannot be taken out there.
+    # A test document that the earlier corpus has in train is dropped, because it cannot be removed from train.
     assert kept.keep.tolist() == [False, True, True, True, True]
     plan = assign(table, kept, validation_fraction=0.0, shard_bytes=1000, seed=0, earlier=earlier,
                   shards={train: 4, validation: 2})  # fmt: skip

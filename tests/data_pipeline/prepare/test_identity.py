@@ -1,4 +1,4 @@
-"""Two preparations are of the same corpus when their settings and the content of their sources are the same."""
+"""Two preparations make the same corpus if their settings and the content of their sources are the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_pipeline.sources import jsonl
 
 @pytest.fixture
 def identify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """``identify(size, **changes)``: of one file of JSON Lines that is cut into parts, `size` bytes of it a task."""
+    """``identify(size, **changes)`` returns the identity of a JSON Lines file in parts, with `size` bytes per task."""
     monkeypatch.setattr(jsonl, "_RANGE", 40)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(20)))

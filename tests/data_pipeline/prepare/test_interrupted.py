@@ -1,4 +1,4 @@
-"""Work that was killed goes on where it stopped, and ends with the bytes that uninterrupted work gives."""
+"""A preparation that was killed continues where it stopped, and gives the same bytes as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_nothing_of_a_corpus_without_its_manifest_is_taken_over(run, files_of, t
 
 
 def test_leftovers_of_a_killed_writer_are_never_taken_for_whole(run, settings_of, files_of, tmp_path: Path) -> None:
-    """Half-written files bear another name, and are removed."""
+    """Incomplete files have another name, and are removed."""
     run("whole")
     kill_at(settings_of("killed"), "extract", 0.0)
     corpus = tmp_path / "killed"

@@ -1,4 +1,4 @@
-"""A prepared corpus holds every text exactly, in shards that stock tools read, and says how it was made."""
+"""A prepared corpus contains every text exactly, in shards that standard tools read, and records how it was made."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from data_pipeline.prepare.config import PrepareConfig
 
 
 def stored(corpus: Path, split: str) -> dict[str, str]:
-    """Path and text of every document of a split, as stock webdataset and the tokenizer give them back."""
+    """Return path and text of every document of a split, read by plain webdataset and the tokenizer."""
     manifest = Manifest.read(corpus)
     tokenizer = read_tokenizer(corpus / manifest.tokenizer.file)
     urls = [str(corpus / shard.file) for shard in manifest.splits[split]]
@@ -54,7 +54,7 @@ def test_every_text_comes_back_from_the_shards(
 
 
 def test_a_published_tokenizer_makes_the_corpus(run, folder: Path, tmp_path: Path) -> None:
-    """A tokenizer.json without a padding token, as GPT-2's; another corpus then takes it from this one."""
+    """A tokenizer.json without a padding token, like GPT-2's; another corpus then reuses it from this one."""
     published = tokenizers.Tokenizer(tokenizers.models.BPE())
     published.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     published.decoder = tokenizers.decoders.ByteLevel()
@@ -205,7 +205,7 @@ def test_what_cannot_be_read_or_written_is_one_message(run, folder: Path, tmp_pa
             raise PermissionError(13, "Permission denied", str(self))
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    monkeypatch.setattr(Path, "open", refuse)  # because root may read everything
     with pytest.raises(UserError, match=r"a/00\.txt: cannot be read: Permission denied; .*on_bad_record to skip"):
         run()
     manifest, _ = run(on_bad_record="skip")
@@ -252,7 +252,7 @@ def test_adding_documents_moves_none_between_splits(run, folder: Path, tmp_path:
 
 
 def test_duplicates_are_removed_and_counted(run, folder: Path, tmp_path: Path) -> None:
-    """`a/00.txt` is copied; `b/01.txt` gets another last word; the first of each stays."""
+    """`a/00.txt` is copied, and `b/01.txt` is copied with an added word; the first of each is kept."""
     (folder / "z1.txt").write_bytes((folder / "a/00.txt").read_bytes())
     (folder / "z2.txt").write_bytes((folder / "b/01.txt").read_bytes() + b" changed")
     manifest, _ = run("both")
@@ -300,7 +300,7 @@ def test_normalising_is_done_only_when_asked(run, folder: Path, tmp_path: Path) 
 
 
 def test_the_sample_for_the_tokenizer_is_bounded_and_taken_evenly(tmp_path: Path) -> None:
-    """A third of the windows of a spool, in order, from every part of it."""
+    """The sample is a third of the windows of a spool, in order, from every part of it."""
     from data_pipeline.prepare.spool import ChunkTask, extract_chunk, load_tables, read_windows
     from data_pipeline.prepare.text import TextConfig
     from data_pipeline.sources import SOURCES
@@ -326,7 +326,7 @@ def test_a_config_file_with_a_misspelt_source_setting_names_the_right_one(tmp_pa
 
 
 def test_short_documents_are_packed_beside_the_tar_and_long_ones_are_not(run, folder: Path, tmp_path: Path) -> None:
-    """The manifest, and so the corpus's identity, does not tell whether there are packed files."""
+    """The manifest, and so the corpus's identity, does not depend on whether packed files exist."""
     manifest, _ = run()
     for split, shards in manifest.splits.items():
         for shard in shards:

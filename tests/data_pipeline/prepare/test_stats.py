@@ -1,4 +1,4 @@
-"""Statistics agree with counting by hand; overlap between splits is found where it was planted."""
+"""Statistics equal explicit counts; planted overlap between splits is found."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_histogram_counts_every_document_in_its_power_of_two(lengths: np.nda
 
 @pytest.fixture
 def planted(run, folder: Path, tmp_path: Path) -> Path:
-    """A corpus of thirty texts, of which validation holds one that train repeats whole inside a longer one."""
+    """A corpus of thirty texts; train repeats one validation text completely inside a longer text."""
     _, _ = run("first")
     from data_pipeline.format.manifest import Manifest
     from data_pipeline.format.shards import read_shard
@@ -84,7 +84,7 @@ def test_what_sequences_cut_is_counted_for_both_packings(run, tmp_path: Path, ca
     counts = json.loads((tmp_path / "stats.json").read_text())["cut_by_sequences"]
     lengths = Corpus.open(str(tmp_path / "corpus")).lengths
     assert counts["documents"] == (lengths <= 5000).sum() == len(lengths)
-    # A cut for each end of a sequence that is no end of a document, and so many ends at most.
+    # There is a cut for each end of a sequence that is not the end of a document; this bounds the number of cuts.
     assert 0 <= counts["best_fit"] <= counts["stream"] <= lengths.sum() // 5000
     assert f"sequences cut {counts['stream']:,} (" in capsys.readouterr().out
 
@@ -99,7 +99,7 @@ def test_a_sample_of_runs_is_the_same_part_of_train_and_validation(planted: Path
 
 
 def test_short_documents_are_sampled_in_few_merges_and_to_the_same_runs(tmp_path: Path, monkeypatch) -> None:
-    """One merge of the whole sample for every document is what did not end on a corpus of short ones."""
+    """Earlier, the whole sample was merged for every document, which never ended for a corpus of short documents."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 50, 40).astype("<u2") for _ in range(300)]
     every = np.unique(np.concatenate([run_hashes(tokens) for tokens in documents]))

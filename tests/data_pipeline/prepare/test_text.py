@@ -1,4 +1,4 @@
-"""A document's text is stored as it stands, and changed only as its settings say."""
+"""A document's text is stored unchanged, except as the settings say."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LATIN = "caf\u00e9".encode("latin-1")
 
 
 def stored(content: str | bytes | np.ndarray, **settings) -> bytes | tuple[str, bool]:
-    """The bytes that are stored; or why there are none, and whether that counts as bad."""
+    """Return the stored bytes; for a skipped document the reason, and whether it counts as bad."""
     found = stored_text(Document("a.txt", content), TextConfig(**settings))
     return (found.reason, found.bad) if isinstance(found, Skipped) else found[1]
 

@@ -1,4 +1,4 @@
-"""Words hashed all together have the hashes that a regular expression and zlib give them one by one."""
+"""Words hashed all at once have the same hashes as word by word with a regular expression and zlib."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of a corpus do not depend on who does the work: this process, a pool, or the ranks of mpirun."""
+"""The bytes of a corpus do not depend on the kind of workers: this process, a pool, or the ranks of mpirun."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ with module.open_workers(2) as workers:
 
 @pytest.mark.ranks
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    """Else they would go on writing beside the work that is started again."""
+    """Otherwise they would continue to write while the restarted work runs."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     parent = subprocess.Popen([sys.executable, "-c", ORPHANS, __file__, str(tmp_path)], env=env)
     while len(list(tmp_path.iterdir())) < 2:
@@ -101,7 +101,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     for child in tmp_path.iterdir():
-        while Path("/proc", child.name).exists():  # the test's time limit is the run's
+        while Path("/proc", child.name).exists():  # the time limit is that of the test run
             time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""What is served: exactly once, in one order for every number of ranks, from any step on."""
+"""The loader serves every token exactly once, in the same order for any number of ranks, from any step on."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ PACKINGS = st.sampled_from(["stream", "best_fit"])
 
 
 def whole_rows(corpora: Any, steps: range, dp: int = 1, sp: int = 1, **settings: Any) -> np.ndarray:
-    """(steps, G, 4, L): input, label, mask and document of every position, put together from all ranks.
+    """Return input, label, mask and document of every position, assembled from all ranks: (steps, G, 4, L).
 
-    Masked rows are left out, and seen to have nothing that counts.
+    Masked rows are left out; assert that they have no unmasked label.
     """
     ranks = [[loader(corpora, dp=dp, dp_rank=d, sp=sp, sp_rank=s, **settings) for s in range(sp)] for d in range(dp)]
     result = []
@@ -76,15 +76,15 @@ def test_every_token_is_served_exactly_once_in_a_pass(
         if documents != "joined":
             assert missing == firsts  # a document's first token is context only
         else:
-            assert len(missing) == 1 and missing <= firsts  # so is the first of the pass
+            assert len(missing) == 1 and missing <= firsts  # the pass's first token is context only
         seen = {token: count for (e, token), count in contexts.items() if e == epoch}
         assert set(seen.values()) == {1}
-        # The last token of a pass without padding may be a label only.
+        # Without padding, the last token of a pass may be only a label.
         assert total - len(seen) in ((0,) if documents == "isolated" else (0, 1))
 
 
 def rows_of_passes(served: Loader, passes: int) -> Iterator[tuple[int, Any, int]]:
-    """(epoch, batch, row of it) until every row is beyond the first `passes` passes."""
+    """Yield (epoch, batch, row of the batch) until every row is past the first `passes` passes."""
     for step in range(10_000):
         batches = served.batches(step)
         for batch in batches:
@@ -111,7 +111,7 @@ def test_rows_are_identical_for_every_number_of_ranks(
 
 @given(mode=MODES, start=st.integers(0, 30))
 def test_labels_are_the_stream_shifted_by_one(mode: str, start: int) -> None:
-    """Joined: within a slice, over slices of one row, and (streaming) over the steps of a row."""
+    """With joined documents: within a slice, across slices of one row, and in streaming mode across steps."""
     rows = whole_rows(Memory(LENGTHS), range(start, start + 8), sp=2, mode=mode)
     inputs, labels, mask = rows[:, :, 0], rows[:, :, 1], rows[:, :, 2].astype(bool)
     assert np.array_equal(labels[:, :, :-1][mask[:, :, :-1]], inputs[:, :, 1:][mask[:, :, :-1]])
@@ -155,7 +155,7 @@ def test_isolated_documents_begin_at_blocks_and_are_marked(mode: str, lengths: l
 def test_masked_documents_are_the_joined_stream_with_every_begin_marked(
     mode: str, packing: str, lengths: list[int], sp: int, step: int
 ) -> None:
-    """The same tokens at the same places; labels but for those that are another document's first token."""
+    """The same tokens at the same positions; the same labels, except the first token of another document."""
     corpus = Memory([*lengths, 100])
     for rank in range(sp):
         joined, masked = (
@@ -224,7 +224,7 @@ def test_the_first_step_is_located_alone_and_ever_more_with_those_after_it(monke
     bounds = [21, 22, 24, 28, 38, 48, 58]
     assert located == [range(*each) for each in pairwise([*bounds, 68])]
     located.clear()
-    for step in range(21):  # another may be asked for, too
+    for step in range(21):  # an earlier step may also be requested
         served.batches(step)
     assert located == [range(1), range(1, 11), range(11, 21)]
     located.clear()
@@ -253,10 +253,10 @@ def test_a_mixture_draws_each_row_from_its_corpus_for_every_number_of_ranks(
         for place, count, document, offset in zip(cuts.place, cuts.count, cuts.document, cuts.offset, strict=True):
             first = corpora[int(found.corpora[0])].begins[document] + offset
             assert np.array_equal(found.input_ids[0, place : place + count], first + np.arange(count))
-    # In streaming a row stays with its corpus for a stretch: 7 steps at first, in which 6 rows read no more than the 43
-    # sequences of a pass; then 5 (8 rows, 40 sequences). Weights change at the end of the stretch of their step.
+    # In streaming mode a row stays with its corpus for a stretch. At first it has 7 steps, in which 6 rows read at most
+    # the 43 sequences of a pass; then 5 (8 rows, 40 sequences). Weights change at the end of the stretch of their step.
     second, third = (40, 90) if mode == "shuffled" else (42, 92)
-    first = 6 if step < second else 2 if step < third else 0  # of ten rows, give or take one where a step is short
+    first = 6 if step < second else 2 if step < third else 0  # of ten rows, ± 1 if a step is short
     assert abs(sum(int(batch.corpora[0]) == 0 for batch in batches) - first) <= (first > 0)
 
 
@@ -292,7 +292,7 @@ def test_state_is_small_and_a_mismatch_names_what_differs() -> None:
 
 @pytest.mark.parametrize("mode", ["shuffled", "streaming"])
 def test_a_run_keeps_the_version_of_the_order_that_it_began_with(mode: str) -> None:
-    """The state is one that version 1 wrote, its hash of the weights included; the rows are pinned."""
+    """The state is as written by version 1, with its hash of the weights; the rows are pinned."""
     corpora, settings = [Memory([170] * 8), Memory([90] * 14)], {"rows": 10, "weights": [3, 2], "mode": mode}
     resumed, fresh = loader(corpora, **settings), loader(corpora, **settings)
     state = fresh.state(7) | {
@@ -337,7 +337,7 @@ def test_what_comes_after_the_present_step_may_change(mode: str) -> None:
 def test_another_batch_goes_on_with_the_next_row(
     order: int, dp: int, documents: str, batches: list[tuple[int, int]]
 ) -> None:
-    """Held to steps of one row each, which read the series row by row."""
+    """Compared with steps of one row each, which read the series row by row."""
     corpora, mixed = [Memory([170] * 8), Memory([90] * 14)], {"documents": documents, "weights": [3, 2]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data_pipeline.serve.loader.ORDER_VERSION", order)
@@ -371,7 +371,7 @@ def test_another_batch_goes_on_with_the_next_row(
 def test_planned_batches_are_those_of_any_stops_and_ranks(
     dp: int, documents: str, plan: list[tuple[int, int]], stops: list[int], changed: bool
 ) -> None:
-    """Held to steps of one row each, which read the series row by row; with a weight that changes on the way."""
+    """Compared with steps of one row each, which read the series row by row; a weight changes during the run."""
     corpora = [Memory([170] * 8), Memory([90] * 14)]
     plan = sorted(plan)
     rows_at = [next(rows for start, rows in [*reversed(plan), (0, 4)] if start <= step) for step in range(17)]
@@ -385,7 +385,7 @@ def test_planned_batches_are_those_of_any_stops_and_ranks(
     ]
     state = None
     for step in range(17):
-        if step in stops:  # a run is resumed there, on other ranks, and the rest may be planned anew
+        if step in stops:  # the run is resumed here, on other ranks, and the rest may be planned again
             state = json.loads(json.dumps(ranks[0].state(step)))
             assert state["rows"] == rows_at[step]
             for rank in ranks:
@@ -399,7 +399,7 @@ def test_planned_batches_are_those_of_any_stops_and_ranks(
         other = loader(corpora, rows=5, changes=[(step + 1, 2)], **mixed, weight_changes=weights)
         other.check(state)
         for late, begin, count in [(0, firsts[step], 5), (1, firsts[step] + 5, 2), (2, firsts[step] + 7, 2)]:
-            # Before the weights change, or after: the two runs change them at other places of the series.
+            # Only before the weights change, or after: the two runs change them at different rows of the series.
             if step >= 6 or (step + late < 6 and begin + count <= firsts[6]):
                 expected = [single.batches(begin + place)[0].input_ids for place in range(count)]
                 assert np.array_equal(np.concatenate([b.input_ids for b in other.batches(step + late)]),
@@ -464,7 +464,7 @@ def test_corpora_of_different_tokenizers_do_not_mix(make_corpus: Any, tmp_path: 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
 @pytest.mark.parametrize("sp", [1, 2])
 def test_slices_side_by_side_are_the_sequence(documents, sp):
-    """Every rank's share of every slice, put in order, is what one rank is given of whole sequences."""
+    """Every rank's part of every slice, in order, equals the whole sequences that a single rank gets."""
     sizes = {"documents": documents, "micro_rows": 2}
     whole = loader(Memory(LENGTHS), **sizes).batches(3)
     ranks = [loader(Memory(LENGTHS), slice_tokens=16, sp=sp, sp_rank=rank, **sizes).batches(3) for rank in range(sp)]
@@ -483,7 +483,7 @@ def test_tokens_of_slices_are_held_once_as_they_are_stored():
     (slices,) = loader(Memory([5000]), sequence_length=4096, rows=1, slice_tokens=64).batches(0)
     held = sum(stored.tokens.nbytes for stored in slices._stored)
     assert held == 4 * (4096 + 64)  # four bytes per token; the label after each slice is the next one's first token
-    assert slices[0] is not slices[0]  # laid out anew whenever it is asked for
+    assert slices[0] is not slices[0]  # created again at every access
 
 
 def test_slices_that_do_not_fit_are_refused():

@@ -1,4 +1,4 @@
-"""Rows out of packed files, against the same rows out of the tars."""
+"""Rows read from packed files equal the same rows read from the tars."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pack(directory: Path, *numbers: int) -> None:
-    """Write the packed files of a corpus, of all its shards or of these."""
+    """Write the packed files of a corpus, for all its shards or only the given ones."""
     for number, tar in enumerate(sorted(directory.glob("*.tar"))):
         if not numbers or number in numbers:
             assert write_packed(tar, ShardIndex.read(tar.with_suffix(".idx")))
@@ -45,13 +45,13 @@ def flip(path: Path, byte: int) -> None:
 
 
 def only_packed(directory: Path) -> None:
-    """Take the tokens out of the tars, so that rows which come from there are noticed."""
+    """Remove the tokens from the tars, so that rows read from there are noticed."""
     for tar in directory.glob("*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
 
 
 def strict(config: DataConfig) -> DataConfig:
-    """The same settings, of a run that stops where data is damaged."""
+    """Return the same settings for a run that stops at damaged data."""
     return config.model_copy(update={"on_bad_shard": "stop"})
 
 
@@ -126,7 +126,7 @@ def test_where_the_tar_is_damaged_too_that_is_an_error_or_left_out(make_corpus: 
     byte = int(ShardIndex.read(directory / "train-000000.idx").offsets[2]) + 1000
     pack(directory)
     flip(directory / TAR, byte)
-    whole = served(strict(config))  # the packed file has all that is wanted
+    whole = served(strict(config))  # everything is read from the packed file
     flip(directory / PACKED, 2 * 20_300 + 1000)
     with pytest.raises(ShardError, match=rf"{TAR}: 00000002\.tok\.npy: byte {byte} "):
         served(strict(config))
@@ -145,7 +145,7 @@ def test_a_file_that_does_not_fit_is_not_used(make_corpus: Any, caplog: pytest.L
     size = path.stat().st_size
     if harm == "tail":
         flip(path, size - 60)
-    elif harm == "of another shard":  # of the same lengths, so of the same size
+    elif harm == "of another shard":  # the same lengths give the same file size
         other = make_corpus(SHORT, name="other", start=1)
         pack(other)
         shutil.copyfile(other / PACKED, path)
@@ -160,7 +160,7 @@ def test_a_file_that_does_not_fit_is_not_used(make_corpus: Any, caplog: pytest.L
 def test_a_file_that_is_cut_while_it_is_mapped_is_left_for_its_tar(
     make_corpus: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The pages beyond its end kill a process that touches them."""
+    """Access to mapped pages beyond its end would kill the process (SIGBUS)."""
     directory = make_corpus([3000] * 600, shards=1)
     config = DataConfig(corpus=str(directory), prefetch=0)
     share = Share(length=2048, rows=256, micro_rows=256)

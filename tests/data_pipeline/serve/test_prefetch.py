@@ -28,7 +28,7 @@ def test_no_more_than_asked_is_computed_ahead() -> None:
         return number
 
     prefetcher = Prefetcher(compute, 0, 2)
-    assert enough.wait(60)  # two wait ready, the third waits for room
+    assert enough.wait(60)  # two results are ready, the third waits for space
     assert not threading.Event().wait(0.2) and computed == [0, 1, 2]
     prefetcher.close()
 
@@ -44,7 +44,7 @@ def test_an_error_comes_where_its_result_would_have() -> None:
 
 
 def test_several_are_computed_at_a_time_and_still_come_in_order() -> None:
-    """The first result is ready only after the next two have begun."""
+    """The first result is ready only after the next two have started."""
     begun = [threading.Event() for _ in range(8)]
 
     def compute(number: int) -> int:

@@ -1,4 +1,4 @@
-"""Random access to a corpus on disk, whole and damaged."""
+"""Random access to a corpus on disk, intact and damaged."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ TAR = "train-000000.tar"
 
 
 def payload(directory: Path, name: str, member: str) -> int:
-    """The byte of a tar where a member's tokens begin, as tarfile sees it."""
+    """Return the position in a tar where a member's tokens begin, according to tarfile."""
     with tarfile.open(directory / name) as tar:
         return tar.getmember(member).offset_data + 128  # the header of a .npy of version 1
 
 
 def flip(path: Path, byte: int) -> int:
-    """Change one bit; the byte as it was."""
+    """Flip one bit; return the original byte."""
     data = bytearray(path.read_bytes())
     old = data[byte]
     data[byte] ^= 0x20
@@ -147,7 +147,7 @@ def test_a_damaged_index_is_made_again_from_its_tar_and_only_from_that(make_corp
 
 
 def test_a_read_error_of_the_disk_is_bad_data_and_no_crash(make_corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page that cannot be read kills a process that has mapped it; a read that fails is one message."""
+    """An unreadable page would kill a process that has mapped it; a failing read call gives one message."""
     directory = make_corpus(LENGTHS)
     corpus = Corpus.open(str(directory))
     real = os.preadv
@@ -158,7 +158,7 @@ def test_a_read_error_of_the_disk_is_bad_data_and_no_crash(make_corpus: Any, mon
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", fail)
-    monkeypatch.setattr(Collector, "collect", lambda *_: None)  # what it comes to where a page cannot be read
+    monkeypatch.setattr(Collector, "collect", lambda *_: None)  # as if a page could not be read
     with pytest.raises(ShardError, match=rf"{TAR}: cannot be read at byte \d+: Input/output error"):
         corpus.document(0)
     _, mask, messages = whole_batch(directory, "skip", 1, lambda: None)
@@ -206,7 +206,7 @@ def test_the_index_and_shard_of_another_corpus_do_not_pass_for_this_one(make_cor
     with pytest.raises(ShardError, match="are not what was written"):
         Corpus.open(str(directory)).document(0)
     shutil.copy(other / "train-000000.idx", directory / "train-000000.idx")
-    with pytest.raises(ShardError, match="not the index this corpus was made with"):  # nor would this tar's own be
+    with pytest.raises(ShardError, match="not the index this corpus was made with"):  # this tar's index is also refused
         Corpus.open(str(directory)).document(0)
 
 
@@ -251,13 +251,13 @@ def test_no_index_is_opened_before_its_window_is_read(
     del without["extents"]
     (directory / "manifest.json").write_text(json.dumps(without))
     loader = Loader(config, open_corpora(config), share, block=64, seed=1)
-    assert len(set(opened)) == len(opened) == (0 if documents == "joined" else 20)  # there is no other way
+    assert len(set(opened)) == len(opened) == (0 if documents == "joined" else 20)  # isolated: needs all indexes
     again = [np.concatenate([batch.input_ids for batch in loader.batches(step)]) for step in steps]
     assert np.array_equal(inputs, again)
 
 
 def add_extents(directory: Path) -> bytes:
-    """Write what the shards take up, as a preparation does; returns the file."""
+    """Write the extents file of the shards, as a preparation does; return its bytes."""
     manifest = Manifest.read(directory)
     indexes = [ShardIndex.read(directory / shard.index) for shard in manifest.shards("train")]
     data = to_bytes([shard_extents(index.lengths) for index in indexes])
@@ -274,7 +274,7 @@ def test_extents_are_those_of_the_documents_and_damaged_ones_are_not_used(make_c
         expected = [sum(-(-n // block) * block for n in LENGTHS[at : at + 2]) for at in (0, 2, 4)]
         corpus = Corpus.open(str(directory))
         assert corpus.shard_sizes(block).extents.tolist() == expected
-        assert bool(corpus.open_shards) == (block == 24)  # no power of two: the indexes were read
+        assert bool(corpus.open_shards) == (block == 24)  # not a power of two, so the indexes were read
     for damage in (b"", data[:-1] + b""):
         (directory / "train.extents").write_bytes(damage)
         corpus = Corpus.open(str(directory))
@@ -314,7 +314,7 @@ def test_a_model_of_too_few_ids_is_refused(make_corpus: Any) -> None:
 
 
 def whole_batch(directory: Path, policy: str, sp: int, damaged: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(inputs, masks, messages) of the steps of a pass, put together from sp slices."""
+    """Return (inputs, masks, messages) of the steps of a pass, assembled from sp slices."""
     config = DataConfig(corpus=str(directory), on_bad_shard=policy, prefetch=0)
     corpora = [Corpus.open(str(directory))]
     damaged()
@@ -335,7 +335,7 @@ def test_skipping_leaves_just_the_damaged_block_out_of_the_loss_and_records_it(m
     good, good_mask, _ = whole_batch(directory, "stop", 1, lambda: None)
     found, mask, messages = whole_batch(directory, "skip", 1, lambda: flip(directory / TAR, byte))
     lost = found != good
-    # Every token of the block is an input once or twice a pass and a bit; each is masked, as is the one before it.
+    # The steps read every token of the block once or twice. Each damaged token is masked, and so is the one before it.
     assert lost.sum() > 8000
     assert not mask[lost].any()
     assert (good_mask & ~mask).sum() <= lost.sum() + 20

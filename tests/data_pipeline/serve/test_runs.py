@@ -1,4 +1,4 @@
-"""Rows read together out of mapped shards, against the same rows read run by run."""
+"""Rows read together from mapped shards equal the same rows read run by run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TAR = "train-000000.tar"
 
 
 def drawn(seed: int) -> list[int]:
-    """Lengths of documents: of a few tokens, of a block of 8192 and about that, of several blocks."""
+    """Return random document lengths: a few tokens, about one block of 8192, and several blocks."""
     rng = np.random.default_rng(seed)
     kinds = [rng.integers(1, 300, 40), rng.integers(8190, 8195, 3), rng.integers(1, 40_000, 2), [8192, 16_384]]
     return rng.permutation(np.concatenate(kinds)).tolist()
 
 
 def served(config: DataConfig, since: int = 0, **sizes: int) -> tuple[list[Any], list[str]]:
-    """Everything that is in the batches of twelve steps, and what was left out."""
+    """Return the content of the batches of twelve steps, and the data that was skipped."""
     share = Share(**{"length": 2048, "rows": 6, "micro_rows": 2} | sizes)
     loader = Loader(config, open_corpora(config), share, block=64, seed=3)
     micro_batches = [batch for step in range(since, since + 12) for batch in loader.batches(step)]
@@ -39,7 +39,7 @@ def served(config: DataConfig, since: int = 0, **sizes: int) -> tuple[list[Any],
 
 
 def by_runs(config: DataConfig, since: int = 0, **sizes: int) -> tuple[list[Any], list[str]]:
-    """The same where nothing can be mapped."""
+    """Return the same if no file can be mapped."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalStorage, "mapped", lambda *_: None)
         return served(config, since, **sizes)
@@ -71,7 +71,7 @@ def test_rows_read_together_are_those_read_run_by_run(
 
 @pytest.mark.parametrize("document, byte", [(0, 0), (2, 1799), (1, 17_000), (5, 9_999)])
 def test_damage_is_found_and_left_out_as_run_by_run(make_corpus: Any, document: int, byte: int) -> None:
-    """Of documents that rows hold whole, and of those that they cut, one of them of several blocks."""
+    """Damage in documents that rows contain completely and in documents that they cut, one of several blocks."""
     directory = make_corpus([300, 20_000, 900, 150, 40, 5000] * 2)
     config = DataConfig(corpus=str(directory), on_bad_shard="skip", prefetch=0)
     good = served(config)
@@ -89,7 +89,7 @@ def test_damage_is_found_and_left_out_as_run_by_run(make_corpus: Any, document: 
 
 
 def test_a_tar_cut_while_it_is_mapped_is_an_error_not_a_crash(make_corpus: Any) -> None:
-    """The pages beyond its end kill a process that touches them."""
+    """Access to mapped pages beyond its end would kill the process (SIGBUS)."""
     directory = make_corpus([3000] * 600)
     config = DataConfig(corpus=str(directory), on_bad_shard="skip", prefetch=0)
     loader = Loader(config, open_corpora(config), Share(length=2048, rows=256, micro_rows=256), block=64, seed=3)
@@ -106,7 +106,7 @@ def test_runs_are_collected_and_pages_that_cannot_be_read_are_noticed(tmp_path: 
     data = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     path.write_bytes(data.tobytes())
     file = MappedFile(path)
-    starts = np.random.default_rng(1).integers(0, size - 900, 3000)  # more than one call takes
+    starts = np.random.default_rng(1).integers(0, size - 900, 3000)  # more than fits in one call
     sizes = np.random.default_rng(2).integers(0, 900, 3000)
     found = collector.collect(file.address + starts, sizes)
     assert np.array_equal(found, np.concatenate([data[a : a + n] for a, n in zip(starts, sizes, strict=True)]))
@@ -128,10 +128,10 @@ def test_what_was_collected_stays_as_long_as_anything_refers_to_it(tmp_path: Pat
         assert found is not None and found[0] == first
         return found
 
-    rows = collect(1).view(np.uint16).reshape(16, 128)[3:5]  # what is left of the first
+    rows = collect(1).view(np.uint16).reshape(16, 128)[3:5]  # a view of the first result
     kept = rows.copy()
     places = {collect(number).ctypes.data for number in range(2, 8)}
-    assert len(places) == 1 and rows.ctypes.data - 3 * 256 not in places  # used again, but for what is still needed
+    assert len(places) == 1 and rows.ctypes.data - 3 * 256 not in places  # buffers are reused unless still referenced
     assert np.array_equal(rows, kept)
     held = [collect(number) for number in range(8)]
     assert [found[0] for found in held] == list(range(8))
@@ -139,7 +139,7 @@ def test_what_was_collected_stays_as_long_as_anything_refers_to_it(tmp_path: Pat
 
 
 def test_rows_that_were_served_do_not_change(make_corpus: Any) -> None:
-    """Their memory is used again for later ones only when nobody has them any more."""
+    """Their memory is reused for later rows only when nothing refers to them any more."""
     config = DataConfig(corpus=str(make_corpus(drawn(4), shards=3)), prefetch=0)
     share = Share(length=256, rows=8, micro_rows=4)
     loader = Loader(config, open_corpora(config), share, block=64, seed=3)

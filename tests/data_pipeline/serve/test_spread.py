@@ -1,4 +1,4 @@
-"""Rows over any number of ranks: each once, in order, in as many micro-batches of as many rows everywhere."""
+"""Distribution of rows over any number of ranks: each row once, in order, in equal micro-batches on all ranks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def test_every_row_is_on_one_rank_in_order_and_all_ranks_compute_alike(rows: int
     kept = [each[each != MASKED] for each in served]
     assert np.concatenate(kept).tolist() == list(range(rows))
     assert max(map(len, kept)) - min(map(len, kept)) <= 1
-    assert len(kept[0]) == max(map(len, kept))  # the first rank has rows, however few there are
+    assert len(kept[0]) == max(map(len, kept))  # the first rank always has rows
     for rank, own in enumerate(kept):
-        assert (served[rank][: len(own)] == own).all()  # what is masked comes last
+        assert (served[rank][: len(own)] == own).all()  # masked rows come last
         assert all(spread.owner(row) == rank for row in own.tolist())
     assert spread.masked == sum((each == MASKED).sum() for each in served)
 

@@ -1,4 +1,4 @@
-"""Papers come out of arXiv's archives whole: main file found, inputs in place, comments as the policy says."""
+"""Papers from arXiv's archives: the main file is found, inputs are inserted, comments follow the policy."""
 
 from __future__ import annotations
 

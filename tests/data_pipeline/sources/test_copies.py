@@ -1,4 +1,4 @@
-"""Sources in an object store: copied once, and then what a local directory is."""
+"""Sources in an object store are copied once, and then behave like a local directory."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from data_pipeline.store.remote import FoundFile, RemoteStorage
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch) -> None:
-    """Copies of this test's own."""
+    """Use a separate cache for this test."""
     monkeypatch.setenv("BST_DATA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Callable[[dict[str, bytes]], str]]:
-    """`store(files)` puts files into a store in memory, in place of those that were there, and returns its address."""
+    """`store(files)` replaces the content of a store in memory by these files, and returns its address."""
     memory, name = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
 
     def put(files: dict[str, bytes]) -> str:
@@ -49,7 +49,7 @@ def store(tmp_path: Path) -> Iterator[Callable[[dict[str, bytes]], str]]:
 
 
 def read(kind: str, **settings: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """{path: content} of the documents, and what was left out, after a fetch."""
+    """Fetch a source; return {path: content} of its documents, and {path: reason} of skipped ones."""
     source = SOURCES[kind](**settings)
     source.fetch()
     listing = source.listing()
@@ -72,7 +72,7 @@ def test_what_is_wanted_is_copied_once_and_again_when_it_changes(store, tmp_path
     assert read("folder", path=address)[0] == {"a.txt": b"Z"}
     assert copied == ["a.txt"]
     (log,) = tmp_path.glob("cache/addresses/*/fetched.jsonl")
-    log.write_text(log.read_text() + '["a.txt", 1')  # as a kill leaves it
+    log.write_text(log.read_text() + '["a.txt", 1')  # an incomplete line, as after a kill
     assert read("folder", path=address)[0] == {"a.txt": b"Z"}
     assert copied == ["a.txt"]
 
@@ -123,7 +123,7 @@ def test_a_corpus_from_a_store_is_that_of_the_directory(
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """The address of a server of files as people run one, without ranges: it serves the folder `www`."""
+    """The address of a plain file server without range requests, which serves the folder `www`."""
     (tmp_path / "www/texts").mkdir(parents=True)
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:

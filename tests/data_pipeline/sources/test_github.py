@@ -1,4 +1,4 @@
-"""Repositories become one document each: files in stable order, what nobody wrote left out."""
+"""Each repository becomes one document: files in stable order, without vendored, generated and binary files."""
 
 from __future__ import annotations
 

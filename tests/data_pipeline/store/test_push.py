@@ -1,4 +1,4 @@
-"""A corpus put into a store is the one that runs read there, whatever came between."""
+"""Runs read the same corpus from a store that was pushed there, even after interruptions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTHS = [20_000, 12, 700, 9_000, 5_000]
 
 @pytest.fixture(autouse=True)
 def no_client_of_another_test() -> Iterator[None]:
-    """fsspec keeps clients by what they are given, and not by the environment that they read."""
+    """Clear fsspec's client cache, because its key contains the arguments but not the environment variables."""
     s3fs.S3FileSystem.clear_instance_cache()
     yield
     s3fs.S3FileSystem.clear_instance_cache()

@@ -1,4 +1,4 @@
-"""Reading from servers, object stores, commands and the cache, when they work and when they do not."""
+"""Reading from servers, object stores, commands and the cache, with and without failures."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_server_without_ranges_fills_the_cache(make_corpus: Any, serve: Any, t
     directory = make_corpus(LENGTHS)
     server = serve(directory)
     server.faults[TAR] = ["whole"] * 99
-    server.faults["train-000001.tar"] = ["", "whole", "whole"]  # one that changes its mind
+    server.faults["train-000001.tar"] = ["", "whole", "whole"]  # a server that changes its behaviour
     config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
     assert_same_documents(Corpus.open(server.url, "train", config), directory)
 
@@ -157,7 +157,7 @@ def test_a_wait_between_attempts_can_be_interrupted(make_corpus: Any, serve: Any
 
 @pytest.fixture
 def told() -> Iterator[None]:
-    """The process is told to stop in a moment."""
+    """Signal the process to stop after 0.2 s."""
     timer = threading.Timer(0.2, TOLD.set)
     timer.start()
     yield
@@ -201,7 +201,7 @@ def test_waits_for_commands_other_processes_and_clients_that_block_are_left_too(
         Corpus.open(f"pipe:sleep 1000 & echo $! > {mark}; wait; cat {{}}", "train", config)
     ended = Path(f"/proc/{int(mark.read_text())}/stat")
     while ended.exists() and ended.read_text().rpartition(")")[2].split()[0] not in "ZX":
-        time.sleep(0.01)  # what the command has started ends with it
+        time.sleep(0.01)  # the command's children end with it
 
     class Blocking(MemoryFileSystem):
         protocol, cachable = "blocking", False
@@ -323,7 +323,7 @@ def test_a_cached_copy_that_goes_bad_is_fetched_again(
     corpus.document(0)
     (copy,) = (tmp_path / "cache").glob(f"*{TAR}")
     if damage.startswith("remove"):
-        for file in (tmp_path / "cache").glob("*[rdx]"):  # a cleaner, at any time of a process's life
+        for file in (tmp_path / "cache").glob("*[rdx]"):  # as a cleanup job may do at any time
             file.unlink()
         if damage != "remove":
             corpus.storage._local.forget()
@@ -352,7 +352,7 @@ def test_processes_and_threads_fetch_a_file_once(make_corpus: Any, serve: Any, t
 def test_a_full_disk_while_caching_is_named_and_leaves_nothing(
     make_corpus: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/dev/full stands in for the unfinished copy, so that writing it fails as on a full disk."""
+    """/dev/full replaces the unfinished copy, so that writing fails as on a full disk."""
     server = serve(make_corpus(LENGTHS))
     config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
     corpus = Corpus.open(server.url, "train", config)
@@ -379,7 +379,7 @@ def test_a_limited_cache_drops_what_was_used_longest_ago(make_corpus: Any, serve
     corpus = Corpus.open(server.url, "train", config)
     for number in range(5):
         corpus.document(number)
-    os.utime(next(cache.glob(f"*{TAR}")))  # as a process that reads it does
+    os.utime(next(cache.glob(f"*{TAR}")))  # as a reading process does
     open_file = next(cache.glob("*train-000001.tar")).open("rb")
     for number in range(5, 12):
         corpus.document(number)
@@ -387,7 +387,7 @@ def test_a_limited_cache_drops_what_was_used_longest_ago(make_corpus: Any, serve
     assert list(cache.glob("*-000011.tar")) and not list(cache.glob("*-000001.tar")) + list(
         cache.glob("*-000001*.lock")
     )
-    assert len(open_file.read()) == shard  # a process that has it open reads on
+    assert len(open_file.read()) == shard  # a process that has it open can still read it
     open_file.close()
     assert_same_documents(corpus, directory)  # what was dropped is fetched again
 
@@ -397,7 +397,7 @@ def test_a_copy_in_use_outlives_an_older_one(make_corpus: Any, serve: Any, tmp_p
     cache, shard = tmp_path / "cache", (directory / TAR).stat().st_size
     config = StorageConfig(**FAST, cache_dir=cache, cache_bytes=int(3.7 * shard))
     server = serve(directory)
-    for number in (0, 1, 0, 2, 3):  # a process each
+    for number in (0, 1, 0, 2, 3):  # one process each
         Corpus.open(server.url, "train", config).document(number)
     assert [name for name, _ in server.requests].count(TAR) == 1
     assert not list(cache.glob("*-000001.tar"))
@@ -416,7 +416,7 @@ def test_a_failed_fetch_gives_its_room_back(make_corpus: Any, serve: Any, tmp_pa
 
 
 def wait_for(cache: Path, count: int) -> None:
-    """Until so many shards were fetched in the background."""
+    """Wait until `count` shards were fetched in the background."""
     for _ in range(400):
         if len(list(cache.glob("*.tar"))) == count:
             return
@@ -437,7 +437,7 @@ def test_windows_are_fetched_ahead_and_a_limit_too_small_for_one_is_refused(
     Loader(config, corpora, share, block=64, seed=1).batches(0)
     wait_for(cache, 12)
     names = [name for name, _ in server.requests if name.endswith(".tar")]
-    assert len(names) == len(set(names)) == 12  # this window's and the next one's; no row has needed most of them yet
+    assert len(names) == len(set(names)) == 12  # of this window and the next; most were not needed yet
     for copy in cache.glob("*.tar"):
         copy.unlink()
     corpora[0].fetch_ahead(range(24), [])
@@ -517,7 +517,7 @@ def test_clients_are_told_how_many_requests_go_out_at_a_time(scheme: str) -> Non
 
 
 def test_as_many_reads_are_under_way_as_a_fast_trainer_needs(make_corpus: Any) -> None:
-    """None returns before 74 are under way, which 500,000 tokens a second need at 40 ms and 272 tokens a read."""
+    """No read returns before 74 are in flight: 500,000 tokens/s need that many at 40 ms and 272 tokens per read."""
     directory = make_corpus([20] * 4000)
     under_way, enough = itertools.count(1), threading.Event()
 

@@ -22,7 +22,7 @@ def loader(**changes) -> SyntheticLoader:
 
 
 def joined(batches, name: str) -> np.ndarray:
-    """Of all rows but the masked ones, which have no label that counts."""
+    """Return a field of all rows except masked ones; assert that masked rows have no unmasked label."""
     assert not any(batch.loss_mask[batch.rows == MASKED].any() for batch in batches)
     return np.concatenate([getattr(batch, name)[batch.rows != MASKED] for batch in batches])
 
@@ -98,7 +98,7 @@ def test_checkpoint_of_another_series_is_refused(changes, message):
 
 
 def test_sequences_of_a_row_follow_each_other_from_step_to_step():
-    """Rows of 64 read over four steps are those of 64 read at once, their labels of other sequences included."""
+    """Rows of 64 read over four steps equal rows of 64 read at once, with labels that cross sequences."""
     for series in (0, 3):
         pieces = [loader(length=16, row_tokens=64).batches(4 * series + piece) for piece in range(4)]
         for name in ("input_ids", "labels", "loss_mask", "distance"):

@@ -1,4 +1,4 @@
-"""Every task held to a literal reading of its rows, and its best loss to brute force."""
+"""Every task compared with a literal reading of its rows, and its best loss with brute force."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def answers_of_copy(task, tokens) -> dict[int, tuple[int, int]]:
 
 
 def answers_of_selective_copy(task, tokens) -> dict[int, tuple[int, int]]:
-    """Read an episode from its begin: collect items up to the marker, then give them back."""
+    """Return the answers: read an episode from its beginning, collect items up to the marker, then repeat them."""
     found = {}
     for begin in range(0, len(tokens) - task.span + 1, task.span):
         seen = []
@@ -91,7 +91,7 @@ def answers_of_needle(task, tokens) -> dict[int, tuple[int, int]]:
 
 
 def answers_of_in_context_recall(task, tokens) -> dict[int, tuple[int, int]]:
-    """Read words by their first tokens, and keep what followed each key."""
+    """Return the answers: read words by their first tokens, and remember what followed each key."""
     found, of_values = {}, task.noises + task.keys
 
     def word(place: int, first: int, end: int) -> tuple[int, ...] | None:
@@ -119,7 +119,7 @@ def answers_of_in_context_recall(task, tokens) -> dict[int, tuple[int, int]]:
 
 
 def answers_of_memorisation(task, tokens) -> dict[int, tuple[int, int]]:
-    """By a table of all rows: the same key has the same value everywhere, and none comes twice in an episode."""
+    """Return the answers by a table of all rows: a key always has the same value, and occurs once per episode."""
     table: dict[int, int] = {}
     for number in range(40):
         row = draw(task, "train", 9, number, LENGTH).tokens.tolist()
@@ -175,7 +175,7 @@ def test_needle_stands_everywhere_before_its_question_and_at_the_distance_asked_
 
 
 def test_latent_unigram_is_an_urn():
-    """The rows follow a literal urn: each token is new, or the same as an earlier one, by the same random numbers."""
+    """The rows equal those of a literal urn model with the same random numbers: a token is new or repeats one."""
     task = make("latent-unigram")
     for number in range(20):
         draws = Draws("synthetic/1/train", 0, number)
@@ -192,7 +192,7 @@ def test_latent_unigram_is_an_urn():
 
 @pytest.mark.parametrize(("symbols", "concentration"), [(2, 1.0), (3, 0.3), (4, 2.5)])
 def test_best_loss_of_latent_unigram_is_the_entropy_of_all_rows(symbols, concentration):
-    """Enumerated: the probability of each short row by the chain rule, and the mean cost of each token of it."""
+    """By enumeration: the probability of each short row by the chain rule, and the mean cost of each token."""
     task, length = make("latent-unigram", symbols=symbols, concentration=concentration), 6
     costs = np.zeros(length)
     for tokens in itertools.product(range(symbols), repeat=length):
@@ -265,7 +265,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_rows_are_the_ones_they_have_always_been(name):
-    """A change here needs a new TASK_VERSION: checkpoints promise the rows that follow."""
+    """A change needs a new TASK_VERSION, because checkpoints depend on the following rows."""
     rows = [
         draw(make(name), split, 5, number, LENGTH).tokens for split in ("train", "validation") for number in range(9)
     ]

@@ -1,4 +1,4 @@
-"""Version 1 of the order: how it deals positions to corpora. Its streaming mode is in test_plan.py."""
+"""Version 1 of the order: assignment of positions to corpora. Its streaming mode is tested in test_plan.py."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_blocks_differ_in_their_order() -> None:
 
 
 def test_order_version_1_is_pinned() -> None:
-    """Runs have been promised this order."""
+    """Existing runs depend on this order."""
     corpora, indices = QuotaMixture([(0, [5, 3, 2]), (2000, [1, 0, 1])], seed=11).locate(np.arange(1994, 2006))
     assert corpora.tolist() == [0, 2, 0, 0, 1, 0, 2, 2, 2, 2, 0, 2]
     assert indices.tolist() == [1002, 398, 1003, 1004, 594, 1005, 399, 400, 401, 402, 1006, 403]

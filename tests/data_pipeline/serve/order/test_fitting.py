@@ -1,4 +1,4 @@
-"""Best fit cuts few documents that a sequence could hold, and changes nothing else that is promised of the order."""
+"""Best-fit packing cuts few documents that fit in a sequence, and keeps all other properties of the order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.data_pipeline.serve.memory import Memory, loader
 
 
 def slow_best_fit(sizes: list[int], length: int, room: int) -> list[int]:
-    """The same, looked for among all that wait each time."""
+    """Return the same as `best_fit`, with a search over all waiting documents in every turn."""
     left, order = list(range(len(sizes))), []
 
     def fills(room: int, among: list[int]) -> bool:
@@ -48,7 +48,7 @@ def slow_best_fit(sizes: list[int], length: int, room: int) -> list[int]:
 
 
 def cut_one_by_one(sizes: list[int], length: int, room: int) -> list[bool]:
-    """Whether the tokens of a document lie in more than one sequence, token by token."""
+    """Return, for each document, whether its tokens are in more than one sequence; computed token by token."""
     position, found = length - room, []
     for size in sizes:
         sequences = {token // length for token in range(position, position + size)}
@@ -67,7 +67,7 @@ def test_what_fills_a_sequence_comes_first_and_else_the_next_in_turn(sizes: list
 
 
 def test_few_of_many_documents_are_cut() -> None:
-    """Lengths as of web text, log-normal with a median of 400 tokens, in sequences of 2,048."""
+    """Lengths like web text: log-normal with a median of 400 tokens, in sequences of 2,048."""
     sizes = np.minimum(np.random.default_rng(0).lognormal(6, 1, 20_000), 50_000).astype(np.int64) + 1
     fits = int((sizes <= 2048).sum())
     before, order = cut(sizes, 2048, 2048).sum() / fits, best_fit(sizes, 2048, 2048)
@@ -78,7 +78,7 @@ def test_few_of_many_documents_are_cut() -> None:
 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
 def test_whole_documents_lie_in_one_row_in_every_window(documents: str, monkeypatch) -> None:
-    """Windows begin inside of a sequence, which has to be counted with."""
+    """Windows may begin inside a sequence, which the packing must take into account."""
     monkeypatch.setattr(windows, "WINDOW_TOKENS", 4_000)
     monkeypatch.setattr(windows, "_DOCUMENT", 1)
     lengths = np.random.default_rng(1).integers(1, 30, 1200).tolist()
@@ -94,7 +94,7 @@ def test_whole_documents_lie_in_one_row_in_every_window(documents: str, monkeypa
         assert min(rows_of) >= 1
         parts[packing] = sum(count > 1 for count in rows_of)
     assert parts["stream"] > 100
-    # Half of these documents are longer than half a sequence, and a window has few to choose from.
+    # Half of these documents are longer than half a sequence, and a window has few documents.
     assert parts["best_fit"] < parts["stream"] / 5
 
 

@@ -1,4 +1,4 @@
-"""Mixtures: shares kept at any position, weights that change, an order that needs no history."""
+"""Mixtures: shares are kept at any position, weights can change, and the order needs no history."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = st.lists(
 
 @given(weights=WEIGHTS, seed=st.integers(0, 9), positions=st.integers(0, 10**12))
 def test_shares_are_kept_at_every_position_for_ever(weights: list[float], seed: int, positions: int) -> None:
-    """Against exact fractions: never further away than the depth of the tree of divisions."""
+    """Compared with exact fractions: the difference never exceeds the depth of the tree of divisions."""
     exact = [
         Fraction(w) * positions / sum(Fraction(each) for each in whole_weights(weights)) for w in whole_weights(weights)
     ]
@@ -84,7 +84,7 @@ def test_a_corpus_of_weight_0_changes_nothing() -> None:
 
 
 def test_order_version_2_is_pinned() -> None:
-    """Runs have been promised this order; version 3 deals in the same way."""
+    """Existing runs depend on this order; version 3 assigns corpora in the same way."""
     corpora, indices = Mixture([(0, [5, 3, 2]), (2000, [1, 0, 1])], seed=11).locate(np.arange(1990, 2006))
     assert corpora.tolist() == [0, 1, 0, 2, 0, 1, 0, 2, 0, 1, 0, 2, 0, 2, 0, 2]
     assert indices.tolist() == [

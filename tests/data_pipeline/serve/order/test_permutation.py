@@ -26,7 +26,7 @@ def test_a_position_alone_and_among_others_gives_the_same_value(n: int, data: st
 
 
 def feistel_in_python(n: int, position: int, keys: list[int]) -> int:
-    """The same permutation, written with unbounded integers."""
+    """Return the same permutation, computed with Python's unbounded integers."""
     bits = max((n - 1).bit_length(), 6)
     low_bits = bits // 2
     value = position
@@ -52,7 +52,7 @@ def test_the_arithmetic_is_that_of_plain_integers(n: int, data: st.DataObject, s
 
 
 def test_the_permutations_are_pinned() -> None:
-    """Every order that runs have been promised rests on them."""
+    """The data order of existing runs depends on them."""
     assert KEY_VERSION == 1
     assert key_words("documents", 1, 2, count=2).tolist() == [5092798414525274126, 3445206045729722407]
     assert Permutation(20, "documents", 0, 0, 0).all().tolist() == [
@@ -89,7 +89,7 @@ def test_the_permutations_are_pinned() -> None:
 
 @pytest.mark.parametrize("n", [4096, 100_003])
 def test_neighbours_are_scattered(n: int) -> None:
-    """Over a 32 x 32 grid the points (position, value) and (value, next value) are as even as random ones."""
+    """On a 32 x 32 grid, the points (position, value) and (value, next value) are as uniform as random ones."""
     values = Permutation(n, "documents", 5).all()
     for x, y in ((np.arange(n), values), (values[:-1], values[1:])):
         cells, *_ = np.histogram2d(x, y, bins=32)

@@ -1,4 +1,4 @@
-"""Sequences whose length changes within a run, beside a walk through the stream and beside a count of every token."""
+"""Sequences whose length changes within a run, compared with a walk through the stream and a count of every token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ schedules = st.tuples(LENGTHS, changes_of.map(sorted))
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of about six short documents."""
+    """Use windows of about six short documents."""
     monkeypatch.setattr(windows_module, "WINDOW_TOKENS", 6 * DOCUMENT)
 
 
@@ -35,7 +35,7 @@ def served(drawn: Any, schedule: Any, **others: Any) -> Loader:
 
 
 def walked(drawn: Any, schedule: Any, rows: int, steps: int, joined: bool) -> list[list[list[int]]]:
-    """The inputs of every row of every step, by walking through the stream phase after phase; 0 is padding."""
+    """Return the inputs of every row of every step, by walking through the stream phase by phase; 0 is padding."""
     begins = Memory(*drawn).begins
     epoch, position, found = 0, 0, []
     phases = [(0, schedule[0]), *schedule[1]]
@@ -67,7 +67,7 @@ def test_every_step_serves_what_a_walk_through_the_stream_does(drawn: Any, sched
     own = served(Memory(*drawn), schedule, documents="joined" if joined else "isolated")
     for step, wanted in enumerate(walked(drawn, schedule, 3, steps, joined)):
         found = [row for batch in own.batches(step) for row in batch.input_ids.tolist()]
-        if joined:  # the last input of a pass is followed by its last label, which the walk pads
+        if joined:  # the last input of a pass is followed by its last label; the walk has padding there
             assert [row[: len(row) - row.count(0)] for row in wanted] == [
                 [t for t in row if t][: len(row) - w.count(0)] for row, w in zip(found, wanted, strict=True)
             ]
@@ -93,7 +93,7 @@ def inputs_of(own: Loader, step: int, read: dict[tuple[int, int], Counter]) -> N
 def require_exact(
     own: Loader, step: int, read: dict[tuple[int, int], Counter], memories: list[Memory], joined: bool, ends: bool
 ) -> None:
-    """Each token of each pass once, and where a phase ends nothing but what lies before a place of the stream."""
+    """Assert that each token of each pass is read once, and at the end of a phase exactly those before a position."""
     assert not any(count > 1 for each in read.values() for count in each.values())
     for corpus, place in enumerate(own._phases.at(step).places(step)):
         total = int(memories[corpus].lengths.sum())
@@ -104,7 +104,7 @@ def require_exact(
 
 
 def read_on(own: Loader, first: int, steps: int, read: dict[tuple[int, int], Counter]) -> int:
-    """Read so many steps, and streaming rows to the end of their stretch; returns the next step."""
+    """Read that many steps, and streaming rows to the end of their stretch; return the next step."""
     step, streams = first, own.config.mode == "streaming"
     while step < first + steps or (streams and own._phases.at(step).plan.begun(step) != [None]):
         inputs_of(own, step, read)
@@ -186,7 +186,7 @@ def test_a_change_is_refused_inside_of_what_is_shuffled_and_says_from_where_it_c
             continue
         with pytest.raises(UserError, match=rf"at step {at} a shuffle window is partly read.* from {allowed} on"):
             with_change.check(state)
-    served(memory, (LENGTH, [(12, 64)])).check(plain.state(7))  # beyond what is begun
+    served(memory, (LENGTH, [(12, 64)])).check(plain.state(7))  # after the windows already begun
     planned = served(memory, (LENGTH, [(7, 64)]))
     with pytest.raises(UserError, match="at step 7"):
         served(memory, (LENGTH, [])).check(planned.state(5) | {"begun": [[0, 9999]]} | {"step": 7})

@@ -17,7 +17,7 @@ from data_pipeline.serve.order.sizes import BatchSizes
 
 
 class Read(NamedTuple):
-    """What one row reads in one step."""
+    """The sequence that one row reads in one step."""
 
     corpus: int
     epoch: int
@@ -37,7 +37,7 @@ def assignments(plan: Plan, rows: int, steps: int, start: int = 0) -> list[list[
 
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, list[float]]], int, int]:
-    """(sequences of each corpus, segments, rows, seed) that streaming mode accepts."""
+    """Draw (sequences of each corpus, segments, rows, seed) that streaming mode accepts."""
     count, rows = draw(st.integers(1, 3)), draw(st.integers(3, 7))
     sequences = draw(st.lists(st.integers(rows, 60), min_size=count, max_size=count))
     weights = st.lists(st.sampled_from([0.0, 0.03, 0.5, 1.0, 2.0]), min_size=count, max_size=count).filter(any)
@@ -55,11 +55,11 @@ def test_streaming_reads_no_sequence_twice_in_a_pass_and_leaves_none_behind(draw
     for corpus, total in enumerate(sequences):
         own = [epoch * total + sequence for c, epoch, sequence in read if c == corpus]
         assert len(own) == plan.consumed(steps)[corpus]
-        # A stretch reads a pass, and up to two more where the shares give a corpus two rows more than elsewhere.
+        # A stretch reads one pass, and up to two more if a corpus has two more rows in it than elsewhere.
         assert set(range(max(0, max(own, default=0) - 3 * total))) <= set(own)
 
 
-# The third weights begin at the end of a stretch, at step 6; the fourth are asked for at step 5.
+# The third weights take effect at the end of a stretch, at step 6; the fourth are requested at step 5.
 LATE = ([9, 3], [(0, [0.03, 0.0]), (1, [0.03, 0.0]), (4, [0.0, 0.03]), (5, [0.03, 0.0])], 3, 0)
 
 
@@ -77,7 +77,7 @@ def test_streaming_says_truly_whether_a_row_continues(drawn: Any) -> None:
 
 @pytest.mark.parametrize(("sequences", "rows", "cuts"), [([100], 4, 4 * 4), ([1000, 1000], 4, None)])
 def test_streaming_rows_seldom_stop(sequences: list[int], rows: int, cuts: int | None) -> None:
-    """Once in a stretch, and where passes meet."""
+    """Rows stop once per stretch, and at the end of a pass."""
     plan = Streaming(sequences, [(0, [1.0] * len(sequences))], rows, 0)
     steps = 100 if cuts else 1000
     stopped = sum(not each.continues for step in assignments(plan, rows, steps) for each in step)
@@ -89,7 +89,7 @@ def test_streaming_rows_seldom_stop(sequences: list[int], rows: int, cuts: int |
 def test_streaming_shares_are_the_weights_however_few_rows_there_are(weights, rows, step) -> None:
     plan = Streaming([10**6] * len(weights), [(0, weights)], rows, 0)
     exact = np.array(weights) / sum(weights) * rows * step
-    assert np.abs(plan.consumed(step) - exact).max() <= 3 * 256  # three rows of a stretch
+    assert np.abs(plan.consumed(step) - exact).max() <= 3 * 256  # three rows of one stretch
 
 
 def test_sixteen_rows_give_their_corpora_85_and_10_and_5_percent() -> None:
@@ -99,7 +99,7 @@ def test_sixteen_rows_give_their_corpora_85_and_10_and_5_percent() -> None:
 
 
 def test_streaming_of_order_version_2_is_pinned() -> None:
-    """Runs have been promised this order; version 3 deals in the same way."""
+    """Existing runs depend on this order; version 3 assigns corpora in the same way."""
     plan = Streaming([5000, 700, 90], [(0, [0.7, 0.2, 0.1]), (1000, [0.5, 0, 0.5])], 6, 3)
     found = [plan.assign(range(step, step + 1), range(6)) for step in (0, 299, 300, 1079, 1080, 5000)]
     assert [list(map(list, zip(*(c.tolist() for c in each[:3]), strict=True))) for each in found] == GOLDEN
@@ -119,7 +119,7 @@ GOLDEN_CONSUMED = [16263, 1350, 12393]
 
 @st.composite
 def lane_streams(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, list[float]]], int]:
-    """(sequences of each corpus, segments, rows) that version 1 accepts."""
+    """Draw (sequences of each corpus, segments, rows) that version 1 accepts."""
     count, rows = draw(st.integers(1, 3)), draw(st.integers(3, 7))
     sequences = draw(st.lists(st.integers(rows, 40), min_size=count, max_size=count))
     weights = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=count, max_size=count).filter(
@@ -138,7 +138,7 @@ def test_lanes_reads_no_sequence_twice_in_a_pass_and_leaves_none_behind(drawn: A
         epochs = Counter(epoch for c, epoch, _ in read if c == corpus)
         begun = sorted(epochs)
         assert begun == list(range(len(begun)))
-        # Rows may be a step apart, and the rows of a new segment first share what the old ones left.
+        # Rows may be one step apart, and the rows of a new segment first share the sequences that the old ones left.
         assert all(epochs[epoch] == total for epoch in begun[: -2 - len(segments)])
 
 
@@ -157,7 +157,7 @@ def test_lanes_says_truly_whether_a_row_continues(drawn: Any) -> None:
 
 @given(sequences=st.integers(5, 2000), rows=st.integers(1, 5), step=st.integers(0, 10**7))
 def test_lanes_rows_stay_within_a_step_of_each_other(sequences: int, rows: int, step: int) -> None:
-    """Over any number of passes, no row reads more of the corpus than another by more than a sequence."""
+    """Over any number of passes, no row reads more than one sequence more of the corpus than another."""
     epochs = [each.epoch for each in assigned_in(LaneStreaming([sequences], [(0, [1.0])], rows), step, rows)]
     assert max(epochs) - min(epochs) <= 1
 

@@ -1,4 +1,4 @@
-"""A number of rows that changes in the course of a run: the same series of rows, cut otherwise."""
+"""A number of rows that changes during a run: the same series of rows, divided differently into steps."""
 
 from __future__ import annotations
 

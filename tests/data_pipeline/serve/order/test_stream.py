@@ -15,7 +15,7 @@ LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(lambda le
 
 
 def spelled_out(lengths: list[int], block: int | None, seed: int) -> list[tuple[int, int] | None]:
-    """The stream position by position: (document, place in it), None for padding."""
+    """Return the stream position by position: (document, position in it), None for padding."""
     stream: list[tuple[int, int] | None] = []
     for document in Permutation(len(lengths), "documents", seed).all().tolist():
         stream += [(document, place) for place in range(lengths[document])]

@@ -1,4 +1,4 @@
-"""Version 3 of the order, window by window, beside the whole pass spelled out."""
+"""Version 3 of the order, window by window, compared with an explicit list of the whole pass."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from data_pipeline.serve.order.window_stream import WindowCache, WindowStream
 from data_pipeline.serve.order.windows import ShardSizes, Windows
 from tests.data_pipeline.serve.memory import Memory, loader
 
-DOCUMENT = 2048  # tokens that a document counts as, at least
+DOCUMENT = 2048  # a document counts as at least this many tokens
 SEED, LENGTH, BLOCK = 3, 32, 8
 Token = tuple[int, int] | None  # (document, place in it); None for padding
 
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of about six short documents."""
+    """Use windows of about six short documents."""
     monkeypatch.setattr(windows_module, "WINDOW_TOKENS", 6 * DOCUMENT)
 
 
 def spelled_out(lengths: list[int], shards: list[int], block: int | None, epoch: int) -> list[list[Token]]:
-    """The tokens of each window of a pass, one by one."""
+    """Return the tokens of each window of a pass, one by one."""
     key, firsts = (SEED, 0, epoch), [sum(shards[:number]) for number in range(len(shards))]
     order = [shard for shard in Permutation(len(shards), "shards", *key).all().tolist() if shards[shard]]
     weights = {
@@ -57,7 +57,7 @@ def spelled_out(lengths: list[int], shards: list[int], block: int | None, epoch:
 
 
 def sequences_of(windows: list[list[Token]], epoch: int, joined: bool) -> tuple[list[list[Token]], list[int]]:
-    """The sequences of a pass in stream order, their last label included, and the order of the shuffled mode."""
+    """Return the sequences of a pass in stream order, with their last label, and the order of the shuffled mode."""
     stream = [token for window in windows for token in window]
     count = -(-(len(stream) - joined) // LENGTH)
     padded = stream + [None] * (LENGTH + 1)
@@ -74,10 +74,10 @@ def sequences_of(windows: list[list[Token]], epoch: int, joined: bool) -> tuple[
 
 @st.composite
 def corpora(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """(lengths of documents, documents of each shard), with shards that are empty, and ones larger than a window."""
+    """Draw (lengths of documents, documents per shard), with empty shards and shards larger than a window."""
     shards = draw(st.lists(st.sampled_from([0, 1, 1, 2, 3, 4, 17]), min_size=1, max_size=20).filter(any))
     lengths = draw(st.lists(st.integers(1, 70), min_size=sum(shards), max_size=sum(shards)))
-    lengths[0] += 4 * LENGTH + (9000 if draw(st.booleans()) else 0)  # a document that is a window, or a step
+    lengths[0] += 4 * LENGTH + (9000 if draw(st.booleans()) else 0)  # a document as large as a window, or as a step
     return lengths, shards
 
 
@@ -150,7 +150,7 @@ def test_a_small_corpus_is_one_window_in_the_order_of_version_2(monkeypatch: pyt
 
 
 def test_reading_stays_near_and_opens_each_window_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group of 64 sequences, located together, lies in nine windows of six documents or so; a pass has forty."""
+    """A group of 64 sequences, located together, covers nine windows of about six documents; a pass has forty."""
     monkeypatch.setattr(rows_module, "_TOGETHER", 64)
     corpus = Memory([40] * 240, [4] * 60)
     served = loader(corpus, rows=1)
@@ -162,7 +162,7 @@ def test_reading_stays_near_and_opens_each_window_once(monkeypatch: pytest.Monke
     assert 9 <= len(looked) <= 20
     for step in range(64, served.sequences[0]):
         served.batches(step)
-    first_pass = looked[: len(looked) - 20]  # the last group goes on into the second pass
+    first_pass = looked[: len(looked) - 20]  # the last group continues into the second pass
     assert len(first_pass) == len(set(first_pass)) >= 40
 
 
@@ -184,9 +184,9 @@ def test_the_last_windows_stay_open_and_of_others_the_shards_are_released() -> N
     opened = [cache.get(0, windows, number, 1) for number in (0, 1)]
     assert [cache.get(0, windows, number, 1) for number in (1, 0)] == opened[::-1] and not released
     cache.get(0, windows, 3, 1)
-    assert released == set(opened[1].shards.tolist())  # the one used longest ago
+    assert released == set(opened[1].shards.tolist())  # the least recently used
     assert cache.get(0, windows, 0, 1) is opened[0] and cache.get(0, windows, 1, 1) is not opened[1]
-    more = [cache.get(0, windows, number, 9) for number in range(10)]  # as many as rows are read from, and one
+    more = [cache.get(0, windows, number, 9) for number in range(10)]  # as many as there are rows, plus one
     assert [cache.get(0, windows, number, 9) for number in range(10)] == more
 
 
@@ -199,7 +199,7 @@ def test_the_store_is_told_of_a_window_and_the_next_when_it_is_first_read() -> N
     for start in range(0, int(windows.begins[-1]), 16):
         stream.pieces(np.array([start]), 17)
     shards = [windows.shards(number).tolist() for number in range(len(windows))]
-    # A row whose last label is in the next window is of both.
+    # A row whose last label is in the next window belongs to both.
     ends = [now[-len(shards[number]) :] for number, (now, _) in enumerate(told)]
     assert ends == shards
     assert [soon for _, soon in told] == [*shards[1:], []]
@@ -219,7 +219,7 @@ def test_a_mixture_resumes_in_any_window_on_any_number_of_ranks() -> None:
 
 
 def test_order_version_3_is_pinned() -> None:
-    """Runs have been promised this order: if this fails, plan.ORDER_VERSION must be raised."""
+    """Existing runs depend on this order. If this fails, plan.ORDER_VERSION must be raised."""
     documents = np.array([3, 1, 2, 4, 1, 1, 2, 3, 2, 1])
     windows = Windows(ShardSizes(documents, documents * 50, documents * 50), (11, 0, 2))
     assert [windows.shards(number).tolist() for number in range(len(windows))] == GOLDEN_SHARDS
