@@ -37,7 +37,7 @@ class Kind(NamedTuple):
     strengths: tuple[float, ...] = ()
     """Default strengths; empty if the kind has no strength."""
     whole: bool = False
-    """Whether the strength is a number of blocks, thus an integer."""
+    """Whether the strength is a number of blocks (an integer)."""
 
 
 KINDS: dict[str, Kind] = {

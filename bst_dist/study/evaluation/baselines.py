@@ -25,7 +25,7 @@ from data_pipeline.serve.reader import Corpus
 END = 256
 """The symbol after the last byte of a document and before its first byte."""
 SYMBOLS = 257
-_BATCH = 1 << 22  # symbols counted or coded at a time
+_BATCH = 1 << 22  # number of symbols counted at a time
 
 
 class Order2:

@@ -43,7 +43,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def begin_token(recipe: Recipe, tokenizer: Tokenizer) -> list[int]:
-    """Return the token before a document's first token: the end of another document; none if these were not visible."""
+    """Return the token before a document's first token, the end of another document; [] for documents not joined."""
     return [] if recipe.data.documents != "joined" else [tokenizer.eos_id]
 
 

@@ -104,7 +104,8 @@ def score(
     Args:
         model: the model, on the device where it is to run.
         corpus: the source of the documents' tokens.
-        lengths: (n,) tokens of each document to score, from its beginning.
+        lengths: (n,) number of tokens to score from the beginning of each document; the whole length includes the end
+            symbol.
         token_bytes: (V,) bytes of text of each id.
         begin: the token before a document's first token, which is the end of another document. None for a model of
             isolated or masked documents, which has never seen such a token: the first token then costs ``ln V``, a

@@ -45,7 +45,7 @@ class Trained:
     model: LanguageModel
 
     def begin(self, corpus: Corpus) -> int | None:
-        """Return the token before a document's first token: the end of another document; None if it was not visible."""
+        """Return the token before a document's first token, the end of another one; None for documents not joined."""
         return None if self.recipe.data.documents != "joined" else corpus.manifest.tokenizer.eos_id
 
 

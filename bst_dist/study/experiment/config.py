@@ -51,7 +51,7 @@ class ExperimentConfig(StudyConfig):
     conditions: dict[str, Settings] = Field(default_factory=lambda: {"": {}}, min_length=1)
     """Settings under which all arms are trained once more (windows, lengths). Arms are compared within a condition."""
     arms: dict[str, Settings] = Field(min_length=1)
-    """What to compare: names with recipe settings. All arms of a condition train on equally many tokens."""
+    """Arms to compare: names with recipe settings. All arms of a condition train on the same number of tokens."""
     reference: str
     """The arm that the others are compared with."""
     measure: MeasureConfig = MeasureConfig()

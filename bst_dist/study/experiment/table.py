@@ -61,7 +61,7 @@ class Table:
 
     @property
     def over(self) -> str:
-        """A phrase that says what the standard errors of this table are over."""
+        """A phrase for the caption: whether the standard errors are over seeds or documents."""
         kinds = {level.over for row in self.rows for level in row.levels.values()} - {None}
         said = {
             "seeds": "over seeds, as many as there are runs; differences are paired by seed",

@@ -23,7 +23,7 @@ Suits = Literal["passed", "failed", "undecided"]
 
 @dataclass(frozen=True)
 class Corner:
-    """One architecture in one corner."""
+    """The result of the audit for one architecture in one corner of the grid."""
 
     architecture: str
     corner: str

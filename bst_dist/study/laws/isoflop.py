@@ -30,7 +30,7 @@ def profiles(points: Points, budgets: int = 5) -> list[Profile]:
     if len(curves) < 3:
         return []
     starts, ends = sorted(c[0][0] for c in curves.values()), sorted(c[0][-1] for c in curves.values())
-    low, high = starts[2], ends[-3]  # three sizes have begun, three have not ended
+    low, high = starts[2], ends[-3]  # here at least three curves have begun and three have not ended
     if low >= high:
         return []
     return [p for c in np.linspace(low, high, budgets) if (p := _profile(curves, c)) is not None]

@@ -24,7 +24,7 @@ FormName = Literal["chinchilla", "aspect", "additive"]
 FORMS: tuple[FormName, ...] = ("chinchilla", "aspect", "additive")
 Vector = np.ndarray
 FAR = 10.0
-"""Distance in ln(width / depth) from the centre of the points, beyond which the law is said to have no best ratio."""
+"""Distance in ln(width / depth) from the centre of the points, beyond which a best ratio counts as none."""
 
 
 @dataclass(frozen=True)

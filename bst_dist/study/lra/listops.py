@@ -49,7 +49,7 @@ class ListOpsConfig(Config):
     max_length: int = Field(1_999, ge=4)
     """Maximum number of symbols of an expression (the original asks for less than 2000)."""
     seed: int = 0
-    """Other seeds give other examples."""
+    """Seed of the generated examples."""
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> ListOpsConfig:

@@ -73,7 +73,7 @@ class PathfinderConfig(Config):
     size: Literal[32, 128] = 32
     """Width and height in pixels; 128 is Pathfinder-X."""
     seed: int = 0
-    """Other seeds give other images."""
+    """Seed of the generated images."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def draw(config: PathfinderConfig, split: str, index: int, attempt: int = 0) -> 
 
 def _draw(random: Random, geometry: Geometry, size: int, label: int) -> Drawing | None:
     """Return paths at a distance from each other, with dots; None if there is no room for a path."""
-    dotted = [(0, 1), ()] if label else [(_coin(random),), (_coin(random),)]  # which ends of the long paths
+    dotted = [(0, 1), ()] if label else [(_coin(random),), (_coin(random),)]  # ends of the long paths with a dot
     paths: list[np.ndarray] = []
     dots: list[complex] = []
     taken = np.empty(0, complex)

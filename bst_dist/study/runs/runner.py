@@ -189,7 +189,7 @@ class Runner:
         return any(self.state.standing(run).status in ("running", "waiting") for run in self._open())
 
     def _open(self) -> list[Job]:
-        """Return the runs of which this command trains none and which are not done, failed or diverged.
+        """Return the runs that have not ended (done, failed or diverged) and that this command is not training.
 
         The status of ended runs is not read again.
         """

@@ -27,11 +27,11 @@ class ShapeConfig(Config):
 
 
 class RulesConfig(Config):
-    """Hyperparameters as functions of the size N alone, so that no depth is favoured; N0 is the smallest size."""
+    """Hyperparameters as functions of the size N only, so that no depth has an advantage; N0 is the smallest size."""
 
     parametrisation: Literal["standard", "completep"] | None = None
-    """completep: the recipe's learning rates hold at the baseline's shape of the smallest size and depth, and CompleteP
-    carries them to all other shapes; standard: one learning rate for all; null: what the recipe says
+    """completep: the recipe's learning rates apply to the baseline's shape of the smallest size and depth, and
+    CompleteP scales them to all other shapes; standard: one learning rate for all; null: as in the recipe
     (model.parametrisation)."""
     rate_exponent: float = Field(0.0, ge=0)
     """The learning rate is the base recipe's times (N / N0)^-rate_exponent, where N0 is the smallest size."""
@@ -50,7 +50,7 @@ class RulesConfig(Config):
 
 
 class BudgetConfig(Config):
-    """How much the sweep may spend, in one of the three units; without any there is no limit."""
+    """The limit on the cost of the sweep, in one of three units. Without any of them there is no limit."""
 
     flops: float | None = Field(None, gt=0)
     """Limit in training FLOPs."""
@@ -59,8 +59,8 @@ class BudgetConfig(Config):
     cpu_minutes: float | None = Field(None, gt=0)
     """Limit in minutes of one CPU core."""
     flops_per_s: float | None = Field(None, gt=0)
-    """Training FLOP/s of a device (peak times utilisation), used where `bst sweep plan --measure` has measured
-    nothing."""
+    """Training FLOP/s of a device (peak times utilisation), for shapes that `bst sweep plan --measure` has not
+    measured."""
     start_s: float = Field(8.0, ge=0)
     """Seconds per run in addition to its steps: start, checkpoint, evaluation."""
 
@@ -85,7 +85,7 @@ class AuditConfig(Config):
     """Checks the learning rate in the corners of the grid: a wrong one would bias every comparison between depths."""
 
     factors: tuple[float, ...] = ()
-    """Learning rates to try in the corners of the grid, as multiples of the rule's: [0.5, 2]; empty: no audit."""
+    """Learning rates to try in the corners of the grid, as multiples of the rule's rate: [0.5, 2]; empty: no audit."""
     seeds: int = Field(2, ge=2)
     """Number of the sweep's seeds that the audit uses."""
     arms: tuple[str, ...] = ()
@@ -96,7 +96,7 @@ class SweepConfig(StudyConfig):
     directory: Path | None = None
     """Where to write everything; null: runs/sweeps/<name>."""
     architectures: dict[str, Settings]
-    """What to compare: names, each with recipe settings that include model.mixer."""
+    """Architectures to compare: names, each with recipe settings that include model.mixer."""
     baseline: str
     """The architecture that the others are compared with."""
     kernels: dict[str, Settings] = Field(default_factory=dict)
