@@ -1,4 +1,4 @@
-"""`bst law fit` as it is called: a law known beforehand, published points where they are, and what is refused."""
+"""`bst law fit` as a command: a known law, published points if available, and refused input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAW = Law(E=1.5, A=60.0, alpha=0.6, B=1500.0, beta=0.35, G=3.0, gamma=0.9)
 
 @pytest.fixture
 def table(tmp_path):
-    """Three groups of columns, an additive law, one size held out."""
+    """A table of points with an additive law and one held-out size."""
     path = tmp_path / "points.csv"
     generator = np.random.default_rng(0)
     with path.open("w", newline="") as file:
@@ -55,7 +55,7 @@ def test_a_known_law_is_found_and_the_rows_held_out_are_predicted(table, tmp_pat
 
 
 def oracle(name):
-    """A published table which the project does not ship, in BST_ORACLE_DATA."""
+    """Return the path of a published table in BST_ORACLE_DATA, which is not part of the project; skip if missing."""
     path = Path(os.environ.get("BST_ORACLE_DATA", "")) / name
     if not path.is_file():
         pytest.skip(f"the published points are not here ({name})")
@@ -75,7 +75,7 @@ def test_published_points_give_the_published_exponents_in_one_command(tmp_path):
 
 
 def test_an_additive_law_of_width_and_depth_has_the_published_exponents(tmp_path):
-    """McLeish et al. 2025 (arXiv 2502.06857): 770 losses of 22 shapes, and their own fit with the same objective."""
+    """Data of McLeish et al. 2025 (arXiv 2502.06857): 770 losses of 22 shapes, and their fit with this objective."""
     path = oracle("gemstones_hot_100b.jsonl")
     report = tmp_path / "r.json"
     words = ["--n", "params_active_precise", "--d", "tokens", "--loss", "final_loss", "--width", "width",
@@ -97,8 +97,10 @@ def test_an_additive_law_of_width_and_depth_has_the_published_exponents(tmp_path
 
 
 def test_models_trained_far_beyond_the_best_number_of_tokens_predict_larger_ones(tmp_path):
-    """Gadre et al. 2024 (arXiv 2403.08540), RedPajama: up to 640 tokens per parameter; their own law misses the second
-    and the third by 0.71 and 0.73 % (the output of their notebook)."""
+    """Data of Gadre et al. 2024 (arXiv 2403.08540), RedPajama: up to 640 tokens per parameter.
+
+    Their own law misses the second and third held-out model by 0.71 % and 0.73 % (output of their notebook).
+    """
     path = oracle("gadre_c4_eval.csv")
     report = tmp_path / "r.json"
     words = ["--n", "n", "--d", "d", "--loss", "loss", "--where", "data=rpj", "--where", "trained=long",

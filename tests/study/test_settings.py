@@ -1,4 +1,4 @@
-"""The settings of sweeps and experiments are explained, and the pages in docs/ are what the commands print."""
+"""The settings of sweeps and experiments are documented, and the pages in docs/ equal the commands' output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interventions against models changed by hand: whole documents in one pass, plain loops, no hooks and no slices."""
+"""Interventions compared with models changed explicitly: whole documents in one pass, loops, no hooks, no slices."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ LABELS = torch.randint(19, (2, LENGTH), generator=torch.Generator().manual_seed(
 
 
 def whole(model, ids=ROWS):
-    """Each token's loss, all in one pass with nothing before."""
+    """Return each token's loss, computed in one pass without a past."""
     return model(ids, LABELS).per_token
 
 
 def streamed(model, slice_length):
-    """The same slice by slice."""
+    """Return the same, computed slice by slice."""
     state, found = {}, []
     for at in range(0, LENGTH, slice_length):
         past = model.carry(state, at)
@@ -42,7 +42,7 @@ def streamed(model, slice_length):
 
 
 def changed_by_hand(seen, intervention, layer, nothing):
-    """What block i sees instead, one by one, from what all blocks would see: (B, nb, n, *)."""
+    """Return the changed context states, block by block, from those of all blocks: (B, nb, n, *)."""
     found = []
     for i in range(seen.shape[1]):
         draws = Draws(0, layer).at(i)
@@ -64,7 +64,7 @@ def changed_by_hand(seen, intervention, layer, nothing):
 
 
 def with_context_by_hand(model, intervention, layers):
-    """A copy whose context states are made in one pass over whole documents and changed block by block."""
+    """Return a copy of the model whose context states are computed in one pass and changed block by block."""
     model = copy.deepcopy(model)
     for layer in layers:
         context = model.layers[layer].mixer.cross.context
@@ -109,7 +109,7 @@ def test_changed_states_are_those_of_a_model_changed_by_hand(make_model, interve
 
 
 def attention_by_hand(attention, u, block_only):
-    """Sliding attention token by token and head by head."""
+    """Return sliding attention, computed token by token and head by head."""
     rows = []
     for row in u:
         q, k, v = (x.unflatten(-1, (attention.heads, -1)) for x in attention.qkv(row).chunk(3, dim=-1))

@@ -21,7 +21,7 @@ def text_of(corpus, begin=END, lengths=None) -> Text:
 
 
 def literal(model, tokens, begin) -> np.ndarray:
-    """Each token's nats, the document in one pass."""
+    """Return each token's nats, with the document in one pass."""
     ids = tokens.astype(int).tolist()
     inputs = ([] if begin is None else [begin]) + ids[:-1]
     labels = ids[begin is None :]

@@ -35,7 +35,7 @@ def evaluation(step, blocks, text_bytes=50.0):
 
 @pytest.fixture
 def pair(make_run):
-    """Two runs on the same text; the second is 0.5 nats better in training, and longer."""
+    """Two runs on the same text; the second has 0.5 nats less training loss, and is longer."""
     one, other = make_run("one"), make_run("other")
     text_bytes = [20.0, 17.0, 23.0, 19.0, 31.0, 13.0]
     losses = [5.0, 4.5, 4.75, 4.0, 3.5, 3.0]
@@ -57,7 +57,7 @@ def test_differences_are_paired_by_step_and_evaluation_where_the_text_is_the_sam
     assert second["train_difference_nats_standard_error"] == pytest.approx(0.125 / 2)  # sd of (0, 0, 0, 1/4), over √4
     assert second["validation_difference_step"] == 4
     assert second["validation_difference_nats"] == pytest.approx(-2 / 3)
-    # The blocks of a sequence are its positions and no samples: what they differ by is no error of the mean.
+    # The blocks of a sequence are positions, not samples, so their spread gives no standard error of the mean.
     assert not [key for key in second if key.startswith("validation_difference") and "error" in key]
 
 
@@ -87,7 +87,7 @@ def test_only_fields_that_differ_are_shown_with_all_values(pair, make_run):
     recipe = yaml.safe_load((third / RECIPE).read_text())
     recipe["name"] = "another"
     recipe["model"]["width"] = 32
-    recipe["task"] = {"name": "listops"}  # a run of another kind has fields that others do not
+    recipe["task"] = {"name": "listops"}  # a run of another kind has other fields
     (third / RECIPE).write_text(yaml.safe_dump(recipe))
     assert compared(*pair, third)["recipe_differences"] == {
         "model.width": [16, 16, 32], "task.name": [None, None, "listops"],
@@ -107,7 +107,7 @@ def test_the_report_of_eval_on_the_last_step_is_found(pair):
 
 
 def test_corpora_have_rows_of_their_own_and_none_is_dropped(pair, capsys):
-    """The first run was scored on two corpora, the second on one of them and on another."""
+    """The first run was evaluated on two corpora, the second on one of them and on a third."""
     report = {"command": "bst eval", "split": "validation", "context_tokens": None}
     for run_dir, step, names in zip(pair, (4, 6), (("a", "b"), ("b", "c")), strict=True):
         corpora = [{"corpus": f"/data/{name}", "documents": 2, "document_nats": [3.0 + step, 5.0],

@@ -1,4 +1,4 @@
-"""Which steps of two runs can be compared."""
+"""Steps of two runs that can be compared because they read the same data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bst_dist.study.comparison.pairs import by_step
 
 
 def outline(bytes_per_step):
-    """A run whose steps have read so many bytes; the loss is 1 nat per token."""
+    """Return a stub of a run whose steps have read these bytes; the loss is 1 nat per token."""
     train = [
         {"step": step, "tokens": 8 * step, "loss_nats": 1.0, "bits_per_byte": 8 / read}
         for step, read in enumerate(bytes_per_step, start=1)
@@ -24,7 +24,7 @@ def outline(bytes_per_step):
         ([20, 21, 22, 23, 24], [1, 2, 3, 4, 5]),
         ([20, 21, 22, 99, 98], [1, 2, 3]),
         ([20, 21, 99, 98, 97], []),  # two of five are the same by chance
-        ([20, 21, 99, 98], []),  # nor is half of them most
+        ([20, 21, 99, 98], []),  # half of them is not a majority
     ],
 )
 def test_steps_are_paired_where_most_of_them_have_read_the_same(other, expected):

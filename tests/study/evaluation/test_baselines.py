@@ -18,7 +18,7 @@ TRAINING = [b"abracadabra", b"", b"banana\xff\x00", b"abba"]
 
 
 def witten_bell(training: list[bytes], context: tuple[int, ...], symbol: int) -> float:
-    """The probability by its definition, counting anew for each context."""
+    """Return the probability by its definition, with new counts for each context."""
     following = []
     for text in training:
         padded = (END, END, *text, END)

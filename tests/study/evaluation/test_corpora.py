@@ -18,7 +18,7 @@ from data_pipeline.serve.reader import Corpus
 
 @pytest.fixture(scope="module")
 def make_corpus(tmp_path_factory, texts):
-    """A corpus of the texts in another order of words: same sizes, and a tokenizer of its own unless one is given."""
+    """Makes a corpus of the reversed texts: the same sizes, and its own tokenizer unless one is given."""
 
     def make(**tokenizer) -> str:
         folder, output = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("prepared") / "other"

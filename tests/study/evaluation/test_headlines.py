@@ -1,4 +1,4 @@
-"""The two long measurements that docs/evaluation.md and docs/export.md quote, in small."""
+"""Small versions of the two long measurements quoted in docs/evaluation.md and docs/export.md."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def test_what_a_token_carries_does_not_grow(make_run, monkeypatch, capsys):
     long_generation.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["tokens"] for line in lines] == [32, 64, 96]
-    # At the same place of a block, so with as much of the window filled.
+    # At the same position in a block, so the window is equally full.
     assert lines[1]["state_bytes"] == lines[2]["state_bytes"] > 0

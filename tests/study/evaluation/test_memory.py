@@ -17,7 +17,7 @@ def test_the_peak_is_of_what_came_after_and_is_forgotten_by_the_next():
     first = PeakMemory(cpu)
     if before is None:
         pytest.skip("the system does not tell")
-    held = mmap.mmap(-1, 64 * MIB)  # not from the allocator, which may have as much left from an earlier test
+    held = mmap.mmap(-1, 64 * MIB)  # not from the allocator, which may reuse memory of an earlier test
     for page in range(0, len(held), mmap.PAGESIZE):
         held[page] = 1
     held.close()

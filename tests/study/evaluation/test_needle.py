@@ -1,4 +1,4 @@
-"""Pass keys in text: a reader that copies finds all of them, one that knows nothing finds none."""
+"""Pass keys in text: a reader that copies finds all of them, a reader that guesses finds none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_pipeline.serve.reader import Corpus
 
 
 class Reader:
-    """Stands in for a model: guesses the next token of each row from all tokens it has read."""
+    """Stub of a model that predicts the next token of each row by a function of all tokens read."""
 
     config = SimpleNamespace(block=8)
 
@@ -40,7 +40,7 @@ class Reader:
 
 
 def copies(read: list[int]) -> int:
-    """What followed the last time that the most of the latest tokens stood there in this order."""
+    """Return the token that followed the longest earlier match of the latest tokens; of equal matches, the last."""
     best, following = 0, -1
     for end in range(1, len(read)):
         same = 0

@@ -24,7 +24,7 @@ BST = Path(sys.executable).with_name("bst")
 
 
 def literal_nats(run_dir, documents) -> list[float]:
-    """Each document in one forward pass, padded behind, without any state carried over."""
+    """Return the nats of each document, from one forward pass with padding at the end and no carried state."""
     trained, nats = open_run(run_dir), []
     for tokens in documents:
         inputs = [trained.recipe.data.documents == "joined" and 3, *tokens[:-1].tolist()]
@@ -57,7 +57,7 @@ def test_reported_figures_are_those_of_whole_documents(make_run, corpus, tmp_pat
 
 @pytest.mark.parametrize("documents", ["isolated", "masked"])
 def test_documents_that_see_no_other_are_scored_alone(make_run, corpus, tmp_path, documents):
-    """The oracle has each document in a row of its own, in double precision; the first token is a uniform guess."""
+    """The reference computes each document in a separate row, in double precision, with a uniform first token."""
     run_dir, path = make_run(documents=documents), tmp_path / "report.json"
     assert main(["eval", str(run_dir), "--json", str(path)]) == 0
     (report,) = json.loads(path.read_text())["corpora"]
@@ -146,7 +146,7 @@ def test_ctrl_c_reports_the_documents_that_were_read(make_run, monkeypatch, caps
     (path,) = (run_dir / "reports").glob("*-documents-part.json")
     report = json.loads(path.read_text())
     assert (report["passed"], report["corpora"][0]["documents"]) == (False, 2)
-    assert eval_report(run_dir, 4) is None  # `bst compare` must not take a part for the whole
+    assert eval_report(run_dir, 4) is None  # `bst compare` must not use a partial evaluation
 
 
 @pytest.mark.ranks

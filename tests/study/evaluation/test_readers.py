@@ -1,4 +1,4 @@
-"""The processes that share one evaluation."""
+"""Processes that share one evaluation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bst_dist.study.evaluation.readers import joined
 
 @pytest.fixture
 def launched(monkeypatch):
-    """This process as the only one that a launcher has started."""
+    """Set the environment of a process that is the only one started by a launcher."""
     told = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in told.items():
         monkeypatch.setenv(name, str(value))
 
 
 def test_the_process_group_is_left_at_the_end(launched):
-    """Else the process aborts now and then: a thread of gloo frees a tensor while the interpreter ends."""
+    """Otherwise the process sometimes aborts, because a gloo thread frees a tensor while the interpreter exits."""
     with joined() as readers:
         assert distributed.is_initialized()
         assert readers.sums(np.array([3, 4]))[0].tolist() == [3, 4]

@@ -15,14 +15,14 @@ LENGTHS = [21, 1, 70, 16, 8, 17, 33]
 
 
 def literal(model, tokens, begin, context=None):
-    """Nats of one document, predicted token by token from everything before it, in one forward pass each."""
+    """Return the nats of one document, with one forward pass per token over everything before it."""
     total = 0.0 if begin is not None else math.log(model.config.vocab_size)
     inputs = ([] if begin is None else [begin]) + tokens.astype(int).tolist()
     labels = tokens.astype(int).tolist()[begin is None :]
     for i, label in enumerate(labels):
         first = 0 if context is None else i // context * context
         seen = inputs[first : i + 1]
-        padded = seen + [0] * (-len(seen) % model.config.block)  # causal: what comes after is of no concern
+        padded = seen + [0] * (-len(seen) % model.config.block)  # causal: padding at the end has no effect
         losses = model(torch.tensor([padded]), torch.full((1, len(padded)), label)).per_token
         total += float(losses[0, len(seen) - 1])
     return total
@@ -78,7 +78,7 @@ def test_the_sums_of_all_readers_are_the_whole(make_model, in_memory, begin):
         score(model, corpus, corpus.lengths, np.arange(19), begin=begin, slice_length=16, part=part, parts=9)
         for part in range(9)
     ]
-    assert all(np.count_nonzero(share.tokens) <= 1 for share in shares)  # seven documents for nine
+    assert all(np.count_nonzero(share.tokens) <= 1 for share in shares)  # seven documents for nine processes
     for name in ("nats", "tokens", "bytes"):
         np.testing.assert_allclose(sum(getattr(share, name) for share in shares), getattr(whole, name), rtol=1e-9)
 

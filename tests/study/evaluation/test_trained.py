@@ -48,7 +48,7 @@ def test_of_a_checkpoint_only_the_weights_are_read(make_run):
     run_dir = make_run()
     path = directory(run_dir, 4) / MANIFEST
     manifest = json.loads(path.read_text())
-    manifest["files"][shard_file(OPTIMIZER, 0)] = {"bytes": 9, "sha256": "0" * 64, "rank": 0}  # there is no such file
+    manifest["files"][shard_file(OPTIMIZER, 0)] = {"bytes": 9, "sha256": "0" * 64, "rank": 0}  # a missing file
     path.write_text(json.dumps(manifest))
     assert [open_run(run_dir).step, open_run(run_dir, 4).step] == [4, 4]
 

@@ -1,4 +1,4 @@
-"""From a file to its runs; files that cannot answer are refused with one message."""
+"""From an experiment's file to its runs; invalid experiments are refused with one message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DIAGNOSTICS = [path for path in SHIPPED if path.parent.name == "diagnostics"]
 
 @pytest.fixture
 def make(tmp_path):
-    """Writes an experiment with some entries changed, and returns its runs."""
+    """Function that writes an experiment with changed entries, and returns its runs."""
     base = {
         "model": {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 2, "mixer": "bst", "vocab_size": 300},
         "data": {"corpus": "none"},
@@ -114,7 +114,7 @@ def test_the_experiments_that_come_with_the_project_are_sound(path):
 def test_arms_of_the_diagnostics_have_equal_parameters(path):
     sizes: dict[str, dict[str, int]] = {}
     for trial in trials(load_experiment(path, ["seeds=[0]"])):
-        if trial.arm != "block-recurrent":  # the ids of its states are more than a feed-forward network can make up for
+        if trial.arm != "block-recurrent":  # its state ids have more parameters than the FFN can offset
             with torch.device("meta"):
                 parameters = sum(p.numel() for p in LanguageModel(trial.recipe.model).parameters())
             sizes.setdefault(trial.condition, {})[trial.arm] = parameters
@@ -125,7 +125,7 @@ def test_what_a_synthetic_task_cannot_be_measured_by_is_refused(make):
     experiment = load_experiment(DIAGNOSTICS[0], ["measure={validation: true, task: true}"])
     with pytest.raises(UserError, match=r"a synthetic task has no text: set measure\.task"):
         trials(experiment)
-    require_corpora(trials(load_experiment(DIAGNOSTICS[0], [])))  # there are none to be missing
+    require_corpora(trials(load_experiment(DIAGNOSTICS[0], [])))  # synthetic tasks need no corpora
     with pytest.raises(UserError, match=r"measure\.task is for synthetic tasks \(data\.synthetic\)"):
         make(measure={"task": True})
 

@@ -1,4 +1,4 @@
-"""The table's statistics against hand computation."""
+"""The table's statistics compared with explicit computation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bst_dist.study.statistics import Estimate
 def test_over_seeds_the_error_is_that_of_a_mean():
     found = level({0: Reading(2.0), 1: Reading(2.2), 2: Reading(2.7)})
     assert found.value == pytest.approx(2.3)
-    # Deviations -0.3, -0.1, 0.4: variance 0.26 / 2 = 0.13, by three seeds.
+    # Deviations -0.3, -0.1, 0.4: variance 0.26 / 2 = 0.13, divided by three seeds.
     assert found.standard_error == pytest.approx(math.sqrt(0.13 / 3))
     assert (found.over, found.observations) == ("seeds", 3)
 
 
 def test_a_difference_is_paired_by_seed():
-    """What the seeds have in common cancels: the arms spread by tenths, their differences by thousandths."""
+    """Effects of the seed cancel: the arms vary by tenths, their differences by thousandths."""
     arm = {0: Reading(2.001), 1: Reading(2.202), 2: Reading(2.703)}
     reference = {2: Reading(2.7), 0: Reading(2.0), 1: Reading(2.2)}
     found = difference(arm, reference)
@@ -49,7 +49,7 @@ def test_with_one_seed_the_error_is_over_documents():
 
 
 def test_a_difference_is_paired_by_document():
-    """The same documents are hard for both: the error of the difference is that of the costs' differences."""
+    """The same documents are hard for both, so the error is that of the per-document differences."""
     sizes = np.array([4, 10, 6])
     hard = np.array([8.0, 30.0, 21.0])
     arm = {0: Reading(0.0, ByDocument(hard + 0.1 * sizes, sizes))}
@@ -58,7 +58,7 @@ def test_a_difference_is_paired_by_document():
     assert found.value == pytest.approx(0.1)
     assert found.standard_error == pytest.approx(0, abs=1e-12)
     assert level(arm).standard_error > 0.1
-    assert not apart(found)  # of one seed each, the two models differ for certain, and the arms need not
+    assert not apart(found)  # with one seed each, the models differ, but the arms may not
 
 
 def test_documents_that_are_not_the_same_are_not_paired():

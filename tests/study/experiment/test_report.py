@@ -1,4 +1,4 @@
-"""From run directories to the table, against what was put into them."""
+"""The table of an experiment, compared with the values written to its run directories."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bst_dist.study.runs.state import State
 
 @pytest.fixture
 def made(tmp_path):
-    """An experiment of two arms whose run directories are written by hand."""
+    """An experiment with two arms whose run directories the test writes."""
     base = {
         "model": {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 2, "mixer": "bst", "vocab_size": 300},
         "data": {"corpus": "none"},
@@ -42,7 +42,7 @@ def made(tmp_path):
             self.commit = "abc"
 
         def finish(self, trial, losses, step_times=(9.0, 0.5, 0.25, 1.0), outcome=None):
-            """A run that ended with these evaluations, a step each."""
+            """Write a finished run with these evaluations, one per step."""
             run = self.state.directory(trial.name)
             run.mkdir(parents=True)
             (run / "recipe.yaml").write_text(dump(trial.recipe))
@@ -60,7 +60,7 @@ def made(tmp_path):
             (run / "environment.json").write_text(json.dumps({"starts": starts}))
 
         def evaluated(self, trial, bits, sizes, lengths=(16, 32)):
-            """What its evaluation gave by length and document, as it is kept."""
+            """Write the stored result of its evaluation by length and document."""
             ask = f"at-{'-'.join(map(str, lengths))}-of-all"
             kept = self.experiment.directory / "lengths" / f"{trial.name}-{ask}.json"
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def test_the_table_says_what_the_runs_gave(made, capsys):
     assert gap["interval_95"] == pytest.approx(12.7062 * 0.005, rel=1e-4)  # Student's t with one degree of freedom
     assert gap["apart"]
     assert "difference" not in rows["sliding"] or not rows["sliding"]["difference"]
-    assert rows["sliding"]["measured"]["tokens_per_s"]["value"] == 64  # of 64, 128 and 32: the first step is left out
+    assert rows["sliding"]["measured"]["tokens_per_s"]["value"] == 64  # median of 64, 128, 32: without the first step
     assert rows["sliding"]["measured"]["memory_mib"]["value"] == 4
     # 3.0 lies between 4.0 after step 2 and 2.5 after step 3, two thirds of the way; the median step takes 0.5 s.
     assert rows["sliding"]["measured"]["tokens_to_loss"]["value"] == pytest.approx(32 * (2 + 2 / 3))

@@ -1,4 +1,4 @@
-"""Real training: an experiment that is killed and given again ends with the table of one that was not."""
+"""Real training: an experiment that is killed and started again gives the same table as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMED = ("tokens_per_s", "tokens_per_s_fastest", "memory_mib", "seconds_to_loss"
 
 @pytest.fixture
 def experiment(tmp_path):
-    """An experiment's file, with a corpus prepared for it."""
+    """An experiment's file, and a corpus prepared for it."""
     text = tmp_path / "text"
     text.mkdir()
     for number in range(8):
@@ -56,7 +56,7 @@ def test_killed_and_given_again_an_experiment_ends_with_the_same_table(experimen
     assert _bst("experiment", "run", experiment, f"directory={tmp_path / 'cut'}", "--workers", "2").wait() == 0
     starts = [json.loads(path.read_text())["starts"] for path in (tmp_path / "cut/runs").glob("*/environment.json")]
     assert sorted(len(found) for found in starts) == [1, 2]
-    assert max(found[-1]["from_step"] for found in starts) > 0  # it went on, and did not begin anew
+    assert max(found[-1]["from_step"] for found in starts) > 0  # it was resumed, not restarted from step 0
     whole, cut = ((tmp_path / name / "t/table.json").read_text() for name in ("whole", "cut"))
     assert _untimed(json.loads(whole)) == _untimed(json.loads(cut))
     row = json.loads(cut)["rows"][1]

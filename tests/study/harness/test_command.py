@@ -31,7 +31,7 @@ TASKS = {
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """A directory of the three tasks; JSON is YAML."""
+    """Function that writes a directory of the three tasks, as JSON, which is also YAML."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -92,7 +92,7 @@ def test_tasks_of_all_kinds_report_what_the_model_says(make_run, tasks, tmp_path
 
 
 def nats_of(model, context: list[int], continuation: list[int]) -> float:
-    """In one forward pass, padded behind."""
+    """Return the nats of a continuation, from one forward pass with padding at the end."""
     import torch
 
     inputs = (context + continuation)[:-1]

@@ -18,7 +18,7 @@ from bst_dist.study.harness.model import HarnessModel
 
 @pytest.fixture
 def make_harness(make_run):
-    """The harness's view of a run, with weights that have something to say."""
+    """Makes the harness's model of a run, with noise added to all weights."""
 
     def make(documents: str = "joined") -> HarnessModel:
         run_dir = make_run(documents=documents)
@@ -33,7 +33,7 @@ def make_harness(make_run):
 
 
 def literal(model, tokens: list[int]) -> torch.Tensor:
-    """Log-probabilities (n, V) of what follows each token, from one forward pass, padded behind."""
+    """Return the log-probabilities (n, V) of the token after each token, from one forward pass with padding."""
     padded = torch.tensor([tokens + [0] * (-len(tokens) % 8)])
     with torch.no_grad():
         x = model.norm(model.hidden(padded))[0, : len(tokens)]
@@ -88,12 +88,12 @@ def test_a_continuation_that_merges_into_its_context_is_not_certain(make_harness
     assert 0 not in found
     begin = [] if documents == "isolated" else [harness.text.eos_id]
     texts = [expected(harness, begin, harness.text.encode(context + choice).tolist())[0] for choice in choices]
-    # Choices of one context are ranked as their whole texts are: the context's own likelihood is common to all.
+    # Choices are ranked like the whole texts, because the likelihood of the context is the same for all.
     assert np.diff(found) == pytest.approx(np.diff(texts), rel=1e-4, abs=1e-5)
 
 
 def merging_choices(harness) -> tuple[str, list[str]]:
-    """A context, one continuation that becomes part of its last token, and one that does not."""
+    """Return a context, one continuation that merges with its last token, and one that does not."""
     encode = harness.text.encode
     for token in range(harness.text.vocab_size):
         piece = harness.text.bytes_of(token).decode(errors="ignore")

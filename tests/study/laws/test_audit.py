@@ -1,4 +1,4 @@
-"""The audit of the learning rate: valleys of known depth and place, with noise."""
+"""The audit of the learning rate, on loss valleys of known depth and position, with noise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bst_dist.study.laws.audit import audit
 
 
 def corners(observation, best=1.0, curvature=0.03, noise=0.0005, seeds=2, seed=0, depths=(2, 8)):
-    """ln L = c (ln rate - ln best)^2, in two architectures and two depths, at three rates."""
+    """Return observations with ln L = c (ln rate - ln best)^2, for two architectures, two depths and three rates."""
     generator = np.random.default_rng(seed)
     return [
         observation(name, 1e5, depth, draw, 5.0, rate_factor=f,
@@ -31,7 +31,7 @@ def test_a_valley_elsewhere_fails(observation):
 
 
 def test_a_flat_valley_passes_all_corners_where_noise_is_small_and_never_fails_for_noise(observation):
-    """The best of three noisy losses is some other rate two times in three: that is no sign of a wrong rate."""
+    """The best of three noisy losses is at another rate two times in three, which does not show a wrong rate."""
     small = [audit(corners(observation, curvature=0.0, noise=0.0008, seed=s)) for s in range(40)]
     assert np.mean([all(c.answer == "passed" for c in found) for found in small]) > 0.8
     large = [c.answer for s in range(40) for c in audit(corners(observation, curvature=0.0, noise=0.007, seed=s))]

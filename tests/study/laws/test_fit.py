@@ -1,4 +1,4 @@
-"""The fit against a published oracle, and against synthetic sweeps."""
+"""The fit compared with published results, and with synthetic sweeps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ADDITIVE = Law(E=1.5, A=60.0, alpha=0.6, B=1500.0, beta=0.35, G=3.0, gamma=0.9)
 
 
 def published():
-    """245 points read off figure 4 of Hoffmann et al. 2022 (arXiv 2203.15556) by Besiroglu et al. 2024 (arXiv
-    2404.10102), as the repository of the Gemstones gives them, with its licence beside them."""
+    """Return 245 points of figure 4 of Hoffmann et al. 2022 (arXiv 2203.15556), read off by Besiroglu et al. 2024
+    (arXiv 2404.10102). The file is from the Gemstones repository; its licence is in the same folder."""
     with Path(__file__).with_name("chinchilla_fig4_points.csv").open() as file:
         rows = list(csv.DictReader(file))
     loss, n, flops = (np.array([float(row[key]) for row in rows]) for key in ("loss", "Model Size", "Training FLOP"))
@@ -38,7 +38,7 @@ def published():
 def test_published_points_give_the_known_optimum(left_out, delta, value, a, b, e, alpha, beta):
     points = published()
     found = fit(points.take(np.sort(np.argsort(points.loss)[: len(points) - left_out])), delta=delta)
-    assert found.value == pytest.approx(value, rel=3e-8 if delta else 5e-8)  # the last digit given
+    assert found.value == pytest.approx(value, rel=3e-8 if delta else 5e-8)  # up to the last published digit
     assert pytest.approx(a, rel=5e-4) == found.law.A
     assert pytest.approx(b, rel=1e-3) == found.law.B
     assert pytest.approx(e, abs=1e-4) == found.law.E
@@ -62,7 +62,7 @@ def test_least_absolute_deviation_ignores_a_few_wild_losses(sweep):
 
 
 def test_optimum_is_where_random_starts_lead(sweep):
-    """The start is not from this fit: many random ones, polished by another method."""
+    """The reference uses many random starts, refined by another optimiser."""
     from scipy.optimize import minimize
 
     points = sweep(PUBLISHED, noise=0.01, seed=4)

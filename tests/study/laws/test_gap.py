@@ -1,4 +1,4 @@
-"""Pairs of runs: gaps, gains, sizes, and what is left out."""
+"""Pairs of runs: gaps, gains, sizes, and pairs that are left out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_gap_and_gain_are_exact_where_nothing_is_noisy(study):
 
 
 def test_gain_is_the_compute_that_the_baseline_needs(observation):
-    """Losses on a power of compute: the gain follows from the gap by the exponent."""
+    """With losses that are a power of compute, the gain follows from the gap and the exponent."""
     rows = [observation("sliding", 1e5, 2, 0, m, 5 * m**-0.1) for m in (5, 10, 20, 40)]
     rows += [observation("bst", 1e5, 2, 0, m, 5 * (1.25 * m) ** -0.1) for m in (5, 10, 20)]
     assert np.exp(pair(rows).log_gain) == pytest.approx(1.25)

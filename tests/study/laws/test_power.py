@@ -1,4 +1,4 @@
-"""What is promised of the rule against the rule applied to studies drawn anew."""
+"""The predicted power of the verdict rule, compared with the rule applied to simulated studies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def design(variants=1, seeds=2):
 
 
 def studies(every, noise, number, seed, change=0.0):
-    """For each variant the gaps of so many studies, (number, n), drawn run by run: each has noise of its own."""
+    """Return, for each variant, the gaps of `number` simulated studies, (number, n); each run has its own noise."""
     generator = np.random.default_rng(seed)
     blocks, place = np.unique(every[0].block, return_inverse=True)
     losses = []
@@ -33,7 +33,7 @@ def studies(every, noise, number, seed, change=0.0):
 
 
 def answers(every, noise, number, seed, change=0.0):
-    """(tests, number) what the rule says of each."""
+    """Return the rule's answers for each simulated study: (tests, number)."""
     rule, gaps = verdict.Rule(every), studies(every, noise, number, seed, change)
     found = rule.decide([rule.measure(case, gaps[case.place]) for case in rule.cases]).answer
     return np.array(verdict.ANSWERS)[found]
@@ -62,7 +62,7 @@ def test_a_bare_t_test_would_promise_far_more_where_several_variants_are_judged(
     every = design(6)
     simulation = power.Simulation(every, NOISE, 300)
     error = float(np.std(simulation.nothing[1].change))
-    assert simulation.seen(1, error * 2.8) < 0.4  # where a t test at 5 % alone has 0.8
+    assert simulation.seen(1, error * 2.8) < 0.4  # a t test at 5 % alone would have 0.8
 
 
 @pytest.mark.parametrize("variants", [1, 4])

@@ -1,4 +1,4 @@
-"""Reach, by equivalence: on pairs whose advantage by place is known."""
+"""Equivalence tests of the reach, on pairs whose advantage by position is known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_an_advantage_that_grows_along_the_sequence_is_another_reach(study):
 def test_equal_reach_must_be_shown(study):
     assert compare_reach(study(1, noise=0.002), "bst", "sliding", "all").answer == "equal"
     noisy = compare_reach(study(1, noise=0.05), "bst", "sliding", "all")
-    assert noisy.difference.p_value > 0.05  # not rejected, and yet
+    assert noisy.difference.p_value > 0.05  # equality is not rejected, but also not shown
     assert noisy.answer == "undecided"
 
 

@@ -1,4 +1,4 @@
-"""Robust errors, permutation and Holm against their definitions."""
+"""Robust errors, the permutation test and Holm's correction, compared with their definitions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_errors_of_single_points_are_hc3():
 
 
 def test_clustered_errors_are_those_of_leaving_clusters_out():
-    """CR3 is the jackknife over clusters, about the full estimate."""
+    """CR3 equals the jackknife over clusters, centred at the full estimate."""
     generator = np.random.default_rng(2)
     clusters = np.repeat(np.arange(8), 3)
     columns = np.stack((np.ones(24), generator.normal(size=24)), axis=1)
@@ -34,7 +34,7 @@ def test_clustered_errors_are_those_of_leaving_clusters_out():
 
 
 def test_permutation_is_that_of_all_orders_of_the_residuals():
-    """Every order of six points, each refitted: Freedman and Lane's test written out."""
+    """Freedman and Lane's test, written out: every order of six points is refitted."""
     generator = np.random.default_rng(3)
     columns = np.stack((np.ones(6), generator.normal(size=6)), axis=1)
     target = generator.normal(size=6) + 0.8 * columns[:, 1]

@@ -83,7 +83,7 @@ def test_shared_e_is_recovered_and_a_different_one_is_noticed(sweep):
     difference = e_difference(same, "sliding", "bst", 30)
     assert difference.low <= 0 <= difference.high
     noisy = joined(sweep(PUBLISHED, 0.02, 1, "sliding"), sweep(other, 0.02, 2, "bst"))
-    assert equality(e_difference(noisy, "sliding", "bst", 30), 0.01) == "undecided"  # not rejected is not equal
+    assert equality(e_difference(noisy, "sliding", "bst", 30), 0.01) == "undecided"  # not rejected does not mean equal
 
 
 def test_isoflop_floors_agree_with_the_law():
@@ -106,7 +106,7 @@ def test_a_form_that_bends_the_wrong_way_lacks_fit_and_the_right_one_does_not(sw
 
 
 def test_a_law_that_only_falls_with_the_aspect_has_no_valley_and_never_a_hill(sweep):
-    """Deeper is worse at every shape tried, and less so: a parabola without a bound would call the worst the best."""
+    """The loss only falls with the aspect, and flattens. An unbounded parabola would report the worst shape as best."""
     points = sweep(PUBLISHED)
     x = np.log(points.width / points.depth)
     falling = Points(
@@ -139,7 +139,7 @@ def test_an_interval_has_the_spread_and_the_quantiles_of_its_draws():
     assert found.standard_error == pytest.approx((sum((a.alpha - 0.34) ** 2 for a in laws) / 4) ** 0.5)
     assert (found.low, found.high) == (pytest.approx(0.301), pytest.approx(0.396))  # 2.5 % of four gaps from each end
     lost = uncertainty.interval(lambda law: law.alpha if law.alpha > 0.34 else float("nan"), laws[2], laws)
-    assert (lost.low, lost.high) == (-np.inf, np.inf)  # most draws have none
+    assert (lost.low, lost.high) == (-np.inf, np.inf)  # most draws give NaN
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_lack_of_fit_is_the_f_test_of_the_shapes_means(sweep):
     shapes = [[float(np.mean(values)) for values in runs.values()] for runs in residuals.values()]
     runs = sum(map(len, shapes))
     assert runs > len(shapes) > 3
-    unknowns = 3  # E, A, alpha: tokens are told apart within a run
+    unknowns = 3  # E, A, alpha; the effect of tokens is estimated within runs
     between = sum(len(means) * np.mean(means) ** 2 for means in shapes) / (len(shapes) - unknowns)
     within = sum((mean - np.mean(means)) ** 2 for means in shapes for mean in means) / (runs - len(shapes))
     assert uncertainty.lack_of_fit(points, fitted).statistic == pytest.approx(between / within)

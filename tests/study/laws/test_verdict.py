@@ -1,4 +1,4 @@
-"""The rule, over repeated synthetic studies whose answer is known."""
+"""The verdict rule, on repeated synthetic studies with known answers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_rule_gives_the_answer_that_is_true(study, truth, factor, answer):
 
 
 def test_the_margin_is_per_doubling_whatever_range_of_depths_was_run(study, observation):
-    """0.4 % a doubling over seven doublings is 2.8 % in all, and still below the margin."""
+    """0.4 % per doubling over seven doublings is 2.8 % in total, and still below the margin."""
     wide = [
         observation(name, size, depth, seed, m, 3 * (size * m) ** -0.1 * np.exp(
                     -0.004 * np.log2(depth) * (name == "bst") + 1e-4 * seed * (-1) ** depth))
@@ -63,7 +63,7 @@ def test_the_margin_is_per_doubling_whatever_range_of_depths_was_run(study, obse
 
 
 def test_the_larger_p_value_decides(study):
-    """The t test and the permutation test disagree somewhere: there the verdict must follow the more careful one."""
+    """If the t test and the permutation test disagree, the verdict must follow the more conservative one."""
     seen = set()
     for seed in range(60):
         for change in judge(study(seed, per_depth=0.009, noise=0.008, seeds=1)).values():
@@ -73,7 +73,7 @@ def test_the_larger_p_value_decides(study):
 
 
 def test_unequal_sizes_are_no_verdict_and_the_change_without_them_is_told(study):
-    """As in the first study: the variant larger when deep, smaller when shallow, and larger models lose at equal C."""
+    """As in the first study: the variant is larger when deep, smaller when shallow; larger models lose at equal C."""
 
     def parameters(name, depth, size):
         return size * ({2: 0.87, 8: 1.17}[depth] if name == "bst" else {2: 1.02, 8: 0.97}[depth])
@@ -122,7 +122,7 @@ def test_at_equal_time_there_is_a_verdict_from_a_quiet_machine_alone(study):
         assert found.variants["bst"].changes == []
         assert why in found.missing["bst"]
         assert rows[7].name in found.missing["bst"]
-    assert compare(rows, "sliding", "all").missing == {}  # at equal compute nobody asks
+    assert compare(rows, "sliding", "all").missing == {}  # not needed at equal compute
 
 
 def test_a_verdict_is_within_its_arm_and_the_other_is_shown_in_contrast(study):
@@ -135,7 +135,7 @@ def test_a_verdict_is_within_its_arm_and_the_other_is_shown_in_contrast(study):
 
 
 def test_crossing_is_where_the_gap_vanishes_with_an_interval_that_covers_it(study):
-    expected = 2e12 * np.exp(-0.01 / 0.02)  # at the mean depth, which is where the depth term vanishes
+    expected = 2e12 * np.exp(-0.01 / 0.02)  # at the mean depth, where the depth term is 0
     hits = 0
     for seed in range(40):
         found = verdict.crossing(gaps_of(study(seed, mean=0.01, per_flops=0.02, noise=0.002)))
@@ -146,7 +146,7 @@ def test_crossing_is_where_the_gap_vanishes_with_an_interval_that_covers_it(stud
 
 @pytest.mark.parametrize("seed", range(3))
 def test_at_the_bounds_of_a_crossing_the_gap_is_as_large_as_its_error_allows(study, seed):
-    """Fieller's interval: there (a + b x)^2 is t^2 times its variance."""
+    """Fieller's interval: at its bounds (a + b x)^2 equals t^2 times its variance."""
     gaps = gaps_of(study(seed, mean=0.01, per_flops=0.02, noise=0.002))
     found = verdict.crossing(gaps)
     matrix, names = verdict.columns(gaps)
@@ -192,7 +192,7 @@ def test_a_size_that_was_held_out_is_inside_what_the_others_let_expect(study):
             tried += 1
             hits += expected.low <= out.gap[place] <= expected.high
     assert tried == 12 * 2 * 2 * 3
-    assert 0.85 * tried < hits < tried  # 95 % of the pairs, which come in threes
+    assert 0.85 * tried < hits < tried  # 95 % of the pairs; three pairs each are correlated
     told = compare(observed, "sliding", "all").variants["bst"]
     assert len(told.held_out) == 12
     assert told.gaps.flops.max() < min(o.flops for o in told.held_out)
@@ -203,7 +203,7 @@ def test_pairs_still_needed_are_those_beyond_what_there_is(study):
     found = compare(observed, "sliding", "all").variants["bst"]
     change = next(change for change in found.changes if change.factor == "depth")
     assert change.answer == "undecided"
-    smallest = (change.change.standard_error / verdict.MARGIN) ** 2 * change.pairs  # an error as large as the margin
+    smallest = (change.change.standard_error / verdict.MARGIN) ** 2 * change.pairs  # for an error equal to the margin
     assert found.more_pairs["depth"] > smallest - change.pairs > 1
 
 
@@ -214,5 +214,5 @@ def test_documents_are_better_only_where_their_loss_is_lower(study, documents, m
         return replace(observation, by_document=(documents[0] * better, *documents[1:]))
 
     found = compare([of(o) for o in study(3)], "sliding", "all").variants["bst"]
-    assert (found.better_documents, found.documents) == (1, len(documents))  # the others are equal
-    assert (found.by_document is not None) == mean  # one document alone has no error
+    assert (found.better_documents, found.documents) == (1, len(documents))  # the other documents are equal
+    assert (found.by_document is not None) == mean  # one document has no standard error

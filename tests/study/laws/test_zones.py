@@ -1,4 +1,4 @@
-"""Where an advantage lies in the sequence: pairs whose gap in each part is known exactly."""
+"""The advantage by part of the sequence, on pairs whose gap in each part is known exactly."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ PER_DOUBLING = -0.01
 
 
 def with_places(observed, blocks=BLOCKS, noise=0.0):
-    """The same runs with losses by block: a variant gains nothing in the first window, WITHIN the reach of its depth,
-    and beyond it BEYOND at four layers, which changes by PER_DOUBLING."""
+    """Return the same runs with losses by block.
+
+    A variant gains 0 in the first window, WITHIN inside the reach of its depth, and outside of it BEYOND at four
+    layers, which changes by PER_DOUBLING per doubling of the depth.
+    """
     generator, found = np.random.default_rng(0), []
     for o in observed:
         place = np.arange(blocks)
@@ -34,7 +37,7 @@ def test_each_part_has_its_own_advantage_and_its_own_change(study):
     assert [z.zone for z in found] == ["first window", "within reach", "beyond reach"]
     assert first.mean.value == pytest.approx(0, abs=1e-12)
     assert within.mean.value == pytest.approx(WITHIN)
-    assert beyond.mean.value == pytest.approx(BEYOND)  # depths 2 and 8 lie about 4
+    assert beyond.mean.value == pytest.approx(BEYOND)  # the mean of depths 2 and 8 is 4, in logarithms
     assert within.change.value == pytest.approx(0, abs=1e-9)
     assert beyond.change.value == pytest.approx(PER_DOUBLING)
     assert {z.pairs for z in found} == {24}
@@ -50,7 +53,7 @@ def test_the_rule_judges_a_part_in_the_arm_of_the_verdict_alone(study):
 
 
 def test_sequences_within_the_reach_of_any_depth_have_no_such_parts(study):
-    """The two blocks of a sequence are all seen by two layers: nothing lies beyond."""
+    """Two layers see both blocks of a sequence, so nothing is beyond the reach."""
     assert zones(with_places(study(1), blocks=2), "sliding", "all", []) == {}
     bare = [replace(o, by_block=()) for o in study(1)]
     assert zones(bare, "sliding", "all", []) == {}

@@ -15,7 +15,7 @@ def test_the_report_and_the_table_say_what_was_measured(make_run, corpus, tmp_pa
     assert main(["eval", str(run_dir), "--lengths", "128,8", "--json", str(out)]) == 0
     report = json.loads(out.read_text())
     (found,) = report["corpora"]
-    assert [each["length_tokens"] for each in found["lengths"]] == [8, 32, 128]  # the trained one among them
+    assert [each["length_tokens"] for each in found["lengths"]] == [8, 32, 128]  # includes the trained length
     expected = measure(open_run(run_dir), Corpus.open(str(corpus), "validation"), [8, 32, 128])
     shown = capsys.readouterr().out
     for each, result in zip(found["lengths"], expected, strict=True):

@@ -29,7 +29,7 @@ STREAMING = {
 
 @pytest.fixture
 def make_trained(make_model, tmp_path):
-    """A model as if trained on sequences of 16 tokens, in double precision."""
+    """Makes a model, in double precision, that counts as trained on sequences of 16 tokens."""
 
     def make(mixer="bst", variant="SH", documents="joined", **changes) -> Trained:
         model = make_model(mixer, variant, **changes)
@@ -54,14 +54,14 @@ def make_text(in_memory):
 
 
 def at_once(model, tokens) -> np.ndarray:
-    """Nats of all tokens but the first, in one forward pass from nothing."""
+    """Return the nats of all tokens except the first, from one forward pass without a past."""
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
     with torch.no_grad():
         return model(ids[:, :-1], ids[:, 1:]).per_token[0].numpy()
 
 
 def literal(trained, text, length, longest, isolated=False):
-    """(document, position, nats) of every token, from one forward pass for each sequence."""
+    """Return (document, position, nats) of every token, from one forward pass per sequence."""
     stretches = open_stretches(text, longest, isolated)
     rows = []
     for k in range(stretches.count):
@@ -109,7 +109,7 @@ def test_lengths_are_compared_in_pairs(make_trained, make_text):
 
 def test_positions_are_compared_with_the_same_tokens_at_the_trained_length(make_trained, make_text):
     trained, text = make_trained(), make_text([70, 3, 150, 90, 65, 20, 129])
-    trained.model.float()  # what the reference costs is kept in single precision
+    trained.model.float()  # the reference's losses are kept in fp32
     _, long = measure(trained, text, [TRAINED, 64])
     _, position, nats = literal(trained, text, 64, 64)
     reference = literal(trained, text, TRAINED, 64)[2]
@@ -137,7 +137,7 @@ def test_thousands_of_tokens_streamed_cost_what_they_cost_at_once(make_trained, 
 def test_memory_does_not_grow_with_the_length(make_trained, make_text, name, monkeypatch):
     mixer, variant, changes = STREAMING[name]
     trained, text = make_trained(mixer, variant, **changes), make_text([700, 900])
-    monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", TRAINED)  # a row at a time at every length
+    monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", TRAINED)  # one row at a time at every length
     peaks = []
     for length in (4 * TRAINED, 16 * TRAINED):
         with LiveBytes() as memory:

@@ -19,7 +19,10 @@ def text(in_memory):
 
 
 def read(stretches):
-    """All stretches, a few tokens at a time: tokens (count, length + 1), documents of the predicted (count, length)."""
+    """Read all stretches, a few tokens at a time.
+
+    Return the tokens (count, length + 1) and the documents of the predicted tokens (count, length).
+    """
     cuts = [0, *range(1, stretches.length + 1, 5), stretches.length + 1]
     portions = list(pairwise(cuts))
     rows = range(stretches.count)

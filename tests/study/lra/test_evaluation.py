@@ -1,4 +1,4 @@
-"""The evaluation of a classifier while it is trained, with the meta device in a GPU's place."""
+"""Evaluation of a classifier during training, with the meta device instead of a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bst_dist.train.config import EvaluationConfig
 
 
 def test_what_is_added_up_lies_where_the_model_computes():
-    """On a GPU torch adds a tensor in the host's memory to none of its own; nor does it on the meta device."""
+    """torch cannot add a CPU tensor to a GPU tensor; the meta device has the same restriction."""
     ids = np.zeros((2, 4), np.int64)
     batch = Labelled(ids, ids[:, 0], np.ones(2, bool), np.arange(2))
     device, seen = torch.device("meta"), []
@@ -27,7 +27,7 @@ def test_what_is_added_up_lies_where_the_model_computes():
 
     engine = SimpleNamespace(module=torch.nn.Identity(), forward=forward)
     ranks = SimpleNamespace(device=device, phases=Phases())
-    # Told to stop at the end: nothing is read then, which would be an error here.
+    # Stop at the end, so that no value is read; on the meta device this would be an error.
     stop = SimpleNamespace(poll=lambda: False, agreed=True)
     evaluate = EvaluateAccuracy(EvaluationConfig(), [batch], engine, ranks, torch.zeros(2), [], 1, stop)
     assert evaluate.evaluate(1) is None

@@ -1,4 +1,4 @@
-"""The published files, in small: read as they are, and refused with a reason when they are not."""
+"""Small versions of the published files: read in their format, and refused with a reason if they are different."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bst_dist.study.lra.files import FileProblem, ImageConfig, RetrievalConfig, 
 
 @pytest.fixture
 def imdb(tmp_path: Path) -> Path:
-    """aclImdb with 20 reviews in each of its four directories, and the files that stand beside them."""
+    """aclImdb with 20 reviews in each of its four directories, and the other files next to them."""
     root = tmp_path / "aclImdb"
     for part in ("train", "test"):
         for kind in ("neg", "pos"):
@@ -83,7 +83,7 @@ def test_missing_pairs_are_named(tmp_path):
 
 @pytest.fixture
 def batches() -> dict[str, tuple[np.ndarray, list[int]]]:
-    """Four images for each of CIFAR-10's six files."""
+    """Return four random images for each of CIFAR-10's six files."""
     random = np.random.default_rng(0)
     names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
     return {name: (random.integers(0, 256, (4, 3072), np.uint8), random.integers(0, 10, 4).tolist()) for name in names}

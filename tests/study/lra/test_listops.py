@@ -1,4 +1,4 @@
-"""ListOps: labels by a second method, the published shape, and what makes an example."""
+"""ListOps: labels by a second method, the published distribution, and examples that depend only on their index."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FUNCTIONS = {"[MIN": min, "[MAX": max, "[SM": lambda values: sum(values) % 10,
 
 
 def by_rewriting(expression: str) -> int:
-    """The value of an expression, the innermost lists replaced by theirs until a digit is left."""
+    """Return the value of an expression: replace innermost lists by their values until one digit is left."""
     innermost = re.compile(r"(\[\w+)((?: \d)+) \]")
     while "[" in expression:
         expression = innermost.sub(lambda m: str(FUNCTIONS[m[1]]([int(digit) for digit in m[2].split()])), expression)
@@ -58,7 +58,7 @@ def test_examples_of_published_size_have_its_lengths_depths_and_arguments():
                 counts[-1] += 1
             deepest = max(deepest, depth)
         assert depth == 0
-        assert deepest < 10  # a digit below is one level more
+        assert deepest < 10  # a digit is one level deeper
 
 
 def test_operators_digits_and_classes_come_up_as_defined():
@@ -71,7 +71,7 @@ def test_operators_digits_and_classes_come_up_as_defined():
         expected = found.sum() / len(found)
         assert np.abs(found - expected).max() < 5 * np.sqrt(expected)
     classes = np.bincount([label for _, label in drawn], minlength=10)
-    assert classes.min() > 0.05 * len(drawn)  # none is rare, and none is half of all
+    assert classes.min() > 0.05 * len(drawn)  # no class is rare or dominates
     assert classes.max() < 0.2 * len(drawn)
 
 

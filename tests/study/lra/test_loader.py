@@ -1,4 +1,4 @@
-"""The order of examples: every pass a permutation, the same global batch however many ranks share it."""
+"""The order of examples: every pass is a permutation, and the global batch does not depend on the number of ranks."""
 
 from __future__ import annotations
 

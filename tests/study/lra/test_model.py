@@ -1,4 +1,4 @@
-"""The classifier: padding changes nothing, pooling is over what is there, two sequences are compared."""
+"""The classifier: padding has no effect, pooling covers only real tokens, and two sequences can be compared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def classifier(task: str = "listops", pooling: str = "mean", **changes) -> Class
 
 
 def ids(*lengths: int, rows: int = 3, room: int = 32) -> torch.Tensor:
-    """Random sequences of these lengths side by side, each padded to `room`."""
+    """Return random sequences of these lengths, each padded to `room`, concatenated."""
     torch.manual_seed(1)
     parts = [torch.nn.functional.pad(torch.randint(1, 17, (rows, length)), (0, room - length)) for length in lengths]
     return torch.cat(parts, dim=1)

@@ -1,4 +1,4 @@
-"""Pathfinder: the label by a flood fill of the drawing, and what else the pictures promise."""
+"""Pathfinder: labels compared with a flood fill of the drawing, and other properties of the images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bst_dist.study.lra.pathfinder import GEOMETRY, LONG, TURN, PathfinderConfig
 
 
 def raster(points: np.ndarray, size: int, radius: float, fine: int) -> np.ndarray:
-    """All places of a fine raster within `radius` of any of the points, (n, 2)."""
+    """Return a mask of the fine raster: positions within `radius` of any of the points, (n, 2)."""
     away = np.ones((size * fine, size * fine), bool)
     x, y = np.clip((points * fine).astype(int), 0, size * fine - 1).T
     away[y, x] = False
@@ -18,13 +18,13 @@ def raster(points: np.ndarray, size: int, radius: float, fine: int) -> np.ndarra
 
 
 def along(path: np.ndarray) -> np.ndarray:
-    """Points of a path's dashes, (n, 2), close to each other."""
+    """Return closely spaced points on the dashes of a path, (n, 2)."""
     return np.concatenate([np.linspace(begin, end, 60) for begin, end in path])
 
 
 @pytest.mark.parametrize(("size", "fine", "count"), [(32, 8, 24), (128, 4, 8)])
 def test_label_says_whether_a_flood_from_one_dot_reaches_the_other(size, fine, count):
-    """Lines as wide as a gap, on a raster of `fine` to a pixel, close the gaps of a path and leave two paths apart."""
+    """Lines as wide as a gap close the gaps of a path but do not join two paths; `fine`: raster cells per pixel."""
     config, geometry = PathfinderConfig(size=size), GEOMETRY[size]
     for index in range(count):
         drawing = draw(config, "train", index)

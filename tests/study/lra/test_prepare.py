@@ -1,4 +1,4 @@
-"""Preparing a task: the same examples from any number of workers, none twice, and damage that is noticed."""
+"""Preparing a task: the same examples with any number of workers, no duplicates, and damage is detected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bst_dist.study.lra.prepare import prepare
 from bst_dist.study.lra.tasks import SPLITS, TASKS
 from data_pipeline.prepare.parallel import open_workers
 
-# Short expressions, of which there are few: some come up twice.
+# There are so few short expressions that some are drawn twice.
 FEW = ListOpsConfig(train=200, validation=40, test=40, max_depth=2, max_args=2, min_length=4, max_length=4)
 
 
@@ -39,7 +39,7 @@ def test_examples_do_not_depend_on_the_workers(few, tmp_path):
 
 def test_no_example_occurs_twice_in_any_split(few):
     drawn = [example(FEW, split, index)[0][0].tobytes() for split in SPLITS for index in range(getattr(FEW, split))]
-    assert len(set(drawn)) < len(drawn)  # so there was something to avoid
+    assert len(set(drawn)) < len(drawn)  # so there were duplicates to avoid
     splits = [open_split(few, split, TASKS["listops"]) for split in SPLITS]
     kept = [split.sequences(index)[0].tobytes() for split in splits for index in range(len(split))]
     assert len(set(kept)) == len(kept) == 280
@@ -54,14 +54,14 @@ def test_what_is_read_back_is_what_was_drawn(listops):
         assert opened.longest == manifest["splits"][split]["longest"] <= 32
         same = [np.array_equal(opened.sequences(index)[0], example(config, split, index)[0][0])
                 for index in range(len(opened))]  # fmt: skip
-        assert sum(same) >= 0.9 * len(same)  # all but those that had to be drawn again
+        assert sum(same) >= 0.9 * len(same)  # all except those that were drawn again
 
 
 def test_more_examples_than_there_are_is_an_error(tmp_path):
     config = FEW.model_copy(update={"train": 1000})
     with open_workers(1) as workers, pytest.raises(UserError, match="were duplicates: ask for fewer"):
         prepare(config, tmp_path / "listops", workers, lambda *_: None)
-    assert not list(tmp_path.iterdir())  # nothing half-written stays
+    assert not list(tmp_path.iterdir())  # no incomplete files remain
 
 
 def test_damaged_missing_and_foreign_examples_are_refused(tmp_path, listops):

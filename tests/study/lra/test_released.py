@@ -1,4 +1,4 @@
-"""The benchmark's released ListOps and Pathfinder, in small: files of the same form, made here."""
+"""Small versions of the benchmark's released ListOps and Pathfinder files, in the same format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bst_dist.study.lra.listops import text
 from bst_dist.study.lra.released import ReleasedListOpsConfig, ReleasedPathfinderConfig, listops, pathfinder
 from bst_dist.study.lra.tasks import SPLITS, TASKS
 
-# As lra_benchmarks/data/listops.py prints trees: each application in parentheses of its own.
+# As lra_benchmarks/data/listops.py prints trees: each application has its own parentheses.
 EXPRESSIONS = [
     ("( ( ( [MAX 2 ) 9 ) ] )", 9, "[MAX 2 9 ]"),
     ("( ( ( ( [SM 7 ) ( ( ( [MIN 5 ) 4 ) ] ) ) 3 ) ] )", 4, "[SM 7 [MIN 5 4 ] 3 ]"),
@@ -33,7 +33,7 @@ def write_table(path: Path, rows: list) -> None:
 
 @pytest.fixture
 def tables(tmp_path: Path) -> Path:
-    """One expression in each split."""
+    """Files with one expression in each split."""
     for name, (source, value, _) in zip(("train", "val", "test"), EXPRESSIONS, strict=True):
         write_table(tmp_path / f"basic_{name}.tsv", [(source, value)])
     return tmp_path
@@ -65,8 +65,10 @@ def test_missing_tables_and_other_tables_are_named(tables):
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """pathfinder32 with 12 lists of 5 images at the level `hard`; the first two pixels are the number of the image and
-    its class. One file is empty, as in the release."""
+    """pathfinder32 with 12 lists of 5 images at level `hard`.
+
+    The first two pixels of an image are its number and its class. One file is empty, as in the release.
+    """
     level = tmp_path / "pathfinder32" / "curv_contour_length_14"
     (level / "metadata").mkdir(parents=True)
     for part in range(12):
@@ -77,7 +79,7 @@ def images(tmp_path: Path) -> Path:
             pixels = np.zeros((32, 32), np.uint8)
             pixels[0, 0], pixels[0, 1], pixels[31, 31] = 5 * part + number, (part + number) % 2, 255
             Image.fromarray(pixels).save(folder / f"sample_{number}.png")
-            rest = "1.8 0.5 2 14 4 5"  # the generator's own settings, which no reader needs
+            rest = "1.8 0.5 2 14 4 5"  # settings of the generator, which are not read
             lines.append(f"imgs/{part} sample_{number}.png {number} {(part + number) % 2} {rest}\n")
         (level / "metadata" / f"{part}.npy").write_text("".join(lines))
     (level / "imgs" / "3" / "sample_2.png").write_bytes(b"")
@@ -93,13 +95,13 @@ def test_images_keep_pixels_and_classes_and_each_is_in_one_split(images):
         assert (pixels.shape, pixels.dtype, pixels[1023]) == ((1024,), np.uint8, 255)
         assert label == pixels[1] == (pixels[0] // 5 + pixels[0] % 5) % 2
         seen.append(int(pixels[0]))
-    assert sorted(seen) == [number for number in range(60) if number != 17]  # all but the empty file
+    assert sorted(seen) == [number for number in range(60) if number != 17]  # all except the empty file
     assert seen != sorted(seen)
-    assert [int(pixels[0]) for (pixels,), _ in pathfinder(config, "test")] == seen[-6:]  # drawn once for all
+    assert [int(pixels[0]) for (pixels,), _ in pathfinder(config, "test")] == seen[-6:]  # one shuffle for all splits
 
 
 def damage(images: Path, how: str) -> str:
-    """Damage the files in a way; returns what is to be said of it."""
+    """Damage the files in the given way; return the expected error message."""
     level = images / "curv_contour_length_14"
     if how == "another level":
         level.rename(images / "curv_baseline")

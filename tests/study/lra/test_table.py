@@ -1,4 +1,4 @@
-"""Accuracies with their uncertainty, by an independent computation, and the table over seeds."""
+"""Accuracies with their uncertainty, compared with an independent computation, and the table over seeds."""
 
 from __future__ import annotations
 

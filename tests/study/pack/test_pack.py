@@ -1,4 +1,4 @@
-"""A sweep in a folder: what is in it, in which order, what comes back; and all of it where nothing is installed."""
+"""A sweep packed in a folder: its content, the order of runs, the collected results, also in an empty environment."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def sweep(tmp_path, corpus):
-    """The settings of a small sweep, in a file, and a smaller corpus than any in use."""
+    """A file with the settings of a small sweep on a small corpus."""
     base = {
         "model": {"block": 32}, "data": {"corpus": str(corpus)}, "deepspeed": "ds_configs/zero0.json", "ranks": 1,
         "train": {"sequence_length": 64, "sequences": 4, "micro_sequences": 4, "precision": "fp32"},
@@ -70,14 +70,14 @@ def planned(settings, **others):
 
 @pytest.fixture
 def packed(sweep, tmp_path, monkeypatch):
-    """A folder without wheels, and the plan it holds."""
+    """The plan of a packed folder without wheels, its runs, and its path."""
     monkeypatch.setattr(folder, "gather", lambda *_: [])
     config, runs = planned(sweep)
     return folder.make(config, runs, tmp_path / "pack", 5, ["3.11"], 10**8), runs, tmp_path / "pack"
 
 
 def test_the_next_block_is_the_one_that_teaches_most_for_its_price(sweep):
-    """Against the least squares of pseudo-observations, one more a coefficient for the prior."""
+    """Compared with least squares on pseudo-observations, with one more per coefficient for the prior."""
     config, runs = planned(sweep, depths=[2, 4], arms={"near": {}}, sizes=[5e4, 8e4])
     gaps = planned_gaps(runs, "sliding", "near")[0]
     of_block = {b: [r for r in runs if r.cell.block == b] for b in dict.fromkeys(r.cell.block for r in runs)}
@@ -98,12 +98,12 @@ def test_the_next_block_is_the_one_that_teaches_most_for_its_price(sweep):
     order = in_order_of_value(runs, lambda run: run.own_flops, config.noise, "sliding")
     assert sorted(run.name for run in order) == sorted(run.name for run in runs)
     blocks = list(dict.fromkeys(run.cell.block for run in order))
-    assert [run.cell.block for run in order] == [b for b in blocks for _ in of_block[b]]  # none is cut in two
+    assert [run.cell.block for run in order] == [b for b in blocks for _ in of_block[b]]  # no block is split
     for index, block in enumerate(blocks):
         gains = {b: (unknown(blocks[:index]) - unknown([*blocks[:index], b])) / price[b] for b in blocks[index:]}
         assert gains[block] == pytest.approx(max(gains.values()), rel=1e-6)
     depths = [of_block[block][0].cell.depth for block in blocks]
-    assert set(depths[:4]) == {2, 4}  # without both nothing is known of depth
+    assert set(depths[:4]) == {2, 4}  # both are needed to estimate the effect of depth
 
 
 def test_an_audit_comes_after_its_size_and_a_trunk_before_its_branches(sweep):
@@ -121,7 +121,7 @@ def test_an_audit_comes_after_its_size_and_a_trunk_before_its_branches(sweep):
 def test_the_folder_trains_the_same_runs_from_its_own_corpus(packed):
     pack, runs, path = packed
     jobs = read_pack(path).jobs(Path("/there"))
-    assert {job.name for job in jobs} == {run.name for run in runs}  # so that they are collected again as those planned
+    assert {job.name for job in jobs} == {run.name for run in runs}  # so that results match the plan
     for job in jobs:
         assert str(job.recipe.data.corpus).startswith("/there/corpora/0-")
         assert job.recipe.train == next(run for run in runs if run.name == job.name).recipe.train
@@ -232,12 +232,12 @@ if what == "hang":
 
 @pytest.fixture
 def machine(packed, tmp_path, monkeypatch):
-    """Trains the folder by a stand-in that is told how to end."""
+    """Function that runs the folder's jobs with a stand-in for training, which ends as the test says."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.setattr("bst_dist.study.runs.runner.POLL_S", 0.02)
     monkeypatch.setattr("bst_dist.study.pack.machine.END_S", 0.0)
 
-    def train(what, minutes=60.0, state="state", **others):  # far more than it takes, on a busy machine too
+    def train(what, minutes=60.0, state="state", **others):  # far more than needed, even on a busy machine
         monkeypatch.setattr(
             Runner, "_command",
             lambda self, run, micro: [sys.executable, str(tmp_path / "stand_in.py"), what,
@@ -270,7 +270,7 @@ def test_the_time_given_ends_a_piece_and_the_next_machine_leaves_out_what_is_don
     shutil.rmtree(tmp_path / "state")
     made, _ = machine("done")
     assert made.state.counts(made.jobs) == {"done": 24}
-    assert not (made.state.directory(first) / "checkpoints").exists()  # nothing needs its weights any more
+    assert not (made.state.directory(first) / "checkpoints").exists()  # its weights are no longer needed
     rows = table.read(tmp_path / "back" / "table.json")
     assert [row.loss_nats for row in rows] == [2.0] * 16
     assert [row.run for row in rows] == [run["recipe"]["name"] for run in packed[0].runs if run["known"]]
@@ -280,7 +280,7 @@ def test_the_time_given_ends_a_piece_and_the_next_machine_leaves_out_what_is_don
 
 
 def empty_environment(path: Path) -> Path:
-    """A Python with pip, torch, what torch needs, and numpy: nothing else can be imported."""
+    """Make a virtual environment with only pip, torch, its dependencies and numpy; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", path], check=True)
     (site,) = (path / "lib").glob("python*/site-packages")
     packages, waiting, done = Path(sysconfig.get_path("purelib")), ["torch", "numpy"], {"setuptools", "pip"}
@@ -301,7 +301,7 @@ def empty_environment(path: Path) -> Path:
 
 
 def until(process: subprocess.Popen[str], word: str, times: int) -> list[str]:
-    """What a process prints until it has printed a word so often."""
+    """Return the lines that a process prints until a word has occurred in `times` lines."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -313,13 +313,13 @@ def until(process: subprocess.Popen[str], word: str, times: int) -> list[str]:
 @pytest.mark.ranks
 @pytest.mark.long
 def test_from_the_folder_alone_in_an_empty_environment_killed_in_the_middle(sweep, corpus, tmp_path):
-    """As a user does it: pack, train where nothing is installed, kill, continue, stop, collect."""
+    """The steps of a user: pack, train in an empty environment, kill, continue, stop, collect."""
     bst = Path(sys.executable).with_name("bst")
     words = [str(tmp_path / "sweep.yaml"), "--output", str(tmp_path / "made"), "--minutes", "5"]
     subprocess.run([bst, "sweep", "pack", *words], check=True, cwd=ROOT, timeout=600)
     (tmp_path / "made").rename(tmp_path / "carried")
     python = empty_environment(tmp_path / "venv")
-    hidden = corpus.rename(corpus.with_name("hidden"))  # nothing but the folder is left
+    hidden = corpus.rename(corpus.with_name("hidden"))  # only the folder is left
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"PYTHON": str(python), "OMP_NUM_THREADS": "1"}
 
@@ -334,7 +334,7 @@ def test_from_the_folder_alone_in_an_empty_environment_killed_in_the_middle(swee
         process.wait()
         process = run(30)
         lines = until(process, " done ", 3)
-        assert not [name for name in done if any(f"done {name}" in line for line in lines)]  # none is trained twice
+        assert not [name for name in done if any(f"done {name}" in line for line in lines)]  # no run is trained twice
         process.terminate()
         process.wait(timeout=600)
     finally:

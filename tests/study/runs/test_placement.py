@@ -1,4 +1,4 @@
-"""Hosts and Slurm, with stand-ins for ssh, sbatch, scontrol and the command that is placed."""
+"""Placement of runs on hosts and in Slurm, with stubs for ssh, sbatch, scontrol and the command of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = ["sweep", "run", "sweep.yaml", "settings.data={corpus: a b}"]
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """Puts a shell script on the PATH."""
+    """Function that puts a shell script on the PATH."""
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
 
     def put(name: str, script: str) -> Path:

@@ -1,4 +1,4 @@
-"""What is said of the runs that a table is made of."""
+"""The text about the runs behind a table."""
 
 from bst_dist.study.runs.results import trained_with
 
@@ -8,7 +8,7 @@ def test_runs_of_one_version_have_it_named_once():
 
 
 def test_runs_of_several_versions_are_counted_and_warned_of():
-    """Initial values once changed between the runs of one table, and nothing on the page showed it."""
+    """Once, initial values had changed between the runs of one table, and the page did not show it."""
     versions = [{"torch": "2.13.0", "commit": "abc"}] * 2 + [{"torch": "2.13.0", "commit": "def"}, {"torch": "2.13.0"}]
     assert trained_with(versions) == (
         "Trained with torch 2.13.0, commit abc (2 runs) and def (1 run) and unknown (1 run). Not all runs were trained "

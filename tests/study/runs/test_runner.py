@@ -1,4 +1,4 @@
-"""Running and collecting: with a stand-in for training that fails as told, and once for real."""
+"""Running and collecting runs, with a stand-in for training that fails as the test says, and once for real."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ whole(run / "outcome.json", json.dumps({"finished": True}))
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """A plan with its state, and a runner whose training is a stand-in that is told how to end."""
+    """Function that runs a small plan with a stand-in for training, which ends as the test says."""
     base = {
         "model": {"block": 32, "vocab_size": 300},
         "data": {"corpus": "none"},
@@ -123,7 +123,7 @@ def test_rows_count_the_steps_shared_with_the_trunk(sweep):
     runs = {run.name: run for run in sweep.runs}
     for row in rows:
         run = runs[row.run]
-        assert row.time_s == run.recipe.train.steps  # a second a step, on the trunk or after it
+        assert row.time_s == run.recipe.train.steps  # one second per step, on the trunk or after it
         assert row.tokens == run.recipe.train.steps * 4 * 64
         assert row.flops == pytest.approx(run.flops)
 
@@ -143,7 +143,7 @@ def test_failed_runs_are_started_again_as_often_as_said_and_recorded(sweep):
 
 
 def test_a_run_that_was_stopped_by_a_signal_has_not_failed(sweep):
-    """Three times, where one failure would be allowed."""
+    """It is stopped three times, although only one failure is allowed."""
     rows, said = sweep({f"sliding-all-{ONE}-m0.1": "stop3"}, f"sliding-all-{ONE}")
     assert {row.status for row in rows} == {"done"}
     assert sum("waiting" in line for line in said) == 3
@@ -244,7 +244,7 @@ def test_the_report_stands_alone_and_names_every_run(sweep, tmp_path):
 @pytest.mark.ranks
 @pytest.mark.long
 def test_killed_at_any_moment_a_sweep_ends_with_the_same_table(tmp_path):
-    """Real training: once undisturbed, once with the command killed again and again."""
+    """Real training: once undisturbed, and once with the command killed repeatedly."""
     books = tmp_path / "text"
     books.mkdir()
     for number in range(8):

@@ -1,4 +1,4 @@
-"""The coordinate check on models whose dependence on the width is known."""
+"""The coordinate check, on models whose dependence on the width is known."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDS = torch.randint(40, (2, 33), generator=torch.Generator().manual_seed(0))
 
 
 def test_one_rate_for_all_widths_moves_wide_models_further_but_not_their_dynamics():
-    """Under Adam each weight moves by the rate, so a sum over the width grows with it; dynamics are per channel."""
+    """Adam moves each weight by the learning rate, so a sum over the width grows with it; dynamics are per channel."""
     found = coordinates(model, (16, 32, 64), (2, 4), OptimizerConfig(learning_rate=4e-3), IDS, seeds=range(2))
     slopes = {(one.watched, one.along): one for one in found}
     assert slopes["ffn", "width"].slope.value > 0.5

@@ -1,4 +1,4 @@
-"""Grids: equal sizes and compute, counts, what cannot answer refused, budgets kept, errors against simulation."""
+"""Sweep designs: equal sizes and compute, counts, refusal of unsound designs, budgets, errors against simulation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SWEEP = {
 
 @pytest.fixture(scope="module")
 def designer(tmp_path_factory):
-    """Makes designers; the same settings give the same one, whose runs are made once."""
+    """Function that makes designers; they are cached by settings, so that runs are designed once."""
     path, made = tmp_path_factory.mktemp("design") / "base.yaml", {}
 
     def make(base=BASE, **changes):
@@ -70,7 +70,7 @@ def sound(runs, arm="near"):
 
 
 def sizes_of(runs):
-    """(arm, size, depth) -> architecture -> N."""
+    """Return N by (arm, size, depth) and architecture."""
     found = {}
     for run in runs:
         cell = run.cell
@@ -86,7 +86,7 @@ def test_half_the_width_and_four_times_the_depth_is_the_same_size_where_only_mat
 
 
 def test_models_that_are_compared_are_equally_large_to_one_per_cent(designer):
-    """Widths in steps of a head alone miss by a tenth and more at these depths."""
+    """With widths in steps of one head only, sizes would differ by 10 % and more at these depths."""
     found = sizes_of(runs_of(designer()))
     assert len(found) == 2 * 3 * 2
     for (_, size, _), by_architecture in found.items():
@@ -205,7 +205,7 @@ def test_the_audit_is_in_the_corners_at_the_shortest_length(designer):
 
 
 def test_ranks_keep_equally_many_sequences_when_the_batch_grows(designer):
-    """By the rule alone 8 ranks would share 11, 16 and 23 sequences; a prime number leaves rows computed in vain."""
+    """By the rule alone, 8 ranks would share 11, 16 and 23 sequences; then some ranks would compute masked rows."""
     base = {**BASE, "ranks": 8, "train": {**BASE["train"], "sequences": 16, "micro_sequences": 2}}
     far = {"model.block": 8, "train": {"sequence_length": 256, "sequences": 8}}
     runs = runs_of(designer(base, rules={"batch_exponent": 0.5}, arms={"near": {}, "far": far}))
@@ -232,7 +232,7 @@ def test_the_cheapest_blocks_come_first_where_time_may_end(designer):
     assert cheapest == [(size, depth) for size in (1e5, 2e5, 4e5) for depth in (2, 8)]
     largest, same = order()
     assert largest == cheapest[::-1]
-    assert names == same  # the runs themselves, and so what is already trained, stay
+    assert names == same  # the runs are the same, so trained ones are kept
 
 
 def test_an_audit_of_one_seed_is_refused(designer):
@@ -248,7 +248,7 @@ def test_a_crossed_grid_is_sound_and_can_be_analysed(designer):
 
 
 def without_losses(monkeypatch, lost):
-    """Simulated rows, of which some have a loss that is not a number."""
+    """Make the simulation give a loss of NaN for some rows."""
     simulate = rehearsal.simulate
 
     def rows(*arguments):
@@ -284,7 +284,7 @@ def test_an_analysis_survives_single_runs_without_a_loss(designer, monkeypatch):
     ],
 )
 def test_a_design_that_cannot_be_analysed_ends_with_one_message(tmp_path, capsys, changes, message):
-    """As a user meets it: the command fails with the reason, and nothing has been made."""
+    """As a user sees it: the command fails with the reason and creates nothing."""
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
     sweep = {**SWEEP, **changes, "directory": str(tmp_path / "runs")}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))

@@ -1,4 +1,4 @@
-"""What a shape is expected to reach on a device: the model of `bst plan`, with the settings of the run itself."""
+"""The expected speed of a model shape on a device: `bst plan`'s time model with the settings of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ H100 = accelerator("h100-80gb")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two sizes at two layers, one seed, in runs of four ranks."""
+    """Runs of two sizes with two layers and two seeds, on four ranks."""
     path = tmp_path_factory.mktemp("speed") / "base.yaml"
     base = {"ranks": 4, "model": {"block": 32, "vocab_size": 300}, "data": {"corpus": "none"}, "deepspeed": "zero1",
             "train": {"sequence_length": 64, "sequences": 8, "micro_sequences": 1}}  # fmt: skip
@@ -38,7 +38,7 @@ def test_a_shape_has_the_speed_of_the_plan_with_its_own_settings(runs):
     told = []
     found = planned(runs, H100, 8, lambda key, rate: told.append(key))
     assert set(found) == {shape_key(run.cell) for run in runs}
-    assert told == list(found)  # each shape once, though it has two seeds
+    assert told == list(found)  # each shape once, in spite of two seeds
     run = next(run for run in runs if run.cell.size == 1e5)
     way = Planner(run.recipe, Cluster(1, 4, H100)).as_written()
     assert (way.work.slice.rows, way.work.strategy.stage, way.work.slice.sp, way.work.world) == (1, 1, 1, 4)
