@@ -1,1 +1,2 @@
-"""From raw corpora to exactly resumable, sequence-sharded tokens; knows nothing of models."""
+"""The data pipeline: from raw corpora to tokens that are sharded by sequence and resumed exactly. It knows no
+models."""

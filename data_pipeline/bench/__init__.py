@@ -1,1 +1,2 @@
-"""This project's reader and its peers on the same sequences (`bst bench data`); corpora of any size (`bench index`)."""
+"""Benchmarks: this project's reader and other packages' on the same sequences (`bst bench data`), and corpora of any
+size (`bst bench index`)."""

@@ -1,7 +1,7 @@
-"""A corpus of any number of shards that takes the room of one: all its files are one tar and one index, linked.
+"""A corpus with any number of shards that needs the disk space of one: its files are links to one tar and one index.
 
-It is read by the code that reads any other, so what is measured on it is what a corpus of that size would cost: the
-manifest, the order, the windows, the indexes. What it cannot show is the speed of a disk that holds it all.
+It is read by the usual code. So it shows the real costs of a corpus of that size: the manifest, the order, the windows,
+the indexes. It cannot show the speed of a disk that holds so much data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data_pipeline.format.manifest import ExtentsInfo, Manifest, TokenizerInfo
 from data_pipeline.format.shard_table import ShardTable
 from data_pipeline.format.shards import ShardIndex
 
-LONGEST = 8192  # tokens of a document
+LONGEST = 8192  # maximum tokens of a document
 
 
 def make_endless(directory: Path, documents: int, per_shard: int, mean: int, linked: bool) -> None:
@@ -27,8 +27,8 @@ def make_endless(directory: Path, documents: int, per_shard: int, mean: int, lin
     Args:
         documents: of the whole corpus; rounded up to whole shards.
         per_shard: documents of a shard.
-        mean: tokens of a document, of a log-normal distribution as that of web pages.
-        linked: make the links; a server that knows of them needs none.
+        mean: mean tokens of a document. Lengths are log-normal, like those of web pages.
+        linked: create the links. `bench.server` does not need them.
     """
     directory.mkdir(parents=True)
     rng = np.random.Generator(np.random.Philox(key=1))

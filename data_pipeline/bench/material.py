@@ -1,7 +1,7 @@
-"""The same sequences in each reader's own format.
+"""The same sequences in the format of each reader.
 
-Our corpus holds documents; its sequences of L + 1 tokens, cut as the loader cuts them, are what the peers store one by
-one. So all readers serve the same sequences, and all but ours could serve no other length.
+Our corpus holds documents. The loader cuts them into sequences of L + 1 tokens, which the other packages store one by
+one. So all readers serve the same sequences. The others cannot serve any other length.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from data_pipeline.serve.order.stream import TokenStream
 from data_pipeline.serve.reader import Corpus
 
 MEAN_DOCUMENT = 65_536
-"""Tokens, unless asked otherwise: a source file tree or a long article; books are longer, pages of the web shorter."""
+"""Default mean tokens of a document: a source file tree or a long article. Books are longer, web pages shorter."""
 SHARD_TOKENS = 32 << 20
 VOCABULARY = 32_000
-PER_TAR = 4096  # sequences in one of webdataset's tars
+PER_TAR = 4096  # sequences in one WebDataset tar
 
 
 def make_ours(directory: Path, sequences: int, length: int, mean_document: int = MEAN_DOCUMENT) -> None:
-    """A corpus of random tokens whose one pass is exactly `sequences` sequences of `length` (+ 1 shared label).
+    """Write a corpus of random tokens with exactly `sequences` sequences of `length` in a pass, and one more token as
+    label.
 
     The lengths of documents are log-normal, with a mean of `mean_document` tokens.
     """
@@ -59,7 +60,7 @@ def make_ours(directory: Path, sequences: int, length: int, mean_document: int =
 
 
 def sequences_of(directory: Path, length: int) -> Iterator[np.ndarray]:
-    """(length + 1,) uint16: the sequences of the first pass of `seed` 0 over our corpus, in stream order."""
+    """Yield (length + 1,) uint16: the sequences of the first pass with seed 0 over our corpus, in stream order."""
     corpus = Corpus.open(str(directory))
     stream = TokenStream(corpus.lengths, None, ("documents", 0, 0, 0))
     for start in range(0, stream.total - 1, length):
@@ -73,7 +74,7 @@ def sequences_of(directory: Path, length: int) -> Iterator[np.ndarray]:
 
 
 def make_webdataset(ours: Path, directory: Path, length: int) -> None:
-    """A member a sequence, in tars of `PER_TAR`."""
+    """Write one tar member per sequence, in tars of `PER_TAR`."""
     with atomic_directory(directory) as partial:
         tar = None
         for number, row in enumerate(sequences_of(ours, length)):
@@ -90,7 +91,7 @@ def make_webdataset(ours: Path, directory: Path, length: int) -> None:
 
 
 def make_litdata(ours: Path, directory: Path, length: int) -> None:
-    """Chunks of tokens that litdata's own TokensLoader cuts, written by its own writer."""
+    """Write chunks of tokens with litdata's own writer, for its TokensLoader."""
     import torch
     from litdata.streaming import Cache, TokensLoader
 
@@ -103,7 +104,7 @@ def make_litdata(ours: Path, directory: Path, length: int) -> None:
 
 
 def make_mosaicml(ours: Path, directory: Path, length: int) -> None:
-    """MDS shards of fixed-size arrays, its fastest encoding."""
+    """Write MDS shards of fixed-size arrays, the fastest encoding of mosaicml-streaming."""
     from streaming import MDSWriter
 
     shutil.rmtree(directory, ignore_errors=True)
@@ -113,13 +114,14 @@ def make_mosaicml(ours: Path, directory: Path, length: int) -> None:
 
 
 def bench_tokenizer() -> Tokenizer:
-    """A small tokenizer: a corpus needs one, though nothing here is text."""
+    """Return a small tokenizer. A corpus needs one, although these documents are not text."""
     words = "".join(f"word{i} = other{i * 7 % 97} + {i}\n" for i in range(400))
     return parse_tokenizer(train_tokenizer([words], TokenizerConfig(vocab_size=400)))
 
 
 def write_shard(directory: Path, number: int, lengths: list[int], rng: np.random.Generator) -> ShardInfo:
-    """Write a shard of random tokens as `prepare` does: with its index, and a packed file if it has short documents."""
+    """Write a shard of random tokens as `prepare` does: with its index, and a packed file if its documents are
+    short."""
     tar, idx = directory / f"train-{number:06d}.tar", directory / f"train-{number:06d}.idx"
     with tar.open("wb") as file:
         writer = ShardWriter(file)

@@ -1,9 +1,9 @@
-"""One rank that opens a corpus and is served from it, in a process of its own: prints a JSON line.
+"""One rank that opens a corpus and reads batches from it, in its own process: prints one line of JSON.
 
 python -m data_pipeline.bench.opening ADDRESS --documents joined --tokens-per-s 500000 --seconds 30
 
-Ranks of one machine meet before the corpus is opened and before memory is measured at the end: each prints `here` and
-waits for a line, so that all of them read at the same time.
+The ranks of a machine wait for each other before the corpus is opened, and before memory is measured at the end: each
+prints `here` and waits for a line of input. So all of them read at the same time.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from data_pipeline.store.base import StorageConfig
 
 LENGTH, ROWS, BLOCK = 4096, 8, 512
 MEETINGS = 2
-"""How often the ranks meet."""
+"""How often the ranks wait for each other."""
 
 
 def private_mb() -> float:
-    """Megabytes that this process alone has written; not the pages of mapped files, which the kernel drops at will."""
+    """Return the megabytes that only this process has written. Pages of mapped files do not count: the kernel can drop
+    them."""
     gc.collect()
     text = Path("/proc/self/smaps_rollup").read_text()
     return int(re.search(r"Private_Dirty: +(\d+) kB", text)[1]) / 1e3
@@ -41,7 +42,8 @@ def meet() -> None:
 
 
 def measure(config: DataConfig, tokens_per_s: float, seconds: float, rank: int, ranks: int) -> dict[str, Any]:
-    """Seconds to the first batch, memory, open shards; then the share of time that a trainer of this speed waits."""
+    """Measure the seconds to the first batch, memory and open shards, then the fraction of time that a trainer waits
+    for data."""
     meet()
     before = private_mb()
     begin = time.perf_counter()
@@ -77,7 +79,7 @@ def measure(config: DataConfig, tokens_per_s: float, seconds: float, rank: int, 
 
 
 def main() -> None:
-    """See the module."""
+    """Run one rank; see the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("address")
     parser.add_argument("--documents", choices=["joined", "isolated"], required=True)

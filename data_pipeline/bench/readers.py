@@ -1,10 +1,10 @@
-"""One measurement of one reader, in a process of its own: prints a JSON line.
+"""One measurement of one reader, in its own process: prints one line of JSON.
 
   python -m data_pipeline.bench.readers READER JOB DIRECTORY --sequences N [--mean-document N] [--cold] [--state FILE]
 
-Jobs: `make` writes the reader's own copy of the sequences; `speed` reads one pass; `resume` continues from the middle
-of a pass; `half` reads half a pass and keeps the state; `rest` is one of several ranks that continue from it. The peers
-are imported here alone, and only in the process that measures them.
+Jobs: `make` writes the reader's own copy of the sequences. `speed` reads one pass. `resume` continues from the middle
+of a pass. `half` reads half a pass and keeps the state. `rest` is one of several ranks that continue from it. The other
+packages are imported only here, in the process that measures them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-LENGTH = 4096  # L; a sequence has one token more, the last label
+LENGTH = 4096  # L; a sequence has one more token, the last label
 ROWS = 8  # sequences in a batch over all ranks
 SEED = 0
 
@@ -33,7 +33,7 @@ Rows = Any  # (b, L + 1) tokens: an array or a tensor
 
 
 class Ours:
-    """This project's loader: ids, labels, masks and cuts, as a trainer is given them."""
+    """This project's loader: ids, labels, masks and document boundaries, as a trainer gets them."""
 
     def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
         from data_pipeline.serve.config import DataConfig
@@ -59,7 +59,7 @@ class Ours:
 
 
 class OursAsStored(Ours):
-    """The same without what a trainer needs: rows of stored tokens, as the peers give them."""
+    """The same loader without the trainer's layout: rows of stored tokens, like those of the other packages."""
 
     def __iter__(self) -> Iterator[Rows]:
         for step in range(self._step, self._sequences // ROWS):
@@ -68,7 +68,8 @@ class OursAsStored(Ours):
 
 
 class WebDataset:
-    """Stock webdataset, shards and samples shuffled; resuming is reading again and throwing away."""
+    """Stock webdataset with shuffled shards and samples. To resume, it reads all earlier samples again and drops
+    them."""
 
     def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
         import webdataset as wds
@@ -113,14 +114,14 @@ class LitData:
 
 
 class MosaicML:
-    """mosaicml-streaming with its own loader."""
+    """mosaicml-streaming, with its own loader."""
 
     def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
         without_vision()
         from streaming import StreamingDataLoader, StreamingDataset
         from streaming.base.util import clean_stale_shared_memory
 
-        clean_stale_shared_memory()  # of processes that were stopped; every rank has to call it
+        clean_stale_shared_memory()  # left by processes that were killed; every rank must call it
         dataset = StreamingDataset(
             local=str(directory / "mosaicml"), shuffle=True, shuffle_seed=SEED, batch_size=ROWS // world,
             num_canonical_nodes=2,
@@ -147,20 +148,20 @@ READERS = {
 
 
 def without_vision() -> None:
-    """Leave out mosaicml's image data sets, whose torchvision does not load beside a CPU build of torch."""
+    """Skip mosaicml's image data sets: they need torchvision, which does not load with a CPU build of torch."""
     sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision"))
 
 
 def names(rows: Rows) -> list[int]:
-    """A number by which each sequence is known: the CRC-32 of its first 64 tokens."""
+    """Return a number that identifies each sequence: the CRC-32 of its first 64 tokens."""
     first = np.ascontiguousarray(np.asarray(rows)[:, :64].astype("<u2"))
     return [zlib.crc32(row.tobytes()) for row in first]
 
 
 def speed(reader: type, directory: Path, sequences: int) -> dict[str, Any]:
-    """Tokens, seconds and CPU seconds of one pass, from the second batch on, and what was read from the disk in all.
+    """Return tokens, seconds and CPU seconds of one pass from the second batch on, and all bytes read from the disk.
 
-    Without the first: a reader's own start is in `resume`.
+    The first batch is left out, since `resume` measures a reader's start.
     """
     before = disk_bytes()
     batches = iter(reader(directory, sequences, 0, 1, None))
@@ -177,23 +178,24 @@ def speed(reader: type, directory: Path, sequences: int) -> dict[str, Any]:
 
 
 def disk_bytes() -> int:
-    """Bytes that this process has had read from a disk: not those that were in the page cache."""
+    """Return the bytes that this process has read from a disk. Bytes from the page cache do not count."""
     return int(re.search(r"^read_bytes: (\d+)$", Path("/proc/self/io").read_text(), re.MULTILINE)[1])
 
 
 def leave_page_cache(directory: Path) -> None:
-    """Have the kernel forget the pages of the files there, so that the next pass reads them from the disk."""
+    """Drop the pages of the files below a directory from the page cache, so that the next pass reads them from the
+    disk."""
     for path in (each for each in directory.rglob("*") if each.is_file()):
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # a page that is not on the disk yet is kept
+            os.fsync(descriptor)  # the kernel keeps pages that are not on the disk yet
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 
 
 def enter_page_cache(directory: Path) -> None:
-    """Read the files there once, so that a pass finds all of them in memory."""
+    """Read the files below a directory once, so that a pass finds all of them in memory."""
     for path in (each for each in directory.rglob("*") if each.is_file()):
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 22):
@@ -201,7 +203,7 @@ def enter_page_cache(directory: Path) -> None:
 
 
 def resume(reader: type, directory: Path, sequences: int) -> dict[str, Any]:
-    """Seconds from a state to the first batch, half a pass in, and whether it is the right one."""
+    """Return the seconds from a state in the middle of a pass to the first batch, and whether that batch is right."""
     whole = reader(directory, sequences, 0, 1, None)
     iterator = iter(whole)
     for _ in islice(iterator, sequences // ROWS // 2):
@@ -215,7 +217,7 @@ def resume(reader: type, directory: Path, sequences: int) -> dict[str, Any]:
 
 
 def half(reader: type, directory: Path, sequences: int, state_file: Path) -> dict[str, Any]:
-    """Read half a pass on one rank and keep the state."""
+    """Read half a pass on one rank and save the state."""
     one = reader(directory, sequences, 0, 1, None)
     read = [name for rows in islice(iter(one), sequences // ROWS // 2) for name in names(rows)]
     state_file.write_text(json.dumps(one.state()))
@@ -223,7 +225,7 @@ def half(reader: type, directory: Path, sequences: int, state_file: Path) -> dic
 
 
 def rest(reader: type, directory: Path, sequences: int, state_file: Path) -> dict[str, Any]:
-    """One of WORLD_SIZE ranks: continue from the state to the end of the pass."""
+    """Continue from the state to the end of the pass, as one of WORLD_SIZE ranks."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -236,7 +238,7 @@ def rest(reader: type, directory: Path, sequences: int, state_file: Path) -> dic
 
 
 def main() -> None:
-    """Run one job and print what it found."""
+    """Run one job and print its result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reader", choices=READERS)
     parser.add_argument("job", choices=["make", "speed", "resume", "half", "rest"])
@@ -263,7 +265,7 @@ def main() -> None:
             raise
         found = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(found), flush=True)
-    os._exit(0)  # some peers leave threads or shared memory that would hold the process
+    os._exit(0)  # some packages leave threads or shared memory that would keep the process alive
 
 
 def _copy_of(reader: str, directory: Path) -> Path:
@@ -271,7 +273,7 @@ def _copy_of(reader: str, directory: Path) -> Path:
 
 
 def make(reader: str, directory: Path, sequences: int, mean_document: int | None = None) -> dict[str, Any]:
-    """Write one reader's copy of the sequences, unless it is there."""
+    """Write one reader's copy of the sequences, unless it exists."""
     from data_pipeline.bench import material
 
     target = _copy_of(reader, directory)

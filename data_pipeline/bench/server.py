@@ -1,8 +1,8 @@
-"""A server of an endless corpus on the loopback that answers every request after a while.
+"""An HTTP server of an endless corpus on the loopback, which delays every answer.
 
   python -m data_pipeline.bench.server DIRECTORY --latency-ms 40
 
-Prints its port; ends when its standard input does. `/requests` says how many requests of which kind were answered.
+It prints its port, and ends when its standard input ends. `/requests` returns the number of answered requests by kind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHARD = re.compile(r"train-\d+(\.tar|\.idx)")
 
 
 class Server:
-    """The files of a directory; of shards there is one, whatever its number."""
+    """The files of a directory. All shard numbers share the files of the first shard."""
 
     def __init__(self, directory: Path, latency_s: float) -> None:
         self._directory, self._latency_s = directory, latency_s
@@ -29,7 +29,7 @@ class Server:
         self._answered: Counter[str] = Counter()
 
     async def answer(self, request: web.Request) -> web.Response:
-        """One request, of a whole file or a range."""
+        """Answer one request for a whole file or a range."""
         name = request.match_info["name"]
         if name == "requests":
             return web.Response(text=json.dumps(self._answered))
@@ -61,7 +61,7 @@ async def serve(directory: Path, latency_s: float) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the server; see the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--latency-ms", type=float, required=True)

@@ -1,1 +1,1 @@
-"""The `bst data …` commands: thin, each over a function of the package."""
+"""The `bst data …` commands. Each is a thin layer over a function of the package."""

@@ -45,8 +45,8 @@ READERS = {
     "webdataset": "webdataset, a member a sequence",
     "mosaicml": "mosaicml-streaming",
 }
-_ELASTIC_LIMIT_S = 300.0  # a rank that waits for ever for its peer
-_ISOLATED = ("litdata", "mosaicml")  # measured in the peers' own environment
+_ELASTIC_LIMIT_S = 300.0  # ends a rank that waits forever for the other one
+_ISOLATED = ("litdata", "mosaicml")  # measured in their own environment
 _DEFAULT = Path("~/.cache/bst/bench-data")
 
 
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prepare, measure, print the table; returns every single measurement too."""
+    """Prepare, measure, print the table; return it with every single measurement."""
     console = Console()
     bench = _Bench(args.directory.expanduser(), args.sequences, args.mean_document, console)
     bench.prepare(args.readers)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Bench:
-    """The material, the peers' environment, and the processes that measure."""
+    """The benchmark's sequences, the environment of the other packages, and the processes that measure."""
 
     def __init__(self, directory: Path, sequences: int, mean_document: int, console: Console) -> None:
         self._material = directory / f"sequences-{sequences}-documents-{mean_document}"
@@ -101,7 +101,7 @@ class _Bench:
         self._console = console
 
     def prepare(self, readers: list[str]) -> None:
-        """Install the peers and write every reader's copy of the sequences, where they are not there yet."""
+        """Install the other packages and write every reader's copy of the sequences, unless they exist."""
         self._material.mkdir(parents=True, exist_ok=True)
         if any(name in _ISOLATED for name in readers) and not (self._environment / "installed").exists():
             self._install()
@@ -110,11 +110,11 @@ class _Bench:
             self.measure(name, "make", "--mean-document", str(self._mean_document))
 
     def measure(self, name: str, job: str, *extra: str) -> dict[str, Any]:
-        """Run one job of one reader to its end."""
+        """Run one job of one reader, and wait for its end."""
         return self._result(name, job, self._start(name, job, *extra))
 
     def elastic(self, name: str) -> dict[str, Any]:
-        """Half a pass on one rank, the rest on two: what was served twice or never."""
+        """Read half a pass on one rank and the rest on two; return how many sequences were served twice or never."""
         with tempfile.TemporaryDirectory() as directory:
             state = ("--state", str(Path(directory) / "state.json"))
             first = self.measure(name, "half", *state)
@@ -159,14 +159,14 @@ class _Bench:
         return json.loads(output.strip().splitlines()[-1])
 
     def _install(self) -> None:
-        """An environment that sees this one's packages and has the peers on top."""
+        """Create an environment with the other packages that also sees this environment's packages."""
         self._console.print(f"[dim]installing {', '.join(PEERS)} into {self._environment}[/]", highlight=False)
         venv.create(self._environment, with_pip=True, clear=True)
         python = str(self._environment / "bin" / "python")
         ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
         site = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
         (site / "base.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-        torch = f"torch=={version('torch').partition('+')[0]}"  # the one that is here, not another gigabyte
+        torch = f"torch=={version('torch').partition('+')[0]}"  # the installed version, not another gigabyte
         done = subprocess.run(
             [python, "-m", "pip", "install", "-q", *PEERS, torch], capture_output=True, text=True, check=False
         )
@@ -176,7 +176,7 @@ class _Bench:
 
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Medians and ranges of one reader's measurements."""
+    """Return the medians and ranges of one reader's measurements."""
     speeds = [each["tokens"] / each["time_s"] for each in found["speed"]]
     per_cpu = [each["tokens"] / each["cpu_s"] for each in found["speed"]]
     resumes = [each["time_s"] for each in found["resume"] if "time_s" in each]

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _count(text: str) -> int:
-    """A whole number, also as 1e9."""
+    """Parse a whole number, also one like 1e9."""
     try:
         value = float(text)
     except ValueError:
@@ -79,7 +79,7 @@ def _count(text: str) -> int:
 
 
 def _measured(args: argparse.Namespace, corpus: Path, cache: Path) -> dict[str, Any]:
-    """One rank on one corpus; the server's requests with it, by the ending of the file."""
+    """Measure one corpus. With a server, add the number of its requests by file ending."""
     options = ["--documents", "isolated" if args.isolated else "joined"]
     options += ["--tokens-per-s", str(args.tokens_per_s), "--seconds", str(args.seconds)]
     if args.latency_ms is None:
@@ -101,7 +101,7 @@ def _server(corpus: Path, latency_ms: float) -> Iterator[str]:
 
 
 def _of_ranks(count: int, *arguments: str) -> dict[str, Any]:
-    """What `count` ranks found at the same time: of each figure the largest."""
+    """Measure on `count` ranks at the same time; return the largest value of each figure."""
     command = [sys.executable, "-m", "data_pipeline.bench.opening", *arguments, "--ranks", str(count)]
     with ExitStack() as stack:
         ranks = [stack.enter_context(_started([*command, "--rank", str(rank)])) for rank in range(count)]
@@ -120,7 +120,7 @@ class _Rank(NamedTuple):
     errors: IO[str]
 
     def line(self) -> str:
-        """Its next line; raises UserError with what it said when it has ended."""
+        """Return its next line of output; raises UserError with its error output if it has ended."""
         if line := self.process.stdout.readline():
             return line
         self.errors.seek(0)
@@ -129,7 +129,7 @@ class _Rank(NamedTuple):
 
 @contextmanager
 def _started(command: list[str]) -> Iterator[_Rank]:
-    """A rank that ends with the measurement, however that ends."""
+    """Start a rank. It is killed when the measurement ends, for whatever reason."""
     pipe = subprocess.PIPE
     with (
         tempfile.TemporaryFile("w+") as errors,

@@ -29,7 +29,7 @@ from data_pipeline.prepare.parallel import Workers, open_workers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
     parser.add_argument("output", metavar="FOLDER", type=Path, help="folder to write; must not exist")
     parser.add_argument("--format", choices=["megatron", "parquet"], required=True, help="format to write")
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.output.exists():
         raise UserError(f"{args.output} already exists; choose another folder, or delete it first")
     tokenizer = args.corpus / manifest.tokenizer.file
-    read_tokenizer(tokenizer, manifest.tokenizer.sha256)  # another one would give other texts
+    read_tokenizer(tokenizer, manifest.tokenizer.sha256)  # a different tokenizer would give different texts
     console = Console()
     with open_workers(args.workers) as workers:
         if workers is None:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(args.output) as folder:
             splits = _write(args, manifest, folder, workers, console)
-            # Readers of a folder of Parquet take every file of it for a table, but for what is below such a name.
+            # Parquet readers take every file of a folder as a table, but skip names that begin with an underscore.
             beside = folder / "_tokenizer" if args.format == "parquet" else folder
             beside.mkdir(exist_ok=True)
             shutil.copyfile(tokenizer, beside / tokenizer.name)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 def _write(
     args: argparse.Namespace, manifest: Manifest, folder: Path, workers: Workers, console: Console
 ) -> dict[str, dict[str, int]]:
-    """Documents and tokens of each split that were written."""
+    """Write all splits; return the documents and tokens of each."""
     if args.format == "megatron":  # one stream each
         write, shards = write_megatron, [(split, 0) for split, infos in manifest.splits.items() if infos]
     else:

@@ -25,7 +25,7 @@ from data_pipeline.prepare.parallel import open_workers
 
 
 class PackTask(NamedTuple):
-    """What a worker needs to write the packed file of one shard."""
+    """The data that a worker needs to write the packed file of one shard."""
 
     corpus: Path
     shard: ShardInfo
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Write what is missing or not what its tar says, and report how many that were."""
+    """Write the packed files that are missing or damaged, and report their number."""
     manifest, console = Manifest.read(args.corpus), Console()
     tasks = [PackTask(args.corpus, shard) for shards in manifest.splits.values() for shard in shards]
     with open_workers(args.workers) as workers:
@@ -50,7 +50,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def pack_shard(task: PackTask) -> bool:
-    """Whether a packed file was written; raises UserError where the shard is not the one of the manifest."""
+    """Write the packed file if it is missing or damaged; return whether it was written.
+
+    Raises UserError when the shard is not the one that the manifest names.
+    """
     tar = task.corpus / task.shard.file
     index = ShardIndex.read(task.corpus / task.shard.index)
     whole = tar.is_file() and tar.stat().st_size == task.shard.bytes

@@ -32,7 +32,7 @@ _INDENT = {"width": 100, "initial_indent": "      ", "subsequent_indent": "     
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments; the help ends with every setting of the YAML file."""
+    """Add the command's arguments. The help ends with every setting of the YAML file."""
     parser.add_argument(
         "config", metavar="CONFIG", type=Path, help="the corpus's YAML file, or the name of one of launch/data/"
     )
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Prepare and report; None on MPI ranks that only work."""
+    """Prepare and report; return None on MPI ranks that only serve as workers."""
     config = load(PrepareConfig, find(args.config, CORPORA), args.override)
     with open_workers(config.workers) as workers:
         if workers is None:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
-    """A manifest in numbers, by split."""
+    """Return the numbers of a manifest, by split."""
     splits = {
         split: {
             "documents": manifest.documents(split),
@@ -78,17 +78,17 @@ def summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def _added(config: PrepareConfig, manifest: Manifest) -> dict[str, int]:
-    """The ids of the tokens that the settings add."""
+    """Return the ids of the tokens that the settings add."""
     tokenizer = read_tokenizer(config.output.expanduser() / manifest.tokenizer.file)
     ids = {tokenizer.piece(token): token for token in range(tokenizer.vocab_size)}
     return {name: ids[name] for name in config.tokenizer.added}
 
 
 def split_table(splits: dict[str, dict[str, Any]]) -> Sheet:
-    """The numbers of `summary` for people."""
+    """Return the numbers of `summary` as a table."""
     rows = []
     for split, n in splits.items():
-        known = n["text_bytes"] or not n["tokens"]  # of ids without a tokenizer it is not
+        known = n["text_bytes"] or not n["tokens"]  # unknown if the ids came without a tokenizer
         size, ratio = (f"{n['text_bytes'] / 1e6:,.1f}", f"{n['bytes_per_token']:.3f}") if known else ("–", "–")
         rows.append([split, f"{n['documents']:,}", f"{n['tokens']:,}", size, ratio, str(n["shards"])])
     return Sheet(("split", "documents", "tokens", "text MB", "bytes/token", "shards"), rows)

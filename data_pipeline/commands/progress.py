@@ -1,4 +1,4 @@
-"""How far a preparation is: bars on a terminal, a line every tenth in a log file."""
+"""Progress of a preparation: bars on a terminal, in a log file one line for every tenth."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from data_pipeline.prepare.parallel import mpi_ranks
 
 if TYPE_CHECKING:
-    from data_pipeline.prepare.corpus import Progress as Report  # imports what only preparing needs
+    from data_pipeline.prepare.corpus import Progress as Report  # slow to import: only preparation needs it
 
 
 class _Clocks(NamedTuple):
-    """Seconds by two clocks."""
+    """Seconds on two clocks."""
 
     elapsed: float
     cpu: float
 
 
 class StageTimes:
-    """Passes reports on, and keeps when each stage was first and last heard of."""
+    """Passes progress reports on, and records the times of the first and the last report of each stage."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -37,18 +37,18 @@ class StageTimes:
         self._report(stage, done, total)
 
     def seconds(self) -> dict[str, float]:
-        """How long each stage took."""
+        """Return the seconds of each stage."""
         return {stage: round(end.elapsed - start.elapsed, 3) for stage, (start, end) in self._spans.items()}
 
     def cpu_seconds(self) -> dict[str, float]:
-        """The processor time that this process spent on each: all of it where there are no other workers."""
+        """Return the CPU seconds of this process in each stage. Without other workers, that is all of the CPU time."""
         return {stage: round(end.cpu - start.cpu, 3) for stage, (start, end) in self._spans.items()}
 
 
 @contextmanager
 def stages(console: Console) -> Iterator[StageTimes]:
-    """Yield what a preparation calls to say how far it is."""
-    if console.is_terminal and mpi_ranks() == 1:  # mpirun gives a terminal to its ranks, wherever their output goes
+    """Yield a function that a preparation calls to report its progress."""
+    if console.is_terminal and mpi_ranks() == 1:  # ranks of mpirun see a terminal even if the output goes to a file
         with _bars(console) as bars:
             yield StageTimes(_on_bars(bars))
     else:

@@ -21,7 +21,7 @@ from data_pipeline.store.push import push
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
     parser.add_argument("url", metavar="URL", help="where to: s3://bucket/corpus, gs://…, file:///path")
     parser.add_argument("--grow", action="store_true", help=(
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Send what is not there, and report it."""
+    """Send the missing files, and report them."""
     console = Console()
     with stages(console) as told:
         sent = push(args.corpus, args.url, args.grow, lambda done, total: told("push", done, total))

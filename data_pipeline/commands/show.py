@@ -25,7 +25,7 @@ from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.shards import find_document, list_documents
 from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
 
-_LISTED = 20  # documents of each split, unless the user says how many
+_LISTED = 20  # documents listed for each split, unless --limit is given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """List documents, or find one and print it: what it is to the error stream, its text to the output."""
+    """List documents, or find and print one: its metadata to the error stream, its text to the output."""
     manifest = Manifest.read(args.corpus)
     if args.document is None:
         if args.tokens is not None:
@@ -78,7 +78,7 @@ def _list(corpus: Path, manifest: Manifest, wanted: str | None, limit: int) -> d
 
 
 def _matching(corpus: Path, manifest: Manifest, split: str, wanted: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, JSON) of the documents of a split whose path or title holds a text; all without one."""
+    """Yield (key, JSON) of the documents of a split whose path or title contains `wanted`; all if that is None."""
     for shard in manifest.splits[split]:
         for key, info in list_documents(corpus / shard.file):
             if wanted is None or wanted.lower() in f"{info['path']}\n{info.get('title', '')}".lower():

@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _describe(source: type[Source]) -> dict[str, Any]:
-    """What a source is and its settings."""
+    """Return the summary of a source and its settings."""
     settings: dict[str, dict[str, str]] = {}
     for name, _, default, text in fields(source):
-        if name in settings:  # of another kind of its section
+        if name in settings:  # the section has several kinds with this field
             settings[name]["help"] += f" {text}"
         elif name != "kind":
             settings[name] = {"default": _shown(default), "help": text}

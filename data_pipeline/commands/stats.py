@@ -40,7 +40,7 @@ from data_pipeline.serve.order.window_stream import WindowCache
 from data_pipeline.serve.order.windows import Windows
 from data_pipeline.serve.reader import Corpus
 
-_BLOCKS = (64, 128, 256, 512, 1024)  # of which the padding is told, where each document is padded to one
+_BLOCKS = (64, 128, 256, 512, 1024)  # block sizes for which the padding of isolated documents is reported
 _BAR = 40  # characters of the longest bar
 
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _scan(corpus: Path, manifest: Manifest, workers: Workers, console: Console) -> dict[str, Any]:
-    """What only the tokens tell: duplicates that are left, and what of the other splits is in train."""
+    """Read the tokens; return the duplicates that are left, and how much of the other splits is in train."""
     outside = held_out(manifest)
     wanted = {split: sample_runs(corpus, manifest.splits[split]) for split in outside}
     union = np.unique(np.concatenate([*wanted.values(), np.empty(0, np.uint64)]))
@@ -115,7 +115,11 @@ def _scan(corpus: Path, manifest: Manifest, workers: Workers, console: Console) 
 
 
 def cut_by_packing(corpus: Path, length: int) -> dict[str, Any]:
-    """Of the documents of a pass over train that sequences of `length` could hold, how many they cut, by packing."""
+    """Return, for each packing, how many documents in a pass over train are cut although they would fit into a
+    sequence.
+
+    `documents` is the number of documents that fit into a sequence of `length`.
+    """
     opened = Corpus.open(str(corpus))
     windows = Windows(opened.shard_sizes(None), (0, 0, 0))
     counts: dict[str, Any] = {}

@@ -1,1 +1,1 @@
-"""Sequences that are computed and not stored: tasks that each ask for one ability, with a known best answer."""
+"""Synthetic tasks: sequences that are computed instead of stored. Each tests one ability and has a known best loss."""

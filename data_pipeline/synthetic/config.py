@@ -1,4 +1,4 @@
-"""The data section of a recipe that learns a synthetic task."""
+"""The data section of a recipe that trains on a synthetic task."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Task: TypeAlias = Annotated[
 
 
 class SyntheticConfig(Config):
-    """A task whose sequences are computed, in place of a corpus."""
+    """A task whose sequences are computed, used instead of a corpus."""
 
-    documents: ClassVar[str] = "joined"  # a row holds one sequence, or episodes that have nothing to do with each other
+    documents: ClassVar[str] = "joined"  # a row holds one sequence, or several independent episodes
 
     synthetic: Task
     """Which task, and how hard it is."""
@@ -45,13 +45,13 @@ class SyntheticConfig(Config):
 
     @property
     def mode(self) -> str:
-        """As of a text corpus: whether a row's sequences follow each other from step to step."""
+        """As for a text corpus: `streaming` if a row continues from step to step, else `shuffled`."""
         return "shuffled" if self.row_tokens is None else "streaming"
 
     def row(self, sequence_length: int) -> int:
-        """Tokens of a row."""
+        """Return the tokens of a row."""
         return self.row_tokens or sequence_length
 
     def urls(self) -> list[str]:
-        """Where the data lies: nowhere."""
+        """Return the addresses of the data: none."""
         return []

@@ -1,4 +1,4 @@
-"""Copying: what stood a fixed distance back, or the items of a sequence without what stands between them."""
+"""Copying tasks: repeat the token a fixed distance back, or repeat items without the blanks between them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from data_pipeline.synthetic.task import EpisodicConfig, Row, TaskConfig
 
 
 class Copy(TaskConfig):
-    """A random word of `lag` tokens, repeated to the end of the row: each token is the one `lag` before it.
+    """A random word of `lag` tokens, repeated to the end of the row: each token equals the one `lag` tokens before it.
 
-    The first word cannot be told and does not count. A token occurs at multiples of the lag and nowhere nearer, so a
-    model that sees fewer tokens back is left with a guess.
+    The first word cannot be predicted and does not count. The answer is a multiple of the lag back, never nearer, so a
+    model that sees fewer tokens back can only guess.
     """
 
     task: Literal["copy"]
@@ -43,9 +43,10 @@ class Copy(TaskConfig):
 
 
 class SelectiveCopy(EpisodicConfig):
-    """Items at random places among blanks, then a marker, then the items in their order, which count.
+    """Items at random places among blanks, then a marker, then the items in the same order. Only this last part counts.
 
-    Selective copying of Mamba (arXiv 2312.00752, section 3.1). Token 0 is the blank, 1 the marker, the others items.
+    Selective copying of Mamba (arXiv 2312.00752, section 3.1). Token 0 is the blank, 1 the marker, the others are
+    items.
     """
 
     task: Literal["selective-copy"]
@@ -68,7 +69,7 @@ class SelectiveCopy(EpisodicConfig):
         return 2 * self.items + 1
 
     def episode(self, draws: Draws, tokens: np.ndarray, distance: np.ndarray) -> None:
-        begin = len(tokens) - self.items  # of the answers
+        begin = len(tokens) - self.items  # where the answers begin
         places = np.sort(draws.chosen(begin - 1, self.items))
         items = 2 + draws.below(self.symbols, self.items)
         tokens[places], tokens[begin - 1], tokens[begin:] = items, 1, items

@@ -1,7 +1,7 @@
 """Random numbers that are the same on every machine and in every version of numpy.
 
-Only numpy's raw Philox words are promised to stay; everything else here is made from them with integers and exact
-products, so a row of a task is the same wherever it is computed.
+numpy only guarantees that its raw Philox words do not change. Everything else is computed from them with integers and
+exact products, so a row of a task is the same wherever it is computed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ class Draws:
         self._bits = np.random.Philox(key=key_words(purpose, *numbers, count=2))
 
     def uniforms(self, count: int) -> np.ndarray:
-        """(count,) float64 in [0, 1), multiples of 2^-53."""
+        """Return (count,) float64 in [0, 1), multiples of 2^-53."""
         return (self._bits.random_raw(count) >> np.uint64(11)) * _UNIT
 
     def below(self, limit: int | np.ndarray, count: int) -> np.ndarray:
-        """(count,) int64, each uniform in ``range(limit)``; limits up to 2^31, one for all or one each."""
+        """Return (count,) int64, each uniform in ``range(limit)``. Limits go up to 2^31: one for all, or one for
+        each."""
         return (self.uniforms(count) * limit).astype(np.int64)
 
     def one(self, limit: int) -> int:
-        """A number in ``range(limit)``."""
+        """Return one number in ``range(limit)``."""
         return int(self.below(limit, 1)[0])
 
     def chosen(self, population: int, count: int) -> np.ndarray:
-        """(count,) int64: different numbers of ``range(population)`` in random order."""
+        """Return (count,) int64: distinct numbers of ``range(population)`` in random order."""
         return np.argsort(self.uniforms(population), kind="stable")[:count]

@@ -1,7 +1,7 @@
 """The batches of a synthetic task, as a pure function of the task, the seed and the step.
 
-Row r of step t is row number t G + r of an endless series, each drawn from a key of its own. So a run resumes at any
-step, the global batch does not depend on the ranks, and no row comes twice. Rows longer than a sequence are read over
+Row r of step t is row number t G + r of an endless series. Each row is drawn from its own key. So a run resumes at any
+step, the global batch does not depend on the ranks, and no row occurs twice. Rows longer than a sequence are read over
 several steps: with k sequences per row, row r of step t is sequence t mod k of row number (t div k) G + r.
 """
 
@@ -28,28 +28,28 @@ from data_pipeline.synthetic.task import TASK_VERSION, Row, TaskConfig
 
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """b rows, of each the slice of l = L / sp tokens that one rank holds."""
+    """The slices of b rows that one rank holds, each of l = L / sp tokens."""
 
     input_ids: np.ndarray  # (b, l) int64
     labels: np.ndarray  # (b, l) int64: the token after each input
-    loss_mask: np.ndarray  # (b, l) bool: the label counts
-    distance: np.ndarray  # (b, l) int64: tokens from the label back to its answer; 0 where it does not count
+    loss_mask: np.ndarray  # (b, l) bool: which labels count
+    distance: np.ndarray  # (b, l) int64: tokens from the label back to its answer; 0 for labels that do not count
     rows: np.ndarray  # (b,) int64: global row numbers; -1 for masked rows (`serve.spread`)
-    begin: int  # the slice's first token in its sequence
-    continues: np.ndarray  # (b,) bool: the sequence follows the one the row was fed the step before
+    begin: int  # the position of the slice's first token in its sequence
+    continues: np.ndarray  # (b,) bool: the sequence follows the row's sequence of the step before
     starts: None = None
 
 
 class SyntheticLoader:
-    """Serves one rank its slices, step after step.
+    """Serves the slices of one rank, step after step.
 
     Args:
-        config: what is drawn.
-        split: "train" or "validation": rows of another split have other keys.
-        share: what this rank is served of each step, of sequences of L inputs.
+        config: the task and its settings.
+        split: "train" or "validation". The rows of different splits have different keys.
+        share: the part of each step that this rank reads, in sequences of L inputs.
         row_tokens: inputs of a row, a multiple of L; the task must have no `problem` with it. None: L.
         seed: keys the rows.
-        start_step: where iteration begins.
+        start_step: the step at which iteration begins.
     """
 
     def __init__(
@@ -66,21 +66,21 @@ class SyntheticLoader:
         self._seed, self._start_step = seed, start_step
         self._sizes = BatchSizes.of(share.rows)
         self._steps = (row_tokens or share.length) // share.length
-        """That a row is read over."""
+        """The number of steps over which a row is read."""
         self._prefetcher: Prefetcher | None = None
 
     def __iter__(self) -> Iterator[tuple[int, list[SyntheticBatch | Slices]]]:
-        """(step, this rank's micro-batches in order), from `start_step` on and without end."""
+        """Yield (step, the micro-batches of this rank in order), from `start_step` on, without end."""
         self.close()
         self._prefetcher = Prefetcher(self.batches, self._start_step, self.config.prefetch)
         return iter(self._prefetcher)
 
     def batches(self, step: int) -> list[SyntheticBatch | Slices]:
-        """This rank's micro-batches of a step; calls have no effect on each other."""
+        """Return this rank's micro-batches of a step. Calls are independent of each other."""
         return [self._batch(step, rows) for rows in self._share.micro_batches]
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps after `step` steps were trained on."""
+        """Return what a checkpoint stores after `step` training steps."""
         return self._order_at(step) | self._sizes.state()
 
     def _order_at(self, step: int) -> dict[str, Any]:
@@ -90,8 +90,10 @@ class SyntheticLoader:
         return order | ({"row_steps": self._steps} if self._steps > 1 else {})
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raise UserError, naming what differs, unless `state` is of the same order as this loader's; the number of
-        rows may be another from its step on, unless rows are read over several steps."""
+        """Raise UserError, naming the differences, unless `state` has the same order as this loader.
+
+        The number of rows may change from its step on, unless rows are read over several steps.
+        """
         sizes, step = BatchSizes.kept(state), state.get("step", 0)
         check_state(self._order_at(step) | sizes.state(), state)
         self._sizes = sizes.then(step, self._share.rows)
@@ -99,7 +101,7 @@ class SyntheticLoader:
             raise UserError(f"{self._share.rows} rows per step from step {step} on: {STREAMED}")
 
     def close(self) -> None:
-        """Stop the prefetch thread; a second call does nothing."""
+        """Stop the prefetch thread. A second call does nothing."""
         if self._prefetcher:
             self._prefetcher.close()
 
@@ -125,5 +127,5 @@ class SyntheticLoader:
 
 
 def draw(task: TaskConfig, split: str, seed: int, number: int, length: int) -> Row:
-    """Row `number` of the endless series of a task's split."""
+    """Return row `number` of the endless series of a task's split."""
     return task.row(Draws(f"synthetic/{TASK_VERSION}/{split}", seed, number), length)

@@ -1,5 +1,5 @@
-"""Tasks of MAD (arXiv 2403.17844, section 3) that are not among the others: recall all through a row, exact, among
-noise or of words in place of tokens; and memorisation, of what stands in no row."""
+"""Tasks of MAD (arXiv 2403.17844, section 3) that the other modules do not have: in-context recall (exact, noisy or
+fuzzy) and memorisation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from data_pipeline.synthetic.task import EpisodicConfig
 
 
 class InContextRecall(EpisodicConfig):
-    """Pairs of a key and its value all through an episode: the value counts whenever its key stood there before.
+    """Pairs of a key and its value all through an episode. A value counts if its key occurred earlier in the episode.
 
-    In-context recall of MAD; with `noise` its noisy, with `longest` above 1 its fuzzy form, in which keys and values
-    are words of one to `longest` tokens. How many follows from the word's first token, so that what comes next can
-    always be told. Tokens: first the noise, then those of keys, then those of values. Each key of an episode begins
-    with a token of its own; what goes with it is drawn anew each episode.
+    In-context recall of MAD. With `noise` it is the noisy form. With `longest` above 1 it is the fuzzy form, in which
+    keys and values are words of one to `longest` tokens. The first token of a word determines its length, so a word's
+    end can always be predicted. Token ids: first the noise, then the tokens of keys, then those of values. Each key of
+    an episode begins with a different token. The values of the keys are drawn anew in each episode.
     """
 
     task: Literal["in-context-recall"]
@@ -74,9 +74,9 @@ class InContextRecall(EpisodicConfig):
 
 
 class Memorisation(EpisodicConfig):
-    """Keys, each followed by the value that goes with it in all rows: what must be known is in the weights alone.
+    """Keys, each followed by its value, which is the same in all rows. So the values must be learnt by the weights.
 
-    Memorisation of MAD. Keys of an episode differ, so that no value can be copied. Tokens: the keys, then the values.
+    Memorisation of MAD. The keys of an episode differ, so no value can be copied. Token ids: the keys, then the values.
     """
 
     task: Literal["memorisation"]

@@ -1,4 +1,4 @@
-"""Recall: the value that went with a key, wherever it stood."""
+"""Recall tasks: repeat the value that followed a key earlier in the row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from data_pipeline.synthetic.task import EpisodicConfig, Row, TaskConfig
 
 
 class Induction(EpisodicConfig):
-    """Random symbols in which a trigger stands twice: what followed the first must follow the second, at the end.
+    """Random symbols with a trigger that occurs twice. The last token, after the second trigger, is the one after the
+    first.
 
     Induction heads (H3, arXiv 2212.14052, section 3.1). Token 0 is the trigger, the others are symbols.
     """
@@ -44,10 +45,12 @@ class Induction(EpisodicConfig):
 
 
 class AssociativeRecall(EpisodicConfig):
-    """Pairs of a key and a value, then some of the keys again, each once and followed by its value, which counts.
+    """Pairs of a key and a value, then some of the keys again, once each, followed by their values. Only these values
+    count.
 
-    Multi-query associative recall (Zoology, arXiv 2312.04927, section 3). Tokens: first the fillers, then the keys,
-    then the values. Keys of an episode differ, values may be equal; what goes with a key is drawn anew each episode.
+    Multi-query associative recall (Zoology, arXiv 2312.04927, section 3). Token ids: first the fillers, then the keys,
+    then the values. The keys of an episode differ; values may be equal. The values of the keys are drawn anew in each
+    episode.
     """
 
     task: Literal["associative-recall"]
@@ -97,10 +100,10 @@ class AssociativeRecall(EpisodicConfig):
 
 
 class Needle(TaskConfig):
-    """A pass key somewhere in hay, asked for at the end of the row: its digits count.
+    """A pass key somewhere in hay (random tokens), asked for later in the row. The repeated digits count.
 
-    Passkey retrieval (Landmark Attention, arXiv 2305.16300, section 4.2) without words. Tokens: first the hay, then the
-    mark before the key, then the question, then the digits.
+    Passkey retrieval (Landmark Attention, arXiv 2305.16300, section 4.2) without words. Token ids: first the hay, then
+    the mark before the key, then the question, then the digits.
     """
 
     task: Literal["needle"]
@@ -134,7 +137,7 @@ class Needle(TaskConfig):
         return f"the key and its question need {needed - 1} inputs" if length + 1 < needed else None
 
     def row(self, draws: Draws, length: int) -> Row:
-        part = self.digits + 1  # the mark or the question, and the digits
+        part = self.digits + 1  # the mark or the question, followed by the digits
         if self.distance is None:
             question = length + 1 - part
             key = draws.one(question - part + 1)
@@ -144,7 +147,7 @@ class Needle(TaskConfig):
         return self.at(draws, length, key, question)
 
     def at(self, draws: Draws, length: int, key: int, question: int) -> Row:
-        """A row with the mark before the key and the question at given places."""
+        """Return a row with the mark before the key, and the question, at the given places."""
         tokens, distance = draws.below(self.hay, length + 1), np.zeros(length + 1, np.int64)
         digits = self.hay + 2 + draws.below(self.symbols, self.digits)
         for place, mark in ((key, self.hay), (question, self.hay + 1)):

@@ -1,4 +1,4 @@
-"""What every synthetic task offers: rows of tokens, and which of them can be predicted from earlier ones."""
+"""The interface of every synthetic task: rows of tokens, and which of them can be predicted from earlier ones."""
 
 from __future__ import annotations
 
@@ -13,43 +13,45 @@ from bst_base.settings import Config
 from data_pipeline.synthetic.draws import Draws
 
 TASK_VERSION = 1
-"""Of what the tasks draw: any change of a row needs a new version, and checkpoints of another one are refused."""
+"""Version of the tasks' random rows. Any change of a row needs a new version; checkpoints of another version are
+refused."""
 
 
 class Row(NamedTuple):
     """One sequence of L inputs and their labels."""
 
     tokens: np.ndarray
-    """(L + 1,) int64: the inputs are all but the last, the labels all but the first."""
+    """(L + 1,) int64: the inputs are all but the last token, the labels all but the first."""
     distance: np.ndarray
-    """(L + 1,) int64: for a token that counts as a label, how far back its answer stands; 0 for all others."""
+    """(L + 1,) int64: for a token that counts as a label, the distance in tokens back to its answer; 0 for all
+    others."""
 
 
 class TaskConfig(Config):
-    """Base of the settings of a task, which also draw its rows."""
+    """Base of the settings of a task. The class also draws the rows."""
 
     @property
     @abstractmethod
     def vocabulary(self) -> int:
-        """Different tokens."""
+        """Number of different tokens."""
 
     @property
     @abstractmethod
     def choices(self) -> int:
-        """Answers that are possible a priori: guessing costs the logarithm of it."""
+        """Number of possible answers. The loss of a uniform guess is its logarithm."""
 
     @abstractmethod
     def row(self, draws: Draws, length: int) -> Row:
-        """A row of `length` inputs."""
+        """Return a row of `length` inputs."""
 
     def problem(self, length: int) -> str | None:
-        """Why no row of `length` inputs can be drawn; None when one can."""
+        """Return why no row of `length` inputs can be drawn; None when one can."""
         return None
 
     def best_loss(self, first: int, last: int) -> float:
-        """The least mean loss, in nats, that any model can reach on labels of distances `first` to `last`.
+        """Return the lowest mean loss, in nats, that any model can reach on labels of distances `first` to `last`.
 
-        0 where the answer stands in the sequence.
+        It is 0 if the sequence contains the answer.
         """
         return 0.0
 
@@ -68,11 +70,11 @@ class EpisodicConfig(TaskConfig):
     @property
     @abstractmethod
     def shortest(self) -> int:
-        """Tokens that an episode needs at least."""
+        """Minimum number of tokens of an episode."""
 
     @abstractmethod
     def episode(self, draws: Draws, tokens: np.ndarray, distance: np.ndarray) -> None:
-        """Fill one episode: (span,) tokens that are all 0, and as many distances that are all 0."""
+        """Fill one episode: (span,) tokens and (span,) distances, all 0 before."""
 
     def row(self, draws: Draws, length: int) -> Row:
         row = Row(np.zeros(length + 1, np.int64), np.zeros(length + 1, np.int64))

@@ -1,4 +1,4 @@
-"""Latent unigram: each sequence has a distribution of its own, to be learnt from the sequence."""
+"""Latent unigram: each sequence has its own token distribution, which must be learnt from the sequence itself."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from data_pipeline.synthetic.task import Row, TaskConfig
 
 
 class LatentUnigram(TaskConfig):
-    """Tokens drawn independently from a distribution that is itself drawn from a symmetric Dirichlet, a row each.
+    """Tokens drawn independently from a distribution, which is drawn for each row from a symmetric Dirichlet prior.
 
-    The best prediction after n tokens, of which k were the next one, is (k + a) / (n + a V), with a the concentration
-    and V the symbols: what a model needs is a count of the whole past. Every token counts, and its distance is the
-    number of tokens before it.
+    After n tokens, of which k were token v, the best prediction of v is (k + a) / (n + a V), with a the concentration
+    and V the symbols. So a model needs counts over the whole past. Every token counts, and its distance is the number
+    of tokens before it.
     """
 
     task: Literal["latent-unigram"]
@@ -35,13 +35,16 @@ class LatentUnigram(TaskConfig):
         return self.symbols
 
     def row(self, draws: Draws, length: int) -> Row:
-        """By Pólya's urn (Blackwell and MacQueen 1973): a token is new with probability a V / (a V + n), otherwise
-        the same as one of the n before it, each equally likely. Only comparisons of exact products are needed."""
+        """Draw a row by Pólya's urn (Blackwell and MacQueen 1973).
+
+        A token is new with probability a V / (a V + n). Otherwise it equals one of the n tokens before it, each equally
+        likely. Only comparisons of exact products are needed.
+        """
         before = np.arange(length + 1)
         mass = self.concentration * self.symbols
         new = draws.uniforms(length + 1) * (mass + before) < mass
         source = np.where(new, before, draws.below(np.maximum(before, 1), length + 1))
-        while (source[source] != source).any():  # a token's source has a source: follow them all at once
+        while (source[source] != source).any():  # a source may have a source too: follow all chains at once
             source = source[source]
         return Row(draws.below(self.symbols, length + 1)[source], before)
 
@@ -49,7 +52,7 @@ class LatentUnigram(TaskConfig):
         return (self._code_length(last + 1) - self._code_length(first)) / (last + 1 - first)
 
     def _code_length(self, tokens: int) -> float:
-        """Expected nats of the first `tokens` tokens under the best predictions, by the chain rule.
+        """Return the expected nats of the first `tokens` tokens under the best predictions, by the chain rule.
 
         Their probability is prod_v (a)_{n_v} / (a V)_n with rising factorials, and a symbol's count n_v is
         beta-binomial with parameters a and a (V - 1).
@@ -63,5 +66,5 @@ class LatentUnigram(TaskConfig):
 
 
 def _log_rising(x: float, count: int) -> np.ndarray:
-    """(count + 1,) ln of x (x + 1) ... (x + n - 1) for n = 0, ..., count."""
+    """Return (count + 1,): ln of x (x + 1) ... (x + n - 1) for n = 0, ..., count."""
     return np.concatenate(([0.0], np.cumsum(np.log(x + np.arange(count)))))
