@@ -1,1 +1,1 @@
-"""What both packages stand on: typed settings, errors for users, files that are whole or absent."""
+"""The base of both packages: typed settings, errors for users, and atomic writes of files."""

@@ -1,7 +1,7 @@
 """Addresses of data, and the secrets in them: `https://user:password@host/…`, `https://host/…?sig=…`.
 
-An address is written into the run directory, the log and the metrics. So a secret in it must be named by an environment
-variable, `https://host/books?sig=$BOOKS_SIG`, and takes its place only where the store is asked.
+An address is written into the run directory, the log and the metrics. So a secret in it must be given as the name of an
+environment variable, `https://host/books?sig=$BOOKS_SIG`. The value is only inserted when the store is accessed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SECRET = re.compile(
     r"(?i)^key$|secret|token|passw|passphrase|access_?key|account_?key|api_?key|private_?key|sas_|connection_string|"
     r"credential|authorization|cookie"
 )
-"""Names of settings that hold secrets."""
+"""Matches names of settings that hold secrets."""
 
 _PASSWORD = re.compile(r"[\w+.-]+://[^/?#@\s'\"]*?:(?P<value>[^/?#\s'\"]*)(?=@)")
 _PARAMETER = re.compile(r"[?&](?P<name>[^=&#\s'\"]+)=(?P<value>[^&#\s'\"]*)")
@@ -29,7 +29,7 @@ _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 
 
 class Secret(NamedTuple):
-    """A part of an address that nobody else is to read."""
+    """A secret part of an address."""
 
     begin: int
     end: int
@@ -38,7 +38,7 @@ class Secret(NamedTuple):
 
 
 def secrets_in(text: str) -> list[Secret]:
-    """Passwords of addresses, and the parameters of their queries that sign them, in their order."""
+    """Return the passwords in addresses, and the query parameters that sign them, in order."""
     if "://" not in text:
         return []
     found = [Secret(*each.span("value"), each["value"], "password") for each in _PASSWORD.finditer(text)]
@@ -49,7 +49,7 @@ def secrets_in(text: str) -> list[Secret]:
 
 
 def no_secret(url: str) -> str:
-    """The address; raises ValueError, which does not show it, for a secret in plain text."""
+    """Return the address; raises ValueError, with a message that hides the secret, if it has one in plain text."""
     plain = [secret for secret in secrets_in(url) if secret.value and not _VARIABLE.fullmatch(secret.value)]
     if plain:
         raise ValueError(
@@ -60,7 +60,7 @@ def no_secret(url: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """A text with addresses in it, their secrets replaced by dots unless they are names of variables."""
+    """Return the text with the secrets in its addresses replaced by dots. Names of variables stay."""
     for secret in reversed(secrets_in(text)):
         if not _VARIABLE.fullmatch(secret.value):
             text = f"{text[: secret.begin]}…{text[secret.end :]}"
@@ -68,7 +68,7 @@ def redacted(text: str) -> str:
 
 
 def filled(url: str) -> tuple[str, dict[str, str]]:
-    """(the address with its secrets, how each secret is called in what people read).
+    """Return (the address with its secrets, a dict: secret -> the name to show instead of it).
 
     Raises UserError for a variable that is not set.
     """
@@ -79,7 +79,7 @@ def filled(url: str) -> tuple[str, dict[str, str]]:
             if variable[1] not in os.environ:
                 raise UserError(f"{url}: the environment variable {variable[1]} is not set")
             value, name = os.environ[variable[1]], value
-        forms = {value, quote(value, safe=""), unquote(value)}  # clients write addresses in several ways
+        forms = {value, quote(value, safe=""), unquote(value)}  # clients quote addresses in different ways
         hidden |= {form: name for form in forms if form}
         if variable:
             value = quote(value, safe="") if secret.what == "password" else value
@@ -88,4 +88,4 @@ def filled(url: str) -> tuple[str, dict[str, str]]:
 
 
 CorpusAddress: TypeAlias = Annotated[Address, AfterValidator(no_secret)]
-"""A directory, or the address of one without secrets in plain text."""
+"""A directory, or the address of one, without secrets in plain text."""

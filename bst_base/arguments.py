@@ -1,4 +1,4 @@
-"""Types of command-line arguments: what is out of range is refused where it is read, with the argument's name."""
+"""Types of command-line arguments. A value out of range is refused by the parser, with the argument's name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 PICTURES = (".png", ".pdf", ".svg")
-"""Endings of the pictures that are drawn."""
+"""Supported suffixes of pictures."""
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """For argparse: whole numbers from `least` on."""
+    """Return an argparse type for whole numbers of at least `least`."""
 
     def number(text: str) -> int:
         if (found := int(text)) < least:
@@ -22,14 +22,14 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def seconds(text: str) -> float:
-    """For argparse: a time above zero, in seconds."""
+    """Parse a time above zero, in seconds; for argparse."""
     if not (found := float(text)) > 0:
         raise argparse.ArgumentTypeError(f"{text} is not a duration: give seconds above 0")
     return found
 
 
 def picture(text: str) -> Path:
-    """For argparse: a picture to draw, so that another ending is refused before the work that it would show."""
+    """Parse the path of a picture to draw; for argparse. A wrong suffix is refused before the work starts."""
     if (path := Path(text)).suffix not in PICTURES:
         raise argparse.ArgumentTypeError(f"{text}: the suffix must be one of {', '.join(PICTURES)}")
     return path

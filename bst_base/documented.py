@@ -1,6 +1,7 @@
-"""What the fields of a class say about themselves: the strings below them, read from the source when asked for.
+"""The documentation of a class's fields: the strings below them, read from the source when they are asked for.
 
-Pydantic would read them as each class is made, in every process, which takes longer than all else about the settings.
+Pydantic would read them when each class is created, in every process. That takes longer than everything else about the
+settings.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from pydantic import BaseModel
 
 
 def documentation(cls: type[BaseModel]) -> dict[str, str]:
-    """The string below each annotated field, on one line; inherited fields too, and none where there is no source."""
+    """Return the string below each annotated field, on one line, also for inherited fields; nothing if there is no
+    source."""
     found: dict[str, str] = {}
     for base in cls.__mro__[cls.__mro__.index(BaseModel) - 1 :: -1]:
         for field, text in pairwise(_classes(base.__module__).get(base.__qualname__, ())):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                found.pop(field.target.id, None)  # declared anew, it is what it says now
+                found.pop(field.target.id, None)  # a field that is declared again has only its new text
                 if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                     found[field.target.id] = " ".join(str(text.value.value).split())
     return found
@@ -29,7 +31,7 @@ def documentation(cls: type[BaseModel]) -> dict[str, str]:
 
 @cache
 def _classes(module: str) -> dict[str, list[ast.stmt]]:
-    """The bodies of all classes in a module, by their qualified names; none where it has no source."""
+    """Return the bodies of all classes in a module, by qualified name; empty if it has no source."""
     try:
         return dict(_within(ast.parse(inspect.getsource(sys.modules[module]))))
     except (OSError, TypeError):

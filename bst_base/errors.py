@@ -1,4 +1,4 @@
-"""The two kinds of error that are told to the user in a sentence, without a traceback."""
+"""The two kinds of errors that the user sees as a message without a traceback."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import socket
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong: the message says what, where, and what to do about it.
+    """Something that the user gave is wrong. The message says what is wrong, where, and what to do about it.
 
-    Commands print the message without a traceback and exit with `exit_status`; every project exception that a user
-    can cause derives from it.
+    Commands print the message without a traceback and exit with `exit_status`. Every exception of this project that a
+    user can cause derives from it.
     """
 
     exit_status = 2
-    """Started again, it would end the same way."""
+    """A restart would fail in the same way."""
 
 
 class StorageError(UserError):
-    """A file or directory could not be read or written on this host. What is in it may be as it should be.
+    """A file or directory could not be read or written on this host. Its content may still be intact.
 
-    So nothing is given up, renamed or removed because of it, and starting again may end better.
+    So nothing is deleted, renamed or given up because of it, and a restart may succeed.
     """
 
     exit_status = 74
@@ -28,6 +28,6 @@ class StorageError(UserError):
 
     @classmethod
     def of(cls, error: OSError, path: str | os.PathLike[str] | None = None, doing: str = "read") -> StorageError:
-        """What the system said, with the host and the path it said it of."""
+        """Return the error with the system's message, the host, and the path (by default the one in `error`)."""
         where = error.filename if path is None else os.fspath(path)
         return cls(f"{socket.gethostname()} cannot {doing} {where}: {error.strerror or error}")

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all: written beside their name, synced, then renamed."""
+"""Atomic writes of files and directories: written next to the final name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import IO, Any
 from bst_base.errors import StorageError
 
 _refusing: set[int] = set()
-"""File systems that do not sync directories, once that was told."""
+"""File systems for which the warning that they do not sync directories was already logged."""
 _log = logging.getLogger(__name__)
 
 FULL = {
@@ -31,9 +31,9 @@ _OWN_PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial$")
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary neighbour of `path` for writing bytes; it takes the name `path` only when the block succeeds.
+    """Open a temporary file next to `path` for writing bytes. It is renamed to `path` only when the block succeeds.
 
-    Raises StorageError when the disk is full; the unfinished file is removed on any error.
+    Raises StorageError when the disk is full. The unfinished file is removed on any error.
     """
     partial = _partial(path)
     with full_disk_explained(path):
@@ -50,22 +50,22 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of text as `atomic_file` does, in folders that are made where they are missing."""
+    """Write a text file with `atomic_file`; missing parent directories are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a value as JSON, as `write_text` does."""
+    """Write a value as JSON with `write_text`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """As `atomic_file`, for a directory of files: yields a new empty directory that is renamed to `path` at the end.
+    """Like `atomic_file`, for a directory of files: yield a new empty directory, which is renamed to `path` at the end.
 
-    When another writer was first, its directory stays and this one is removed.
+    If another writer finished first, its directory stays and this one is removed.
     """
     partial = _partial(path)
     with full_disk_explained(path):
@@ -89,9 +89,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_partials(directory: Path) -> None:
-    """Remove what writers of this module that were killed left behind below a directory, and no other file.
+    """Remove the unfinished files and directories that killed writers of this module left below a directory.
 
-    Nobody else may be writing there.
+    No other process may be writing there. Other files are not touched.
     """
     found = (path for path in directory.rglob("*.partial") if _OWN_PARTIAL.search(path.name))
     for partial in sorted(found, reverse=True):
@@ -102,10 +102,10 @@ def remove_partials(directory: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames inside `path` durable: without this a crash may lose a name whose bytes are safe.
+    """Make renames inside `path` durable. Without it, a crash may lose a file's name although its bytes are safe.
 
-    Some mounts (FUSE, SMB, object stores) refuse to sync a directory. That is told of once and not an error: the names
-    are then as durable as the mount makes them.
+    Some mounts (FUSE, SMB, object stores) refuse to sync a directory. This is logged once and is not an error: names
+    are then only as durable as the mount makes them.
     """
     try:
         _sync(path)
@@ -118,7 +118,8 @@ def sync_directory(path: Path) -> None:
 
 
 def _partial(path: Path) -> Path:
-    """A name of this writer's own: one that was thought dead may still be writing the same file."""
+    """Return a name that only this writer uses: another writer of the same file, believed dead, may still be
+    writing."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
 
 
@@ -132,7 +133,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def full_disk_explained(path: Path) -> Iterator[None]:
-    """Turn the system's word that there is no room left into a StorageError that names what was being written."""
+    """Turn an OSError about a full disk, a used-up quota or a too big file into a StorageError that names the file."""
     try:
         yield
     except OSError as error:

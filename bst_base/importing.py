@@ -1,4 +1,4 @@
-"""Imports without the garbage collector, which would look through all modules again and again and find nothing."""
+"""Imports without the garbage collector, which would scan all modules repeatedly and find nothing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """While it is entered nothing is collected; what is there when it is first left is never looked through again.
+    """Disable garbage collection in the block. At its first end, all existing objects are excluded from later
+    collections.
 
-    For imports alone: a cycle that is garbage by then stays. So only the first time: a process that runs many commands
-    would keep the garbage of each.
+    Use it only for imports: garbage cycles that exist at that time are never freed. That is why it happens only once:
+    otherwise, a process that runs many commands would keep the garbage of each.
     """
-    if not gc.isenabled():  # entered within another, or somebody wants it so
+    if not gc.isenabled():  # inside another such block, or disabled by the user
         yield
         return
     gc.disable()

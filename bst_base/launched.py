@@ -1,4 +1,4 @@
-"""Whether a launcher has started this command several times, where each copy would do all of the work."""
+"""Detects whether a launcher has started several copies of a command that should run once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ COUNTS = {
     "PMI_SIZE": "mpiexec",
     "MV2_COMM_WORLD_SIZE": "mpirun",
 }
-"""Where launchers say how many processes they started. SLURM_NTASKS is not among them: a batch script has it too, which
-runs once."""
+"""Environment variables in which launchers give the number of started processes. SLURM_NTASKS is missing on purpose: a
+batch script has it too, and runs once."""
 
 
 def copies(environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
-    """How many processes a launcher has started of this command, and the variable and launcher that say so."""
+    """Return how many processes a launcher has started, and a text that names the launcher and the variable."""
     for name, launcher in COUNTS.items():
         if (count := environ.get(name, "")).isdigit() and int(count) > 1:
             return int(count), f"{launcher} has started {count} processes ({name}={count})"

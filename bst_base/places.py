@@ -1,8 +1,8 @@
-"""Paths in settings files: a relative one is meant from one folder, wherever the program is started.
+"""Relative paths in settings files: each counts from a fixed folder, not from the working directory.
 
-`placed` marks the strings of a file with that folder. A field of type `LocalPath` or `Address` is then absolute where
-it is used, and as it was written where the settings are written out again or compared; one from another folder than the
-rest (an override, from the working directory) is written out as an absolute path.
+`placed` marks the strings of a file with that folder. The value of a `LocalPath` or `Address` field is then an absolute
+path. When the settings are written or compared, it appears as it was written in the file. A path that counts from
+another folder than the rest (in an override: from the working directory) is written out as an absolute path.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class Written(str):
-    """A string of a settings file, with the folder that it is meant from if it is a relative path."""
+    """A string of a settings file, with the folder from which it counts if it is a relative path."""
 
     base: Path
     elsewhere: bool
-    """Whether `base` is another folder than that of the settings as a whole."""
+    """Whether `base` differs from the folder of the settings as a whole."""
 
     @classmethod
     def of(cls, text: str, base: Path, elsewhere: bool = False) -> Written:
@@ -42,7 +42,8 @@ class PlacedPath(type(Path())):
 
 
 def placed(data: T, base: Path) -> T:
-    """Settings as they come from YAML, their relative paths meant from `base` unless they are marked with another."""
+    """Mark settings from YAML: their relative paths count from `base`, unless they are already marked with another
+    folder."""
     if isinstance(data, dict):
         return {key: placed(value, base) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
@@ -53,7 +54,7 @@ def placed(data: T, base: Path) -> T:
 
 
 def written(value: T) -> T:
-    """A path as it was written."""
+    """Return a path as it was written in the settings."""
     return getattr(value, "written", value)
 
 
@@ -78,13 +79,13 @@ def _absolute(value: Written, found: Any) -> Any:
 
 
 def _is_relative(text: str) -> bool:
-    """Whether it is a relative path: no address, no command, no home directory."""
+    """Whether the text is a relative path: no address, command or path from the home directory."""
     return not ("://" in text or text.startswith(("pipe:", "~", "/")))
 
 
 _IN_PLACE = (WrapValidator(_place), PlainSerializer(written))
 LocalPath: TypeAlias = Annotated[Path, *_IN_PLACE]
-"""A file or directory; relative: from the folder of the settings file."""
+"""A file or directory. A relative path counts from the folder of the settings file."""
 Address: TypeAlias = Annotated[str, *_IN_PLACE]
 """A directory, or the address of one."""
 NameOrPath: TypeAlias = Annotated[str, WrapValidator(_place_path), PlainSerializer(written)]

@@ -1,7 +1,7 @@
-"""Typed settings read from YAML, with dotted overrides and errors that name the nearest key.
+"""Typed settings read from YAML, with dotted overrides, and errors that suggest the nearest key.
 
-A settings class derives from `Config`, stands beside the class it configures, and documents each field with a
-string below it. An unknown key, a wrong type or a failed check is a `UserError` that says where it stands.
+A settings class derives from `Config`, is defined next to the class that it configures, and documents each field with a
+string below it. An unknown key, a wrong type or a failed check is a `UserError` that names the place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bst_base.yaml_text import SettingsError, read_yaml, write_yaml
 
 
 class Config(BaseModel):
-    """Base of every settings class: immutable, and a key it does not know is an error."""
+    """Base of every settings class. Instances are immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,22 +34,23 @@ C = TypeVar("C", bound=Config)
 
 
 class ConfigError(UserError):
-    """A settings file or an override that cannot be accepted."""
+    """A settings file or an override is not valid."""
 
 
 def load(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
     """Read a YAML file into `cls`, after applying overrides of the form ``section.field=value``.
 
     Values of overrides are YAML too: ``model.width=256``, ``model.layers=[sliding,bst]``. Relative paths in the file
-    are meant from its folder (`shipped.base_of`), those in overrides from the working directory.
-    Raises ConfigError naming the file, the key and, for a misspelt key, the nearest one that exists.
+    count from its folder (`shipped.base_of`), those in overrides from the working directory. Raises ConfigError with
+    the file, the key and, for an unknown key, the nearest existing one.
     """
     base = base_of(Path(path))
     return parse(cls, overridden(placed(read_settings(path), base), overrides), where=str(path))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file, not yet validated; raises ConfigError when there are none to be read."""
+    """Return the settings in a YAML file, not yet validated; raises ConfigError when the file has none or is not
+    readable."""
     path = Path(path)
     try:
         data = read_yaml(path.read_text(encoding="utf-8"))
@@ -67,9 +68,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`data` with overrides ``section.field=value`` applied in place; raises ConfigError for what is none.
+    """Apply overrides ``section.field=value`` to `data` in place and return it; raises ConfigError for an invalid one.
 
-    Relative paths among them are meant from the working directory.
+    Relative paths in overrides count from the working directory.
     """
     for override in overrides:
         _apply(data, override)
@@ -77,7 +78,7 @@ def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
 
 
 def parse(cls: type[C], data: dict[str, Any], where: str = "settings") -> C:
-    """Validate `data` against `cls`; raises ConfigError listing every problem, one a line."""
+    """Validate `data` against `cls`; raises ConfigError that lists every problem, one per line."""
     try:
         return cls.model_validate(data)
     except ValidationError as error:
@@ -86,14 +87,15 @@ def parse(cls: type[C], data: dict[str, Any], where: str = "settings") -> C:
 
 
 def dump(config: Config) -> str:
-    """The settings as YAML, defaults included; `load` reads it back to an equal object."""
+    """Return the settings as YAML, including defaults. `load` reads it back to an equal object."""
     return write_yaml(config.model_dump(mode="json"))
 
 
 def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
-    """Every leaf field as (dotted name, type, default, documentation), in the order of declaration.
+    """Yield every leaf field as (dotted name, type, default, documentation), in the order of declaration.
 
-    A section that is one of several kinds gives the fields of each, their documentation headed by the kind.
+    For a section that can be of several kinds, the fields of each kind follow. Their documentation begins with the
+    kind.
     """
     texts = documentation(cls)
     for name, field in cls.model_fields.items():
@@ -108,7 +110,7 @@ def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any,
 
 
 def _type_name(annotation: Any) -> str:
-    """A type as one writes it, without what validates it."""
+    """Return a type in its usual notation, without its validators."""
     origin, members = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type_name(members[0])
@@ -125,7 +127,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _kinds(annotation: Any) -> dict[str, type[Config]]:
-    """The classes of a section by the tag of their kind; one without a tag when it has no kinds; none for a leaf."""
+    """Return the possible classes of a section, by kind; with the key "" if it has no kinds. Empty for a leaf field."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return {"": annotation}
     tagged = [get_args(member) for member in get_args(annotation) if get_origin(member) is Annotated]
@@ -133,20 +135,21 @@ def _kinds(annotation: Any) -> dict[str, type[Config]]:
 
 
 def _listed(annotation: Any) -> type[Config] | None:
-    """The class of the sections in a list; None where a value is no list of sections."""
+    """Return the class of the sections in a list; None if the value is not a list of sections."""
     listed = get_origin(annotation) in (tuple, list)
     within = (_kinds(member).get("") if listed else _listed(member) for member in get_args(annotation))
     return next(filter(None, within), None)
 
 
 def _of_several(annotation: Any) -> bool:
-    """Whether a value may be of more than one type, besides None."""
+    """Whether a value may have more than one type, not counting None."""
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
     return len([member for member in members if member is not type(None)]) > 1
 
 
 def split_override(override: str, form: str) -> tuple[str, Any]:
-    """Name and value of ``name=value``; raises ConfigError for what is not of this `form` or whose value is no YAML."""
+    """Return name and value of ``name=value``; raises ConfigError when it is not of this `form` or the value is not
+    YAML."""
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"override {override!r}: expected {form}")
@@ -167,7 +170,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = data
     for parent in parents:
-        if node.get(parent) is None:  # a section that is not there, or there as null
+        if node.get(parent) is None:  # the section is missing, or null
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
@@ -176,8 +179,11 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _explained(cls: type[Config], problems: Iterable[Any]) -> list[str]:
-    """A line for each field with problems. Where a value may be of several types pydantic has a problem with each of
-    them; where one of them is a list or section of which a part is wrong, that part is what is said."""
+    """Return one line for each field with problems.
+
+    For a value of several possible types, pydantic reports a problem with each type. If one of these types is a list or
+    a section with a wrong part, only the problem of that part is shown.
+    """
     found: dict[str, list[Any]] = {}
     for problem in problems:
         location, _ = _place(cls, [str(part) for part in problem["loc"]])
@@ -190,7 +196,7 @@ def _explained(cls: type[Config], problems: Iterable[Any]) -> list[str]:
 
 
 def _explain(cls: type[Config], name: str, problems: list[Any]) -> str:
-    """One line for pydantic's problems with one field: where, what, what to do."""
+    """Return one line for pydantic's problems with one field: where, what, and what to do."""
     problem, *_ = problems
     if problem["type"] == "extra_forbidden":
         return f"unknown key {name!r}{_nearest(cls, *reversed(_place(cls, [str(part) for part in problem['loc']])))}"
@@ -205,7 +211,7 @@ def _explain(cls: type[Config], name: str, problems: list[Any]) -> str:
 
 
 def _in_words(cls: type[Config], problem: Any) -> str:
-    """What pydantic says of one problem, in the words of a recipe where it has those of a program."""
+    """Return pydantic's message on one problem, in terms of a recipe instead of Python types."""
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         location, owner = _place(cls, [str(part) for part in problem["loc"]])
@@ -219,13 +225,13 @@ def _in_words(cls: type[Config], problem: Any) -> str:
 
 
 def _tagged_by(kinds: dict[str, type[Config]]) -> str:
-    """The field that tells the kinds of a section apart: in each it can only be its kind."""
+    """Return the name of the field that gives the kind of a section."""
     return next(name for tag, section in kinds.items() for name, field in section.model_fields.items()
                 if tag in get_args(field.annotation))  # fmt: skip
 
 
 def _as_written(problem: str, given: Any) -> str:
-    """What to do about a value that a person would read otherwise."""
+    """Return a hint for a value that YAML reads differently from what a person would expect."""
     if problem == "string_type" and isinstance(given, (bool, int, float)):
         return "; put it in quotes if it is text"
     if problem in ("int_parsing", "float_parsing") and re.fullmatch(r"[\d.]+\s?[kKmMgGtTbB]i?", str(given)):
@@ -234,7 +240,8 @@ def _as_written(problem: str, given: Any) -> str:
 
 
 def _nearest(cls: type[Config], owner: type[Config] | None, location: list[str]) -> str:
-    """A hint for an unknown key: the closest sibling, else the closest field anywhere, else what exists there."""
+    """Return a hint for an unknown key: the closest sibling, else the closest field anywhere, else the existing
+    siblings."""
     *parents, leaf = location
     siblings = list(owner.model_fields) if owner else []
     prefix = "".join(f"{parent}." for parent in parents)
@@ -243,19 +250,19 @@ def _nearest(cls: type[Config], owner: type[Config] | None, location: list[str])
         return f": did you mean {prefix + close[0]!r}?"
     by_leaf = {name.rpartition(".")[2]: name for name in reversed([name for name, *_ in fields(cls)])}
     elsewhere = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
-    if elsewhere and by_leaf[elsewhere[0]] != ".".join(location):  # else another kind of the section has it
+    if elsewhere and by_leaf[elsewhere[0]] != ".".join(location):  # equal: another kind of the section has the key
         return f": did you mean {by_leaf[elsewhere[0]]!r}?"
     return f"; known there: {', '.join(siblings)}" if siblings else ""
 
 
 def _place(cls: type[Config], location: list[str]) -> tuple[list[str], type[Config] | None]:
-    """A location as the user wrote it, without pydantic's tags of kinds and types, and the class that its last key is
-    in."""
+    """Return a location as the user wrote it, without pydantic's tags of kinds and types; and the class of its last
+    key."""
     written: list[str] = []
     owner: type[Config] | None = cls
     section: type[Config] | None = cls
     kinds: dict[str, type[Config]] = {}
-    typed = False  # whether the next part is the type, of several, that was tried
+    typed = False  # whether the next part is pydantic's name of one of several possible types
     for part in location:
         if part in kinds:
             section, kinds = kinds[part], {}
@@ -264,7 +271,7 @@ def _place(cls: type[Config], location: list[str]) -> tuple[list[str], type[Conf
             typed = False
             continue
         written.append(part)
-        if part.isdigit():  # in a list, whose sections are all alike
+        if part.isdigit():  # an index into a list of sections of the same class
             continue
         owner = section
         field = owner.model_fields.get(part) if owner else None

@@ -1,6 +1,6 @@
 """The files that come with the program: DeepSpeed strategies, recipes, corpora, sweeps. Found by name or by path.
 
-In a checkout they are ds_configs/ and launch/ at its root, in an installed wheel bst_base/shipped/.
+In a checkout they are in ds_configs/ and launch/ at its root, in an installed wheel in bst_base/shipped/.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ _KINDS = {
     SWEEPS: ("sweep", ".yaml"),
 }
 
-_SHOWN = 8  # names in an error
+_SHOWN = 8  # maximum names listed in an error message
 
 
 class NoSuchFileError(UserError):
-    """A file that is neither where the user said nor among those that come with the program."""
+    """A file exists neither at the given path nor among the files that come with the program."""
 
 
 def root() -> Path:
-    """The folder that holds ds_configs/ and launch/."""
+    """Return the folder that holds ds_configs/ and launch/."""
     here = Path(__file__).resolve().parent
     return here / "shipped" if (here / "shipped").is_dir() else here.parent
 
 
 def find(given: str | Path, folder: str) -> Path:
-    """The file that is meant: a path, or the name of a shipped file of `folder` with or without its suffix.
+    """Return the file for a path, or for the name of a shipped file in `folder`, with or without its suffix.
 
-    A file that exists under the given path is that file; ``launch/recipes/demo.yaml`` names the shipped one from
-    anywhere. Raises NoSuchFileError, which says where it looked and names the nearest.
+    If a file exists at the given path, it is that one. ``launch/recipes/demo.yaml`` finds the shipped file from any
+    working directory. Raises NoSuchFileError, which lists the searched places and the nearest name.
     """
     what, suffix = _KINDS[folder]
     path, shipped = Path(given), root() / folder
@@ -54,17 +54,17 @@ def find(given: str | Path, folder: str) -> Path:
 
 
 def names(folder: str) -> list[str]:
-    """The shipped files of a folder, by the names that `find` knows them under."""
+    """Return the names of a folder's shipped files, as `find` accepts them."""
     suffix = _KINDS[folder][1]
     files = (root() / folder).rglob(f"*{suffix}")
     return sorted(str(file.relative_to(root() / folder).with_suffix("")) for file in files)
 
 
 def base_of(path: Path) -> Path:
-    """The folder that relative paths in a settings file are meant from, wherever the program is started.
+    """Return the folder from which relative paths in a settings file count, whatever the working directory.
 
-    That of the file itself; for one in launch/recipes/, launch/data/ or launch/sweeps/, the folder that holds launch/;
-    for one that comes with an installed program, which is a template with no place of its own, the working directory.
+    It is the folder of the file. For a file in launch/recipes/, launch/data/ or launch/sweeps/, it is the folder that
+    holds launch/. For a file of an installed program, which is only a template, it is the working directory.
     """
     path = path.absolute()
     if path.is_relative_to(Path(__file__).resolve().parent):

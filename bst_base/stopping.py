@@ -1,4 +1,4 @@
-"""Being told to stop: by Ctrl-C in a command that has something to show, or by a signal in the midst of a long wait."""
+"""Requests to stop: Ctrl-C in a command with partial results, or a signal during a long wait."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from types import FrameType
 from bst_base.errors import UserError
 
 STATUS = 130
-"""Exit status of a command that Ctrl-C has stopped: 128 + SIGINT."""
+"""Exit status of a command that was stopped by Ctrl-C: 128 + SIGINT."""
 TOLD = threading.Event()
-"""Set by the first signal, in a program that takes signals as a wish to stop (`bst_dist.faults.signals`). Whatever
-waits for long, for a network say, looks at it."""
+"""Set by the first signal, in a program that treats signals as requests to stop (`bst_dist.faults.signals`). All code
+that may wait for a long time, for example for a network, checks it."""
 
 
 class Stopped(UserError):
-    """A wait was left because the process was told to stop; nothing is wrong with what was waited for."""
+    """A wait ended because the process was asked to stop. It does not mean that anything is wrong."""
 
     exit_status = 75
     """EX_TEMPFAIL of sysexits.h: start again."""
@@ -26,10 +26,10 @@ class Stopped(UserError):
 
 @contextmanager
 def heeding() -> Iterator[Callable[[], bool]]:
-    """Within the block the first Ctrl-C or SIGTERM is only remembered; what is yielded says whether one has come.
+    """Within the block, only record the first Ctrl-C or SIGTERM. Yields a function that returns whether one has come.
 
-    The work is to ask between two of its pieces. A second signal ends the command as usual, by KeyboardInterrupt.
-    Outside of the main thread, where Python takes no signals, nothing changes.
+    The work should call it between two of its parts. A second signal ends the command as usual, by KeyboardInterrupt.
+    Outside the main thread, where Python handles no signals, nothing changes.
     """
     told = threading.Event()
     if threading.current_thread() is not threading.main_thread():

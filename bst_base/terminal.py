@@ -1,4 +1,4 @@
-"""What commands print for people: lines and tables, in one style everywhere."""
+"""Output of commands for people: lines and tables in one style."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from rich.table import Table
 from rich.text import Text
 
 Cell = str | Text
-"""What stands in a table: plain text, or text with a style."""
+"""The content of a table's cell: plain text, or text with a style."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table; every row has a cell for each column."""
+    """A table. Every row has a cell for each column."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     rule_after: int | None = None
-    """On the terminal, an empty line after that many rows."""
+    """On the terminal, print an empty line after this many rows."""
     flush_right: bool = False
-    """All columns but the first, also those with words among their numbers."""
+    """Align all columns but the first to the right, also those with words among their numbers."""
 
 
 def say(text: str, console: Console | None = None) -> None:
-    """A line for people, as it is; on `console` where something else is shown live."""
+    """Print a line as it is; on `console` if that shows a live display."""
     (console or Console()).print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def is_numeric(cells: Sequence[Cell]) -> bool:
-    """Whether a column is of numbers, which are flush right; a dash or dots stand for a number that is missing."""
+    """Whether a column consists of numbers, which are aligned to the right. A dash or dots count as a missing
+    number."""
     told = [cell for cell in map(str, cells) if cell.strip("—–-…")]
     return bool(told) and all(cell.lstrip("+-−±(> ")[:1].isdigit() for cell in told)
 
 
 def drawn(sheet: Sheet, title: str | None = None) -> Table:
-    """A table as rich draws it; the first column and numbers are never wrapped, nothing is cut."""
+    """Return the table for rich. The first column and numbers are never wrapped, and nothing is cut."""
     table = Table(box=SIMPLE, title=title)
     for place, name in enumerate(sheet.columns):
         cells = [row[place] for row in sheet.rows]
@@ -58,7 +59,8 @@ def drawn(sheet: Sheet, title: str | None = None) -> Table:
 
 
 def print_table(sheet: Sheet, title: str | None = None, caption: str | None = None) -> None:
-    """A table, numbers flush right: as wide as the terminal, and where that would cut a number, as wide as it takes."""
+    """Print a table with numbers aligned to the right. It is as wide as the terminal, or wider if a number would be
+    cut."""
     if title:
         say(title)
     console, table = Console() if sys.stdout.isatty() else Console(width=400), drawn(sheet)

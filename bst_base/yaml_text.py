@@ -1,10 +1,10 @@
-"""YAML as settings are written in it: every plain value means what a person reads, or is refused with its line.
+"""YAML for settings: every plain value means what a person expects, or is refused with its line.
 
-PyYAML follows YAML 1.1 and keeps the last of two equal keys, reads ``1e-3`` as text, ``012`` as ten, ``12:30`` as 750
+PyYAML follows YAML 1.1: it keeps the last of two equal keys, reads ``1e-3`` as text, ``012`` as ten, ``12:30`` as 750
 and ``no`` as false. Here:
 
-- a key that is given twice in one section is refused, with both lines;
-- ``1e-3``, ``1e3``, ``1_000``, ``0x10`` and ``0o17`` are numbers; ``true`` and ``false`` the only booleans; ``null`` is
+- a key that occurs twice in one section is refused, with both lines;
+- ``1e-3``, ``1e3``, ``1_000``, ``0x10`` and ``0o17`` are numbers; only ``true`` and ``false`` are booleans; ``null`` is
   null; dates and times are text;
 - ``yes``, ``no``, ``on``, ``off`` and numbers that begin with a zero are refused unless they are quoted.
 """
@@ -18,7 +18,7 @@ import yaml
 
 _BOOL, _NULL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("bool", "null", "int", "float"))
 _AMBIGUOUS = "!ambiguous"
-_PLAIN = (  # tag, pattern, the characters such a value begins with; the first that fits
+_PLAIN = (  # (tag, pattern, possible first characters); the first match decides
     (_BOOL, r"true|True|TRUE|false|False|FALSE", "tTfF"),
     (_NULL, r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     (_INT, r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)", "-+0123456789"),
@@ -34,7 +34,7 @@ _PLAIN = (  # tag, pattern, the characters such a value begins with; the first t
 
 
 class SettingsError(ValueError):
-    """Text that is not the YAML of settings; the message has the line."""
+    """The text is not valid YAML for settings. The message contains the line."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,7 +51,7 @@ for _tag, _pattern, _first in _PLAIN:
 
 
 def read_yaml(text: str) -> Any:
-    """The value that `text` holds; raises SettingsError, with the line, for what is not YAML or could be misread."""
+    """Return the value of a YAML text; raises SettingsError, with the line, if it is not YAML or is ambiguous."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -64,7 +64,7 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(value: Any, **style: Any) -> str:
-    """The text that `read_yaml` reads back to an equal value."""
+    """Return YAML text that `read_yaml` reads back to an equal value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
 
 
