@@ -17,8 +17,10 @@ from pydantic import BaseModel
 
 
 def documentation(cls: type[BaseModel]) -> dict[str, str]:
-    """Return the string below each annotated field, on one line, also for inherited fields; nothing if there is no
-    source."""
+    """Return the string below each annotated field, on one line, including inherited fields.
+
+    It is empty if there is no source.
+    """
     found: dict[str, str] = {}
     for base in cls.__mro__[cls.__mro__.index(BaseModel) - 1 :: -1]:
         for field, text in pairwise(_classes(base.__module__).get(base.__qualname__, ())):

@@ -118,8 +118,10 @@ def sync_directory(path: Path) -> None:
 
 
 def _partial(path: Path) -> Path:
-    """Return a name that only this writer uses: another writer of the same file, believed dead, may still be
-    writing."""
+    """Return a name that only this writer uses.
+
+    Another writer of the same file, believed dead, may still be writing.
+    """
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
 
 

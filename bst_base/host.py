@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _HANDED_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_LOWEST_PORT = 10_000  # most services use lower ports
+_LOWEST_PORT = 10_000  # most services use ports below this
 _TRIES = 100
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 

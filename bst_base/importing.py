@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Disable garbage collection in the block. At its first end, all existing objects are excluded from later
-    collections.
+    """Disable garbage collection in the block.
 
-    Use it only for imports: garbage cycles that exist at that time are never freed. That is why it happens only once:
-    otherwise, a process that runs many commands would keep the garbage of each.
+    At its first end, all existing objects are excluded from later collections. Use it only for imports: garbage cycles
+    that exist at that time are never freed. That is why it happens only once: otherwise, a process that runs many
+    commands would keep the garbage of each.
     """
     if not gc.isenabled():  # inside another such block, or disabled by the user
         yield

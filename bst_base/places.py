@@ -42,8 +42,10 @@ class PlacedPath(type(Path())):
 
 
 def placed(data: T, base: Path) -> T:
-    """Mark settings from YAML: their relative paths count from `base`, unless they are already marked with another
-    folder."""
+    """Mark the strings in settings from YAML: relative paths among them count from `base`.
+
+    Strings that are already marked with another folder keep it.
+    """
     if isinstance(data, dict):
         return {key: placed(value, base) for key, value in data.items()}
     if isinstance(data, (list, tuple)):

@@ -49,8 +49,10 @@ def load(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Return the settings in a YAML file, not yet validated; raises ConfigError when the file has none or is not
-    readable."""
+    """Return the settings in a YAML file, not yet validated.
+
+    Raises ConfigError when the file has none or is not readable.
+    """
     path = Path(path)
     try:
         data = read_yaml(path.read_text(encoding="utf-8"))
@@ -148,8 +150,10 @@ def _of_several(annotation: Any) -> bool:
 
 
 def split_override(override: str, form: str) -> tuple[str, Any]:
-    """Return name and value of ``name=value``; raises ConfigError when it is not of this `form` or the value is not
-    YAML."""
+    """Return name and value of ``name=value``.
+
+    Raises ConfigError when it is not of this `form` or the value is not YAML.
+    """
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"override {override!r}: expected {form}")
@@ -240,8 +244,7 @@ def _as_written(problem: str, given: Any) -> str:
 
 
 def _nearest(cls: type[Config], owner: type[Config] | None, location: list[str]) -> str:
-    """Return a hint for an unknown key: the closest sibling, else the closest field anywhere, else the existing
-    siblings."""
+    """Return a hint for an unknown key: the closest sibling, else the closest field anywhere, else all siblings."""
     *parents, leaf = location
     siblings = list(owner.model_fields) if owner else []
     prefix = "".join(f"{parent}." for parent in parents)
@@ -256,8 +259,10 @@ def _nearest(cls: type[Config], owner: type[Config] | None, location: list[str])
 
 
 def _place(cls: type[Config], location: list[str]) -> tuple[list[str], type[Config] | None]:
-    """Return a location as the user wrote it, without pydantic's tags of kinds and types; and the class of its last
-    key."""
+    """Return a location as the user wrote it, and the class of its last key.
+
+    Pydantic's tags of kinds and types are removed.
+    """
     written: list[str] = []
     owner: type[Config] | None = cls
     section: type[Config] | None = cls

@@ -13,7 +13,9 @@ def readable_size(count: float) -> str:
 
 
 def shortage(needed: float, free: float, where: object) -> str:
-    """Say that `needed` bytes do not fit there, and how many are missing (needed and free may round to the same
-    number)."""
+    """Return a message that `needed` bytes do not fit there, and how many are missing.
+
+    The missing bytes are given too, since the other two numbers may look the same after rounding.
+    """
     return (f"it needs {readable_size(needed)}, {where} has {readable_size(free)} free, "
             f"{readable_size(needed - free)} too little")  # fmt: skip

@@ -35,8 +35,10 @@ def say(text: str, console: Console | None = None) -> None:
 
 
 def is_numeric(cells: Sequence[Cell]) -> bool:
-    """Whether a column consists of numbers, which are aligned to the right. A dash or dots count as a missing
-    number."""
+    """Whether a column consists of numbers, which are aligned to the right.
+
+    A dash or dots count as a missing number.
+    """
     told = [cell for cell in map(str, cells) if cell.strip("—–-…")]
     return bool(told) and all(cell.lstrip("+-−±(> ")[:1].isdigit() for cell in told)
 
@@ -59,8 +61,10 @@ def drawn(sheet: Sheet, title: str | None = None) -> Table:
 
 
 def print_table(sheet: Sheet, title: str | None = None, caption: str | None = None) -> None:
-    """Print a table with numbers aligned to the right. It is as wide as the terminal, or wider if a number would be
-    cut."""
+    """Print a table with numbers aligned to the right.
+
+    It is as wide as the terminal, or wider if a number would be cut.
+    """
     if title:
         say(title)
     console, table = Console() if sys.stdout.isatty() else Console(width=400), drawn(sheet)

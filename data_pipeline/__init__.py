@@ -1,2 +1,4 @@
-"""The data pipeline: from raw corpora to tokens that are sharded by sequence and resumed exactly. It knows no
-models."""
+"""The data pipeline: from raw corpora to tokens that are sharded by sequence and resumed exactly.
+
+It knows no models.
+"""

@@ -1,2 +1,1 @@
-"""Benchmarks: this project's reader and other packages' on the same sequences (`bst bench data`), and corpora of any
-size (`bst bench index`)."""
+"""Benchmarks of the reader: against other packages (`bst bench data`), and by corpus size (`bst bench index`)."""

@@ -32,10 +32,10 @@ PER_TAR = 4096  # sequences in one WebDataset tar
 
 
 def make_ours(directory: Path, sequences: int, length: int, mean_document: int = MEAN_DOCUMENT) -> None:
-    """Write a corpus of random tokens with exactly `sequences` sequences of `length` in a pass, and one more token as
-    label.
+    """Write a corpus of random tokens with exactly `sequences` sequences of `length` in a pass.
 
-    The lengths of documents are log-normal, with a mean of `mean_document` tokens.
+    It has one more token, the last label. The lengths of documents are log-normal, with a mean of `mean_document`
+    tokens.
     """
     total = sequences * length + 1
     rng = np.random.Generator(np.random.Philox(key=1))
@@ -120,8 +120,7 @@ def bench_tokenizer() -> Tokenizer:
 
 
 def write_shard(directory: Path, number: int, lengths: list[int], rng: np.random.Generator) -> ShardInfo:
-    """Write a shard of random tokens as `prepare` does: with its index, and a packed file if its documents are
-    short."""
+    """Write a shard of random tokens like `prepare`: with an index, and with a packed file if documents are short."""
     tar, idx = directory / f"train-{number:06d}.tar", directory / f"train-{number:06d}.idx"
     with tar.open("wb") as file:
         writer = ShardWriter(file)

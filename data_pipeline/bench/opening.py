@@ -28,8 +28,10 @@ MEETINGS = 2
 
 
 def private_mb() -> float:
-    """Return the megabytes that only this process has written. Pages of mapped files do not count: the kernel can drop
-    them."""
+    """Return the megabytes that only this process has written.
+
+    Pages of mapped files do not count: the kernel can drop them.
+    """
     gc.collect()
     text = Path("/proc/self/smaps_rollup").read_text()
     return int(re.search(r"Private_Dirty: +(\d+) kB", text)[1]) / 1e3
@@ -42,8 +44,10 @@ def meet() -> None:
 
 
 def measure(config: DataConfig, tokens_per_s: float, seconds: float, rank: int, ranks: int) -> dict[str, Any]:
-    """Measure the seconds to the first batch, memory and open shards, then the fraction of time that a trainer waits
-    for data."""
+    """Measure the time to the first batch, memory and open shards, then how much a trainer waits for data.
+
+    `waited` is the fraction of the time that a trainer of this speed waits.
+    """
     meet()
     before = private_mb()
     begin = time.perf_counter()

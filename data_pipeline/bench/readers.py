@@ -68,8 +68,10 @@ class OursAsStored(Ours):
 
 
 class WebDataset:
-    """Stock webdataset with shuffled shards and samples. To resume, it reads all earlier samples again and drops
-    them."""
+    """Stock webdataset with shuffled shards and samples.
+
+    To resume, it reads all earlier samples again and drops them.
+    """
 
     def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
         import webdataset as wds
@@ -183,8 +185,7 @@ def disk_bytes() -> int:
 
 
 def leave_page_cache(directory: Path) -> None:
-    """Drop the pages of the files below a directory from the page cache, so that the next pass reads them from the
-    disk."""
+    """Drop the pages of all files below a directory from the page cache, so that the next pass reads from the disk."""
     for path in (each for each in directory.rglob("*") if each.is_file()):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -4,12 +4,12 @@
     bst bench index --documents 1e9 --isolated       # every document padded to the block
     bst bench index --documents 1e9 --latency-ms 40  # from a server on the loopback that takes 40 ms to answer
     bst bench index --documents 1e9 --latency-ms 40 --cache
-    bst bench index --documents 1e9 --ranks 4        # on one machine, each with rows of its own
+    bst bench index --documents 1e9 --ranks 4        # on one machine, each with its own rows
 
 All shards of these corpora share one shard's bytes, so a billion documents need no disk. They are read by the usual
-code, in one process per rank. Memory is what a process needs beyond its size before the corpus was opened; ranks share
-none of it. After the first batch a rank takes steps of 32,768 tokens at the given speed, and the share of time that it
-waits for data is shown. With several ranks the largest figure counts.
+code, in one process per rank. Memory is the growth of a process since before the corpus was opened; ranks share none of
+it. After the first batch a rank takes steps of 32,768 tokens at the given speed, and the share of time that it waits
+for data is shown. With several ranks the largest value of each figure is shown.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Upload a prepared corpus to an object store.
 
     bst data push corpora/stdlib s3://bucket/stdlib
-    bst data push corpora/stdlib-2 s3://bucket/stdlib --grow      # the new files alone of a corpus that continues it
+    bst data push corpora/stdlib-2 s3://bucket/stdlib --grow      # only the new files of a corpus that continues it
 
 Then runs, and all commands that read corpora, accept the address in place of the directory. Every file is checked
 against its SHA-256 before it is sent, and the manifest is sent last: an interrupted push leaves no corpus there, and

@@ -2,8 +2,8 @@
 
     bst data stats corpora/stdlib
     bst data stats corpora/stdlib --png lengths.png     # also draw the histogram of lengths
-    bst data stats corpora/large --quick                # only what manifest and indexes tell
-    bst data stats corpora/stdlib --quick --length 4096 # what sequences of 4,096 tokens cut, by data.packing
+    bst data stats corpora/large --quick                # only from the manifest and the indexes
+    bst data stats corpora/stdlib --quick --length 4096 # documents cut by sequences of 4,096 tokens
 
 Overlap is the share of 32-token runs of the validation split that also occur in the training split. Ctrl-C stops
 reading tokens and prints what --quick prints.
@@ -115,10 +115,9 @@ def _scan(corpus: Path, manifest: Manifest, workers: Workers, console: Console) 
 
 
 def cut_by_packing(corpus: Path, length: int) -> dict[str, Any]:
-    """Return, for each packing, how many documents in a pass over train are cut although they would fit into a
-    sequence.
+    """Return, for each packing, how many documents of train are cut although they would fit into a sequence.
 
-    `documents` is the number of documents that fit into a sequence of `length`.
+    It counts one pass. `documents` is the number of documents that fit into a sequence of `length`.
     """
     opened = Corpus.open(str(corpus))
     windows = Windows(opened.shard_sizes(None), (0, 0, 0))

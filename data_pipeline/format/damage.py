@@ -11,12 +11,11 @@ _BY_TOP = {syndrome >> 24: value for value, syndrome in enumerate(_TABLE)}
 
 
 def locate_changed_byte(data: bytes | memoryview, expected: int) -> tuple[int, int] | None:
-    """Return (position, original byte) if one changed byte explains why the CRC-32 of `data` is not `expected`, else
-    None.
+    """Return (position, original byte) if one changed byte explains why the CRC-32 of `data` is not `expected`.
 
     The difference of the two CRCs is that of the changed byte, carried through the zero bytes after it. Undoing these
-    one at a time finds the position. Other damage to 16 kB is mistaken for one changed byte with a probability of 0.1
-    %.
+    one at a time finds the position. Returns None if no single byte explains it. Other damage to 16 kB is mistaken for
+    one changed byte with a probability of 0.1 %.
     """
     difference = zlib.crc32(data) ^ expected
     for place in range(len(data) - 1, -1, -1):

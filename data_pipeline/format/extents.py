@@ -1,9 +1,8 @@
-"""The extents of shards: how many stream positions each takes up when documents are padded to a block. One file per
-split.
+"""The extents of shards: how many stream positions each takes up when documents are padded to a block.
 
-The order needs these sums before the first token is read. Without the file, the index of every shard would have to be
-read for them. For each block in `BLOCKS`, the file holds one little-endian u64 per shard: the tokens of its documents,
-each document rounded up to the block.
+There is one file per split. The order needs these sums before the first token is read. Without the file, the index of
+every shard would have to be read for them. For each block in `BLOCKS`, the file holds one little-endian u64 per shard:
+the tokens of its documents, each document rounded up to the block.
 """
 
 from __future__ import annotations

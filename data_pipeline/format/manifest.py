@@ -90,8 +90,10 @@ class Manifest(Config):
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the manifest file. It identifies the whole corpus, since the file contains the hashes of all other
-        files."""
+        """SHA-256 of the manifest file.
+
+        It identifies the whole corpus, since the file contains the hashes of all other files.
+        """
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:

@@ -68,8 +68,7 @@ def read_index(path: Path) -> MegatronIndex:
 
 
 def write_index(path: Path, lengths: Sequence[int], dtype: np.dtype) -> None:
-    """Write the index of a `.bin` that holds documents of these lengths, one after the other in `dtype`, one sequence
-    each."""
+    """Write the index of a `.bin` that holds documents of these lengths in `dtype`, one sequence per document."""
     header = np.zeros((), _HEADER)
     header["magic"], header["version"] = np.void(_MAGIC), _VERSION
     header["code"] = next(code for code, name in _CODES.items() if np.dtype(name) == dtype)

@@ -36,8 +36,10 @@ def is_worth_it(index: ShardIndex) -> bool:
 
 
 def write_packed(tar: Path, index: ShardIndex) -> bool:
-    """Write the packed file of a shard if that is worth it, else remove an existing one; return whether there is one
-    now."""
+    """Write the packed file of a shard if that is worth it, else remove an existing one.
+
+    Returns whether the file exists now.
+    """
     path = tar.with_name(packed_name(tar.name))
     if not is_worth_it(index):
         path.unlink(missing_ok=True)

@@ -138,8 +138,10 @@ class ShardParser:
         self._columns: dict[str, np.ndarray] | None = None
 
     def hook(self, value: dict[str, Any]) -> dict[str, Any] | _Row:
-        """Replace a well-formed shard by its row number; return anything else unchanged. For
-        `json.loads(object_hook=…)`."""
+        """Return the row number for a well-formed shard, and anything else unchanged.
+
+        It is the `object_hook` of `json.loads`.
+        """
         if value.keys() != _FIELDS.keys() or any(type(value[name]) is not kind for name, kind in _FIELDS.items()):
             return value
         if any(value[name] < 0 or value[name] >> 62 for name in _NUMBERS):
@@ -147,8 +149,10 @@ class ShardParser:
         return _Row(self._rows.add(value))
 
     def table(self, shards: Any) -> Any:
-        """Return the table of a list of rows. If it holds anything else, return the value as it was in the JSON
-        document."""
+        """Return the table of a list of rows.
+
+        If it holds anything else, return the value as it was in the JSON document.
+        """
         if self._columns is None:
             self._columns = self._rows.columns()
         if not isinstance(shards, list):

@@ -45,8 +45,10 @@ class ShardWriter:
         self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def add(self, key: str, info: dict[str, Any], tokens: np.ndarray) -> None:
-        """Append one document. `key` must not contain a dot (WebDataset splits names at the first one); `tokens` is
-        (n,)."""
+        """Append one document.
+
+        `key` must not contain a dot (WebDataset splits names at the first one); `tokens` is (n,).
+        """
         header = json.dumps(info, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
         payload = io.BytesIO()
         np.lib.format.write_array(payload, np.ascontiguousarray(tokens), version=(1, 0))
@@ -200,10 +202,9 @@ def read_shard(file: BinaryIO, where: str) -> Iterator[tuple[tarfile.TarInfo, di
 
 
 def find_document(tar_path: Path, key: str | None, path: str) -> tuple[str, dict[str, Any], np.ndarray] | None:
-    """Return (key, JSON, tokens) of the document with this key or, if the key is None, this path; None when it is not
-    there.
+    """Return (key, JSON, tokens) of the document with this key or, if the key is None, this path.
 
-    It reads the headers of the tar, but not the tokens of other documents.
+    Returns None when there is no such document. It reads the headers of the tar, but not the tokens of other documents.
     """
     try:
         with tarfile.open(tar_path, mode="r:") as tar:

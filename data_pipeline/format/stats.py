@@ -79,8 +79,7 @@ def run_hashes(tokens: np.ndarray, n: int = NGRAM) -> np.ndarray:
 
 
 def sample_runs(corpus: Path, shards: Iterable[ShardInfo]) -> np.ndarray:
-    """Return the sorted distinct hashes of runs in the shards, (runs,) uint64; the smallest ones if there are too
-    many."""
+    """Return (runs,) uint64: the sorted distinct hashes of runs in the shards; the smallest ones if too many."""
     kept, bound = np.empty(0, np.uint64), np.uint64(2**64 - 1)
     waiting: list[np.ndarray] = []
     size = 0

@@ -43,8 +43,7 @@ def _unreadable(error: OSError, path: Path) -> Problem:
 
 
 def verify_tokenizer(corpus: Path, manifest: Manifest) -> list[Problem]:
-    """Return problems of the corpus's tokenizer: missing, a different one, or special ids that differ from the
-    manifest."""
+    """Return the problems of the tokenizer: missing, a different one, or other special ids than the manifest's."""
     info = manifest.tokenizer
     try:
         tokenizer = read_tokenizer(corpus / info.file)
@@ -79,8 +78,10 @@ def verify_extents(corpus: Path, manifest: Manifest) -> list[Problem]:
 
 
 def _extents_of(corpus: Path, manifest: Manifest, split: str) -> bytes:
-    """Return the correct content of the file. If an index is unreadable, return the file itself: the shard is the
-    problem."""
+    """Return the correct content of the file.
+
+    If an index is unreadable, return the file itself: the shard is the problem.
+    """
     with contextlib.suppress(ShardError):
         indexes = (ShardIndex.read(corpus / shard.index) for shard in manifest.shards(split))
         return to_bytes([shard_extents(index.lengths) for index in indexes])
@@ -115,8 +116,7 @@ def verify_shard(task: VerifyTask) -> list[Problem]:
 
 
 def _first_bad(tar: Path, index: ShardIndex) -> str:
-    """Return where a damaged tar first differs: the member, the token block and the bytes, as far as the index can
-    tell."""
+    """Return the first place where a damaged tar differs: member, token block and bytes, if the index can tell."""
     size = index.dtype.itemsize
     with tar.open("rb") as file:
         for i, (offset, length, start) in enumerate(zip(index.offsets, index.lengths, index.crc_starts, strict=True)):

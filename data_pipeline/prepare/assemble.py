@@ -76,8 +76,10 @@ def deduplicate(
 
 
 def _cluster_names(roots: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """Name each cluster by the smallest hash of its texts. Adding a document changes the name only if it joins the
-    cluster."""
+    """Name each cluster by the smallest hash of its texts.
+
+    Adding a document changes the name only if it joins the cluster.
+    """
     smallest = np.full(len(roots), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(smallest, roots, digests)
     return smallest[roots]
@@ -128,8 +130,10 @@ def assign(
 
 
 def _join_earlier(plan: np.ndarray, clusters: np.ndarray, splits: np.ndarray) -> None:
-    """Put undecided documents of these clusters, (n,), into the split, (n,), of the first earlier document of the
-    cluster."""
+    """Put undecided documents into the split of the first earlier document of their cluster.
+
+    `clusters` and `splits`, (n,): those of the earlier documents.
+    """
     names, first = np.unique(clusters, return_index=True)
     if not len(names):
         return
@@ -178,8 +182,10 @@ def shard_tasks(plan: np.ndarray, output: Path, work: Path, source: Source) -> l
 
 
 def write_shard(task: EncodeTask) -> ShardDone:
-    """Write a shard, its index and its packed file, and at the end a record that it is done. A recorded shard is only
-    checked."""
+    """Write a shard, its index and its packed file, and at the end a record that it is done.
+
+    A recorded shard is only checked.
+    """
     record = task.work / f"{task.split}-{task.number:06d}.json"
     if done := _finished(record, task):
         return done
@@ -253,8 +259,10 @@ def _document_info(row: np.void, names: dict[str, Any], source: str, tokens: int
 
 
 def _finished(record: Path, task: EncodeTask) -> ShardDone | None:
-    """Return the shard if an earlier run finished it and its files are unchanged; a damaged packed file is written
-    again."""
+    """Return the shard if an earlier run finished it and its files are unchanged, else None.
+
+    A damaged packed file is written again.
+    """
     if not record.exists():
         return None
     found = json.loads(record.read_bytes())

@@ -176,8 +176,10 @@ def _extract(
 
 
 def _check_listed(beside: list[Skipped], config: PrepareConfig) -> int:
-    """Return how many of the records in `beside` are bad; raises UserError for the first one if the policy is to
-    stop."""
+    """Return how many of the records in `beside` are bad.
+
+    Raises UserError for the first one if the policy is to stop.
+    """
     bad = [skipped for skipped in beside if skipped.bad]
     if bad and config.on_bad_record == "stop":
         raise refusal(bad[0])
@@ -195,8 +197,10 @@ def _check_limit(bad: int, spool: Path, config: PrepareConfig) -> None:
 def _plan(
     config: PrepareConfig, table: np.ndarray, earlier: Earlier | None, work: Path, progress: Progress
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Decide where each document goes, and write it to work/plan.npy for the workers; return the plan and the
-    duplicates."""
+    """Decide where each document goes; return the plan and the number of duplicates.
+
+    The plan is also written to work/plan.npy for the workers.
+    """
     progress("deduplicate", 0, len(table))
     signatures = None
     if config.deduplicate.method == "minhash":
@@ -225,8 +229,10 @@ def _plan(
 def _make_tokenizer(
     config: PrepareConfig, given: Tokenizer | None, plan: np.ndarray, work: Path, progress: Progress
 ) -> Tokenizer:
-    """Return the tokenizer, made in the working directory: the one in the output directory may belong to other
-    settings."""
+    """Return the tokenizer, made in the working directory.
+
+    The one in the output directory may belong to other settings.
+    """
     path = work / TOKENIZER
     if path.exists():
         return read_tokenizer(path)

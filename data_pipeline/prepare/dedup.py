@@ -71,14 +71,15 @@ class Clusters:
 
 
 def signature(text: bytes) -> np.ndarray:
-    """Return the MinHash signature of a text's 5-grams, (PERMUTATIONS,) uint32. A text of fewer than 5 words is one
-    shingle."""
+    """Return the MinHash signature of a text's 5-grams, (PERMUTATIONS,) uint32.
+
+    A text of fewer than 5 words is one shingle.
+    """
     return signature_of(np.concatenate([np.empty(0, np.uint64), *word_hashes(text)]))
 
 
 def signature_of(words: np.ndarray) -> np.ndarray:
-    """Return the signature of words given as numbers, (n,) uint64: word hashes, or the token ids of a tokenized
-    source."""
+    """Return the signature of words given as numbers, (n,) uint64: word hashes, or a tokenized source's ids."""
     width = min(_SHINGLE, max(len(words), 1))
     shingles = np.zeros(max(len(words) - width + 1, 1), np.uint64)
     for k in range(width if len(words) else 0):

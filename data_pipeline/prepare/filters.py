@@ -54,8 +54,10 @@ def load(name: str) -> Filter:
 
 
 def identity(name: str) -> str:
-    """Return a string that identifies a filter: its function and the hash of its file. Files that it imports do not
-    count."""
+    """Return a string that identifies a filter: its function and the hash of its file.
+
+    Files that it imports do not count.
+    """
     file, function = parts(name)
     load(name)
     return f"{function} of {sha256_file(file)}"

@@ -1,5 +1,4 @@
-"""The identity of a corpus, which decides its bytes: its settings, the content of its source, the versions of the
-tools.
+"""The identity of a corpus, on which its bytes depend: settings, content of the source, versions of the tools.
 
 Finished corpora and unfinished work are reused only if all of this is the same. Names and sizes are not enough: a file
 may be edited without a change of its size.
@@ -42,8 +41,10 @@ class HashTask(NamedTuple):
 def identity(
     config: PrepareConfig, groups: list[tuple[Part, ...]], workers: Workers, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
-    """Return the identity of the corpus, without anything that names a machine or its directories. Reads the whole
-    source."""
+    """Return the identity of the corpus, without anything that names a machine or its directories.
+
+    Reads the whole source.
+    """
     settings = config.model_dump(mode="json", exclude=_MACHINE)
     if config.tokenizer.reuse is not None:
         settings["tokenizer"] = {"reuse": given_tokenizer(config).sha256}
@@ -120,8 +121,10 @@ def check_same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> N
 
 
 def check_there(manifest: Manifest, corpus: Path) -> None:
-    """Raise UserError when a file of a finished corpus is missing or cut short. Only `verify` checks the hashes of
-    shards."""
+    """Raise UserError when a file of a finished corpus is missing or cut short.
+
+    Only `verify` checks the hashes of shards.
+    """
     info = manifest.tokenizer
     read_tokenizer(corpus / info.file, info.sha256)
     for shard in (shard for shards in manifest.splits.values() for shard in shards):

@@ -62,11 +62,11 @@ def mpi_ranks() -> int:
 
 @contextmanager
 def open_workers(count: int | None) -> Iterator[Workers | None]:
-    """Yield workers for the tasks of this program. On the MPI ranks that serve as workers, yield None after they have
-    served.
+    """Yield workers for the tasks of this program.
 
-    Under `mpirun -n N`, rank 0 runs the program and the other N - 1 ranks run its tasks; `count` is ignored. Otherwise
-    `count` processes run them (None: one for each CPU that this process may use; 1: this process only).
+    On the MPI ranks that serve as workers, yield None after they have served. Under `mpirun -n N`, rank 0 runs the
+    program and the other N - 1 ranks run its tasks; `count` is ignored. Otherwise `count` processes run them (None: one
+    for each CPU that this process may use; 1: this process only).
     """
     ranks = mpi_ranks()
     if ranks > 1:
@@ -90,8 +90,10 @@ def open_workers(count: int | None) -> Iterator[Workers | None]:
 
 
 def _end_with(parent: int) -> None:
-    """Make this worker end soon after its parent. Otherwise a pool whose parent was killed would wait for work
-    forever."""
+    """Make this worker end soon after its parent.
+
+    Otherwise a pool whose parent was killed would wait for work forever.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:

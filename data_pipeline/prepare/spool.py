@@ -65,8 +65,10 @@ class ChunkDone(NamedTuple):
 
 
 def group_parts(parts: list[Part], size: int) -> list[tuple[Part, ...]]:
-    """Return groups of consecutive parts, about `size` bytes each. The chunks do not depend on the number of
-    workers."""
+    """Return groups of consecutive parts, about `size` bytes each.
+
+    The chunks do not depend on the number of workers.
+    """
     before = accumulate((part.size for part in parts[:-1]), initial=0)
     groups: dict[int, list[Part]] = {}
     for part, start in zip(parts, before, strict=True):
@@ -109,8 +111,10 @@ def merge_signatures(spool: Path, chunks: int) -> np.ndarray:
 
 
 def read_documents(spool: Path, rows: np.ndarray) -> Iterator[tuple[np.void, dict[str, Any], bytes]]:
-    """Yield (row, names, text or ids) of each of `rows`, (n,) with TABLE's columns. The rows of a chunk must be
-    consecutive."""
+    """Yield (row, names, text or ids) of each of `rows`, (n,) with TABLE's columns.
+
+    The rows of a chunk must be consecutive.
+    """
     edges = np.flatnonzero(np.diff(rows["chunk"])) + 1
     for run in np.split(rows, edges) if len(rows) else []:
         path = chunk_path(spool, int(run["chunk"][0]))
@@ -141,8 +145,7 @@ def read_skipped(spool: Path, chunks: int) -> Iterator[dict[str, Any]]:
 
 
 def skipped_record(skipped: Skipped) -> dict[str, Any]:
-    """Return a line of `skipped.jsonl`: {path, reason}, with {bad: true} for a bad record and {count} if it is not
-    1."""
+    """Return a line of `skipped.jsonl`: {path, reason}, with {bad: true} if bad and {count} if it is not 1."""
     record: dict[str, Any] = {"path": printable(skipped.path), "reason": skipped.reason}
     if skipped.bad:
         record["bad"] = True

@@ -116,8 +116,10 @@ def _crcs(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarr
 
 
 def _advanced(eight: np.ndarray) -> np.ndarray:
-    """Return (k,) uint32: the CRC register after eight bytes. `eight` is the XOR of the register before and these
-    bytes."""
+    """Return (k,) uint32: the CRC register after eight bytes.
+
+    `eight` is the XOR of the register before and these bytes.
+    """
     parts = eight.view("<u2").reshape(-1, 4)
     return (
         _CRC_8[0].take(parts[:, 0])

@@ -51,7 +51,7 @@ class Batch:
 class Cuts:
     """Which document lies where: m runs of inputs of one document each, ordered by row and place.
 
-    Places count from the begin of the whole row, whichever slice the batch holds. A run's document begins at ``place -
+    Places count from the start of the whole row, whichever slice the batch holds. A run's document begins at ``place -
     offset``, which is negative when the document began in an earlier sequence.
     """
 
@@ -63,8 +63,10 @@ class Cuts:
 
     @classmethod
     def of(cls, pieces: Pieces, length: int, begin: int) -> Cuts:
-        """Return the cuts of a slice of `length` inputs. `pieces` also cover the label of the last input, which is left
-        out."""
+        """Return the cuts of a slice of `length` inputs.
+
+        `pieces` also cover the label of the last input, which is left out.
+        """
         pieces = pieces.select(pieces.slot < length)
         count = np.minimum(pieces.length, length - pieces.slot)
         return cls(pieces.row, pieces.slot + begin, count, pieces.document, pieces.offset)

@@ -89,8 +89,10 @@ class DataConfig(Config):
         return [self.corpus] if isinstance(self.corpus, str) else [each.corpus for each in self.corpus]
 
     def only(self, kept: Sequence[bool]) -> DataConfig:
-        """Return settings with the kept corpora only, with their first weights. If these are all 0, the weights become
-        equal."""
+        """Return settings with the kept corpora only, with their first weights.
+
+        If these are all 0, the weights become equal.
+        """
         if isinstance(self.corpus, str) or all(kept):
             return self
         mixed = tuple(each for each, keep in zip(self.corpus, kept, strict=True) if keep)

@@ -21,7 +21,7 @@ class Layout(NamedTuple):
     offsets: np.ndarray  # (n,) byte offset of the document's first token in its file, a tar or a packed file
     lengths: np.ndarray  # (n,) tokens: uint32, or uint64 if a document has 2^32 or more
     crc_starts: np.ndarray  # (n,) the place in `crc` of the document's first block; if packed, of its shard's
-    packed: np.ndarray  # (n,) bool: which lie in packed files, where blocks are counted from the begin of the file
+    packed: np.ndarray  # (n,) bool: which lie in packed files, where blocks are counted from the start of the file
     crc: np.ndarray  # (blocks,) uint32
     verified: np.ndarray  # (blocks,) bool: which blocks matched their CRC since the shards were opened
 
@@ -131,8 +131,10 @@ class OpenShards:
             return self._layouts[int(self._number[shard])].part(begin, stop)
 
     def find(self, documents: np.ndarray, shards: np.ndarray) -> list[Found] | np.ndarray:
-        """Locate documents (m,) in their shards (m,). If some of these shards are closed, return the closed shards
-        instead."""
+        """Locate documents (m,) in their shards (m,).
+
+        If some of these shards are closed, return the closed shards instead.
+        """
         with self._lock:
             number, layouts = self._number[shards], dict(self._layouts)
             firsts = self._begins[shards]

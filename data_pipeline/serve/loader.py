@@ -115,8 +115,10 @@ class Loader:
         return Blank(self._share.laid_out(stored, self._batch) for stored in self._read_all(step, blank=True))
 
     def tokens(self, step: int) -> list[np.ndarray]:
-        """Return the same micro-batches as stored, slice after slice: (b, l + 1) in the corpus's dtype, including the
-        label of the last input."""
+        """Return the same micro-batches as stored, slice after slice.
+
+        Each slice is (b, l + 1) in the corpus's dtype, including the label of the last input.
+        """
         return [part.tokens for stored in self._read_all(step) for part in stored]
 
     def state(self, step: int) -> dict[str, Any]:
@@ -268,8 +270,10 @@ class Loader:
             yield [self._read(serving, step, numbers, part, blank) for part in range(len(serving.share.begins))]
 
     def _read(self, serving: _Part, step: int, numbers: np.ndarray, part: int, blank: bool) -> Stored:
-        """Read one slice of a micro-batch. The last rows may be masked; they hold padding, like rows beyond the end of
-        a pass."""
+        """Read one slice of a micro-batch.
+
+        The last rows may be masked; they hold padding, like rows beyond the end of a pass.
+        """
         reader, masked = serving.reader, 0
         if numbers[-1] == MASKED:  # masked rows are always the last ones
             masked = int((numbers == MASKED).sum())

@@ -19,11 +19,11 @@ class _Found(NamedTuple, Generic[T]):
 
 
 class Prefetcher(Generic[T]):
-    """Yields ``(i, compute(i))`` for i = start, start + 1, …, with `ahead` results ready; 0 computes in the caller's
-    thread.
+    """Yields ``(i, compute(i))`` for i = start, start + 1, …, and keeps `ahead` results ready.
 
-    It uses threads, not processes: the work is reads and copies that release the GIL, and a process would have to send
-    every result through a pipe. An error in a thread is raised in place of its result.
+    With ``ahead=0``, results are computed in the caller's thread. It uses threads, not processes: the work is reads and
+    copies that release the GIL, and a process would have to send every result through a pipe. An error in a thread is
+    raised in place of its result.
 
     Args:
         compute: returns a result. Several threads may call it at the same time.
@@ -67,8 +67,10 @@ class Prefetcher(Generic[T]):
             number += 1
 
     def close(self) -> None:
-        """Stop the threads and wait for them to end. Once `leave` is set it waits at most 5 s, since their work may
-        hang."""
+        """Stop the threads and wait for them to end.
+
+        Once `leave` is set it waits at most 5 s, since their work may hang.
+        """
         with self._changed:
             self._stopped = True
             self._ready.clear()
@@ -77,8 +79,10 @@ class Prefetcher(Generic[T]):
             thread.join(_END_S if self._leave.is_set() else None)
 
     def _next(self, number: int) -> _Found[T] | None:
-        """Return the result of `number`; None when the prefetcher is closed, or `leave` is set and there is no result
-        yet."""
+        """Return the result of `number`.
+
+        Returns None when the prefetcher is closed, or when `leave` is set and there is no result yet.
+        """
         with self._changed:
             while not (number in self._ready or self._stopped or self._leave.is_set()):
                 self._changed.wait(_LOOK_S)

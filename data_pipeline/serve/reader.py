@@ -114,8 +114,7 @@ class Corpus:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(n,) tokens of each document, including its end-of-document token; uint64 when a document has 2^32 or more,
-        else uint32.
+        """(n,) tokens of each document, with its end token; uint64 when a document has 2^32 or more, else uint32.
 
         It reads every index. Serving version 3 of the order does not need it.
         """
@@ -162,8 +161,7 @@ class Corpus:
         return self._sizes(block)
 
     def shard_lengths(self, shards: np.ndarray) -> np.ndarray:
-        """Return (n,) tokens of each document of these shards, given in increasing order. The shards stay open until
-        released."""
+        """Return (n,) tokens of each document of these shards, in increasing order; they stay open until released."""
         return self._opened(shards).lengths
 
     @property
@@ -172,10 +170,7 @@ class Corpus:
         return len(self._open)
 
     def find(self, documents: np.ndarray) -> list[Found]:
-        """Locate documents (m,); opens their shards if necessary.
-
-        Returns one `Found` for each set of shards that were opened together.
-        """
+        """Locate documents (m,); return one `Found` for each set of shards that were opened together."""
         shards = np.searchsorted(self.first_documents, documents, side="right") - 1
         while not isinstance(found := self._open.find(documents, shards), list):
             self._opened(found)
@@ -200,8 +195,7 @@ class Corpus:
         return self._table.column("tokens")
 
     def examine_packed(self, shard: int, blocks: list[int]) -> None:
-        """Check these blocks of a shard's packed file. If one is damaged, log it and read the shard from its tar from
-        now on."""
+        """Check these blocks of a shard's packed file; if one is damaged, log it and read the tar from now on."""
         try:
             self._shard(shard).check_packed(blocks)
         except ShardError as error:
@@ -209,10 +203,7 @@ class Corpus:
             self.release([shard])
 
     def unmap(self) -> None:
-        """Drop all mappings, so that shards are mapped again at their next read.
-
-        It is called after a failed check: a store may have replaced the damaged file.
-        """
+        """Drop all mappings, so that the next reads map the files again: a store may have replaced a damaged one."""
         self._maps.clear()
 
     def fetch_ahead(self, now: Sequence[int], soon: Sequence[int]) -> None:
@@ -237,10 +228,7 @@ class Corpus:
         return self.tokens(number, 0, self._length(number))
 
     def tokens(self, number: int, start: int, stop: int) -> np.ndarray:
-        """Return the tokens ``start..stop`` of a document, in the corpus's dtype.
-
-        Raises ShardError when they are damaged.
-        """
+        """Return the tokens ``start..stop`` of a document, in the corpus's dtype; raises ShardError if damaged."""
         if not 0 <= start <= stop <= (length := self._length(number)):
             raise IndexError(f"{self.where}: document {number} has {length} tokens, not {start}..{stop}")
         out = np.empty(stop - start, self.dtype)
@@ -266,7 +254,7 @@ class Corpus:
         self.storage.interrupt(stop)
 
     def check_shards(self) -> None:
-        """Raise ShardError for the first shard that is missing or has the wrong size. Only local files are checked.
+        """Raise ShardError for the first local shard that is missing or has the wrong size.
 
         Only the first 1000 shards are checked: asking a file system about each of many would delay the start.
         """
@@ -277,8 +265,7 @@ class Corpus:
         return ShardReader(self.storage, self._table[shard], self.dtype)
 
     def _reader(self, shard: int) -> ShardReader:
-        """Return the reader of a shard's tar. It needs its own layout where the open layout is that of the packed
-        file."""
+        """Return the reader of a shard's tar. It needs its own layout if the open one is that of the packed file."""
         reader = self._readers.get(shard)
         if reader is None:
             reader = self._shard(shard)

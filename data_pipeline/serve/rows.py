@@ -142,8 +142,10 @@ class RowReader:
         return tokens, bool(pieces.length.sum() == tokens.size)
 
     def _empty(self, rows: Rows) -> tuple[np.ndarray, bool]:
-        """Return an array for the tokens (b, l + 1) of rows, and whether runs fill all of it. If not, it is filled with
-        padding."""
+        """Return an array for the tokens (b, l + 1) of rows, and whether runs fill all of it.
+
+        If not, it is filled with padding.
+        """
         tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)
         whole = bool(rows.pieces.length.sum() == tokens.size)
         if not whole:

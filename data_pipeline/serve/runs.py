@@ -38,8 +38,7 @@ class _Blocks(NamedTuple):
     stop: np.ndarray  # (m,) the memory address where the document or packed file ends
 
     def unchecked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (places in the layout, addresses, sizes in bytes) of the blocks that are not verified yet, each block
-        once."""
+        """Return (places in the layout, addresses, sizes in bytes) of the unverified blocks, each block once."""
         verified = self.layout.verified[self.first]
         for more in range(1, int(self.count.max(initial=0))):
             verified &= self.layout.verified[self.first + np.minimum(more, self.count - 1)]
@@ -74,8 +73,10 @@ class MappedRuns:
                 self._locate(corpora[number], found._replace(which=own[found.which]))
 
     def read(self, shape: tuple[int, int], pad_id: int, collector: Collector) -> np.ndarray | None:
-        """Return the tokens (b, l + 1), with padding where there is no run; None when a run is damaged or cannot be
-        read."""
+        """Return the tokens (b, l + 1), with padding where there is no run.
+
+        Returns None when a run is damaged or cannot be read.
+        """
         if not (self._source.all() and all(_are_whole(blocks, collector) for blocks in self._blocks)):
             return None
         tokens = shape[0] * shape[1]
@@ -89,8 +90,10 @@ class MappedRuns:
         return None if data is None else data.view(self._dtype).reshape(shape)
 
     def examine(self) -> None:
-        """Check the packed files that the runs lie in. It is called after `read` failed because of a packed file or a
-        tar."""
+        """Check the packed files that the runs lie in.
+
+        It is called after `read` failed because of a packed file or a tar.
+        """
         for own in self._blocks:
             for shard in np.unique(own.shards[own.packed]).tolist():
                 here = own.packed & (own.shards == shard)
@@ -167,8 +170,10 @@ def _numbered(counts: np.ndarray) -> np.ndarray:
 def _alternating(
     gaps: np.ndarray, padding: int, source: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (addresses, sizes) of m runs and of the m + 1 gaps around them. Gaps are filled from the address
-    `padding`."""
+    """Return (addresses, sizes) of m runs and of the m + 1 gaps around them.
+
+    Gaps are filled from the address `padding`.
+    """
     filled = np.empty((2, len(gaps), 2), np.int64)
     filled[0, :, 0], filled[1, :, 0] = padding, gaps
     filled[0, :-1, 1], filled[1, :-1, 1] = source, sizes

@@ -79,8 +79,7 @@ class ShardReader:
         return parse_tail(data, where, self.info)
 
     def check_packed(self, blocks: list[int]) -> None:
-        """Raise ShardError, naming the byte, when one of these blocks of the packed file is damaged or cannot be
-        read."""
+        """Raise ShardError, naming the byte, when one of these blocks of the packed file is damaged or unreadable."""
         name, step, crc = packed_name(self.info.file), CRC_BLOCK * self._itemsize, self.packed_crc()
         for block in blocks if crc is not None else ():
             begin, stop = block * step, min((block + 1) * step, self.info.tokens * self._itemsize)
@@ -146,8 +145,10 @@ class ShardReader:
         return index
 
     def _made_again(self, damage: ShardError) -> ShardIndex:
-        """Return an index built from the tar, in place of a damaged one. Raises `damage` if its hash is not the right
-        one."""
+        """Return an index built from the tar, in place of a damaged one.
+
+        Raises `damage` if its hash is not the right one.
+        """
         path = self._storage.local_path(self.info.file)
         if path is None or not path.exists():
             raise damage
@@ -159,10 +160,10 @@ class ShardReader:
         raise damage
 
     def _check_around(self, document: int, first: int, last: int) -> None:
-        """Check these blocks of a document and their neighbours. Good blocks are not checked again while the shard is
-        open.
+        """Check these blocks of a document and their neighbours.
 
-        Bad or missing blocks are ignored here. They are found, and named, when they are read.
+        Good blocks are not checked again while the shard is open. Bad or missing blocks are ignored here. They are
+        found, and named, when they are read.
         """
         first -= first % _CHECKED_TOGETHER
         last += _CHECKED_TOGETHER - 1 - last % _CHECKED_TOGETHER
@@ -207,8 +208,10 @@ class ShardReader:
             return f"document {document} of the shard"
 
     def _members(self, document: int) -> tuple[str, dict[str, Any]]:
-        """Return (name of the tokens' member, the JSON before it). The tar is read from the end of the previous
-        document."""
+        """Return (name of the tokens' member, the JSON before it).
+
+        The tar is read from the end of the previous document.
+        """
         offsets, begin = self.layout.offsets, 0
         if document:
             end = int(offsets[document - 1]) + int(self.layout.lengths[document - 1]) * self._itemsize

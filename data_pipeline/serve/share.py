@@ -49,13 +49,14 @@ class Share:
 
     @cached_property
     def micro_batches(self) -> list[np.ndarray]:
-        """The rows of each micro-batch, (b,) int64 each; `spread.MASKED` for masked rows. The caller must not change
-        them."""
+        """The rows of each micro-batch, (b,) int64 each; `spread.MASKED` for masked rows.
+
+        The caller must not change them.
+        """
         return self._spread.of_micro_batches(self.dp_rank)
 
     def laid_out(self, parts: Sequence[T], lay_out: Callable[[T], Any]) -> MicroBatch:
-        """Return a micro-batch from the stored part of each slice: as slices if rows are cut into slices, else
-        whole."""
+        """Return a micro-batch from the stored part of each slice: `Slices` if rows are cut into slices, else whole."""
         return Slices(parts, lay_out) if self.slice_tokens is not None else lay_out(parts[0])
 
     @property

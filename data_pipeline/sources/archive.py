@@ -40,8 +40,10 @@ class Member(NamedTuple):
 
 @contextmanager
 def open_stream(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed if its name ends in .gz, .tgz, .xz or .zst; raises UserError for damaged
-    data."""
+    """Open a file for reading, decompressed if its name ends in .gz, .tgz, .xz or .zst.
+
+    Raises UserError for damaged data.
+    """
     opener = _OPENERS.get(path.suffix, Path.open)
     with damage_explained(str(path)), opener(path, "rb") as file:
         yield cast(BinaryIO, file)

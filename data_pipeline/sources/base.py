@@ -104,8 +104,10 @@ class Source(Config):
         raise NotImplementedError
 
     def read(self, part: Part) -> Iterator[Document | Skipped]:
-        """Yield the documents of one part, in order. It may raise OSError or UserError when the rest of the part cannot
-        be read."""
+        """Yield the documents of one part, in order.
+
+        It may raise OSError or UserError when the rest of the part cannot be read.
+        """
         raise NotImplementedError
 
     def provenance(self) -> dict[str, Any]:
@@ -127,8 +129,7 @@ as a directory `s3:`.)"""
 
 
 class Endings(Counter[str]):
-    """Counts the files that a filter leaves out by the ending of their names, and reports one `Skipped` for each
-    ending."""
+    """Counts the files that a filter leaves out, by ending, and reports one `Skipped` for each ending."""
 
     def leave_out(self, name: str) -> None:
         """Count a file or archive member."""

@@ -32,14 +32,18 @@ def folder_of(address: str) -> Path:
 
 
 def copied(address: str) -> Path:
-    """Return the directory of the copies, or the copy itself if the address is that of one file. It may not exist
-    yet."""
+    """Return the directory of the copies, or the copy itself if the address is that of one file.
+
+    It may not exist yet.
+    """
     return folder_of(address) / _FILES / _found(address)["file"]
 
 
 def copy(address: str, options: dict[str, Any], wanted: Callable[[str], bool]) -> None:
-    """Copy the files at an address that are `wanted`, given by their path below it; raises UserError when there are
-    none."""
+    """Copy the files at an address that are `wanted`, given by their path below it.
+
+    Raises UserError when there are none.
+    """
     storage, folder = RemoteStorage(address, StorageConfig(options=options)), folder_of(address)
     found = storage.files()
     if not found:
@@ -76,8 +80,11 @@ def left_out(address: str) -> Endings:
 
 
 def _found(address: str) -> dict[str, Any]:
-    """Return the file name if the address is that of one file, else ""; and the counts of files not copied, by
-    ending."""
+    """Return the results of the last `copy`: `file` and `left_out`.
+
+    `file` is the file's name if the address is that of one file, else "". `left_out` counts the files that were not
+    copied, by ending.
+    """
     path = folder_of(address) / _FOUND
     return json.loads(path.read_bytes()) if path.exists() else {"file": "", "left_out": {}}
 

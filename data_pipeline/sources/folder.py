@@ -14,8 +14,10 @@ _pattern = lru_cache(maxsize=4)(glob_pattern)
 
 
 class Folder(FileSource):
-    """Every file under a folder whose name matches, sorted by path; `.gz`, `.xz`, `.zst` are decompressed. Links that
-    lead out of the folder, and links to directories, are not followed."""
+    """Every file under a folder whose name matches, sorted by path; `.gz`, `.xz`, `.zst` are decompressed.
+
+    Links that lead out of the folder, and links to directories, are not followed.
+    """
 
     kind: Literal["folder"] = "folder"
     """A folder of text files."""

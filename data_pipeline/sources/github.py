@@ -92,8 +92,7 @@ def _archive_files(path: Path) -> Iterator[tuple[str, bytes] | Skipped]:
 
 
 def _repository(name: str) -> str:
-    """Return the repository's name without the archive's suffix, so that its checkout and its tarball have the same
-    name."""
+    """Return a repository's name without the archive's suffix: a checkout and a tarball of it have the same name."""
     return next((name.removesuffix(suffix) for suffix in _ARCHIVES if name.endswith(suffix)), name)
 
 

@@ -19,7 +19,10 @@ in a file with several parts, the documents are named by the first byte of their
 
 class JsonLines(RecordSource):
     """Every `.jsonl`, `.json` or `.ndjson` file under a directory (or one such file), sorted by path; also compressed
-    as `.gz`, `.xz`, `.zst`. Large files are read by many workers if they are not compressed."""
+    as `.gz`, `.xz`, `.zst`.
+
+    Large files are read by many workers if they are not compressed.
+    """
 
     kind: Literal["jsonl"] = "jsonl"
     """JSON Lines, also .gz, .xz and .zst."""

@@ -19,8 +19,10 @@ _index = lru_cache(maxsize=1)(read_index)  # cached for the file whose parts a w
 
 
 class Megatron(TokenSource):
-    """Every pair of `.bin` and `.idx` under a directory (or one pair, by its `.idx`), sorted by path. The id that ends
-    a document may be present or not. Sequences of one document are joined."""
+    """Every pair of `.bin` and `.idx` under a directory (or one pair, by its `.idx`), sorted by path.
+
+    The id that ends a document may be present or not. Sequences of one document are joined.
+    """
 
     kind: Literal["megatron"] = "megatron"
     """Megatron-LM's token ids, .bin and .idx."""

@@ -33,10 +33,12 @@ class _Ids(NamedTuple):
 
 
 class NanoGpt(TokenSource):
-    """Every `.bin` and `.npy` under a directory (or one such file), sorted by path. Files of llm.c, modded-nanogpt and
-    NumPy are recognised by their headers. Any other file is read as bare ids of `dtype`, as nanoGPT and OLMo write
-    them. `eos_id` stands between documents, before or after each. A document that continues in the next file becomes
-    two."""
+    """Every `.bin` and `.npy` under a directory (or one such file), sorted by path.
+
+    Files of llm.c, modded-nanogpt and NumPy are recognised by their headers. Any other file is read as bare ids of
+    `dtype`, as nanoGPT and OLMo write them. `eos_id` stands between documents, before or after each. A document that
+    continues in the next file becomes two.
+    """
 
     kind: Literal["nanogpt"] = "nanogpt"
     """Flat token ids: nanoGPT, llm.c, modded-nanogpt, OLMo."""
@@ -96,8 +98,10 @@ def _numpy_ids(path: Path) -> _Ids:
 
 
 def _between(ids: _Ids, end: int, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (number of the first id, ids) for the documents that begin in ``start..stop``. Documents end at an `end`
-    id."""
+    """Yield (number of the first id, ids) for the documents that begin in ``start..stop``.
+
+    Documents end at an `end` id.
+    """
     place = max(start - 1, 0)  # the id before `start` shows whether a document begins at `start`
     begin = None if start else 0  # None: inside a document that began before `start`
     pieces: list[np.ndarray] = []

@@ -19,7 +19,10 @@ _ROWS = 1024  # rows converted to Python objects at a time
 
 class Tables(RecordSource):
     """Every `.parquet` file under a directory (or one such file), sorted by path; also `.arrow` and `.feather` files,
-    as `datasets` saves them. A Parquet file is read by several workers, one row group each."""
+    as `datasets` saves them.
+
+    A Parquet file is read by several workers, one row group each.
+    """
 
     kind: Literal["parquet"] = "parquet"
     """Parquet and Arrow tables."""

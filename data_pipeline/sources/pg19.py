@@ -17,8 +17,10 @@ _BOOK = glob_pattern("*/*.txt")
 
 
 class Pg19(FileSource):
-    """One document per book, `<split>/<id>.txt`, with `metadata.csv` (id, title, year, address). Its own splits are
-    kept."""
+    """One document per book, `<split>/<id>.txt`, with `metadata.csv` (id, title, year, address).
+
+    Its own splits are kept.
+    """
 
     kind: Literal["pg19"] = "pg19"
     """PG-19 as released: train/, validation/, test/ and metadata.csv."""

@@ -69,8 +69,10 @@ def tokens(text: str) -> Iterator[Token]:
 
 
 def _end_of_raw(text: str, match: re.Match[str], missing: set[str]) -> int:
-    """Return the end of text that TeX does not interpret (verbatim, addresses). If it is not closed, the end of
-    `match`."""
+    """Return the end of text that TeX does not interpret (verbatim, addresses).
+
+    If it is not closed, return the end of `match`.
+    """
     begin = match.end()
     if match["mark"] or match["braces"]:
         line_end = text.find("\n", begin)
@@ -172,8 +174,10 @@ def _without_comments(pieces: Iterable[Token]) -> Iterator[Token]:
 
 
 def decode_tex(data: bytes) -> str | bytes:
-    """Return a TeX file's text. If it is neither UTF-8 nor in an encoding that it declares, return its bytes
-    unchanged."""
+    """Return a TeX file's text.
+
+    If it is neither UTF-8 nor in an encoding that it declares, return its bytes unchanged.
+    """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -184,7 +188,9 @@ def decode_tex(data: bytes) -> str | bytes:
 
 
 def _resolve(argument: str, main: str, files: dict[str, str]) -> str | None:
-    """Return the file that an input's argument names. TeX looks in the main file's directory, with and without
-    `.tex`."""
+    """Return the file that an input's argument names.
+
+    TeX looks in the main file's directory, with and without `.tex`.
+    """
     base = PurePosixPath(main).parent / argument.strip().strip('"').removeprefix("./")
     return next((name for name in (f"{base}.tex", str(base)) if name in files), None)

@@ -80,8 +80,10 @@ def _not_taken(entry: os.DirEntry[str], path: Path, root: Path) -> str:
 
 
 def glob_pattern(pattern: str) -> re.Pattern[str]:
-    """Return a glob as a regular expression for whole paths: ``**/`` matches any directories, ``*`` and ``?`` no
-    slash."""
+    """Return a regular expression for whole paths from a glob.
+
+    ``**/`` matches any directories; ``*`` and ``?`` match no slash.
+    """
     return re.compile("".join(map(_translated, re.split(_WILD, pattern))), re.DOTALL)
 
 

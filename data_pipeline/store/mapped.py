@@ -51,16 +51,20 @@ class MappedFile:
 
 
 class Collector:
-    """Collects runs of bytes, one after the other, in memory that is reused once nothing refers to it. (New memory
-    costs a page fault for each page.)"""
+    """Collects runs of bytes, one after the other, in memory that is reused once nothing refers to it.
+
+    New memory would cost a page fault for each page.
+    """
 
     def __init__(self) -> None:
         self._spare: list[_Memory] = []
         self._announced = _ANNOUNCED  # number of next calls whose pages are announced to the kernel
 
     def collect(self, sources: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
-        """Return the `sizes` bytes at the addresses `sources`, (m,) each, one after the other; None if any cannot be
-        read."""
+        """Return the `sizes` bytes at the addresses `sources`, (m,) each, one after the other.
+
+        Returns None if any of them cannot be read.
+        """
         runs = np.empty((len(sizes), 2), np.uint64)  # struct iovec
         runs[:, 0], runs[:, 1] = sources, sizes
         before = _read()

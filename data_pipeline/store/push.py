@@ -149,8 +149,10 @@ class _Target:
             raise self._error(name, "look for", error) from None
 
     def put(self, corpus: Path, file: File) -> None:
-        """Upload a file. Raises UserError for a file that does not match the manifest, so that damage does not
-        spread."""
+        """Upload a file.
+
+        Raises UserError for a file that does not match the manifest, so that damage does not spread.
+        """
         path = corpus / file.name
         if file.sha256 is not None and sha256_file(path) != file.sha256:
             raise UserError(f"{path}: not what the manifest says; nothing more is sent; see 'bst data verify {corpus}'")

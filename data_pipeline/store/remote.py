@@ -95,8 +95,10 @@ class RemoteStorage:
         return sorted(_found_file(path[len(root) + 1 :], info) for path, info in found.items())
 
     def _alone(self) -> dict[str, dict[str, Any]]:
-        """Return the file at the address, found by reading its first byte: a listing over HTTP reports any error as
-        absence."""
+        """Return the file at the address, found by reading its first byte.
+
+        A listing over HTTP cannot be used: it reports any error as absence.
+        """
         path = self._root + self._query
         if "http" not in self._fs.protocol:
             return {}
@@ -179,8 +181,10 @@ class RemoteStorage:
             raise ShardError(f"{self.where}/{name}: missing; copy it there again") from None
 
     def _cat(self, name: str, **span: int) -> bytes:
-        """Make one attempt to read a file or a part of it. It ends after the deadline, or when reads are
-        interrupted."""
+        """Make one attempt to read a file or a part of it.
+
+        It ends after the deadline, or when reads are interrupted.
+        """
         path = f"{self._root}/{name}{self._query}"
         begin, fs = time.monotonic(), self._fs
         if fs.async_impl:
@@ -261,10 +265,9 @@ def _found_file(name: str, info: dict[str, Any]) -> FoundFile:
 
 
 class PipeStorage:
-    """Files from the output of a shell command, in which ``{}`` is replaced by the file's name. The command does the
-    retries.
+    """Files from the output of a shell command, in which ``{}`` is replaced by the file's name.
 
-    A command that writes nothing for `timeout_s` is killed, with all its child processes.
+    The command does the retries. A command that writes nothing for `timeout_s` is killed, with all its child processes.
     """
 
     remote = True
@@ -330,8 +333,10 @@ class PipeStorage:
 
 
 def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:
-    """Return the file system's options, with this project's timeouts. Retries are made and logged here, not in the
-    libraries."""
+    """Return the file system's options, with this project's timeouts.
+
+    Retries are made and logged here, not in the libraries.
+    """
     options = {name: _from_environment(name, value) for name, value in config.options.items()}
     if scheme in ("http", "https"):
         import aiohttp

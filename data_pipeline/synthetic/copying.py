@@ -45,8 +45,8 @@ class Copy(TaskConfig):
 class SelectiveCopy(EpisodicConfig):
     """Items at random places among blanks, then a marker, then the items in the same order. Only this last part counts.
 
-    Selective copying of Mamba (arXiv 2312.00752, section 3.1). Token 0 is the blank, 1 the marker, the others are
-    items.
+    This is selective copying of Mamba (arXiv 2312.00752, section 3.1). Token 0 is the blank, 1 the marker, the others
+    are items.
     """
 
     task: Literal["selective-copy"]

@@ -24,8 +24,10 @@ class Draws:
         return (self._bits.random_raw(count) >> np.uint64(11)) * _UNIT
 
     def below(self, limit: int | np.ndarray, count: int) -> np.ndarray:
-        """Return (count,) int64, each uniform in ``range(limit)``. Limits go up to 2^31: one for all, or one for
-        each."""
+        """Return (count,) int64, each uniform in ``range(limit)``.
+
+        Limits go up to 2^31: one for all, or one for each.
+        """
         return (self.uniforms(count) * limit).astype(np.int64)
 
     def one(self, limit: int) -> int:

@@ -1,5 +1,4 @@
-"""Tasks of MAD (arXiv 2403.17844, section 3) that the other modules do not have: in-context recall (exact, noisy or
-fuzzy) and memorisation."""
+"""Further tasks of MAD (arXiv 2403.17844, section 3): in-context recall (exact, noisy or fuzzy) and memorisation."""
 
 from __future__ import annotations
 

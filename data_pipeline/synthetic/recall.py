@@ -12,10 +12,10 @@ from data_pipeline.synthetic.task import EpisodicConfig, Row, TaskConfig
 
 
 class Induction(EpisodicConfig):
-    """Random symbols with a trigger that occurs twice. The last token, after the second trigger, is the one after the
-    first.
+    """Random symbols with a trigger that occurs twice.
 
-    Induction heads (H3, arXiv 2212.14052, section 3.1). Token 0 is the trigger, the others are symbols.
+    The last token, after the second trigger, is the one that followed the first. This is the induction-heads task of H3
+    (arXiv 2212.14052, section 3.1). Token 0 is the trigger, the others are symbols.
     """
 
     task: Literal["induction"]
@@ -45,12 +45,11 @@ class Induction(EpisodicConfig):
 
 
 class AssociativeRecall(EpisodicConfig):
-    """Pairs of a key and a value, then some of the keys again, once each, followed by their values. Only these values
-    count.
+    """Pairs of a key and a value, then some of the keys again, once each, followed by their values.
 
-    Multi-query associative recall (Zoology, arXiv 2312.04927, section 3). Token ids: first the fillers, then the keys,
-    then the values. The keys of an episode differ; values may be equal. The values of the keys are drawn anew in each
-    episode.
+    Only these last values count. This is multi-query associative recall (Zoology, arXiv 2312.04927, section 3). Token
+    ids: first the fillers, then the keys, then the values. The keys of an episode differ; values may be equal. The
+    values of the keys are drawn anew in each episode.
     """
 
     task: Literal["associative-recall"]
@@ -102,8 +101,8 @@ class AssociativeRecall(EpisodicConfig):
 class Needle(TaskConfig):
     """A pass key somewhere in hay (random tokens), asked for later in the row. The repeated digits count.
 
-    Passkey retrieval (Landmark Attention, arXiv 2305.16300, section 4.2) without words. Token ids: first the hay, then
-    the mark before the key, then the question, then the digits.
+    This is passkey retrieval (Landmark Attention, arXiv 2305.16300, section 4.2) without words. Token ids: first the
+    hay, then the mark before the key, then the question, then the digits.
     """
 
     task: Literal["needle"]

@@ -25,10 +25,10 @@ _PIECE = proto.ModelProto.SentencePiece
 
 
 def extended(tokenizer: Tokenizer, config: TokenizerConfig, where: str) -> Tokenizer:
-    """Return the tokenizer with `special_tokens` and `text_tokens` added; raises UserError for a token that it has
-    already.
+    """Return the tokenizer with `special_tokens` and `text_tokens` added.
 
-    An existing special token may be named as a text token. It keeps its id, and text is then encoded into it.
+    Raises UserError for a token that it has already. There is one exception: an existing special token may be named as
+    a text token. It keeps its id, and text is then encoded into it.
     """
     if not config.added:
         return tokenizer

@@ -61,8 +61,10 @@ class Tokenizer(ABC):
         return self._pieces[token]
 
     def require_exact(self, where: str, needs: str) -> None:
-        """Raise UserError unless a difficult text is given back exactly. `needs`: what a model needs for that, for the
-        message."""
+        """Raise UserError unless a difficult text is given back exactly.
+
+        `needs`: what a model needs for that, for the message.
+        """
         if self.decode(self.encode(PROBE)) != PROBE:
             raise UserError(f"{where}: the model does not give text back exactly (it needs {needs}); train one with "
                             "'bst data prepare'")  # fmt: skip

@@ -66,8 +66,10 @@ class Merges:
 
     @classmethod
     def of(cls, model: proto.ModelProto) -> Merges | None:
-        """Return the table of a BPE model; None if scores are equal or its pieces are joined by other rules than
-        these."""
+        """Return the table of a BPE model.
+
+        Returns None if scores are equal or pieces are joined by other rules than these.
+        """
         kind = proto.ModelProto.SentencePiece
         normal = [piece for piece in model.pieces if piece.type == kind.NORMAL]
         scores = [piece.score for piece in normal if len(piece.piece) > 1]
@@ -77,8 +79,10 @@ class Merges:
         return None if unlike or not characters <= texts or len(texts) >= 1 << 32 - _PLACE else cls(model)
 
     def encode(self, characters: np.ndarray, lengths: np.ndarray) -> Encoded:
-        """Encode n words of `lengths` (n,), at least 1 each. Their characters (sum of lengths,) lie one after the
-        other."""
+        """Encode n words of `lengths` (n,), at least 1 each.
+
+        Their characters (sum of lengths,) lie one after the other.
+        """
         symbols = self._character.take(characters)
         begins = np.cumsum(lengths) - lengths
         known = (np.minimum.reduceat(symbols, begins) >= 0) & (lengths <= _LENGTHS[-1]) if len(lengths) else begins > 0
@@ -96,8 +100,10 @@ class Merges:
         return Encoded(known, counts, ids)
 
     def _joined(self, symbols: np.ndarray) -> np.ndarray:
-        """Join pairs until none is left. `symbols` is (L + 1, n), with -1 after a word's last character; returns (n,
-        L)."""
+        """Join pairs until none is left.
+
+        `symbols` is (L + 1, n), with -1 after a word's last character; returns (n, L).
+        """
         rows, count = symbols.shape[0] - 1, symbols.shape[1]
         done, words = np.empty((count, rows), np.int32), np.arange(count)
         place = np.arange(rows + 1, dtype=np.uint8)[:, None]
@@ -130,8 +136,10 @@ class Merges:
         before: np.ndarray,
         best: np.ndarray,
     ) -> None:
-        """Join the best pair of each of `words`. `least` encodes the number of the new piece and the position of the
-        pair."""
+        """Join the best pair of each of `words`.
+
+        `least` encodes the number of the new piece and the position of the pair.
+        """
         width = symbols.shape[1]
         symbols, following, before, best = (each.reshape(-1) for each in (symbols, following, before, best))
         place, number = (least & np.uint32((1 << _PLACE) - 1)).astype(np.int64), (least >> _PLACE).view(np.int32)

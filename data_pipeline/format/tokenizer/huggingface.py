@@ -38,8 +38,10 @@ class HuggingFaceTokenizer(Tokenizer):
     file = "tokenizer.json"
 
     def __init__(self, model: bytes, where: str = "the tokenizer") -> None:
-        """`model`: the bytes of the file. Raises UserError when it does not give text back exactly, or was not
-        adopted."""
+        """`model`: the bytes of the file.
+
+        Raises UserError when it does not give text back exactly, or was not adopted.
+        """
         self.backend = _backend(model, where)
         settings = json.loads(model)
         self.backend.no_padding()
@@ -101,8 +103,7 @@ def _backend(model: bytes, where: str) -> Backend:
 
 
 def _token(backend: Backend, role: str, config: TokenizerConfig, said: Mapping[str, Any], path: Path) -> str | None:
-    """Return the token for a role: from the settings, from tokenizer_config.json, or the first common name that
-    exists."""
+    """Return the token for a role: from the settings, tokenizer_config.json, or the first common name that exists."""
     named = getattr(config, role)
     if named is not None and backend.token_to_id(named) is None:
         raise UserError(f"{path}: tokenizer.{role}: it has no token {named!r}")

@@ -32,7 +32,7 @@ class IdsOnly(Tokenizer):
 
     @classmethod
     def of(cls, vocab_size: int, eos_id: int) -> IdsOnly:
-        """Return a vocabulary of `vocab_size` ids. `eos_id` is also the begin and the padding id."""
+        """Return a vocabulary of `vocab_size` ids. `eos_id` is also the bos and the padding id."""
         return cls(cls.mark + f' "vocab_size": {vocab_size}, "eos_id": {eos_id}}}\n'.encode())
 
     def encode(self, text: str) -> NoReturn:

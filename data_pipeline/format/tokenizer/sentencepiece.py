@@ -85,8 +85,10 @@ class SentencePieceTokenizer(Tokenizer):
         return [each[0] if len(each) == 1 else np.concatenate(each) for each in ids]
 
     def _cut(self, text: str) -> Iterator[str | np.ndarray]:
-        """Yield at least one part of a text, cut between words: strings made of words, and the ids of what is between
-        them."""
+        """Yield the parts of a text, cut between words, at least one.
+
+        A part is a string made of words, or the ids of what is between them: a text token or U+2581.
+        """
         space = np.array(self._space_ids, self.dtype)
         for i, between in enumerate([text] if self._whole is None else self._whole.split(text)):
             if i % 2:
@@ -224,8 +226,10 @@ def _parts(text: str) -> list[str]:
 
 
 def _batches(text: str) -> Iterator[list[str]]:
-    """Yield lists of about _BATCH characters of the pieces that are encoded together. Newlines and U+2581 stand
-    alone."""
+    """Yield lists of about _BATCH characters of the pieces that are encoded together.
+
+    Newlines and U+2581 stand alone.
+    """
     batch: list[str] = []
     size = start = 0
     while start < len(text):

@@ -35,8 +35,10 @@ def is_tiktoken(model: bytes) -> bool:
 
 
 def as_json(model: bytes, config: TiktokenConfig | None, where: str) -> bytes:
-    """Return a tokenizer.json with the same tokens and ids; raises UserError when the file or a setting does not allow
-    it."""
+    """Return a tokenizer.json with the same tokens and ids.
+
+    Raises UserError when the file or a setting does not allow it.
+    """
     if config is None:
         raise UserError(
             f"{where}: a tiktoken file does not say how to split text: set tokenizer.tiktoken.pat_str (and "

@@ -148,8 +148,7 @@ class _Kept:
         return np.arange(first, first + len(lengths))
 
     def unlike(self, numbers: np.ndarray, data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return which of the words that begin at `starts` of `data` differ from the cached words with these
-        numbers."""
+        """Return the indices of the words, which begin at `starts` of `data`, that differ from the cached ones."""
         same = self._lengths[numbers] == lengths
         begins, text = self._begins[numbers], self._text.with_room(_AFTER)
         for which, mask, place in _eights(np.where(same, lengths, 0)):
@@ -214,8 +213,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def _eights(lengths: np.ndarray) -> Iterator[tuple[np.ndarray | slice, np.ndarray, int]]:
-    """Yield eight bytes of each word at a time: (which words have any, a mask of their bytes, the position of the
-    first)."""
+    """Yield eight bytes of each word at a time, as (which words have any, a mask of their bytes, their position)."""
     which: np.ndarray | slice = slice(None)
     rest, place = np.minimum(lengths, _HASHED), 0
     while len(rest):

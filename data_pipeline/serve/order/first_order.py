@@ -23,10 +23,10 @@ BLOCK = 1024  # number of positions in which every corpus gets exactly its quota
 
 
 def quotas(weights: Sequence[float], seats: int) -> list[int]:
-    """Divide `seats` in proportion to `weights` by largest remainder. Ties go to the earlier corpus; the sum is
-    `seats`.
+    """Divide `seats` in proportion to `weights` by largest remainder.
 
-    Weights count as the decimal numbers they are written as, so the division is exact on every machine.
+    Ties go to the earlier corpus; the sum is `seats`. Weights count as the decimal numbers they are written as, so the
+    division is exact on every machine.
     """
     shares = [Fraction(repr(weight)) for weight in weights]
     total = sum(shares)
@@ -72,8 +72,7 @@ class QuotaMixture:
             self._before.append(used)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for increasing positions (n,), the corpus of each, and its index among all sequences drawn from that
-        corpus."""
+        """Return the corpus of each increasing position (n,), and its index among all sequences of that corpus."""
         segments = np.searchsorted(self._starts, positions, side="right") - 1
         blocks, places = np.divmod(positions - self._starts[segments], BLOCK)
         corpora, indices = np.empty_like(positions), np.empty_like(positions)
@@ -95,8 +94,7 @@ class QuotaMixture:
         return used + np.bincount(self._dealt(segment, whole)[0][:rest], minlength=len(used))
 
     def _deal(self, segment: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return one block's corpora (1024,), and for each place the number of earlier places in the block with its
-        corpus."""
+        """Return the corpora (1024,) of one block, and for each place how many earlier places have the same corpus."""
         quota = self._quotas[segment]
         # Raw Philox words never change; Generator.permutation may change between numpy versions.
         words = np.random.Philox(key=key_words("mixture", self._seed, segment, count=2), counter=[0, block, 0, 0])
@@ -151,8 +149,7 @@ class LaneStreaming:
 
 @dataclass(frozen=True)
 class Backlog:
-    """The unread rest of a corpus from earlier segments: runs of sequences of begun passes, and the next pass to
-    begin."""
+    """The unread rest of a corpus from earlier segments: runs of sequences of begun passes, and the next pass."""
 
     epoch: np.ndarray  # (k,) the pass of each run
     first: np.ndarray  # (k,) the first sequence of each run
@@ -167,8 +164,7 @@ class Backlog:
 
 
 class Lanes:
-    """The rows (*lanes*) that read one corpus during one segment: first their shares of a backlog, then pass after
-    pass.
+    """The rows (*lanes*) that read one corpus during one segment: first shares of a backlog, then pass after pass.
 
     Lane j of R reads sequences ``[(j+e) N div R - d, (j+e+1) N div R - d)`` of the e-th pass, with d = ``e N div R``.
     It is an even division that shifts from pass to pass, so that lanes are never more than one step apart.
@@ -188,8 +184,7 @@ class Lanes:
         self._shares = [lane * total // lanes for lane in range(lanes + 1)] if lanes else [0]
 
     def locate(self, lane: int, steps: int) -> tuple[int, int, bool]:
-        """Return (epoch, sequence, whether it continues the lane's last sequence) of a lane, `steps` after the
-        segment's begin."""
+        """Return (epoch, sequence, whether it continues the lane's last one), `steps` after the segment's start."""
         begin, stop = self._shares[lane : lane + 2]
         if steps < stop - begin:
             run = int(np.searchsorted(self._ends, begin + steps, side="right"))
@@ -220,11 +215,11 @@ class Lanes:
         return Backlog(*columns, next_epoch=self._backlog.next_epoch + begun)
 
     def _in_pass(self, lane: int, steps: int) -> tuple[int, int, int, int]:
-        """Return where a lane is after `steps` in its new passes: (pass, its first sequence there, steps inside,
+        """Return where a lane is after `steps` in its new passes: (pass, first sequence there, steps inside,
         sequences)."""
         n, lanes = self._sequences, self._count
         place = lane * n // lanes + steps
-        part = ((place + 1) * lanes - 1) // n  # the last part whose begin, part * n // lanes, is not after `place`
+        part = ((place + 1) * lanes - 1) // n  # the last part that starts, at part * n // lanes, not after `place`
         passes, begin = part - lane, part * n // lanes
         return passes, begin - passes * n // lanes, place - begin, (part + 1) * n // lanes - begin
 

@@ -127,7 +127,7 @@ class Mixture:
             self._before.append(self._before[-1] + self._dealers[number].counts(length))
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for positions (n,), the corpus of each, and its index among all sequences drawn from that corpus."""
+        """Return the corpus of each of the positions (n,), and its index among all sequences of that corpus."""
         segments = np.searchsorted(self._starts, positions, side="right") - 1
         corpora, indices = np.empty_like(positions), np.empty_like(positions)
         for segment in np.unique(segments).tolist():

@@ -98,8 +98,10 @@ class PhasePlan(Plan, Protocol):
     """Whether rows continue where they stopped (streaming mode)."""
 
     def begun(self, step: int) -> list[list[int] | None]:
-        """Return what is partly read before a step: a window of each corpus, or the one stretch of all rows; None where
-        none is."""
+        """Return what is partly read before a step: a window of each corpus, or the one stretch of all rows.
+
+        An entry is None where nothing is partly read.
+        """
 
 
 class Phases:
@@ -129,8 +131,8 @@ class Phases:
     def fit(self, corpus: int, epoch: int, begin: int) -> tuple[int, int]:
         """Return the arguments for best fit in a window that begins at a position of a pass.
 
-        They are the length of the sequences, in the phase that reads the window's first token, and the rest of the
-        sequence that contains the window's begin, from that begin on.
+        They are the length of the sequences, in the phase that reads the window's first token, and the room that is
+        left for the window in the sequence in which it begins.
         """
         window = (epoch, begin)
         cuts = self._phases[0].cuts
@@ -157,8 +159,11 @@ class Phases:
 
 
 def _first_legal(phase: Phase, begun: Sequence[list[int] | None], step: int) -> str:
-    """Return advice: the first step at which all that is partly read has been read, or what must change so that there
-    is one."""
+    """Return advice on when the length may change.
+
+    It is the first step at which all that is partly read has been read, or what must change so that there is such a
+    step.
+    """
     low, high = step, _FOREVER
     while low < high:
         middle = (low + high) // 2

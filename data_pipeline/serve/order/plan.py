@@ -60,8 +60,7 @@ class Positions(Protocol):
     """A mixture: deals the positions of the shuffled order to corpora."""
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for increasing positions (n,), the corpus of each, and its index among all sequences drawn from that
-        corpus."""
+        """Return the corpus of each increasing position (n,), and its index among all sequences of that corpus."""
 
     def counts(self, position: int) -> np.ndarray:
         """Return (corpora,) int64: the sequences drawn from each corpus before a position."""
@@ -229,8 +228,7 @@ class Streaming:
         return Assignments(corpus, epoch, sequence, (sequence > 0) & (inside > 0))
 
     def begun(self, step: int) -> list[list[int] | None]:
-        """Return the stretch that is partly read before a step, as [[its first step, its number of steps]]; [None] if
-        none is."""
+        """Return the stretch that is partly read before a step, as [[first step, number of steps]], else [None]."""
         segment = self._segment(step)
         number, inside = divmod(step - segment.start, segment.stretch)
         return [[segment.start + number * segment.stretch, segment.size(number)] if inside else None]

@@ -47,8 +47,10 @@ class BatchSizes:
         return BatchSizes(tuple(change for change in self.changes if change[0] <= step))
 
     def planned(self, step: int, plan: BatchSizes) -> BatchSizes:
-        """Return these sizes up to a step, and those of `plan` from there on. The step must not be before the last
-        change."""
+        """Return these sizes up to a step, and those of `plan` from there on.
+
+        The step must not be before the last change.
+        """
         sizes = self.then(step, plan.at(step))
         for start, rows in plan.changes:
             sizes = sizes.then(start, rows) if start > step else sizes

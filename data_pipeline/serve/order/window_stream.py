@@ -57,7 +57,7 @@ class OpenWindow:
         return int((sizes <= length).sum()), int(cut(sizes, length, room).sum())
 
     def pieces(self, starts: np.ndarray, count: int) -> Pieces:
-        """Like `TokenStream.pieces`. Positions count from the window's begin, and may be negative."""
+        """Like `TokenStream.pieces`. Positions count from the start of the window, and may be negative."""
         found = self._stream.pieces(starts, count)
         shard = np.searchsorted(self._begins, found.document, side="right") - 1
         return found._replace(document=found.document + self._shift[shard])

@@ -70,17 +70,18 @@ class Windows:
         return int(self.begins[window + 1] - self.begins[window])
 
     def room(self, window: int, length: int) -> int:
-        """Return the rest of the sequence of `length` that contains the window's begin, from that begin on."""
+        """Return the room that is left for a window in the sequence of `length` in which it begins."""
         return length - int(self.begins[window]) % length
 
     def key(self, window: int) -> tuple[int, ...]:
-        """Return the key of a window's permutations. A pass of one window has the same key as in version 2, so the same
-        order."""
+        """Return the key of a window's permutations.
+
+        A pass of one window has the same key as in version 2, so the same order.
+        """
         return self._key if len(self) == 1 else (*self._key, window)
 
     def sequences(self, length: int, base: int, numbers: tuple[int, int]) -> np.ndarray:
-        """Return (windows + 1,): the first sequence that begins in each window, and the end of the last window's
-        sequences.
+        """Return (windows + 1,): the first sequence that begins in each window, then the end of the last sequence.
 
         Sequences have `length` tokens, and sequence 0 begins at `base`. Only the numbers ``numbers[0]`` up to
         ``numbers[1]`` count. A window shorter than a sequence may have none.
@@ -118,8 +119,7 @@ class WindowShuffled(Shuffled):
         self._shift = cuts.offsets - before
 
     def begun(self, step: int) -> list[list[int] | None]:
-        """Return, for each corpus, the end of its partly read window as [pass, position]; None if no window is partly
-        read."""
+        """Return the end of each corpus's partly read window as [pass, position]; None for a corpus without one."""
         counts = self.consumed(step) - self._before
         return [self._begun(corpus, int(count)) for corpus, count in enumerate(counts)]
 
@@ -143,8 +143,7 @@ class WindowShuffled(Shuffled):
         return low, stop
 
     def _firsts(self, corpus: int, epoch: int, windows: Windows) -> np.ndarray:
-        """Return (windows + 1,): the first sequence of each window that is read, and the end of the last window's
-        sequences."""
+        """Return (windows + 1,): the first sequence of each window that is read, then the end of the last sequence."""
         return windows.sequences(self._cuts.length, self._cuts.base(corpus, epoch), self._range(corpus, epoch))
 
     def _permuted(self, corpus: int, epoch: int, places: np.ndarray) -> np.ndarray:

@@ -59,8 +59,7 @@ class Linux(PackagedSource):
 
 
 def _unpacked(package: Path) -> Path:
-    """Return the directory with the files of a `linux-source` package's tarball; unpacked into the cache at the first
-    use."""
+    """Return the directory with the files of a `linux-source` package's tarball, unpacked into the cache once."""
     target = cache_directory() / "unpacked" / package.name
     if target.is_dir():
         return target

@@ -26,8 +26,10 @@ def cache_directory() -> Path:
 
 
 def fetch_debian(package: str) -> Path:
-    """Return the unpacked files of a Debian package (`name` or `name=version`), downloaded with apt if not in the
-    cache."""
+    """Return the directory of an unpacked Debian package (`name` or `name=version`).
+
+    It is downloaded with apt if it is not in the cache.
+    """
     if found := _cached("debian", package.replace("=", "_")):
         return found
     with _download_directory() as folder:
@@ -42,8 +44,10 @@ def fetch_debian(package: str) -> Path:
 
 
 def fetch_npm(package: str) -> Path:
-    """Return the unpacked files of an npm package (`name` or `name@version`), downloaded with npm if not in the
-    cache."""
+    """Return the directory of an unpacked npm package (`name` or `name@version`).
+
+    It is downloaded with npm if it is not in the cache.
+    """
     scope_name = re.sub(r"(?<!^)@", "-", package).removeprefix("@").replace("/", "-")
     if found := _cached("npm", scope_name):
         return found
