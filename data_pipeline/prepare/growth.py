@@ -1,9 +1,9 @@
 """A corpus that continues an earlier one: it keeps the earlier shards, and adds new documents in shards after them.
 
 The documents of the earlier corpus are identified by their ids, which its indexes hold: an id is a hash of a document's
-path and text. So nothing has to be stored in addition to a corpus, any corpus can be continued, and a file to which
-documents were appended is handled like a new file. The whole source is read, to find the new documents. Documents that
-are already there are not tokenized or written again.
+path and text. So nothing has to be stored in addition to a corpus, and any corpus can be continued. Documents that were
+appended to an existing file are found like those of a new file. The whole source is read, to find the new documents.
+Documents that are already there are not tokenized or written again.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Prefetcher(Generic[T]):
     def close(self) -> None:
         """Stop the threads and wait for them to end.
 
-        Once `leave` is set it waits at most 5 s, since their work may hang.
+        Once `leave` is set, it waits at most 5 s for each, since their work may hang.
         """
         with self._changed:
             self._stopped = True

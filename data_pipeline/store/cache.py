@@ -21,7 +21,7 @@ from data_pipeline.store.room import Room
 from data_pipeline.store.storage import LocalStorage
 
 _FETCHED_AT_ONCE = 8  # files of a corpus that are fetched ahead in parallel
-_LOOK_S = 0.05  # how often a process checks whether another one has finished to fetch the same file
+_LOOK_S = 0.05  # how often to check whether another process has finished fetching the same file
 
 
 class KnownFiles(Protocol):

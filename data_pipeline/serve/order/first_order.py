@@ -111,7 +111,7 @@ class LaneStreaming:
     passes, then begin a new pass. So nothing is skipped or repeated. `Assignments.continues` is false where a row is
     cut like that.
 
-    Args: as for `plan.Shuffled`. Sequences are not permuted here, since the documents of each pass already are.
+    Args: as for `plan.Streaming`. Sequences are not permuted, since the documents of each pass already are.
     """
 
     def __init__(self, sequences: Sequence[int], segments: Segments, rows: int) -> None:
