@@ -45,9 +45,9 @@ class CheckpointConfig(Config):
     """Where a node keeps local copies; /dev/shm is its memory. It must not be on a file system that nodes share."""
 
     def scheduled(self, step: int) -> bool:
-        """Whether every start of the run takes a checkpoint after so many steps, wherever it ends."""
+        """Whether every start of the run takes a full checkpoint after `step` steps, wherever the start ends."""
         return step in self.at or bool(self.every and step % self.every == 0)
 
     def wanted(self, step: int) -> bool:
-        """The same, of the weights alone or with all that a run resumes from."""
+        """Whether a checkpoint is taken after `step` steps, full or weights-only."""
         return self.scheduled(step) or bool(self.weights_every and step % self.weights_every == 0)

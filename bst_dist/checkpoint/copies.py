@@ -1,11 +1,11 @@
-"""Copies of a run in an object store: put there file by file, the manifest of a checkpoint last; brought back whole.
+"""Copies of a run in an object store, uploaded file by file and downloaded as a whole.
 
-    URL/recipe.yaml, metrics.jsonl, …             the files that lie directly in the run directory
-    URL/checkpoints/step-00000240/manifest.json   put last: a checkpoint without it is not complete
+    URL/recipe.yaml, metrics.jsonl, …             the files directly in the run directory
+    URL/checkpoints/step-00000240/manifest.json   uploaded last: a checkpoint without it is not complete
                                  /weights-00000.safetensors …
 
-An object store has no rename. So a reader takes for a checkpoint only what has a manifest, and compares every file
-with the digest in it. What is no longer kept loses its manifest first.
+An object store has no atomic rename. So a reader only accepts a checkpoint with a manifest, and compares every file
+with the digest in it. When a checkpoint is removed, its manifest is removed first.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from bst_dist.checkpoint.directory import (
     step_of,
 )
 
-_TRANSFERS = 8  # files under way at a time
+_TRANSFERS = 8  # files transferred at the same time
 
 T = TypeVar("T")
 
 
 class RunCopy:
-    """The copy of a run at an address that fsspec knows: ``s3://bucket/run``, ``gs://…``, ``file:///…``.
+    """The copy of a run at a URL that fsspec supports: ``s3://bucket/run``, ``gs://…``, ``file:///…``.
 
-    Credentials and endpoints come from where the store's client looks for them (for S3 the AWS_… variables), or from
-    fsspec's own FSSPEC_… variables. Raises StorageError for what the store refuses, with the file.
+    The store's client reads credentials and endpoints from its usual places (for S3 the AWS_… variables), or fsspec
+    from the FSSPEC_… variables. Methods raise StorageError, naming the file, when the store reports an error.
     """
 
     def __init__(self, url: str) -> None:
@@ -56,19 +56,19 @@ class RunCopy:
             raise UserError(f"{url}: {error}") from None
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are complete there, newest first."""
+        """Return the steps of the complete checkpoints in the store, newest first."""
         found = self._names(f"{CHECKPOINTS}/*/{MANIFEST}")
         return sorted((step_of(Path(name).parent) for name in found), reverse=True)
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """The manifest of a checkpoint that is complete there."""
+        """Read the manifest of a complete checkpoint in the store."""
         name = f"{_place(step)}/{MANIFEST}"
         return json.loads(self._told(name, "read", lambda: self._fs.cat_file(self._at(name))))
 
     def put_checkpoint(self, checkpoint: Path) -> int:
-        """Put a checkpoint there, unless it is; returns the bytes that were sent.
+        """Upload a checkpoint unless the store already has it; return the number of bytes sent.
 
-        Raises CheckpointError when the files are not what their manifest says: damage is not spread.
+        Raises CheckpointError when the files do not match their manifest, so that no damage is copied.
         """
         if step_of(checkpoint) in self.steps():
             return 0
@@ -80,24 +80,24 @@ class RunCopy:
         return sent + self._put(checkpoint / MANIFEST, f"{place}/{MANIFEST}")
 
     def put_files(self, run_dir: Path) -> int:
-        """Put the files there that lie directly in the run directory; returns the bytes that were sent."""
+        """Upload the files directly in the run directory; return the number of bytes sent."""
         files = [path for path in sorted(run_dir.iterdir()) if path.is_file() and not path.name.endswith(PARTIAL)]
         return sum(self._put(path, path.name) for path in files)
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint there."""
+        """Remove a checkpoint from the store."""
         place = _place(step)
         self._told(place, "remove", lambda: self._fs.rm_file(self._at(f"{place}/{MANIFEST}")))
         self._told(place, "remove", lambda: self._fs.rm(self._at(place), recursive=True))
 
     def get_files(self, run_dir: Path) -> None:
-        """Write the run's own files from there into a run directory."""
+        """Download the files directly in the run directory."""
         for name in self._names("*"):
             with atomic_file(run_dir / name) as file:
                 file.write(self._told(name, "read", lambda name=name: self._fs.cat_file(self._at(name))))
 
     def file(self, name: str) -> bytes | None:
-        """One of the run's own files; None when it is not there."""
+        """Return the content of one file of the run; None when the store does not have it."""
         try:
             return self._fs.cat_file(self._at(name))
         except FileNotFoundError:
@@ -106,9 +106,9 @@ class RunCopy:
             raise self._error(name, "read", error) from error
 
     def get_checkpoint(self, run_dir: Path, step: int) -> Path:
-        """Write a checkpoint from there into a run directory, whole or not at all; returns where it is.
+        """Download a checkpoint into a run directory, completely or not at all; return its path.
 
-        Raises CheckpointError when what arrived is not what its manifest says.
+        Raises CheckpointError when the downloaded files do not match the manifest.
         """
         final = directory(run_dir, step)
         partial = final.with_name(f"{final.name}.pull{PARTIAL}")
@@ -134,7 +134,7 @@ class RunCopy:
             os.fsync(file.fileno())
 
     def _names(self, pattern: str) -> list[str]:
-        """Names below the address that match, without it."""
+        """Return the names of files under the URL that match `pattern`, relative to the URL."""
         self._fs.invalidate_cache()
         found = self._told(pattern, "list", lambda: self._fs.glob(self._at(pattern), detail=True))
         return [name.removeprefix(f"{self._root}/") for name, info in found.items() if info["type"] == "file"]
@@ -143,10 +143,10 @@ class RunCopy:
         return f"{self._root}/{name}"
 
     def _told(self, name: str, doing: str, work: Callable[[], T]) -> T:
-        """What `work` returns; what the store's client raises becomes a StorageError."""
+        """Return the result of `work`; turn any exception of the store's client into a StorageError."""
         try:
             return work()
-        except Exception as error:  # every client has its own
+        except Exception as error:  # every client has its own exception types
             raise self._error(name, doing, error) from error
 
     def _error(self, name: str, doing: str, error: Exception) -> StorageError:

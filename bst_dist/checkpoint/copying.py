@@ -1,4 +1,4 @@
-"""A copy of weights and moments in the host's memory, which a thread writes while training continues."""
+"""A copy of weights and moments in host memory, which a thread writes to disk while training continues."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from bst_dist.checkpoint.shards import Piece
 
 @dataclass(frozen=True)
 class Copied:
-    """A tensor's piece that is to be written."""
+    """A piece of a tensor to be written to disk."""
 
     piece: Piece
     tensor: str
     """WEIGHT, one of MOMENTS, or AVERAGE."""
     runs: list[Tensor]
-    """Its values, one after the other."""
+    """Its values, split into consecutive tensors."""
 
     def stored(self, named: Callable[[str, str], str]) -> Piece:
-        """The piece, called in a file what `named` makes of the parameter's name and the tensor's."""
+        """Return the piece under its name in a file; `named`: makes it from the names of parameter and tensor."""
         return replace(self.piece, name=named(self.piece.name, self.tensor))
 
 
 class HostCopy:
-    """A copy of fragments in the host's memory, in the same place each time: fresh pages cost more than the copy."""
+    """Copies fragments to host memory, always to the same buffers: new pages would cost more than the copy."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory: list[Tensor] = []
 
     def reserve(self, count: int) -> None:
-        """Have room for `count` elements."""
+        """Allocate buffers for `count` elements in total."""
         missing = count - sum(memory.numel() for memory in self._memory)
         pinned = self._device.type != "cpu"
         self._memory += [torch.empty(size, pin_memory=pinned) for size in block_sizes(missing)]
 
     def of(self, fragments: list[Fragment], kinds: Sequence[str]) -> list[Copied]:
-        """What is to be written of the fragments, as it is now, until the next call."""
+        """Copy the tensors of these kinds from the fragments; the copies are valid until the next call."""
         named = [(f.piece, name, f.values[name]) for kind in kinds for name in TENSORS[kind] for f in fragments
                  if name in f.values]  # fmt: skip
         self.reserve(sum(values.numel() for *_, values in named))
@@ -64,14 +64,14 @@ class HostCopy:
 
 
 BLOCK = 1 << 28
-"""Elements of the largest block of host memory: 1 GiB."""
+"""Elements of the largest block of host memory (1 GiB)."""
 SMALLEST = 1 << 18
 
 
 def block_sizes(count: int) -> list[int]:
-    """Powers of two, none above BLOCK, that hold `count` elements and few more.
+    """Return powers of two, at most BLOCK each, whose sum is `count` or slightly more.
 
-    torch rounds a block of pinned memory up to a power of two: one of 84 GB would take 137.
+    torch rounds a block of pinned memory up to a power of two: one block of 84 GB would take 137 GB.
     """
     sizes = []
     while count > 0:

@@ -1,17 +1,17 @@
-"""Checkpoints on disk: which exist, which are whole, and what they hold.
+"""Checkpoints on disk: which exist, which are complete and undamaged, and their contents.
 
-    checkpoints/step-00000100/manifest.json               written last; names every file with its size and digest
-                             /weights-00000.safetensors   single-precision weights, a file a rank
-                             /optimizer-00000.safetensors both moments of Adam, or Muon's momentum, a file a rank
-                             /averaged-00000.safetensors  where train.average is set: averaged weights, a file a rank
-                             /rank-00000.pt               what one rank alone knows: generators, the carried past
-                             /pinned                      there when the checkpoint is to be kept for good
+    checkpoints/step-00000100/manifest.json               written last; lists every file with its size and digest
+                             /weights-00000.safetensors   single-precision weights, one file per rank
+                             /optimizer-00000.safetensors both moments of Adam, or Muon's momentum, one file per rank
+                             /averaged-00000.safetensors  averaged weights if train.average is set, one file per rank
+                             /rank-00000.pt               state of one rank: random generators, the carried past
+                             /pinned                      exists if the checkpoint must never be removed
 
-A checkpoint is written under the name ``step-00000100.partial`` and renamed when it is whole, so a directory without
-that suffix was complete once; its digests tell whether it still is. A checkpoint of the weights alone has no optimizer
-files: it can be evaluated and exported, but nothing continues from it.
+A checkpoint is written to a directory whose name ends in ``.partial``, and renamed when it is complete. So a directory
+without that suffix was complete once; the digests show whether it still is. A weights-only checkpoint has no optimizer
+files: it can be evaluated and exported, but no run can resume from it.
 
-Writing is `saving`'s part, continuing from one `snapshot`'s, what is kept `retention`'s.
+`saving` writes checkpoints, `snapshot` resumes from them, and `retention` decides which are kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHECKPOINTS, MANIFEST, PINNED = "checkpoints", "manifest.json", "pinned"
 WEIGHTS, OPTIMIZER, AVERAGED = "weights", "optimizer", "averaged"
 WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
 TENSORS = {WEIGHTS: (WEIGHT,), OPTIMIZER: MOMENTS, AVERAGED: (AVERAGE,)}
-"""What the files of each kind hold of every parameter, in this order; Muon's matrices have the first moment alone."""
+"""Tensors of every parameter in the files of each kind, in this order; Muon's matrices have only the first moment."""
 PARTIAL, DELETED, DAMAGED = ".partial", ".deleted", ".damaged"
 INDEX = "index"
 FORMAT = 2
@@ -48,42 +48,42 @@ class CheckpointError(UserError):
 
 
 class OlderFormatError(CheckpointError):
-    """A whole checkpoint, as an older version of this program wrote them."""
+    """A complete checkpoint in the format of an older version of this program."""
 
 
 def directory(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint taken after `step` steps lies."""
+    """Return the directory of the checkpoint taken after `step` steps."""
     return run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
 def shard_file(kind: str, rank: int) -> str:
-    """Name, inside a checkpoint, of a rank's shard of the WEIGHTS, the OPTIMIZER's states or the AVERAGED weights."""
+    """Return the file name of a rank's shard; `kind`: WEIGHTS, OPTIMIZER or AVERAGED."""
     return f"{kind}-{rank:05d}.safetensors"
 
 
 def stored_name(parameter: str, tensor: str) -> str:
-    """A parameter's name in a shard; its moments have their own beside it."""
+    """Return the name of a parameter's tensor in a shard: its own name for a weight or average, else with a prefix."""
     return parameter if tensor in (WEIGHT, AVERAGE) else f"{tensor}/{parameter}"
 
 
 def rank_file(rank: int) -> str:
-    """Name, inside a checkpoint, of what one rank alone knows."""
+    """Return the file name of the state that only one rank has."""
     return f"rank-{rank:05d}.pt"
 
 
 def committed(run_dir: Path) -> list[Path]:
-    """Checkpoints that were completed, newest first; whether they still are whole is not looked at.
+    """Return the checkpoints that were committed, newest first, without checking them for damage.
 
-    Raises StorageError when this host cannot tell.
+    Raises StorageError when this host cannot read the directory.
     """
     names = (name for name in entries(run_dir) if re.fullmatch(r"step-\d{8,}", name))
     return sorted((run_dir / CHECKPOINTS / name for name in names), key=step_of, reverse=True)
 
 
 def entries(run_dir: Path) -> list[str]:
-    """Names of all that lies beside the checkpoints of a run; raises StorageError when this host cannot tell."""
+    """Return all names in the checkpoints directory of a run; raises StorageError when this host cannot read it."""
     try:
-        return [path.name for path in (run_dir / CHECKPOINTS).iterdir()]  # glob takes what may not be read for empty
+        return [path.name for path in (run_dir / CHECKPOINTS).iterdir()]  # glob would return [] without permission
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -91,15 +91,15 @@ def entries(run_dir: Path) -> list[str]:
 
 
 def step_of(path: Path) -> int:
-    """The steps that had been taken when a checkpoint was."""
+    """Return the step of a checkpoint: the number of steps taken before it."""
     return int(path.name.removeprefix("step-"))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
-    Raises CheckpointError when there is none, or it is none that this program reads, and StorageError when this host
-    cannot tell.
+    Raises CheckpointError when it is missing or in a format that this program does not read, and StorageError when
+    this host cannot read the file.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
@@ -120,7 +120,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def is_full(manifest: dict[str, Any]) -> bool:
-    """Whether a run can continue from the checkpoint: it has more than the weights."""
+    """Whether a run can resume from the checkpoint: it has optimizer states too."""
     return has(manifest, OPTIMIZER)
 
 
@@ -130,19 +130,19 @@ def has(manifest: dict[str, Any], kind: str) -> bool:
 
 
 def size(manifest: dict[str, Any]) -> int:
-    """Bytes of a checkpoint's files."""
+    """Return the total size of a checkpoint's files in bytes."""
     return sum(record["bytes"] for record in manifest["files"].values())
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with one file of a checkpoint."""
+    """A problem with one file of a checkpoint."""
 
     file: str
     what: str
-    """As it stands before the file's name: `checksum mismatch in`."""
+    """The problem, as it is printed before the file's name: `checksum mismatch in`."""
     rank: int | None = None
-    """Who wrote the file, and on which host, where the manifest says so."""
+    """The rank that wrote the file, and its host, if the manifest records them."""
     host: str | None = None
 
     def __str__(self) -> str:
@@ -152,12 +152,12 @@ class Finding:
 
 def examine(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = True, only: Sequence[str] | None = None,
             manifest: dict[str, Any] | None = None, kind: str = "") -> list[Finding]:  # fmt: skip
-    """What is wrong with a checkpoint's files, as this host sees them; of `parts` readers, this is number `part`.
+    """Check a checkpoint's files against the manifest, as this host sees them, and return the problems.
 
-    `only`: of these files alone; `kind`: of the WEIGHTS or the OPTIMIZER alone; `manifest`: where it was read already.
-    Without `digests` nothing is read: what is missing or cut off is found, what was changed is not. Raises
-    OlderFormatError, as such a checkpoint is no reason to take its steps again; and StorageError when a file cannot be
-    read, which says nothing about what is in it.
+    `part`, `parts`: check only every `parts`-th file, beginning with number `part`. `only`: check only these files.
+    `kind`: check only files of this kind. `manifest`: the manifest if it was already read. Without `digests` only
+    existence and size are checked, and no content is read. Raises OlderFormatError, because such a checkpoint is not
+    damaged. Raises StorageError when a file cannot be read, because its content may be intact.
     """
     try:
         files = (manifest or read_manifest(checkpoint))["files"]
@@ -180,7 +180,7 @@ def _wrong(checkpoint: Path, files: dict[str, Any], digests: bool) -> Iterator[F
 
 
 def _compare(path: Path, record: dict[str, Any], digests: bool) -> str | None:
-    """How a file differs from what the manifest says of it."""
+    """Return how a file differs from its record in the manifest; None if it does not."""
     try:
         with path.open("rb") as file:
             if (there := os.fstat(file.fileno()).st_size) != record["bytes"]:
@@ -193,15 +193,15 @@ def _compare(path: Path, record: dict[str, Any], digests: bool) -> str | None:
 
 
 def damage(checkpoint: Path, digests: bool = True, kind: str = "") -> list[str]:
-    """What `examine` finds, in words; empty when nothing is wrong."""
+    """Return the problems that `examine` finds as text; empty when there are none."""
     return [str(finding) for finding in examine(checkpoint, digests=digests, kind=kind)]
 
 
 def newest_valid(run_dir: Path, kind: str = "") -> Path:
-    """The newest checkpoint whose files are all as they were written; raises CheckpointError when there is none.
+    """Return the newest checkpoint whose files match their manifest; raises CheckpointError when there is none.
 
-    `kind`: only files of the WEIGHTS are read, or of the OPTIMIZER: two thirds of a checkpoint are Adam's moments,
-    which nothing but training needs.
+    `kind`: check only files of this kind, for example WEIGHTS: two thirds of a checkpoint are Adam's moments, which
+    only training needs.
     """
     bad = []
     for checkpoint in committed(run_dir):
@@ -212,11 +212,11 @@ def newest_valid(run_dir: Path, kind: str = "") -> Path:
 
 
 def open_shards(checkpoint: Path, kind: str, own: int | None = None, manifest: dict[str, Any] | None = None) -> Shards:
-    """All ranks' shards of a kind (WEIGHTS, OPTIMIZER or AVERAGED); raises CheckpointError when there are none.
+    """Open the shards of all ranks of a kind (WEIGHTS, OPTIMIZER or AVERAGED).
 
-    `own`: the rank whose shard has all that will be asked for, where the layout is the same; `manifest`: the
-    checkpoint's, where it is known. Checkpoints that older versions wrote have no index in it, and are looked up in the
-    headers of their files.
+    Raises CheckpointError when there are none. `own`: the rank whose shard should have all requested elements, if the
+    layout is unchanged. `manifest`: the manifest if it was already read. Manifests of older versions have no index; the
+    headers of the files are read instead.
     """
     manifest = manifest or read_manifest(checkpoint)
     files = {name: record for name, record in manifest["files"].items() if name.startswith(f"{kind}-")}
@@ -235,7 +235,9 @@ def open_shards(checkpoint: Path, kind: str, own: int | None = None, manifest: d
 
 
 def load_weights(checkpoint: Path, kind: str = WEIGHTS) -> dict[str, Tensor]:
-    """Full single-precision weights by parameter name, whatever the layout they were trained under; `kind`: WEIGHTS or
-    AVERAGED."""
+    """Return the full single-precision weights by parameter name, for any training layout.
+
+    `kind`: WEIGHTS or AVERAGED.
+    """
     weights = open_shards(checkpoint, kind)
     return weights.all_of(weights.shapes)

@@ -1,4 +1,4 @@
-"""Files that are on the disk, and whose digest is known, when the call that writes them returns."""
+"""Writes files so that they are synced to disk, and their digests known, when the call returns."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-FileRecord = dict[str, Any]  # {"bytes": int, "sha256": str}, and of a shard "start": the byte of its first value
+FileRecord = dict[str, Any]  # {"bytes": int, "sha256": str}; for a shard also "start", the offset of its first value
 
 
 class Hashing:
-    """A binary file that digests what is written to it; torch.save and safetensors write front to back."""
+    """A binary file for sequential writing that computes the SHA-256 of the written data."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
@@ -32,7 +32,7 @@ class Hashing:
 
 
 class Files:
-    """The files one rank writes under a directory, with their digests by name."""
+    """The files that one rank writes into a directory, with their records by name."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -40,7 +40,7 @@ class Files:
 
     @contextmanager
     def open(self, name: str) -> Iterator[Hashing]:
-        """Write the file `name`; synced and recorded when the block ends."""
+        """Open the file `name` for writing; sync and record it when the context ends."""
         with (self.root / name).open("wb") as file:
             hashing = Hashing(file)
             yield hashing

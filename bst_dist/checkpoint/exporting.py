@@ -1,4 +1,4 @@
-"""A checkpoint's weights as safetensors files for other programs, one or several, some tensors in memory at a time."""
+"""Exports a checkpoint's weights as one or more safetensors files, with only some tensors in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bst_dist.model.weightless import weightless
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AT_A_TIME = 2.0**30
-"""Bytes of tensors in memory, unless one alone has more: each shard is opened once for all of them."""
+"""Maximum bytes of tensors in memory, unless a single tensor is larger. For each such group a shard is opened once."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def stored_dtypes(weights: Shards, config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """How each tensor is stored in `dtype`: the dynamics of the SSMs stay in single precision, as they must."""
+    """Return the dtype of each stored tensor: `dtype`, but single precision for the SSM dynamics, which need it."""
     with weightless():
         model = LanguageModel(config)
     own = {id(parameter) for parameter in model.parameter_groups()["ssm"]}
@@ -37,13 +37,13 @@ def write_weights(
     metadata: dict[str, str],
     prefix: str = "",
 ) -> list[str]:
-    """Write all tensors, and the index that Hugging Face's tools read when they are several files; their names.
+    """Write all tensors, and for several files the index that Hugging Face's tools read; return the file names.
 
     Args:
-        dtypes: of each tensor.
-        file_size: bytes from which another file is begun.
-        metadata: of the files, beside their format.
-        prefix: what their names begin with in the files.
+        dtypes: the dtype of each stored tensor.
+        file_size: maximum size of a file in bytes.
+        metadata: metadata of each file, besides the format.
+        prefix: put before the names of the tensors.
     """
     shapes = weights.shapes
     files = list(_files(shapes, dtypes, file_size))
@@ -66,7 +66,7 @@ def write_weights(
 
 
 def _files(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype], limit: float) -> Iterator[list[str]]:
-    """The tensors of each file, in their order, no file larger than `limit` unless one tensor is."""
+    """Yield the tensor names of each file, in order; no file is larger than `limit` unless a single tensor is."""
     members: list[str] = []
     held = 0
     for name, shape in shapes.items():

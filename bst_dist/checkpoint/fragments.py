@@ -1,11 +1,11 @@
-"""Where the weights and the optimizer's states of an engine lie, parameter by parameter, whatever the ZeRO stage.
+"""Locates the weights and optimizer states of each parameter in a DeepSpeed engine, for every ZeRO stage.
 
-Stage 0 keeps everything on every rank. Stages 1 and 2 lay the parameters of a group end to end and give each rank an
-equal part, in single precision, which its optimizer updates and all others are sent. Stage 3 gives each rank an equal
-part of every parameter. In each case what a rank holds of a parameter is one run of its elements, so all stages can
-be written, and read, in the same way: by parameter name and element.
+Stage 0 keeps everything on every rank. Stages 1 and 2 concatenate the parameters of a group. Each rank's optimizer
+updates an equal part of the result in single precision, and the other ranks receive the new values. Stage 3 gives each
+rank an equal part of every parameter. In every stage a rank holds one contiguous run of a parameter's elements, so
+checkpoints of all stages are written and read in the same way: by parameter name and element.
 
-This file alone reaches into DeepSpeed's ZeRO optimizers.
+Only this file accesses the internals of DeepSpeed's ZeRO optimizers.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from bst_dist.checkpoint.shards import Piece
 
 @dataclass(frozen=True)
 class Fragment:
-    """What this rank holds of one parameter."""
+    """This rank's elements of one parameter."""
 
     piece: Piece
     values: dict[str, Tensor]
-    """WEIGHT and those of MOMENTS that the optimizer keeps of it -> (count,) views of the memory that it updates;
+    """WEIGHT, and the MOMENTS that the optimizer keeps -> (count,) views of the memory that the optimizer updates;
     AVERAGE -> the average, if any."""
 
     def elements(self, kinds: Sequence[str]) -> int:
-        """In all tensors of these kinds."""
+        """Return the number of elements in all tensors of these kinds."""
         return self.piece.count * sum(name in self.values for kind in kinds for name in TENSORS[kind])
 
     def part(self, rank: int, ranks: int) -> Fragment:
-        """What a rank is to write of it, when all of `ranks` hold it; the last ones may be left with less, or none."""
+        """Return the part that `rank` writes when all `ranks` hold the fragment; the last may be small or empty."""
         first, count = equal_part(self.piece.count, rank, ranks)
         piece = Piece(self.piece.name, self.piece.shape, self.piece.begin + first, count)
         return Fragment(piece, {kind: tensor[first : first + count] for kind, tensor in self.values.items()})
 
 
 class EngineState:
-    """The weights and optimizer states of a DeepSpeed engine, and an average of the weights where one is kept.
+    """The weights and optimizer states of a DeepSpeed engine, and the average of the weights if there is one.
 
-    A rank averages what it updates, in single precision: under ZeRO a part, beside the optimizer's own copy of it.
+    A rank averages the elements that it updates, in single precision: under ZeRO, its shard.
     """
 
     def __init__(self, engine: Any, averaged: bool = False) -> None:
-        """`averaged`: keep an average, which begins as the weights are now. Raises CheckpointError when the states are
-        not in any memory (ZeRO-Infinity's NVMe)."""
+        """`averaged`: keep an average, which starts as the current weights. Raises CheckpointError when the optimizer
+        states are on NVMe (ZeRO-Infinity), and RuntimeError when the model has persistent buffers."""
         self.engine, self.stage = engine, int(engine.zero_optimization_stage())
         self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         if engine.zero_nvme_offload_optimizer():
@@ -65,7 +65,7 @@ class EngineState:
             self._averages = {fragment.piece.name: fragment.values[WEIGHT].clone() for fragment in self.held()}
 
     def held(self) -> list[Fragment]:
-        """All that lies on this rank; writing to the values changes the engine once `filled` is called."""
+        """Return all fragments on this rank; values written to them take effect when `filled` is called."""
         found = list((self._replicated, self._flat, self._flat, self._spread)[self.stage]())
         for fragment in found:
             if fragment.piece.name in self._averages:
@@ -73,7 +73,7 @@ class EngineState:
         return found
 
     def owned(self) -> list[Fragment]:
-        """What this rank is to write, so that all ranks together write everything once."""
+        """Return the fragments that this rank writes; all ranks together write every element once."""
         if self.stage > 0:
             return self.held()
         rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -81,11 +81,11 @@ class EngineState:
         return [part for part in parts if part.piece.count]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all parameters, also of those that lie on other ranks; the same, in the same order, on every rank."""
+        """Return the shapes of all parameters, including those on other ranks; same order on every rank."""
         return {self._names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for p in self.engine.module.parameters()}
 
     def moments(self) -> dict[str, int]:
-        """How many of MOMENTS there are of the parameters that have not all of them; the same on every rank."""
+        """Return the number of MOMENTS for each parameter that does not have all of them; the same on every rank."""
         zero = self.engine.optimizer
         if self.stage == 0:
             groups = [[parameter] for parameter in self.engine.module.parameters()]
@@ -96,12 +96,12 @@ class EngineState:
                 for parameter in group if count < len(MOMENTS)}  # fmt: skip
 
     def updates(self) -> int:
-        """Updates that the optimizer has made: what its bias correction counts."""
+        """Return the number of updates that the optimizer has made, which its bias correction uses."""
         (count,) = {int(_state(optimizer, tensor)["step"]) for optimizer, tensor in self._updated()}
         return count
 
     def filled(self, step: int, updates: int) -> None:
-        """Let the engine continue from the values just written to `held`, after `step` steps. All ranks call it."""
+        """Make the engine continue from the values just written to `held`, after `step` steps. All ranks call it."""
         for optimizer, tensor in self._updated():
             _state(optimizer, tensor)["step"] = _count(optimizer, tensor, updates)
         self.publish()
@@ -111,18 +111,18 @@ class EngineState:
         engine.micro_steps = step * engine.gradient_accumulation_steps()
 
     def publish(self) -> None:
-        """Let the model compute with the weights just written to `held`. All ranks call it."""
+        """Copy the weights just written to `held` to the model's parameters. All ranks call it."""
         zero = self.engine.optimizer
         if self.stage in (1, 2):
             zero.update_lp_params()
         elif self.stage == 3:
-            zero.checkpoint_event_prologue()  # parameters that small ones keep whole are let go
+            zero.checkpoint_event_prologue()  # releases small parameters, which ZeRO-3 keeps gathered
             for group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
-            zero.checkpoint_event_epilogue()  # and gathered again, with their new values
+            zero.checkpoint_event_epilogue()  # gathers them again, with their new values
 
     def _updated(self) -> Iterator[tuple[Any, Tensor]]:
-        """Each tensor that an optimizer updates, with the optimizer."""
+        """Yield each optimizer with each tensor that it updates."""
         zero = self.engine.optimizer
         if self.stage == 0:
             yield from ((zero, parameter) for parameter in self.engine.module.parameters())
@@ -134,7 +134,7 @@ class EngineState:
             )
 
     def _optimizer_of(self, group: int) -> Any:
-        """Stage 3 with a part of the states offloaded has a second optimizer for the part that is not."""
+        """Return the optimizer of a stage-3 group; with partial offload, groups on the device have a second one."""
         zero = self.engine.optimizer
         stays = zero.offload_optimizer and zero.subgroup_to_device[group] != "cpu"
         return zero.backup_optimizer if stays else zero.optimizer
@@ -167,19 +167,21 @@ class EngineState:
 
 @dataclass(frozen=True)
 class Placed:
-    """Where one parameter lies among the tensors that the ranks' optimizers update, each of them a part."""
+    """Where one parameter lies in the flat tensors that the optimizers of all ranks update."""
 
     parameter: nn.Parameter
     division: Division
     tensor: Tensor
-    """Of this rank."""
+    """This rank's flat tensor."""
     offset: int
-    """In it, where this rank's run of the parameter begins, if it has one."""
+    """Where this rank's run of the parameter begins in `tensor`, if the rank has one."""
 
 
 def placed(engine: Any) -> Iterator[Placed]:
-    """Of a DeepSpeed engine under ZeRO-1, 2 or 3, all parameters, also those that lie on other ranks: the same, in the
-    same order, on every rank."""
+    """Yield the place of every parameter under ZeRO-1, 2 or 3, including those on other ranks.
+
+    The parameters and their order are the same on every rank.
+    """
     zero, rank, ranks = engine.optimizer, distributed.get_rank(), distributed.get_world_size()
     if int(engine.zero_optimization_stage()) == 3:
         for parameter in (parameter for group in zero.fp16_groups for parameter in group):
@@ -200,14 +202,14 @@ def placed(engine: Any) -> Iterator[Placed]:
 
 
 def _fragment(piece: Piece, optimizer: Any, tensor: Tensor, offset: int) -> Fragment:
-    """The run `piece` that begins at element `offset` of `tensor`, with its moments."""
+    """Return the fragment of `piece`, which begins at element `offset` of `tensor`, with its moments."""
     state = _state(optimizer, tensor)
     tensors = {WEIGHT: tensor, **{kind: state[kind] for kind in MOMENTS if kind in state}}
     return Fragment(piece, {kind: t.detach().view(-1)[offset : offset + piece.count] for kind, t in tensors.items()})
 
 
 def _state(optimizer: Any, tensor: Tensor) -> dict[str, Any]:
-    """The optimizer's state of `tensor`; where it has none yet, Adam's is made here, as Adam would."""
+    """Return the optimizer's state of `tensor`; if it is empty, create it as Adam would at its first step."""
     state = optimizer.state[tensor]
     if not state:
         state["step"] = _count(optimizer, tensor, 0)
@@ -216,6 +218,6 @@ def _state(optimizer: Any, tensor: Tensor) -> dict[str, Any]:
 
 
 def _count(optimizer: Any, tensor: Tensor, updates: int) -> Any:
-    """`updates` as the optimizer counts them: torch's in a tensor beside the parameter, DeepSpeed's own in an int."""
+    """Return `updates` in the optimizer's format: torch counts in a tensor, DeepSpeed's own Adam in an int."""
     counted_in_tensor = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     return torch.tensor(float(updates), device=tensor.device) if counted_in_tensor else updates

@@ -1,11 +1,12 @@
-"""Which elements of which parameter are in which rank's files, as a checkpoint's manifest says it.
+"""The index in a checkpoint manifest: which elements of which parameter are in which rank's files.
 
-With it a rank finds what it needs without opening a file for its header. Whatever the ZeRO stage, the runs that the
-ranks hold of a parameter follow one another by rank. So a parameter is described by where it is cut, or, when all ranks
-have equal parts of it, by nothing but its shape: the description grows with parameters + ranks, not with their product.
+With the index a rank finds the elements it needs without reading the headers of files. In every ZeRO stage, the runs
+that the ranks hold of a parameter follow each other in the order of the ranks. So the index stores of a parameter only
+where it is cut, or only its shape when all ranks have equal parts. Its size grows with parameters + ranks, not with
+their product.
 
-A file has the tensors of its kind one after the other, of each tensor the runs of all parameters in the order of the
-index; so where a run lies follows from the runs before it.
+A file has the tensors of its kind one after the other. Each tensor has the runs of all parameters in the order of the
+index. So the offset of a run follows from the runs before it.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ class Division:
 
     shape: tuple[int, ...]
     ranks: int
-    """Of the whole checkpoint."""
+    """Number of ranks that wrote the checkpoint."""
     first: int = 0
-    """The first rank that holds any, where they are not equal parts."""
+    """The first rank that holds elements, when the parts are not equal."""
     cuts: tuple[int, ...] = ()
-    """Where the run of each rank from `first` on begins, and where the last ends; empty: equal parts of all ranks."""
+    """Where the run of each rank from `first` on begins, and where the last one ends; empty: equal parts."""
     moments: int = 2
-    """How many of the optimizer's tensors there are of it: AdamW's two, or Muon's first alone."""
+    """Number of the optimizer's tensors for this parameter: two for AdamW, one for Muon."""
 
     @property
     def numel(self) -> int:
@@ -45,7 +46,7 @@ class Division:
         return math.prod(self.shape)
 
     def run(self, rank: int) -> tuple[int, int]:
-        """First element that a rank holds, and how many."""
+        """Return the first element that a rank holds, and the number of its elements."""
         if not self.cuts:
             return equal_part(self.numel, rank, self.ranks)
         place = rank - self.first
@@ -54,7 +55,7 @@ class Division:
         return self.cuts[place], self.cuts[place + 1] - self.cuts[place]
 
     def holders(self, begin: int, end: int) -> range:
-        """The ranks that hold elements `begin` to `end`; some of them may hold none at all."""
+        """Return a range of ranks that covers the holders of elements `begin` to `end`; some in it may hold none."""
         if begin >= end:
             return range(0)
         if not self.cuts:
@@ -64,14 +65,14 @@ class Division:
 
 
 def equal_part(numel: int, rank: int, ranks: int) -> tuple[int, int]:
-    """First element and count of a rank's part when all parts but the last are equal, as ZeRO-3 cuts a parameter."""
+    """Return first element and count of a rank's part when ZeRO-3 cuts a parameter: equal parts, the last smaller."""
     size = -(-numel // ranks)
     begin = min(rank * size, numel)
     return begin, min(size, numel - begin)
 
 
 class Index:
-    """How all parameters of a checkpoint are divided."""
+    """How all parameters of a checkpoint are divided over the ranks."""
 
     def __init__(self, ranks: int, divisions: dict[str, Division]) -> None:
         self.ranks, self.divisions = ranks, divisions
@@ -87,12 +88,15 @@ class Index:
         self._before: dict[tuple[int, int], np.ndarray] = {}
 
     def before(self, rank: int, name: str, number: int = 0) -> int:
-        """Elements that lie before those of `name` in tensor `number` of the rank's file, earlier tensors included."""
+        """Return the number of elements before those of `name` in tensor `number` of the rank's file.
+
+        Earlier tensors of the file are included.
+        """
         earlier = sum(self.total(rank, tensor) for tensor in range(number))
         return earlier + int(self._ends(rank, number)[self._place[name]])
 
     def total(self, rank: int, number: int = 0) -> int:
-        """Elements that a rank holds of tensor `number`, of all parameters that have it."""
+        """Return the number of elements that a rank holds of tensor `number`, over all parameters that have it."""
         return int(self._ends(rank, number)[-1])
 
     def _ends(self, rank: int, number: int) -> np.ndarray:
@@ -106,7 +110,7 @@ class Index:
         return self._before[rank, number]
 
     def described(self) -> dict[str, Any]:
-        """For a manifest."""
+        """Return the index as it is stored in a manifest."""
         tensors = {
             name: {"shape": list(one.shape)}
             | ({"first": one.first, "cuts": list(one.cuts)} if one.cuts else {})
@@ -117,7 +121,7 @@ class Index:
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Index:
-        """From a manifest."""
+        """Create the index from its form in a manifest."""
         ranks = described["ranks"]
         return cls(ranks, {
             name: Division(tuple(one["shape"]), ranks, one.get("first", 0), tuple(one.get("cuts", ())),
@@ -127,12 +131,12 @@ class Index:
 
 
 class Indexed:
-    """The places of some tensors of every parameter (`shards.Places`), as an index tells them."""
+    """The places of tensors (`shards.Places`) according to an index."""
 
     def __init__(self, index: Index, tensors: Mapping[str, tuple[str, int]],
                  files: Mapping[int, tuple[Path, int]]) -> None:  # fmt: skip
-        """`tensors`: by name, the parameter and how many tensors of it a file has before this one; `files`: by rank,
-        the file and the byte at which its first value lies."""
+        """`tensors`: tensor name -> (parameter, number of the tensor among those of its kind). `files`: rank -> (path,
+        byte offset of the first value)."""
         self.index, self.tensors, self.files = index, tensors, files
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -157,10 +161,11 @@ class Indexed:
 
 def agreed(ranks: Ranks, shapes: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece],
            moments: Mapping[str, int] | None = None) -> Index:  # fmt: skip
-    """The index of what all ranks hold; every rank calls it, with the `pieces` that it holds.
+    """Return the index of the pieces that all ranks hold; every rank calls it with its own `pieces`.
 
-    `moments`: of the parameters that have not two. Raises RuntimeError unless the ranks together hold every element of
-    `shapes` once. What is exchanged is a number a parameter, and the runs of those that are not in equal parts.
+    `moments`: the number of moments for parameters that do not have two. Raises RuntimeError unless the ranks together
+    hold every element of `shapes` once. The ranks exchange one number per parameter, and the runs of parameters that
+    are not in equal parts.
     """
     own = {piece.name: (piece.begin, piece.count) for piece in pieces}
     parts = {name: equal_part(math.prod(shape), ranks.rank, ranks.world) for name, shape in shapes.items()}
@@ -180,10 +185,10 @@ def agreed(ranks: Ranks, shapes: Mapping[str, tuple[int, ...]], pieces: Iterable
 
 
 def _cut(name: str, shape: tuple[int, ...], ranks: int, runs: Sequence[tuple[int, int, int]]) -> Division:
-    """The division of a parameter, from (rank, begin, count) of each run, by rank."""
+    """Return the division of a parameter from its runs (rank, begin, count), in the order of ranks."""
     cuts = [0]
     for rank, begin, count in runs:
-        cuts += [cuts[-1]] * (rank - runs[0][0] - len(cuts) + 1)  # ranks between that hold none of it
+        cuts += [cuts[-1]] * (rank - runs[0][0] - len(cuts) + 1)  # for ranks in between that hold none
         if begin != cuts[-1]:
             raise RuntimeError(
                 f"{name}: rank {rank} holds its elements from {begin} on, the ranks before it only up to {cuts[-1]}"

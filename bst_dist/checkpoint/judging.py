@@ -1,8 +1,8 @@
-"""Whether a checkpoint is whole, as all ranks together see it.
+"""Decides on all ranks together whether a checkpoint is damaged.
 
-A file that does not match the manifest on one host may be bad, or the host may not see right: a mount that is
-missing, a cache that is stale, a controller that lies. So a file is bad when a second rank, on another host where there
-is one, finds it bad too; when the two disagree, or a host cannot read, the start ends and nothing is changed.
+When a file does not match the manifest on one host, either the file is damaged or the host reads wrong data: a missing
+mount, a stale cache, a faulty controller. So a file counts as damaged only when a second rank, on another host if there
+is one, finds the same. When the two disagree, or a host cannot read, the start ends and nothing is changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ UNCHANGED = "nothing was changed; start again when all hosts see the same files"
 
 
 def agreed_committed(ranks: Ranks, run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, newest first; raises StorageError on all ranks unless all see the same ones."""
+    """Return the committed checkpoints of a run, newest first.
+
+    Raises StorageError on all ranks unless all see the same checkpoints.
+    """
     seen = gathered(ranks, lambda: committed(run_dir))
     hosts = ranks.gather(socket.gethostname())
     most = max(seen, key=len)
@@ -35,12 +38,12 @@ def agreed_committed(ranks: Ranks, run_dir: Path) -> list[Path]:
 
 
 def judged(ranks: Ranks, checkpoint: Path) -> list[Finding]:
-    """What is wrong with a checkpoint's files, each finding confirmed by a second rank; the ranks share the reading.
+    """Return the problems of a checkpoint's files, each confirmed by a second rank; the ranks share the reading.
 
-    Raises StorageError on all ranks when one cannot read, or two that read the same file disagree.
+    Raises StorageError on all ranks when a rank cannot read a file, or when two ranks disagree about one.
     """
     manifest, _ = ranks.from_first(_tried(lambda: read_manifest(checkpoint)) if ranks.first else None)
-    # Where the first rank finds no manifest every rank looks for it, and says what it finds.
+    # Without a manifest from rank 0, every rank tries to read it and reports the problem.
     first = gathered(ranks, lambda: examine(checkpoint, ranks.rank, ranks.world, manifest=manifest))
     if not any(first):
         return []
@@ -62,12 +65,12 @@ def judged(ranks: Ranks, checkpoint: Path) -> list[Finding]:
 
 
 def manifest_of(ranks: Ranks, checkpoint: Path) -> dict[str, Any]:
-    """The manifest, read by one rank for all."""
+    """Return the manifest of a checkpoint on every rank; only rank 0 reads it."""
     return of_first(ranks, lambda: read_manifest(checkpoint))
 
 
 def of_first(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """What `work` returns on rank 0, on every rank; raises on all ranks what it raises there."""
+    """Run `work` on rank 0 and return its result on every rank; its exception is raised on all ranks."""
     value, error = ranks.from_first(_tried(work) if ranks.first else None)
     if error is not None:
         raise error
@@ -75,7 +78,7 @@ def of_first(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 
 def gathered(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
-    """What `work` returns on each rank; raises on all ranks what it raises on one."""
+    """Run `work` on every rank and return all results; an exception on one rank is raised on all ranks."""
     everyone = ranks.gather(_tried(work))
     for _, raised in everyone:
         if raised is not None:
@@ -84,7 +87,7 @@ def gathered(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What `work` returns, or what it raises."""
+    """Run `work`; return (result, None) or (None, exception)."""
     try:
         return work(), None
     except Exception as error:
@@ -92,7 +95,7 @@ def _tried(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 
 def _again(first: Sequence[Sequence[Finding]], hosts: Sequence[str]) -> list[tuple[str, int]]:
-    """Which rank is to read each file again: the next one on another host, else the next one."""
+    """Return (file, rank) pairs: which rank reads each file again. It is the next one, on another host if possible."""
     order = []
     for rank, found in enumerate(first):
         others = [(rank + step) % len(hosts) for step in range(1, len(hosts) + 1)]

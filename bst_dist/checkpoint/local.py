@@ -1,15 +1,15 @@
-"""Local copies: the newest states of a run in the memory of its nodes, each rank's also in that of another node.
+"""Local copies: the newest states of a run in the memory of its nodes; each rank's copy is also on another node.
 
     /dev/shm/bst-demo-5f1c…/step-00000012.skipped-0.epoch-3/rank-00000
 
-Every `checkpoint.local_every` steps, and with every checkpoint, training waits for a copy in host memory, which a
-thread writes (`local_copy`) and sends to the neighbour (`neighbours`). All ranks have done so before the next step is
-reported: a run that is killed loses at most `local_every` of the steps that it has reported. Two are kept, the older
-because it is whole while the newer is written, and a third while a checkpoint of its step is being written.
+Every `checkpoint.local_every` steps, and with every checkpoint, training waits for a copy in host memory. A thread
+writes it (`local_copy`) and sends it to the neighbour (`neighbours`). All ranks must finish this before the next step
+is reported, so a killed run loses at most `local_every` of the steps that it has reported. Two copies are kept: the
+older one is complete while the newer one is written. A third is kept while a checkpoint of its step is being written.
 
-The directory is named by a token in the run directory and by its path, so that copies of a run that was removed are
-nobody's, nor has a run directory those of the one that it was copied from; a copy is named by its step and the start
-that took it, so that what several starts have left is never mixed.
+The directory's name contains a hash of a random token in the run directory and of the run directory's path. So a new
+run never uses the copies of a removed run at the same path, and a copied run directory never uses those of the
+original. Each copy's name contains its step and the start that took it, so copies of different starts are never mixed.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from bst_dist.report import metrics
 from bst_dist.report.metrics import Callback, StepReport
 
 TOKEN = "local-copies"
-"""In the lease's directory: a random word of this run."""
+"""File in the lease directory with the random token of this run."""
 
 
 class LocalCopies:
-    """The local copies of one run on one rank; every rank makes every call."""
+    """Takes and loads the local copies of one run, on one rank; every rank makes every call."""
 
     def __init__(self, run_dir: Path, snapshots: Snapshots, ranks: Ranks, epoch: int, resume: bool) -> None:
-        """`epoch`: of this start's lease. Removes the copies of a run that is not resumed, or that wants none now."""
+        """`epoch`: of this start's lease. Removes old copies when the run is not resumed or `local_every` is 0."""
         self.run_dir, self.snapshots, self.ranks, self.config = run_dir, snapshots, ranks, snapshots.config
         self.epoch, self.on = epoch, bool(self.config.local_every)
         name, old = of_first(ranks, lambda: _names(run_dir, self.on, resume))
@@ -58,16 +58,18 @@ class LocalCopies:
             shutil.rmtree(self.config.local_directory / old, ignore_errors=True)
         self.root = self.config.local_directory / name
         self._held: list[Key] = []
-        """Whole on all ranks, oldest first."""
+        """Copies that are complete on all ranks, oldest first."""
         self._owed: list[Key] = []
-        """At whose steps a checkpoint was due that had not been committed when the run was killed."""
+        """Copies whose step has a checkpoint due that was not committed before the run was killed."""
         self._writing: tuple[Key, Future[str | None]] | None = None
         if self.on:
             self._open()
 
     def _open(self) -> None:
-        """Learn where all ranks are. Without room for all copies on each node there will be none: a full /dev/shm would
-        hurt others too, NCCL among them."""
+        """Exchange which node each rank is on, and turn the copies off if one node has not enough space for them.
+
+        A full /dev/shm would also break other programs and NCCL.
+        """
         held = self.snapshots.state.held()
         own = LOCAL_COPIES_KEPT * 4 * sum(fragment.elements(self.snapshots.kinds) for fragment in held)
         seen = self.ranks.gather((*_tried(lambda: Node.here(self.root)), own))
@@ -76,7 +78,7 @@ class LocalCopies:
             return
         self._hosts, places = [node.host for node, *_ in seen], [node.directory for node, *_ in seen]
         self._heads = [places.index(place) for place in places]
-        """By rank, the first rank of its node, which lists and removes for the others."""
+        """For each rank the first rank of its node, which lists and removes copies for the others."""
         kept_by, needed = keepers(places), dict.fromkeys(places, 0)
         for rank, (*_, size) in enumerate(seen):
             for holder in {rank, kept_by[rank]} - {None}:
@@ -91,7 +93,7 @@ class LocalCopies:
             self._copy, self._thread = HostCopy(self.ranks.device), ThreadPoolExecutor(1, "local-copy")
 
     def describe(self) -> str:
-        """For the header of a start."""
+        """Return the text about local copies for the header of a start."""
         elsewhere = sum(keeper is not None for keeper in self._kept_by)
         where = f"those of {elsewhere} of {self.ranks.world} ranks also on another node" if elsewhere else "one node"
         every = self.config.local_every
@@ -102,10 +104,11 @@ class LocalCopies:
     # Resuming
 
     def find(self, shown: Callable[[int], bool], refusal: str | None = None) -> tuple[Position, str] | None:
-        """Go on from the newest copies that are whole and no older than the newest checkpoint; None: there are none.
+        """Load the newest complete copies that are not older than the newest checkpoint.
 
-        Returns where the run stands, and what it was resumed from. `shown`, asked on rank 0: whether the run's metrics
-        have a step, as they may have lost the last ones; `refusal`: why no copies may be used.
+        Returns the position and a description of the copies; None when there are no such copies. `shown`: whether the
+        run's metrics contain a step, since they may have lost the last ones; called on rank 0. `refusal`: the reason
+        why no copies may be used, if any.
         """
         if not self.on:
             return None
@@ -130,7 +133,7 @@ class LocalCopies:
         return None
 
     def _whole(self, found: Found) -> bool:
-        """Whether a run of this layout has all of these copies, each on its rank's own node now."""
+        """Bring each rank's copy to its own node; return whether all are there, undamaged and of this layout."""
         if found.missing(self.snapshots.identity.layout):
             return False
         return brought(self.ranks, self.root, self._heads, found)[1] is None
@@ -139,9 +142,10 @@ class LocalCopies:
         return self.snapshots.load_local(LocalCopy(key.path(self.root, self.ranks.rank)))
 
     def begin(self, position: Position, until: int) -> Position:
-        """Before the first step: begin the checkpoints that are owed, and remove copies that are of no more use.
+        """Write the checkpoints that are still owed, and remove copies that are no longer needed.
 
-        Returns `position`, where the engine is again. Raises StorageError when there is no checkpoint of the last step.
+        Called before the first step. Other copies are loaded to write their checkpoints; then the newest is loaded
+        again. Returns its position, else `position`. Raises StorageError when the last step's checkpoint fails.
         """
         if not self.on:
             return position
@@ -171,15 +175,18 @@ class LocalCopies:
     # Training
 
     def callbacks(self, position: Callable[[int], Position], evaluated: Evaluated) -> tuple[list[Callback], ...]:
-        """What comes before a step is reported, and what after its evaluation; `position`: where the run stands."""
+        """Return the callbacks to run before a step is reported, and those to run after its evaluation.
+
+        `position`: returns the run's position after a step.
+        """
         return ([_Settle(self)], [_Take(self, position, evaluated)]) if self.on else ([], [])
 
     def due(self, step: int) -> bool:
-        """Whether there is a copy after so many steps."""
+        """Whether a copy is taken after `step` steps."""
         return self.on and (step % self.config.local_every == 0 or self.config.wanted(step))
 
     def take(self, position: Position, validation_loss: float | None) -> None:
-        """Copy the state, and let the thread write and send it."""
+        """Copy the state to host memory, and let the thread write and send it."""
         self._held = [one for one in self._held[:-1] if one.step == self.snapshots.pending] + self._held[-1:]
         key = Key(position.skipped, position.step, self.epoch)
         copied = self._copy.of(self.snapshots.state.held(), self.snapshots.kinds)
@@ -190,10 +197,13 @@ class LocalCopies:
 
     def _write(self, key: Key, kept: Sequence[Key], copied: Sequence[Copied], own: dict[str, Any],
                manifest: dict[str, Any]) -> str | None:  # fmt: skip
-        """In the thread; returns why this rank has no copy, or not the one that it keeps for another."""
+        """Write and send this rank's copy and receive the one it keeps; return None or an error message.
+
+        Runs in the thread.
+        """
         with suppress(OSError):
             self._prune(kept)
-        if self.ranks.first:  # so that what was reported up to here outlives this host, as the copies do
+        if self.ranks.first:  # sync the metrics and the ledger, so that they survive this host's failure as copies do
             for name in (metrics.FILE, ledger.FILE):
                 _sync(self.run_dir / name)
         path, kept_for = key.path(self.root, self.ranks.rank), self._neighbours.kept
@@ -202,7 +212,7 @@ class LocalCopies:
         return why or unsent
 
     def settle(self) -> None:
-        """Wait until all ranks have written and sent the last copy; when one could not, there are no more copies."""
+        """Wait until all ranks have written and sent the last copy; when one failed, turn the copies off."""
         if self._writing is None:
             return
         (key, work), self._writing = self._writing, None
@@ -220,22 +230,24 @@ class LocalCopies:
             self.on = False
 
     def _prune(self, kept: Sequence[Key]) -> None:
-        """Remove from the node all copies but these, and those of a later start: this one may not know yet that it was
-        thought dead."""
+        """Remove all copies on this node except `kept` and those of later starts.
+
+        A later start exists when this one lost its lease and has not noticed it yet.
+        """
         for folder in self.root.iterdir() if self.ranks.rank == self._heads[self.ranks.rank] else ():
             key = Key.of(folder.name)
             if key and key.epoch <= self.epoch and key not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def drop(self) -> None:
-        """Remove all copies: the run goes back to a checkpoint before them."""
+        """Remove all copies, because the run rolls back to an earlier checkpoint."""
         self.settle()
         self._held.clear()
         if self.on:
             self._prune(())
 
     def remove(self) -> None:
-        """At the end of a start: leave nothing, unless the newest copy is newer than the newest checkpoint."""
+        """Remove the directory at the end of a start, unless the newest copy is newer than the newest checkpoint."""
         self.settle()
         newest = self._held[-1:]
         if not newest or self.snapshots.reached() >= (newest[0].skipped, newest[0].step):
@@ -256,7 +268,7 @@ class _Settle(Callback):
 
 
 class _Take(Callback):
-    """The last step of a start has a checkpoint, and no local copy."""
+    """Takes the copies that are due, except after the last step of a start, which has a checkpoint."""
 
     phase = "checkpoint"
 
@@ -269,7 +281,7 @@ class _Take(Callback):
 
 
 def _names(run_dir: Path, wanted: bool, resume: bool) -> tuple[str, str | None]:
-    """The names of this start's directories, and of those that are to be removed."""
+    """Return the name of this start's directory of copies, and the name of one to remove, or None."""
     path, place = run_dir / LEASE / TOKEN, run_dir.resolve()
 
     def name(token: str) -> str:
@@ -289,7 +301,7 @@ def _names(run_dir: Path, wanted: bool, resume: bool) -> tuple[str, str | None]:
 
 
 def _sync(path: Path) -> None:
-    with suppress(OSError):  # whoever writes it says so
+    with suppress(OSError):  # the writer of the file reports such errors
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -298,10 +310,10 @@ def _sync(path: Path) -> None:
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What `work` returns, or why it does not."""
+    """Run `work`; return (result, None) or (None, error message)."""
     try:
         return work(), None
     except OSError as error:
         return None, str(StorageError.of(error, doing="write"))
-    except Exception as error:  # torch's, of an exchange; the run can do without copies
+    except Exception as error:  # for example torch's errors in an exchange; the run can continue without copies
         return None, f"{socket.gethostname()}: {error!r}"

@@ -1,13 +1,13 @@
-"""A local copy: all that one rank needs to continue, in one file of a node's own directory.
+"""A local copy: everything that one rank needs to resume, in one file in a node's own directory.
 
     a shard (`shards`)      the weights, moments and averages that the rank holds
-    what it alone knows     generators and the carried past, as torch saves them
-    the manifest            as a checkpoint's, without files
-    the end                 the lengths of the two before it, and the SHA-256 of everything up to here
+    the rank's own state    random generators and the carried past, written by torch.save
+    the manifest            like a checkpoint's, without files
+    the end                 the lengths of the two parts before it, and the SHA-256 of everything before the end
 
-It is written under another name and renamed, so a process that is killed leaves no half of one under its name. Nothing
-is synced: what a process has written stays when it is killed, and when the machine fails its memory is lost anyway. In
-a directory on a disk a failing machine may leave a torn file, which the digest shows.
+The file is written under a temporary name and renamed, so a killed process leaves no incomplete file under its final
+name. The file is not synced: written data survives when the process is killed, and when the machine fails its memory is
+lost anyway. If the directory is on a disk, a failing machine may leave an incomplete file, which the digest shows.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from bst_dist.checkpoint.shards import Headers, Shards, write
 
 END = struct.Struct("<QQ32s")
 CHUNK = 1 << 24
-"""Bytes that are read or sent at once."""
+"""Bytes that are read or sent at a time."""
 
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """Which copy of a run; the order is that of the run's course (see `faults.ledger`)."""
+    """Identifies a copy of a run. Keys are ordered by the run's progress: skipped data, then step (`faults.ledger`)."""
 
     skipped: int
     step: int
     epoch: int
-    """Of the start that took it."""
+    """The lease epoch of the start that took the copy."""
 
     def path(self, root: Path, rank: int) -> Path:
-        """Where a rank's copy is, on each node that has it."""
+        """Return the path of a rank's copy, on each node that has it."""
         return root / str(self) / f"rank-{rank:05d}"
 
     def __str__(self) -> str:
@@ -53,14 +53,14 @@ class Key:
 
     @classmethod
     def of(cls, name: str) -> Key | None:
-        """The copy that a directory is named for; None for another directory."""
+        """Return the key in a directory's name; None for any other directory."""
         found = re.fullmatch(r"step-(\d+)\.skipped-(\d+)\.epoch-(\d+)", name)
         return found and cls(int(found[2]), int(found[1]), int(found[3]))
 
 
 @contextmanager
 def appearing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that has its name only when the block succeeds, and else is removed."""
+    """Open a temporary file that is renamed to `path` when the context succeeds, and removed otherwise."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("wb") as file:
@@ -72,12 +72,12 @@ def appearing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def copied_name(parameter: str, tensor: str) -> str:
-    """What a parameter's weight, moment or average is called in a copy, where all are in one file."""
+    """Return the name of a parameter's weight, moment or average in a copy, where all are in one file."""
     return f"{tensor}/{parameter}"
 
 
 def write_copy(path: Path, copied: Sequence[Copied], own: dict[str, Any], manifest: dict[str, Any]) -> None:
-    """Write a rank's copy; raises OSError when there is no room."""
+    """Write a rank's copy; raises OSError when there is no space."""
     memory = io.BytesIO()
     torch.save(own, memory)
     text = json.dumps(manifest).encode()
@@ -91,7 +91,7 @@ def write_copy(path: Path, copied: Sequence[Copied], own: dict[str, Any], manife
 
 
 class LocalCopy:
-    """A rank's copy, as it lies in a directory; raises CheckpointError for a file that is none, or is cut short."""
+    """Reads a rank's copy; raises CheckpointError for a file that is not a copy or is truncated."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -106,7 +106,7 @@ class LocalCopy:
             raise CheckpointError(f"{path}: no local copy: {error}") from None
 
     def intact(self) -> bool:
-        """Whether every byte is as it was written."""
+        """Whether the content matches its digest."""
         digest = hashlib.sha256()
         try:
             with self.path.open("rb") as file:
@@ -119,11 +119,11 @@ class LocalCopy:
         return digest.digest() == self._sha256
 
     def own(self) -> dict[str, Any]:
-        """What the rank alone knew."""
+        """Return the rank's own state: random generators and the carried past."""
         with self.path.open("rb") as file:
             file.seek(self._begin)
             return torch.load(io.BytesIO(file.read(self._own)), map_location="cpu", weights_only=True)
 
     def shards(self) -> Shards:
-        """Its weights and moments."""
+        """Return the weights, moments and averages in the copy."""
         return Shards(Headers([self.path], self.path))

@@ -1,4 +1,4 @@
-"""Finding the local copies that a run can resume from: what all nodes have, whether it is whole, and who lacks what."""
+"""Finds local copies to resume from: lists those on all nodes, checks them, and sends each rank its own copy."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from bst_dist.parallel.ranks import Ranks
 
 @dataclass
 class Found:
-    """The copies of one state of the run."""
+    """The copies of one state of the run, on all nodes."""
 
     key: Key
     layout: Layout
-    """Under which they were taken."""
+    """The layout under which they were taken."""
     holders: dict[int, list[int]] = field(default_factory=dict)
-    """By rank whose copy it is: the first ranks of the nodes that have it."""
+    """Rank -> the nodes that have its copy, each given by its first rank."""
 
     def missing(self, own: Layout) -> str | None:
-        """Why a run of the layout `own` cannot resume from them; None when each rank's copy is somewhere."""
+        """Return why a run with the layout `own` cannot resume from them; None when every rank's copy was found."""
         if self.layout != own:
             return f"they are of {self.layout}, and this is {own}"
         lost = [rank for rank in range(own.ranks) if rank not in self.holders]
@@ -35,7 +35,7 @@ class Found:
 
 
 def gathered(ranks: Ranks, root: Path, heads: Sequence[int]) -> dict[Key, Found]:
-    """What all nodes have under `root`; all ranks call it. `heads`: by rank, the first rank of its node."""
+    """Return all copies under `root` on all nodes; all ranks call it. `heads`: for each rank the first of its node."""
     found: dict[Key, Found] = {}
     for head, listed in enumerate(ranks.gather(_listed(root) if ranks.rank == heads[ranks.rank] else [])):
         for key, rank, layout in listed:
@@ -44,7 +44,7 @@ def gathered(ranks: Ranks, root: Path, heads: Sequence[int]) -> dict[Key, Found]
 
 
 def _listed(root: Path) -> list[tuple[Key, int, dict[str, int]]]:
-    """The copies on this node: which, whose, and under which layout."""
+    """Return (key, rank, layout) of each copy on this node."""
     listed = []
     for folder in root.iterdir():
         key = Key.of(folder.name)
@@ -55,8 +55,10 @@ def _listed(root: Path) -> list[tuple[Key, int, dict[str, int]]]:
 
 
 def brought(ranks: Ranks, root: Path, heads: Sequence[int], found: Found) -> tuple[list[int], str | None]:
-    """Let every rank have its copy on its own node; returns the ranks that got theirs from another, and what is wrong
-    with the copies, or None."""
+    """Send every rank its copy if its own node lacks it, and check all copies.
+
+    Returns the ranks whose copy came from another node, and an error message or None. All ranks call it.
+    """
     own, why = ranks.rank, None
     givers = {taker: holders[0] for taker, holders in sorted(found.holders.items()) if heads[taker] not in holders}
     for taker, giver in givers.items():

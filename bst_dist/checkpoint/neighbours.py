@@ -1,9 +1,9 @@
-"""Whose local copy each rank keeps beside its own, and how files go from one rank to another.
+"""Decides which other rank keeps each rank's local copy, and sends files between ranks.
 
-A node is lost as a whole, so each rank's copy also lies on another node: with equal nodes, the same local rank of the
-next one keeps it. Copies are sent by the thread that writes them, in a gloo group of the ranks that send to each other.
-That thread alone uses the group, which has connections of its own, so it cannot get into what the ranks send each other
-while they train.
+A node fails as a whole, so each rank's copy is also stored on another node. With equal nodes, the same local rank of
+the next node keeps it. The thread that writes copies also sends them, in a gloo group of the ranks that send to each
+other. Only that thread uses the group, and the group has separate connections, so it does not interfere with the
+communication of training.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from bst_dist.parallel.ranks import Ranks
 
 @dataclass(frozen=True)
 class Node:
-    """Where a rank is."""
+    """The node of a rank."""
 
     host: str
     directory: str
-    """What tells the node's own directory from that of any other node."""
+    """Identifies the node's directory for copies among those of all nodes."""
     free: int
-    """Bytes that there are for copies."""
+    """Bytes available for copies."""
 
     @classmethod
     def here(cls, root: Path) -> Node:
-        """Make the directory for copies, and look at it; raises OSError when that cannot be done.
+        """Create the directory for copies and return its Node; raises OSError when that fails.
 
-        Ranks that share a directory see the same numbers, whatever their hosts are called.
+        Ranks that share a directory get the same `directory`, even if their host names differ.
         """
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # weights are not for everybody on the node
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # other users of the node must not read the weights
         status, boot = root.stat(), Path("/proc/sys/kernel/random/boot_id")
         machine = boot.read_text().strip() if boot.exists() else socket.gethostname()
         used = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
@@ -51,9 +51,10 @@ class Node:
 
 
 def keepers(nodes: Sequence[str]) -> list[int | None]:
-    """By rank, who keeps its copy; None where that would be on the same node. `nodes`: where each rank is.
+    """Return for each rank the rank that keeps its copy; None where that would be on the same node.
 
-    It is the rank that comes as many places later, in the order of the nodes, as the largest node has ranks.
+    `nodes`: the node of each rank. With the ranks ordered by node, the keeper comes n places later, where n is the
+    number of ranks on the largest node.
     """
     order, shift = _order(nodes)
     found: list[int | None] = [None] * len(nodes)
@@ -64,16 +65,16 @@ def keepers(nodes: Sequence[str]) -> list[int | None]:
 
 
 def _order(nodes: Sequence[str]) -> tuple[list[int], int]:
-    """The ranks, node by node, and the size of the largest node."""
+    """Return the ranks ordered by node, and the number of ranks on the largest node."""
     order = sorted(range(len(nodes)), key=lambda rank: (nodes.index(nodes[rank]), rank))
     return order, max(Counter(nodes).values())
 
 
 class Neighbours:
-    """The rank that keeps this rank's copy, and the one whose copy this rank keeps."""
+    """Sends this rank's copy to its keeper, and receives the copy that this rank keeps."""
 
     def __init__(self, rank: int, nodes: Sequence[str]) -> None:
-        """Makes a process group; all ranks do."""
+        """Create a process group; every rank must do so."""
         found = keepers(nodes)
         self.keeper = found[rank]
         self.kept = found.index(rank) if rank in found else None
@@ -85,10 +86,10 @@ class Neighbours:
             self._group = distributed.new_group(members, backend="gloo", use_local_synchronization=True)
 
     def exchange(self, own: Path, kept: Path) -> None:
-        """Send the file `own` to the keeper, and write what comes to `kept`.
+        """Send the file `own` to the keeper, and write the received file to `kept`.
 
-        The whole circle calls it, also a rank that has no file. Raises OSError when there is no room for what comes,
-        but only when all is sent and received: nobody waits for this rank.
+        All ranks of the group call it, including ranks without a file. Raises OSError when there is no space for the
+        received file, but only after everything is sent and received, so that no other rank waits for this one.
         """
         sent = _mapped(own) if self.keeper is not None else torch.empty(0, dtype=torch.uint8)
         size = torch.zeros(1, dtype=torch.int64)
@@ -108,9 +109,9 @@ class Neighbours:
 
 
 def hand_over(ranks: Ranks, path: Path, giver: int, taker: int) -> None:
-    """Send a file from one rank to another, who writes it under the same name in its own directory; these two call.
+    """Send a file from one rank to another, which writes it to the same path on its node; only these two call it.
 
-    Raises OSError on the taker when there is no room for it, when all is received.
+    Raises OSError on the receiving rank when there is no space for the file, after everything is received.
     """
     with ranks.phases.exchanging("local copy"):
         if ranks.rank == giver:
@@ -129,27 +130,29 @@ def hand_over(ranks: Ranks, path: Path, giver: int, taker: int) -> None:
 
 
 def _parts(values: Tensor) -> Sequence[Tensor]:
-    """What is sent at once; nothing of nothing."""
+    """Split values into parts to send one by one; no parts for an empty tensor."""
     return values.split(CHUNK) if values.numel() else ()
 
 
 def _mapped(path: Path) -> Tensor:
-    """The bytes of a file, without a copy of them; none where there is no such file: its digest tells."""
+    """Map the bytes of a file to memory; an empty tensor if it does not exist, which the receiver's check detects."""
     size = path.stat().st_size if path.exists() else 0
     return torch.from_file(str(path), size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
 
 
 @contextmanager
 def _room(path: Path, size: int) -> Iterator[Tensor]:
-    """A new file to be filled as a tensor of so many bytes; what does not fit on the disk is received all the same, and
-    dropped. Raises OSError at the end then."""
+    """Create a file of `size` bytes and yield it as a tensor to fill.
+
+    Without space on the disk, yields ordinary memory, discards it and raises OSError at the end: the sender can finish.
+    """
     error = None
     with ExitStack() as stack:
         received = torch.empty(size, dtype=torch.uint8)
         if size:
             try:
                 file = stack.enter_context(appearing(path))
-                os.posix_fallocate(file.fileno(), 0, size)  # without room the kernel would kill whoever fills the pages
+                os.posix_fallocate(file.fileno(), 0, size)  # else writing a page without space kills the process
                 received = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
             except OSError as raised:
                 error = raised

@@ -1,7 +1,7 @@
-"""Which checkpoints of a run stay, and the removal of the others.
+"""Decides which checkpoints of a run are kept, and removes the others.
 
-Only one that a run can continue from counts as one of the newest, and one whose manifest cannot be read counts as none
-and is left alone. A checkpoint is renamed before it is removed: half of one never bears a checkpoint's name.
+Only full checkpoints count for `keep_last` and `keep_best`. A checkpoint with an invalid manifest does not count and is
+left alone. A checkpoint is renamed before it is removed, so a partly removed one never has a checkpoint's name.
 """
 
 from __future__ import annotations
@@ -46,27 +46,27 @@ class Held:
 
     @property
     def step(self) -> int:
-        """Steps that had been taken."""
+        """Number of steps taken before it."""
         return step_of(self.path)
 
     @property
     def full(self) -> bool:
-        """Whether a run can continue from it."""
+        """Whether a run can resume from it."""
         return is_full(self.manifest)
 
     @property
     def validation_loss(self) -> float | None:
-        """In nats per token, when there was an evaluation at its step."""
+        """Validation loss in nats per token; None if it was not evaluated at its step."""
         return self.manifest.get("validation_loss_nats")
 
     @property
     def pinned(self) -> bool:
-        """Whether someone has said that it is to stay."""
+        """Whether a user has pinned it, so that it is never removed."""
         return (self.path / PINNED).exists()
 
 
 def readable(run_dir: Path) -> list[Held]:
-    """The checkpoints of a run that have a manifest, newest first; raises StorageError where that cannot be told."""
+    """Return the checkpoints of a run with a valid manifest, newest first; raises StorageError if a read fails."""
     found = []
     for path in committed(run_dir):
         try:
@@ -77,16 +77,17 @@ def readable(run_dir: Path) -> list[Held]:
 
 
 def reasons(held: Sequence[Held], config: CheckpointConfig, constant_until: int | None = None) -> dict[int, list[str]]:
-    """Why each checkpoint is kept, by its step; those with no reason may go. `held`: newest first, all of them valid;
-    `constant_until`: the step at which the learning rate begins to decay, if it does.
+    """Return step -> the reasons to keep that checkpoint; one without a reason may be removed.
 
-    "weights" alone means that the optimizer's states may go.
+    If the only reason is "weights", all but the weights may be removed. `held`: valid checkpoints, newest first.
+    `constant_until`: the step at which the learning rate begins to decay, if it does.
     """
     full = [one.step for one in held if one.full]
     newest = full[: config.keep_last]
-    # Where the guard would roll the run back to, which must not depend on where it was stopped.
+    # The guard rolls back to the newest scheduled checkpoint. This must not depend on where the run was stopped.
     newest += [step for step in full if config.scheduled(step)][:1]
-    # Once the decay has begun: from there the run can be trained for longer. Later steps would have had other rates.
+    # Once the decay has begun, keep the last checkpoint before it: a longer run can branch off from there, but not from
+    # later steps, which had other learning rates.
     decays = constant_until is not None and bool(full) and full[0] > constant_until
     constant = [step for step in full if decays and step <= constant_until][:1]
     evaluated = [one for one in held if one.full and one.validation_loss is not None]
@@ -106,7 +107,7 @@ def reasons(held: Sequence[Held], config: CheckpointConfig, constant_until: int 
 
 
 def tidy(run_dir: Path, config: CheckpointConfig, constant_until: int | None = None) -> None:
-    """Remove the checkpoints of a run that are not kept. A failure is logged, and tried again later."""
+    """Remove the checkpoints of a run that are not kept; a failure is logged, and the next call tries again."""
     try:
         retain(run_dir, config, constant_until)
         remove_leavings(run_dir, (DELETED,))
@@ -117,9 +118,9 @@ def tidy(run_dir: Path, config: CheckpointConfig, constant_until: int | None = N
 
 
 def retain(run_dir: Path, config: CheckpointConfig, constant_until: int | None = None) -> None:
-    """Take their names from the checkpoints that are not kept; `remove_leavings` then removes them.
+    """Rename the checkpoints that are not kept; `remove_leavings` then removes them.
 
-    Called when the newest has just been committed with its digests, so a valid one always stays.
+    Called right after the newest checkpoint was committed with its digests, so a valid one always remains.
     """
     held = readable(run_dir)
     kept = reasons(held, config, constant_until)
@@ -131,7 +132,7 @@ def retain(run_dir: Path, config: CheckpointConfig, constant_until: int | None =
 
 
 def thin(held: Held) -> None:
-    """Leave nothing but the weights of a checkpoint; killed midway, it is valid as the one thing or the other."""
+    """Remove everything but the weights from a checkpoint; if killed midway, it is still a valid checkpoint."""
     kept = {name: record for name, record in held.manifest["files"].items() if name.startswith(f"{WEIGHTS}-")}
     if held.full:
         with atomic_file(held.path / MANIFEST) as file:
@@ -142,26 +143,26 @@ def thin(held: Held) -> None:
 
 
 def leavings(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> list[Path]:
-    """What writes and removals that were broken off have left behind."""
+    """Return the directories that interrupted writes and removals have left behind."""
     names = (name for name in entries(run_dir) if name.startswith("step-"))
     return sorted(run_dir / CHECKPOINTS / name for name in names if name.endswith(tuple(suffixes)))
 
 
 def remove_leavings(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> None:
-    """Remove them; nobody may be writing a checkpoint."""
+    """Remove what `leavings` finds; no checkpoint may be in writing."""
     for path in leavings(run_dir, suffixes):
         shutil.rmtree(path)
 
 
 def abandon(run_dir: Path, step: int) -> None:
-    """Take their names from the checkpoints of more than `step` steps: the run takes those steps again, otherwise."""
+    """Rename the checkpoints after `step` so that they are removed: the run takes those steps again with other data."""
     for path in committed(run_dir):
         if step_of(path) > step:
             path.rename(path.with_name(path.name + DELETED))
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Take its name from a damaged checkpoint; what is left of it stays beside."""
+    """Rename a damaged checkpoint, so that it no longer counts; its files are kept."""
     names = chain([""], (f".{number}" for number in count(2)))
     asides = (checkpoint.with_name(f"{checkpoint.name}{name}{DAMAGED}") for name in names)
     checkpoint.rename(next(aside for aside in asides if not aside.exists()))

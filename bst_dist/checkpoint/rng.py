@@ -1,4 +1,4 @@
-"""Random generators: seeded from the recipe, captured into a checkpoint, restored from it; each rank has its own."""
+"""The random generators of each rank: seeded from the recipe, saved in checkpoints, and restored from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def seed_all(seed: int, rank: int, step: int = 0) -> None:
-    """Seed every generator of this process; ranks and steps differ, so that what they draw is independent."""
+    """Seed every generator of this process, differently for each rank and step so that the numbers are independent."""
     words = np.random.SeedSequence([seed, rank, step]).generate_state(3, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]) % 2**32)
@@ -18,7 +18,7 @@ def seed_all(seed: int, rank: int, step: int = 0) -> None:
 
 
 def capture(device: torch.device) -> dict[str, Any]:
-    """The state of every generator of this process, in types that torch loads without running code."""
+    """Return the state of every generator of this process, in types that torch loads with weights_only."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
@@ -29,7 +29,7 @@ def capture(device: torch.device) -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any], device: torch.device) -> None:
-    """Put every generator back to where `capture` found it."""
+    """Set every generator to a state returned by `capture`."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

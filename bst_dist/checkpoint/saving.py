@@ -1,10 +1,10 @@
-"""Writing checkpoints from all ranks together, while training continues.
+"""Writes checkpoints from all ranks together, while training continues.
 
-Training waits for a copy of the weights and the optimizer's states in the host's memory, and no longer. A thread of
-each rank writes, syncs and digests that rank's files, in a directory whose name says it is not done. When all threads
-are through, which the ranks ask each other between two steps, rank 0's thread writes the manifest and renames the
-directory; then it removes what is no longer kept. A process killed at any moment leaves the previous checkpoint as it
-was. Only the thread that trains talks to other ranks.
+Training waits only until the weights and optimizer states are copied to host memory. A thread of each rank writes,
+syncs and digests that rank's files, in a directory whose name ends in `.partial`. Between two steps the ranks exchange
+whether their threads are done. When all are, rank 0's thread writes the manifest and renames the directory, which
+commits the checkpoint. Then it removes checkpoints that are no longer kept. A process killed at any moment leaves the
+previous checkpoint unchanged. Only the training thread communicates with other ranks.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ from bst_dist.faults.lease import NO_LEASE, SharedLease
 from bst_dist.parallel.ranks import Ranks
 
 SPARE_BYTES = 1 << 20
-"""Room for what is small: the manifest, headers, generators."""
+"""Disk space for small data: the manifest, headers, states of random generators."""
 
 
 class State(Protocol):
-    """What is written: `fragments.EngineState`, or anything else that lies over ranks in the same way."""
+    """The state to write: `fragments.EngineState`, or another object sharded over ranks in the same way."""
 
     def owned(self) -> list[Fragment]:
-        """What this rank is to write."""
+        """Return the fragments that this rank writes."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all parameters, over all ranks; the same, in the same order, on every rank."""
+        """Return the shapes of all parameters, over all ranks; the same, in the same order, on every rank."""
 
     def moments(self) -> dict[str, int]:
-        """How many of MOMENTS there are of the parameters that have not all of them; the same on every rank."""
+        """Return the number of MOMENTS for each parameter that does not have all of them; the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class Saved:
     full: bool
     bytes: int
     seconds: float
-    """From the copy to the commit."""
+    """Time from the start of the copy until the commit was noticed."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A checkpoint that could not be written; the one before it is as it was."""
+    """A checkpoint that could not be written; the previous one is unchanged."""
 
     step: int
     why: str
@@ -94,14 +94,14 @@ class _Pending:
     manifest: dict[str, Any]
     started: float
     written: Future[dict[str, FileRecord]]
-    """This rank's files."""
+    """The records of this rank's files."""
     contents: dict[str, FileRecord] | None = None
-    """The files of all ranks, once all have tried to write theirs."""
+    """The records of all ranks' files, once every rank has tried to write its own; None before."""
     settled: Future[str | None] | None = None
-    """Then: rank 0's commit, and why there is none."""
+    """Rank 0's commit: None when it succeeded, else the error message."""
 
     def through(self) -> bool:
-        """Whether this rank has done what it was last given."""
+        """Whether this rank's current work (its files, then the commit) is done."""
         return (self.settled or self.written).done()
 
 
@@ -110,21 +110,23 @@ class Saver:
 
     def __init__(self, run_dir: Path, state: State, ranks: Ranks, background: bool, tidy: Callable[[], None],
                  lease: SharedLease = NO_LEASE, kinds: Sequence[str] = (WEIGHTS, OPTIMIZER)) -> None:  # fmt: skip
-        """`background`: copy first and write in a thread; else `start` returns when all is written. `tidy`: what rank
-        0's thread does after each commit; `lease`: what must be held for one; `kinds`: what there is to write."""
+        """`background`: copy first and write in a thread; else `start` returns when this rank's files are written.
+        `tidy`: called in rank 0's thread after each commit. `lease`: must be held for a commit. `kinds`: of files that
+        a full checkpoint has."""
         self.lease, self.kinds = lease, kinds
         self.run_dir, self.state, self.ranks, self.background, self.tidy = run_dir, state, ranks, background, tidy
         self._copy = HostCopy(ranks.device)
         self._index: Index | None = None
-        """What lies where, as the ranks have once agreed; it stays the same while they run."""
+        """Which rank writes which piece. All ranks agree on it once, at the first checkpoint."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._tidying: Future[None] | None = None
 
     def start(self, manifest: dict[str, Any], own: dict[str, Any], kinds: Sequence[str]) -> Failed | None:
-        """Begin the checkpoint of step manifest["step"]; None when it is under way. None may be pending.
+        """Begin the checkpoint of step manifest["step"]; return None, or Failed when it cannot be begun.
 
-        `own`: what this rank alone knows; `kinds`: which of those there are. Training may continue at once.
+        No other checkpoint may be pending. `own`: the state that only this rank has. `kinds`: the kinds of files to
+        write. Training may continue when this returns.
         """
         started = time.perf_counter()
         final = directory(self.run_dir, manifest["step"])
@@ -147,13 +149,14 @@ class Saver:
 
     @property
     def step(self) -> int | None:
-        """Of the checkpoint that is pending; None when none is."""
+        """The step of the pending checkpoint; None when none is pending."""
         return self._pending and self._pending.manifest["step"]
 
     def rehearse(self) -> None:
-        """Before the first step: have the memory for the copy, and see that every rank can write and read back.
+        """Reserve the memory for the copy, and test that every rank can write a file and read it back.
 
-        Raises StorageError on all ranks when one cannot, or when there is no room for a checkpoint.
+        Called before the first step. Raises StorageError on all ranks when a rank cannot, or when there is no space for
+        a checkpoint.
         """
         fragments, index = self._owned()
         needed = _needed(index, self.kinds)
@@ -171,7 +174,7 @@ class Saver:
                 raise StorageError(f"no checkpoint could be written: rank {rank}: {why}")
 
     def poll(self) -> Saved | Failed | None:
-        """What became of the pending checkpoint, once rank 0 has committed what all have written; None until then."""
+        """Advance the pending checkpoint without waiting; return its outcome once rank 0 has committed, else None."""
         if self._pending is None:
             return None
         (through,) = self.ranks.sum([self._pending.through()])
@@ -183,7 +186,7 @@ class Saver:
         return None
 
     def finish(self) -> Saved | Failed | None:
-        """What became of it, waiting for all that threads have yet to do."""
+        """Wait for the pending checkpoint and for removals; return the outcome, None when none was pending."""
         outcome = None
         if pending := self._pending:
             if not pending.settled:
@@ -194,7 +197,7 @@ class Saver:
         return outcome
 
     def _owned(self) -> tuple[list[Fragment], Index]:
-        """What this rank is to write, in the order of the index; the first call asks all ranks."""
+        """Return this rank's fragments in the order of the index, and the index; the first call asks all ranks."""
         fragments = self.state.owned()
         if self._index is None:
             pieces = (fragment.piece for fragment in fragments)
@@ -203,11 +206,11 @@ class Saver:
         return sorted(fragments, key=lambda fragment: order[fragment.piece.name]), self._index
 
     def _prepare(self, partial: Path, needed: int) -> str | None:
-        """Make an empty directory to write to; returns why that cannot be done."""
+        """Create an empty directory to write to; return None, or the reason why this failed."""
         if self._tidying:
-            wait([self._tidying])  # what is being removed may be the room that is needed
+            wait([self._tidying])  # the directory being removed may free the space that is needed
         try:
-            self.lease.require()  # then all that is partial is of starts that are over
+            self.lease.require()  # with the lease, all other partial directories belong to starts that have ended
             remove_leavings(self.run_dir, (PARTIAL,))
             partial.mkdir(parents=True)
             free = shutil.disk_usage(partial).free
@@ -233,14 +236,14 @@ class Saver:
                 start = write(file, [one.stored(stored_name) for one in ours], [one.runs for one in ours])
             files.records[shard_file(kind, rank)]["start"] = start
         if OPTIMIZER in kinds:
-            memory = io.BytesIO()  # torch hides a full disk behind errors of its own
+            memory = io.BytesIO()  # not the file itself: torch hides a full disk behind its own errors
             torch.save(own, memory)
             with files.open(rank_file(rank)) as file:
                 file.write(memory.getbuffer())
         return files.records
 
     def _settle(self, pending: _Pending) -> None:
-        """Let rank 0's thread commit the checkpoint, or give it up when any rank could not write its files."""
+        """Let rank 0's thread commit the checkpoint, or remove it when a rank could not write its files."""
         everyone = self.ranks.gather(_outcome(pending.written))
         why = next((f"rank {rank}: {said}" for rank, (_, said) in enumerate(everyone) if said), None)
         pending.contents = {
@@ -260,7 +263,7 @@ class Saver:
         _commit(pending, directory(self.run_dir, pending.manifest["step"]))
 
     def _conclude(self, pending: _Pending) -> Saved | Failed:
-        """Tell all ranks what became of it."""
+        """Wait for the commit, and return its outcome on all ranks; rank 0's thread then removes old checkpoints."""
         self._pending = None
         why = self.ranks.from_first(pending.settled.result())
         if why is not None:
@@ -274,7 +277,7 @@ class Saver:
 
 
 def _needed(index: Index, kinds: Sequence[str]) -> int:
-    """Bytes that all ranks are going to write."""
+    """Return the number of bytes that all ranks together will write."""
     elements = sum(
         division.numel * min(division.moments, len(TENSORS[kind]))
         for kind in kinds for division in index.divisions.values()
@@ -283,7 +286,7 @@ def _needed(index: Index, kinds: Sequence[str]) -> int:
 
 
 def _write_and_read(path: Path) -> None:
-    """Raise OSError or StorageError unless a file that is written can be read back."""
+    """Write a small file and read it back; raises OSError or StorageError when that fails."""
     content = os.urandom(4096)
     with path.open("wb") as file:
         file.write(content)
@@ -294,14 +297,14 @@ def _write_and_read(path: Path) -> None:
 
 
 def _outcome(written: Future[dict[str, FileRecord]]) -> tuple[dict[str, FileRecord], str | None]:
-    """What a thread has written, and why it could not write all."""
+    """Wait for a thread; return the records of the files it wrote, and the error message (None if it succeeded)."""
     records: dict[str, FileRecord] = {}
     why = _tried(lambda: records.update(written.result()))
     return records, why
 
 
 def _tried(work: Callable[[], object]) -> str | None:
-    """Why `work` did not succeed: the system's word, or the whole traceback of what nobody reckoned with."""
+    """Return the error message of `work`, or the full traceback of an unexpected exception; None if it succeeded."""
     try:
         work()
     except OSError as error:
@@ -319,7 +322,7 @@ def _commit(pending: _Pending, final: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync_directory(pending.partial)
-    if final.exists():  # of the weights alone, or from before a roll-back
+    if final.exists():  # a weights-only checkpoint, or one from before a roll-back
         final.rename(final.with_name(final.name + DELETED))
     pending.partial.rename(final)
     sync_directory(final.parent)

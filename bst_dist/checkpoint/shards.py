@@ -1,10 +1,10 @@
-"""Tensors spread over ranks, one safetensors file a rank, read back in any other division.
+"""Tensors sharded over ranks, one safetensors file per rank, that can be read back in any other division.
 
-What one rank holds of a tensor is a run of its flattened elements. When that is all of them the file keeps the tensor's
-shape, so that what one rank alone has written is an ordinary safetensors file. Any other run is stored flat, and the
-file's metadata says where it belongs. Files are written front to back, and read by seeking to the elements asked for:
-no more than what is asked for is ever in memory. Where elements lie the files' headers say (`Headers`), or without
-opening any of them the manifest of the checkpoint (`index`).
+A rank holds a run of the flattened elements of a tensor. If that is the whole tensor, the file keeps its shape, so a
+file written by a single rank is an ordinary safetensors file. Any other run is stored flat, and the file's metadata
+says where it belongs. Files are written sequentially. They are read by seeking to the requested elements, and no other
+elements are loaded. The positions of elements come from the files' headers (`Headers`), or from the index in the
+checkpoint's manifest (`index`) without opening any file.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
 """
@@ -22,17 +22,17 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from bst_base.errors import StorageError, UserError
 
-if TYPE_CHECKING:  # else imported where values are touched: who reads headers and manifests alone does not wait for it
+if TYPE_CHECKING:  # at run time imported where values are used: reading headers and manifests does not need torch
     import torch
     from torch import Tensor
 
 DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 PIECES = "pieces"
-"""Key, in a file's metadata, of the shapes and places of the runs that are not whole tensors."""
+"""Key in a file's metadata: shape and first element of each run that is not a whole tensor."""
 
 
 class ShardError(UserError):
-    """A shard that cannot be read, or shards that do not hold what was asked of them."""
+    """A file that is not a shard, or shards that lack requested elements."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,22 @@ class Piece:
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     begin: int
     """First element of the run in the flattened tensor."""
     count: int
 
     @property
     def whole(self) -> bool:
-        """Whether the run is all of the tensor."""
+        """Whether the run is the whole tensor."""
         return self.count == math.prod(self.shape)
 
 
 def write_header(file: Any, pieces: Sequence[Piece], dtypes: Sequence[torch.dtype], metadata: dict[str, str]) -> int:
-    """Begin a shard; the pieces' values follow by `write_values`, in the same order, from the returned byte on."""
+    """Write the header of a shard; return the byte offset of the first value.
+
+    Write the values of the pieces with `write_values` next, in the same order.
+    """
     places = {p.name: {"shape": p.shape, "begin": p.begin} for p in pieces if not p.whole}
     header: dict[str, Any] = {"__metadata__": {**metadata, PIECES: json.dumps(places)} if places else metadata}
     position = 0
@@ -63,22 +66,22 @@ def write_header(file: Any, pieces: Sequence[Piece], dtypes: Sequence[torch.dtyp
         header[piece.name] = {"dtype": DTYPES[str(dtype)], "shape": shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # so that the values begin at a multiple of 8
     file.write(struct.pack("<Q", len(text)) + text)
     return 8 + len(text)
 
 
 def write_values(file: Any, values: Tensor) -> None:
-    """Write the next piece's values, by way of the host's memory where they lie on an accelerator."""
+    """Write the values of the next piece; values on an accelerator are copied to host memory first."""
     import torch
 
     file.write(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def write(file: Any, pieces: Sequence[Piece], values: Sequence[Sequence[Tensor]]) -> int:
-    """Write a whole shard: of each piece its values, single precision, in one run or several.
+    """Write a whole shard and return the byte offset of the first value.
 
-    Returns the byte at which the first value lies.
+    `values`: for each piece its single-precision values, as one or more tensors.
     """
     import torch
 
@@ -90,36 +93,36 @@ def write(file: Any, pieces: Sequence[Piece], values: Sequence[Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a piece lies on the disk."""
+    """A piece and its place on disk."""
 
     piece: Piece
     path: Path
     offset: int
-    """Of its first element, in bytes."""
+    """Byte offset of its first element in the file."""
 
 
 class Places(Protocol):
-    """Where the tensors of a set of shards lie."""
+    """The places of the tensors in a set of shards."""
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of the whole tensor `name`; None when there is none."""
+        """Return the shape of the whole tensor `name`; None when there is no such tensor."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The tensors there are."""
+        """The names and shapes of all tensors."""
 
     def holders(self, name: str, begin: int, end: int) -> Sequence[Any]:
-        """Which shards have some of the elements from `begin` to `end` of the flattened tensor `name`."""
+        """Return the shards that may have elements `begin` to `end` of the flattened tensor `name`."""
 
     def stored(self, holder: Any, name: str) -> Stored:
-        """Where such a shard has its piece."""
+        """Return the place of the tensor's piece in the shard `holder`."""
 
 
 class Headers:
-    """The places that the files' own headers tell."""
+    """The places of tensors according to the headers of the files."""
 
     def __init__(self, paths: Iterable[Path], likely: Path | None = None) -> None:
-        """`likely`: the one of `paths` that has all that will be asked for, as when every rank reads its own: the
+        """`likely`: the file in `paths` that should have all requested elements, because it is the rank's own; the
         others are opened only when it has not."""
         self._stored: dict[str, dict[Path, Stored]] = {}
         self._unread = sorted(paths, key=lambda path: path != likely)
@@ -155,7 +158,7 @@ class Headers:
         return [path for path, count in found.items() if count]
 
     def _overlaps(self, name: str, begin: int, end: int) -> dict[Path, int]:
-        """How many of the elements each file has whose header was read."""
+        """Return how many of the elements each file has, for the files whose header was read."""
         return {path: _overlap(stored.piece, begin, end) for path, stored in self._stored.get(name, {}).items()}
 
     def stored(self, holder: Path, name: str) -> Stored:
@@ -163,9 +166,9 @@ class Headers:
 
 
 class Shards:
-    """The single-precision tensors in a set of shards, as if all were in one file.
+    """Reads the single-precision tensors of a set of shards as if they were in one file.
 
-    Methods raise ShardError for a file that is no shard, and StorageError for one that cannot be read.
+    Methods raise ShardError for a file that is not a shard, and StorageError for one that cannot be read.
     """
 
     def __init__(self, places: Places) -> None:
@@ -173,23 +176,23 @@ class Shards:
         self._file: tuple[Path, IO[bytes]] | None = None
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of the whole tensor `name`; None when there is none."""
+        """Return the shape of the whole tensor `name`; None when there is no such tensor."""
         return self._places.shape(name)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The tensors there are."""
+        """The names and shapes of all tensors."""
         return self._places.shapes
 
     def read(self, name: str, begin: int, into: Tensor) -> None:
         """Fill `into` (n,) with the elements of the flattened tensor `name` from `begin` on.
 
-        Raises ShardError when they are not all there.
+        Raises ShardError when the shards do not have all of them.
         """
         self.fill([(name, begin, into)])
 
     def fill(self, wanted: Sequence[tuple[str, int, Tensor]]) -> None:
-        """Fill the last of each (name, begin, into) as `read` does, opening each file once."""
+        """Do `read` for each (name, begin, into), opening each file once."""
         by_holder: dict[Any, list[int]] = {}
         for number, (name, begin, into) in enumerate(wanted):
             for holder in self._places.holders(name, begin, begin + into.numel()):
@@ -204,7 +207,7 @@ class Shards:
                 raise ShardError(f"{name}: {count} of its elements {begin} to {end} are in the shards")
 
     def _read_part(self, stored: Stored, begin: int, into: Tensor) -> int:
-        """Read what a shard has of the elements from `begin` on; returns how many."""
+        """Read the elements of `into` that one shard has; return how many there are."""
         piece = stored.piece
         first, last = max(begin, piece.begin), min(begin + into.numel(), piece.begin + piece.count)
         if first >= last:
@@ -229,24 +232,24 @@ class Shards:
             raise StorageError.of(error, stored.path) from None
 
     def _opened(self, path: Path) -> IO[bytes]:
-        """The last file that was read from stays open: a parameter after the other comes from the same one."""
+        """Return the opened file. It stays open until another file is read, as most reads are from the same one."""
         if self._file is None or self._file[0] != path:
             self.close()
             self._file = path, path.open("rb", buffering=0)
         return self._file[1]
 
     def close(self) -> None:
-        """Let go of the file that is open; reading opens one again."""
+        """Close the open file; a later read opens it again."""
         if self._file is not None:
             self._file[1].close()
             self._file = None
 
     def whole(self, name: str) -> Tensor:
-        """The tensor `name`, in the host's memory."""
+        """Return the tensor `name` in host memory."""
         return self.all_of([name])[name]
 
     def all_of(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors, in the host's memory; each file is opened once for all of them."""
+        """Return these tensors in host memory; each file is opened once."""
         import torch
 
         shapes = self.shapes
@@ -256,7 +259,7 @@ class Shards:
 
 
 def _overlap(piece: Piece, begin: int, end: int) -> int:
-    """How many of the elements from `begin` to `end` are in a piece."""
+    """Return how many of the elements from `begin` to `end` are in a piece."""
     return max(0, min(end, piece.begin + piece.count) - max(begin, piece.begin))
 
 

@@ -1,4 +1,4 @@
-"""Take checkpoints of a run, and continue from one: exactly under the same layout, but for rounding under another."""
+"""Takes checkpoints of a run, and resumes from them: exactly under the same layout, up to rounding under another."""
 
 from __future__ import annotations
 
@@ -53,70 +53,71 @@ class Position:
     tokens: int
     """Valid tokens trained on so far, over all ranks."""
     data: dict[str, Any]
-    """The loader's state: proof that a resumed run reads the same data in the same order."""
+    """The loader's state. On resume it is compared, so that the run reads the same data in the same order."""
     carried: list[Any]
-    """The past carried to the next step, one entry a micro-batch; empty when nothing is carried."""
+    """The past carried to the next step, one entry per micro-batch; empty when nothing is carried."""
     skipped: int = 0
-    """Steps' worth of data skipped by rollbacks: step s trains on the data of step s + skipped."""
+    """Number of steps whose data was skipped by roll-backs: step s trains on the data of step s + skipped."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is, and how it lies over its ranks now."""
+    """The settings that identify a run, and its current layout over ranks."""
 
     recipe: str
-    """Digest of what makes the recipe this run, for people."""
+    """Digest of the recipe's settings that affect the numbers; only shown, not compared."""
     groups: dict[str, Any]
     """Hyperparameters of the parameter groups, by name."""
     seed: int
     layout: Layout
     rows: Rows
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the recipe sets, and every checkpoint of the run has in common, by dotted names."""
+    """The recipe's settings that are the same in every checkpoint of the run, by dotted name."""
     may_change: Callable[[str], bool] = lambda _: False
-    """Settings that older checkpoints have among these, and that may be others from one to the next."""
+    """Whether a setting, given by name, may differ between checkpoints; older checkpoints list such settings too."""
 
 
 class State(saving.State, Protocol):
-    """The engine's memory (`fragments.EngineState`)."""
+    """The weights and optimizer states in the engine's memory (`fragments.EngineState`)."""
 
     def held(self) -> list[Fragment]:
-        """All that lies on this rank, to be filled."""
+        """Return all fragments on this rank, as views that can be written to."""
 
     def updates(self) -> int:
-        """Updates that the optimizer has made."""
+        """Return the number of updates that the optimizer has made."""
 
     def filled(self, step: int, updates: int) -> None:
-        """Let the engine continue from what was filled in."""
+        """Let the engine continue from the values written to the fragments."""
 
 
 class Snapshots:
-    """Checkpoints of one run, written and read by all ranks together: every rank makes every call."""
+    """Writes and reads the checkpoints of one run with all ranks together: every rank makes every call."""
 
     def __init__(self, run_dir: Path, state: State, ranks: Ranks, identity: Identity, config: CheckpointConfig,
                  lease: SharedLease = NO_LEASE, averaged: bool = False,
                  constant_until: int | None = None) -> None:  # fmt: skip
-        """`averaged`: the state has an average of the weights, which is written and read as well; `constant_until`:
-        see `retention.reasons`."""
+        """`averaged`: the state has an average of the weights, which is written and read too. `constant_until`: see
+        `retention.reasons`."""
         self.kinds = (WEIGHTS, OPTIMIZER, AVERAGED) if averaged else (WEIGHTS, OPTIMIZER)
         self.run_dir, self.state, self.ranks = run_dir, state, ranks
         self.identity, self.config = identity, config
         self._manifest: tuple[Path, dict[str, Any]] | None = None
-        self._versions = versions() if ranks.first else {}  # asks git, which a save should not wait for
+        self._versions = versions() if ranks.first else {}  # runs git, so it is done before training
         self._saver = Saver(run_dir, state, ranks, config.background, partial(tidy, run_dir, config, constant_until),
                             lease, self.kinds)  # fmt: skip
 
     def start(self, position: Position, validation_loss: float | None = None, full: bool = True) -> Failed | None:
-        """Begin the checkpoint of `position`, which `poll` or `finish` commits; None when it is under way.
+        """Begin the checkpoint of `position`, which `poll` or `finish` commits; return Failed if it cannot be begun.
 
-        `validation_loss`: in nats, when the weights have just been evaluated; `full`: not of the weights alone.
+        `validation_loss`: in nats, if these weights were evaluated. `full`: write optimizer states and average too,
+        not only the weights.
         """
         self._manifest = None
         kinds = self.kinds if full else (WEIGHTS,)
         return self._saver.start(self.described(position, validation_loss), self.own(position), kinds)
 
     def described(self, position: Position, validation_loss: float | None = None) -> dict[str, Any]:
-        """The manifest of what is saved at `position`, without its files."""
+        """Return the manifest of a checkpoint at `position`, without its files."""
         return {
             "format": FORMAT,
             "step": position.step,
@@ -134,34 +135,34 @@ class Snapshots:
         }
 
     def own(self, position: Position) -> dict[str, Any]:
-        """What this rank alone knows at `position`."""
+        """Return the state that only this rank has: its random generators and the carried past."""
         return {"rng": rng.capture(self.ranks.device), "carried": _on_host(position.carried)}
 
     @property
     def pending(self) -> int | None:
-        """Step of the checkpoint that is being written; None when none is."""
+        """Step of the checkpoint that is being written; None when none is being written."""
         return self._saver.step
 
     def poll(self) -> Saved | Failed | None:
-        """What became of the checkpoint under way, once all ranks are through with it; None until then."""
+        """Return the outcome of the pending checkpoint once all ranks are done with it; None until then."""
         return self._saver.poll()
 
     def finish(self) -> Saved | Failed | None:
-        """What became of the checkpoint under way, waiting for it and for removals; None when there is none."""
+        """Wait for the pending checkpoint and for removals; return its outcome, None when none was pending."""
         return self._saver.finish()
 
     def rehearse(self) -> None:
-        """Before the first step: raise StorageError on all ranks unless each can write a checkpoint."""
+        """Test before the first step that every rank can write a checkpoint; else raise StorageError on all ranks."""
         self._saver.rehearse()
 
     def newest(self, scheduled: bool = False) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint to continue from that is whole, and what is wrong with newer ones.
+        """Return the newest valid full checkpoint (None if there is none), and one message per newer damaged one.
 
-        `scheduled`: of those alone that are taken in every course of the run, however often it was stopped.
+        `scheduled`: consider only checkpoints at scheduled steps, which exist however often the run was stopped.
 
-        The ranks share the reading, and a second rank confirms what is damaged. Damaged ones are renamed: their steps
-        will be taken again, and no damaged one may count as one to keep. Raises StorageError on all ranks when one
-        cannot read, or they see different files: nothing is renamed then.
+        The ranks share the reading, and a second rank confirms all damage. Damaged checkpoints are renamed: their steps
+        will be taken again, and retention must not count them as kept. Raises StorageError on all ranks when a rank
+        cannot read, or when ranks see different files. Then nothing is renamed.
         """
         self.finish()
         self._manifest = None
@@ -178,15 +179,16 @@ class Snapshots:
         return None, damaged
 
     def require_whole(self, checkpoint: Path) -> None:
-        """Raise CheckpointError when a checkpoint, of whatever run, is damaged; it stays as it is."""
+        """Raise CheckpointError when a checkpoint (of any run) is damaged; it is not renamed."""
         if found := judged(self.ranks, checkpoint):
             raise CheckpointError(f"{checkpoint}: {found[0]}")
 
     def load(self, checkpoint: Path, of_trunk: bool = False) -> Position:
-        """Put the engine and the generators where they were; raises CheckpointError for another run's checkpoint.
+        """Load a checkpoint into the engine and the random generators, and return its position.
 
-        Under another layout than it was written, generators start anew: what they draw could not be the same.
-        `of_trunk`: the run branches off another, and that it may has been seen to.
+        Raises CheckpointError for another run's checkpoint. With another number of ranks or another sp, the generators
+        get new seeds: they could not draw the same numbers. `of_trunk`: the checkpoint is the trunk's, and
+        `branch.origin` has already checked that it fits.
         """
         manifest = self._manifest_of(checkpoint)
         if not of_trunk:
@@ -195,16 +197,16 @@ class Snapshots:
         return self._resume(manifest, cache(partial(_own, checkpoint)))
 
     def load_local(self, copy: LocalCopy) -> Position:
-        """The same from this rank's local copy, taken under the same layout."""
+        """Load this rank's local copy, taken under the same layout, and return its position."""
         self._require_same(copy.path, copy.manifest)
-        averaged = AVERAGED in copy.manifest["kinds"]  # else the average begins with the weights, as in `_fill`
+        averaged = AVERAGED in copy.manifest["kinds"]  # else the average starts as the weights, as in `_fill`
         self._fill_from(copy.path, lambda _: copy.shards(), lambda parameter, tensor: copied_name(
             parameter, WEIGHT if tensor == AVERAGE and not averaged else tensor))  # fmt: skip
         own = copy.own()
         return self._resume(copy.manifest, lambda _: own)
 
     def _resume(self, manifest: dict[str, Any], own: Callable[[int], dict[str, Any]]) -> Position:
-        """Once the weights and moments are there: all else. `own`: what a rank alone knew."""
+        """Restore everything but tensors: counters, generators, carried past. `own`: loads the state of one rank."""
         self.state.filled(manifest["step"], manifest["updates"])
         saved, rank = Layout(**manifest["layout"]), self.ranks.rank
         if self._same_ranks(saved):
@@ -215,26 +217,28 @@ class Snapshots:
         return Position(manifest["step"], manifest["tokens"], manifest["data"], carried, manifest["skipped"])
 
     def reached(self) -> tuple[int, int]:
-        """How far the newest checkpoint to resume from is: data skipped and step, by its manifest alone; all ranks see
-        the same checkpoints, or StorageError is raised on all. (0, 0) when there is none."""
+        """Return (skipped, step) of the newest full checkpoint, from its manifest only; (0, 0) when there is none.
+
+        Raises StorageError on all ranks when they see different checkpoints.
+        """
         for checkpoint in agreed_committed(self.ranks, self.run_dir):
             try:
                 manifest = manifest_of(self.ranks, checkpoint)
             except CheckpointError:
-                continue  # `newest` says what is wrong with it, if it is ever wanted
+                continue  # `newest` reports the damage if the checkpoint is needed
             if is_full(manifest):
                 return manifest["skipped"], manifest["step"]
         return 0, 0
 
     def change(self, checkpoint: Path) -> str | None:
-        """How the layout differs from the one that the checkpoint was written under; None when it does not."""
+        """Return as text how the layout differs from that of the checkpoint; None when they are equal."""
         saved, own = Layout(**self._manifest_of(checkpoint)["layout"]), self.identity.layout
         if saved == own:
             return None
         return f"from {saved} to {own}" + ("" if self._same_ranks(saved) else ", new seeds for the random generators")
 
     def _manifest_of(self, checkpoint: Path) -> dict[str, Any]:
-        """Read once for all ranks, and for all that is asked of a checkpoint until the next is looked for."""
+        """Return the manifest, read by one rank for all, and cached until `newest` or `start` is called."""
         if self._manifest is None or self._manifest[0] != checkpoint:
             self._manifest = checkpoint, manifest_of(self.ranks, checkpoint)
         return self._manifest[1]
@@ -244,8 +248,10 @@ class Snapshots:
         return (saved.ranks, saved.sp) == (own.ranks, own.sp)
 
     def _require_same(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        """Checkpoints from before settings were in the manifest are held to the recipe in their run's directory alone,
-        as all are."""
+        """Raise CheckpointError when the checkpoint's settings are not those of this run.
+
+        Old manifests have no settings. Their run is only checked by the recipe in the run directory, as every run is.
+        """
         there, own = manifest.get("settings"), json.loads(json.dumps(self.identity.settings))
         for name in sorted({**(there or own), **own}):
             if there is not None and there.get(name) != own.get(name) and not self.identity.may_change(name):
@@ -255,19 +261,18 @@ class Snapshots:
                 )
 
     def _fill(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        """Read what this rank holds from whichever ranks had written it: under the same layout from its own files
-        alone, and in every other from those that have some of it."""
+        """Fill this rank's tensors: from its own files under the same layout, else from all files that have parts."""
         own = self.ranks.rank if Layout(**manifest["layout"]) == self.identity.layout else None
 
         def opened(kind: str) -> Shards:
-            # A run that has begun without an average starts one from the weights it has come to.
+            # When train.average was added on resume, the average starts as the checkpoint's weights.
             there = kind if has(manifest, kind) or kind != AVERAGED else WEIGHTS
             return open_shards(checkpoint, there, own, manifest)
 
         self._fill_from(checkpoint, opened, stored_name)
 
     def _fill_from(self, checkpoint: Path, opened: Callable[[str], Shards], named: Callable[[str, str], str]) -> None:
-        """`opened`: the shards of a kind; `named`: what a parameter's tensor is called there."""
+        """`opened`: opens the shards of a kind. `named`: returns a tensor's name there, from parameter and tensor."""
         held = self.state.held()
         for kind in self.kinds:
             shards, wanted = opened(kind), []
@@ -286,10 +291,10 @@ class Snapshots:
 
 
 class Evaluated(Writer):
-    """Remembers the last evaluation; only rank 0's receives any."""
+    """A writer that remembers the last evaluation; only rank 0's receives reports."""
 
     def __init__(self, on: str = "validation") -> None:
-        """`on`: which one (checkpoint.keep_best_on)."""
+        """`on`: the split whose loss counts (checkpoint.keep_best_on)."""
         self.on = on
         self._last: EvalReport | None = None
 
@@ -298,44 +303,44 @@ class Evaluated(Writer):
             self._last = report
 
     def loss(self, step: int) -> float | None:
-        """Validation loss in nats of the weights after `step` steps, if they were evaluated."""
+        """Return the validation loss in nats after `step` steps; None if it was not evaluated there."""
         return self._last.loss_nats if self._last and self._last.step == step else None
 
 
 class Progress(Protocol):
-    """How far the run is (`train.step.Trainer`)."""
+    """The progress of the run (`train.step.Trainer`)."""
 
     tokens: int
     """Valid tokens trained on so far, over all ranks."""
     carried: list[Any]
-    """The past carried to the next step, one entry a micro-batch."""
+    """The past carried to the next step, one entry per micro-batch."""
     skipped: int
-    """Steps' worth of data skipped by rollbacks."""
+    """Number of steps whose data was skipped by roll-backs."""
 
 
 class Checkpoints(Callback):
-    """Takes a checkpoint every so many steps, and after the last."""
+    """Takes checkpoints at the configured steps and after the last step."""
 
     phase = "checkpoint"
 
     def __init__(self, config: CheckpointConfig, snapshots: Snapshots, trainer: Progress, evaluated: Evaluated,
                  data_state: Callable[[int], dict[str, Any]], say: Callable[[str], None]) -> None:  # fmt: skip
-        """`evaluated`: what the weights are worth; `data_state`: the loader's state after a number of steps; `say`: how
-        people are told."""
+        """`evaluated`: holds the last validation loss. `data_state`: returns the loader's state after a number of
+        steps. `say`: prints a message."""
         self.config, self.snapshots, self.trainer, self.evaluated = config, snapshots, trainer, evaluated
         self.data_state, self.say = data_state, say
         self.failed = 0
-        """Checkpoints in a row that could not be written."""
+        """Number of consecutive checkpoints that could not be written."""
         self._step: int | None = None
-        """The last that was taken; None: none was."""
+        """The last training step that was taken; None before the first."""
         self._full: int | None = None
-        """That of the last full checkpoint."""
+        """The step of the last full checkpoint that was committed."""
 
     def after_step(self, report: StepReport, last: bool) -> None:
-        """Commit what was under way, begin what is due; after the last step, wait for it.
+        """Commit the pending checkpoint if it is written, and begin the one that is due; after the last step, wait.
 
-        A checkpoint that cannot be written is told of and the run continues, with the one before it as it was; but not
-        without the last one, nor after `checkpoint.failures` in a row: raises StorageError on all ranks.
+        When a checkpoint cannot be written, a message is printed and the run continues; the previous checkpoint is
+        unchanged. Raises StorageError on all ranks when the last checkpoint fails, or `checkpoint.failures` in a row.
         """
         self._step = report.step
         self._tell(self.snapshots.poll())
@@ -348,7 +353,7 @@ class Checkpoints(Callback):
                 self._tell(self.snapshots.finish(), last)
 
     def ended(self) -> None:
-        """Commit what was under way, and take the checkpoint of the last step unless it is there."""
+        """Commit the pending checkpoint, and take a full one of the last step unless there is one."""
         self._tell(self.snapshots.finish())
         if self._step is not None and self._full != self._step:
             loss = self.evaluated.loss(self._step)
@@ -356,7 +361,7 @@ class Checkpoints(Callback):
             self._tell(self.snapshots.finish(), last=True)
 
     def position(self, step: int) -> Position:
-        """Where the run stands, now that `step` steps are done."""
+        """Return the position of the run after `step` steps."""
         trainer = self.trainer
         return Position(step, trainer.tokens, self.data_state(step), trainer.carried, trainer.skipped)
 
@@ -381,7 +386,7 @@ def _on_host(carried: Carried) -> Carried:
 
 
 def _own(checkpoint: Path, rank: int) -> dict[str, Any]:
-    """What a rank alone knew."""
+    """Read the state that only `rank` had."""
     path = checkpoint / rank_file(rank)
     try:
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""What the commands about checkpoints have in common."""
+"""Arguments and helpers shared by the `bst ckpt` commands."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from bst_dist.checkpoint.retention import Held
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """The run whose checkpoints are meant."""
+    """Add the argument for the run directory."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
 
 
 def add_step(parser: argparse.ArgumentParser, default: str) -> None:
-    """One checkpoint of it."""
+    """Add the option that selects one checkpoint; `default`: described in its help."""
     parser.add_argument("--step", type=int, metavar="N", help=f"the checkpoint after N steps (default: {default})")
 
 
 def select(run_dir: Path, step: int | None) -> Held:
-    """The checkpoint of a step, or the newest; raises CheckpointError, naming those there are, when there is none."""
+    """Return the checkpoint of `step`, or the newest for None; raises CheckpointError, listing the existing ones."""
     there = committed(run_dir)
     path = directory(run_dir, step) if step is not None else next(iter(there), None)
     if path not in there:

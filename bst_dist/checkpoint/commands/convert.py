@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
-    """Where and how weights are written."""
+    """Add the arguments for the output directory, the step, the precision and the file size."""
     parser.add_argument("output", type=Path, metavar="DIR", help="where to write; must not exist")
     add_step(parser, "the newest")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the weights (default: fp32)")

@@ -29,18 +29,18 @@ from bst_dist.train.rundir import RECIPE, read_recipe
 from bst_dist.train.schedule import constant_until
 
 RECENT_S = 3600.0
-"""A directory that was written to within this time may still be."""
+"""Seconds since the last write after which a leftover directory is no longer in use."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that may go."""
+    """A checkpoint or leftover directory that may be removed."""
 
     path: Path
     why: str
     bytes: int
     thinned: Held | None = None
-    """The checkpoint, when its weights stay."""
+    """The checkpoint, if its weights are kept; None: everything is removed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan(run_dir: Path, config: CheckpointConfig, constant_until: int | None = None) -> Iterator[Removal]:
-    """What may go, by the rules of `retention.reasons`; raises StorageError when this host cannot read all of it."""
+    """Yield what may be removed by the rules of `retention.reasons`; raises StorageError when a file cannot be read."""
     found = {path: examine(path) for path in committed(run_dir)}
     valid = [one for one in readable(run_dir) if not found[one.path]]
     if any(one.full for one in valid):

@@ -51,7 +51,7 @@ def _chosen(copy: RunCopy, step: int | None) -> int:
 
 
 def _take_files(copy: RunCopy, run_dir: Path) -> None:
-    """Write the run's own files into a new directory; raise UserError when another run is there."""
+    """Download the run's own files into a new directory; raises UserError when another run is there."""
     recipe = run_dir / RECIPE
     if not recipe.exists():
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from bst_dist.checkpoint.retention import Held
 from bst_dist.train.rundir import read_outcome, read_recipe
 
 POLL_S = 20.0
-"""How often --watch looks for a new checkpoint."""
+"""Seconds between two checks of --watch for a new checkpoint."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _push(run_dir: Path, copy: RunCopy, step: int | None) -> int:
-    """Send a checkpoint and the run's files; returns the bytes of the checkpoint that were sent."""
+    """Send a checkpoint and the run's files; return the number of bytes sent of the checkpoint."""
     while True:
         one = select(run_dir, step)
         try:
@@ -74,7 +74,7 @@ def _push(run_dir: Path, copy: RunCopy, step: int | None) -> int:
 
 
 def _forget(run_dir: Path, copy: RunCopy, keep: int) -> None:
-    """Remove there what is neither one of the newest nor pinned here."""
+    """Remove from the store the checkpoints that are neither among the newest `keep` nor pinned in the run."""
     pinned = {step_of(path) for path in committed(run_dir) if Held(path, {}).pinned}
     full = [step for step in copy.steps() if step not in pinned and is_full(copy.manifest(step))]
     for step in full[keep:]:
