@@ -1,7 +1,7 @@
 """Distributed pretraining of Block-State Transformers; as a library, the model and its layer (docs/library.md).
 
-`from bst_dist import BlockStateTransformer, BSTLayer` imports torch and neither DeepSpeed nor MPI; `import bst_dist`
-alone imports nothing.
+`from bst_dist import BlockStateTransformer, BSTLayer` imports torch, but neither DeepSpeed nor MPI. `import bst_dist`
+alone imports no other package.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that the program starts without torch."""
+    """Import a public name when it is first accessed, so that the program starts without torch."""
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

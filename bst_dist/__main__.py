@@ -1,4 +1,4 @@
-"""`python -m bst_dist`: the command `bst`, also where the project is on the path and not installed."""
+"""`python -m bst_dist`: the command `bst`, also when the project is on the path but not installed."""
 
 import sys
 

@@ -1,8 +1,9 @@
-"""`bst`: every command is a module with `add_arguments(parser)` and `run(args)`; this file only finds and runs it.
+"""The program `bst`: finds the module of a command, parses its arguments and runs it.
 
-`run` prints for people and returns a report for machines (a dict, units in the key names) or None. With
-``--json PATH`` the report is written there together with the versions it ran on. A report whose ``passed`` is false
-makes the exit status 1, or its ``exit_status``; a user's error is one message and status 2.
+Every command is a module with `add_arguments(parser)` and `run(args)`. `run` prints text for people and returns a
+report for machines (a dict, units in the key names) or None. With ``--json PATH`` the report is also written to PATH,
+together with the versions of the software. If the report's ``passed`` is false, the exit status is its
+``exit_status``, by default 1. A UserError is printed as one message; its exit status is 2 by default.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bst_dist.report.saved import write_report
 from bst_dist.usage import Command, HelpFormatter, listing, nearest, overview, refuse_alone
 from bst_dist.version import versions
 
-# Section of the help -> command -> (module that holds it, one line of help), in the order in which one uses them.
+# Section of the help -> command -> (its module, one line of help), in the order of typical use.
 # Modules are imported only when their command runs.
 SECTIONS: dict[str, dict[str, Command]] = {
     "Begin": {
@@ -176,7 +177,7 @@ GROUPS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit status."""
+    """Run the console script and return its exit status."""
     try:
         status = _status(sys.argv[1:] if argv is None else argv)
         error = _unwritable()
@@ -185,15 +186,15 @@ def main(argv: list[str] | None = None) -> int:
             raise
     if error is None:
         return status
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written there, at the exit
-    if isinstance(error, BrokenPipeError):  # who reads has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # buffered output goes there at exit
+    if isinstance(error, BrokenPipeError):  # the reader has closed the pipe, like `head`
         return 128 + signal.SIGPIPE
     print(f"bst: cannot write to the standard output or a file: {error.strerror}", file=sys.stderr)
     return StorageError.exit_status
 
 
 def _unwritable() -> OSError | None:
-    """Why what was printed cannot be written, if it cannot."""
+    """Flush standard output; return the error, or None."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -203,7 +204,7 @@ def _unwritable() -> OSError | None:
 
 
 def _of_output(error: BaseException) -> OSError | None:
-    """The error, if the standard output can have raised it: no more room, or nobody reads."""
+    """Return `error` if standard output may have raised it (disk full, or a closed pipe); else None."""
     if not isinstance(error, OSError) or error.filename is not None:
         return None
     if isinstance(error, BrokenPipeError) and sys.stdout is not None:
@@ -214,15 +215,15 @@ def _of_output(error: BaseException) -> OSError | None:
 
 
 def _status(argv: list[str]) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command and return the exit status."""
     name = next((name for name in (" ".join(argv[:2]), argv[0] if argv else "") if name in COMMANDS), None)
     if name is None:
         return _without_command(argv)
     try:
         with uncollected():
-            module = importlib.import_module(COMMANDS[name][0])  # may want an extra that is not installed
+            module = importlib.import_module(COMMANDS[name][0])  # may need an extra that is not installed
         parser = parser_of(name)
-        args = parser.parse_intermixed_args(argv[len(name.split()) :])  # overrides may stand anywhere
+        args = parser.parse_intermixed_args(argv[len(name.split()) :])  # overrides may be anywhere
         refuse_alone(parser, args)
         report = module.run(args)
         if args.json and report is not None:
@@ -236,7 +237,7 @@ def _status(argv: list[str]) -> int:
         print(f"bst {name}: {how}", file=sys.stderr)
         return UserError.exit_status
     except OSError as error:
-        if error.filename is None:  # not a file: a socket, a process
+        if error.filename is None:  # no file is involved, but a socket or a process
             raise
         print(f"bst {name}: {StorageError.of(error, doing='read or write')}", file=sys.stderr)
         return StorageError.exit_status
@@ -246,7 +247,7 @@ def _status(argv: list[str]) -> int:
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """The parser of a command's arguments; imports its module."""
+    """Return the parser of a command's arguments; imports the command's module."""
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(prog=f"bst {name}", description=module.__doc__, formatter_class=HelpFormatter)
     module.add_arguments(parser)
@@ -255,7 +256,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def _without_command(argv: list[str]) -> int:
-    """Help, the members of a group, versions, or what is wrong with the command line; returns the exit status."""
+    """Print the help, a group's commands, the versions, or an error for an unknown command; return the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
         print(overview(SECTIONS, GROUPS))
         return 0

@@ -1,7 +1,7 @@
-"""The recipe: one YAML file that says everything about one run.
+"""The recipe: one YAML file with all settings of one run.
 
-Each package declares its sections in its own config.py, which imports settings alone; this file composes them and
-checks what concerns several sections at once. Reading a recipe imports neither torch nor what the sections configure.
+Each package declares its sections in its own config.py, which imports only other settings. This file composes them and
+checks conditions between sections. Reading a recipe imports neither torch nor the code that the sections configure.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ OBJECTIVES: dict[type[Config], str] = {
     LongRangeConfig: "bst_dist.study.lra.objective:Classification",
     SyntheticConfig: "bst_dist.study.synthetic:SyntheticTask",
 }
-"""What a run learns from each kind of data section: the class of its objective (see train/objective.py), by name, so
-that training imports only the one it needs and knows none of them."""
+"""Type of the data section -> class of the run's objective (train/objective.py). The class is given by its import path,
+so that training imports only the one that it needs."""
 
 
 def _data_kind(section: Any) -> str:
@@ -103,7 +103,7 @@ class Recipe(Config):
     @model_validator(mode="before")
     @classmethod
     def _place(cls, data: Any) -> Any:
-        """Relative paths are meant from `paths_from`, wherever the recipe is read."""
+        """Resolve relative paths from `paths_from`, so that they do not depend on the working directory."""
         if not isinstance(data, dict):
             return data
         return placed(data, Path(data.get("paths_from") or Path.cwd()))
@@ -153,7 +153,10 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _fits_synthetic(self) -> Recipe:
-        """The recipe with its task's vocabulary where it names none; raises ValueError for what cannot be drawn."""
+        """Return the recipe with the vocabulary size of its synthetic task if it sets none.
+
+        Raises ValueError when the task does not fit the rows or the vocabulary.
+        """
         if not isinstance(self.data, SyntheticConfig):
             return self
         task, length = self.data.synthetic, self.train.sequence_length
@@ -203,7 +206,7 @@ class Recipe(Config):
             )
 
     def of_one_length(self, length: int) -> Recipe:
-        """The recipe as if all sequences had this length."""
+        """Return the recipe with this sequence length and no length changes."""
         train = self.train.model_copy(update={"sequence_length": length, "length_changes": ()})
         return self.model_copy(update={"train": train})
 
@@ -239,11 +242,11 @@ class Recipe(Config):
 
 
 _MOST_LENGTHS = {"masked": 3, "others": 8}
-"""Lengths of sequences in a run: masked documents take up to four graphs a length, others one, of the 16 that a kind
-may have (`model.flex.GRAPHS`), and evaluations and samples take some more."""
+"""Maximum number of sequence lengths in a run. A length needs up to four compiled graphs with masked documents and one
+with others. A layer kind may have 16 graphs (`model.flex.GRAPHS`), and evaluations and samples need some more."""
 NUMBERS = ("seed", "model", "data", "train", "optimizer", "schedule", "branch", "initial_weights")
-"""Sections of a recipe that decide what a run computes, but for rounding. All others are free to change from one start
-to the next: what is written, and how the run lies over its ranks."""
+"""Sections of a recipe that affect a run's numbers by more than rounding. All others may change from start to start:
+they set what is written, and how the run is distributed over its ranks."""
 FREE = (
     "train.micro_sequences",
     "train.slice_tokens",
@@ -256,25 +259,26 @@ FREE = (
     "data.storage",
     "data.examples",
 )
-"""What is free within them. Where a corpus lies is too: checkpoints hold it to its digest (the loader's `check`)."""
+"""Settings in the sections of NUMBERS that may change all the same. The path of a corpus may change too: the loader's
+`check` compares the corpus's digest with the one in the checkpoint."""
 
 
 def load_recipe(given: str | Path, overrides: Iterable[str] = (), base: Path | None = None) -> Recipe:
-    """Read a recipe, given by its path or its name, with its overrides ``section.field=value``.
+    """Read a recipe, given by path or name, and apply overrides ``section.field=value``.
 
-    `base`: where relative paths are meant from, in a recipe that does not say; None: see `Recipe.paths_from`.
-    Raises UserError when there is no such recipe, or for whatever is wrong in it.
+    `base`: folder that relative paths start from if the recipe has no `paths_from`; None: see `Recipe.paths_from`.
+    Raises UserError when the recipe does not exist or is invalid.
     """
     path = find(given, RECIPES)
     return parse(Recipe, overridden(recipe_settings(path, base), overrides), where=str(path))
 
 
 def recipe_settings(path: str | Path, base: Path | None = None) -> dict[str, Any]:
-    """What a recipe's file says, which may leave open what is still to be filled in; raises ConfigError."""
+    """Read the settings in a recipe's file, without validation, and fill in `paths_from`; raises ConfigError."""
     path = Path(path)
     data = read_settings(path)
     if (path.parent / "ds_config.json").is_file():
-        base = base or Path.cwd()  # what the recipe in a run directory meant before it said so
+        base = base or Path.cwd()  # in run directories of older versions, which did not store `paths_from`
     data.setdefault("paths_from", str(base or base_of(path)))
     if data["paths_from"] is not None:
         data["paths_from"] = str(path.absolute().parent / data["paths_from"])
@@ -282,7 +286,7 @@ def recipe_settings(path: str | Path, base: Path | None = None) -> dict[str, Any
 
 
 def with_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> Recipe:
-    """The recipe with the corpus's vocabulary where it names none; raises UserError when its own is too small."""
+    """Return the recipe with the corpus's vocabulary size if it sets none; raises UserError if its own is too small."""
     if recipe.model.vocab_size is not None:
         for corpus in corpora:
             corpus.require_vocabulary(recipe.model.vocab_size)
@@ -292,7 +296,7 @@ def with_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> Recipe:
 
 
 def spread_of(recipe: Recipe, world: int) -> Spread:
-    """How the sequences of a step lie on the ranks; raises ConfigError where some would have none."""
+    """Return how the sequences of a step are divided over the ranks; raises ConfigError if a rank would have none."""
     dp, train = data_parallel(world, recipe.parallel.sp), recipe.train
     if (fewest := train.fewest_sequences) < dp:
         field = "train.sequences" if fewest == train.sequences else "train.sequence_changes"
@@ -305,25 +309,30 @@ def spread_of(recipe: Recipe, world: int) -> Spread:
 
 
 def deepspeed_file(recipe: Recipe) -> Path:
-    """The recipe's DeepSpeed file; raises UserError, which says where it looked, when there is none."""
+    """Return the path of the recipe's DeepSpeed file; raises UserError, listing where it looked, if there is none."""
     given = Path(recipe.deepspeed)
     return given if given.is_file() else find(written(recipe.deepspeed), STRATEGIES)
 
 
 def digest(recipe: Recipe) -> str:
-    """SHA-256 of what the recipe sets of what makes a run what it is: a setting at its default does not count, so that
-    a version with more settings gives the same."""
+    """Return the SHA-256 of the recipe's `identity` without settings at their default.
+
+    So a later version with more settings gives the same digest.
+    """
     return hashlib.sha256(json.dumps(identity(recipe, defaults=False), sort_keys=True).encode()).hexdigest()
 
 
 def differing(one: Recipe, other: Recipe) -> list[str]:
-    """Dotted fields in which two recipes are different runs, as ``field: one's value, other's value``."""
+    """Return the differences between the identities of two recipes, as ``field: one's value, other's value``."""
     a, b = identity(one), identity(other)
     return [f"{key}: {a.get(key)!r}, {b.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
 def identity(recipe: Recipe, defaults: bool = True) -> dict[str, Any]:
-    """What makes the run, by dotted names; without what has its default, where that is not wanted."""
+    """Return the settings that affect a run's numbers, by dotted name.
+
+    `defaults`: include settings that have their default value.
+    """
     data = recipe.model_dump(mode="json", include=set(NUMBERS), exclude_defaults=not defaults)
     corpus = data["data"].pop("corpus", None)
     if isinstance(corpus, list):
@@ -333,7 +342,7 @@ def identity(recipe: Recipe, defaults: bool = True) -> dict[str, Any]:
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested settings by their dotted names."""
+    """Return the values of nested settings by their dotted names."""
     found: dict[str, Any] = {}
     for key, value in data.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -44,7 +44,7 @@ this page, and `bst recipe --markdown` prints all of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every command that explains the settings of a file."""
+    """Add the arguments shared by the commands that describe the settings of a file."""
     parser.add_argument(
         "section", nargs="?", default="", metavar="SECTION", help="show only settings whose names begin with this"
     )
@@ -52,12 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the settings of a recipe; the report lists them."""
+    """Print the settings of a recipe, and return them as a report."""
     return describe(Recipe, INTRODUCTION, args)
 
 
 def describe(settings: type[Config], introduction: str, args: argparse.Namespace, top: str = "run") -> dict[str, Any]:
-    """Print the settings of a file of this kind; raises UserError for a section that it does not have."""
+    """Print the settings of a file of type `settings`, and return them as a report.
+
+    `introduction` and `top`: as in `markdown`. Raises UserError for an unknown section.
+    """
     every: list[Row] = list(fields(settings))
     found = [row for row in every if f"{row[0]}.".startswith(f"{args.section}." if args.section else "")]
     if not found:
@@ -73,7 +76,10 @@ def describe(settings: type[Config], introduction: str, args: argparse.Namespace
 
 
 def markdown(rows: list[Row], introduction: str = INTRODUCTION, top: str = "run") -> str:
-    """The settings as a document, one table per section; `top` heads those that are in none."""
+    """Return the settings as a Markdown document, one table per section.
+
+    `top`: heading of the settings that belong to no section.
+    """
     parts, section = [introduction], None
     for name, kind, default, meaning in sorted(rows, key=lambda row: "." in row[0]):
         own = name.partition(".")[0] if "." in name else top
@@ -86,7 +92,7 @@ def markdown(rows: list[Row], introduction: str = INTRODUCTION, top: str = "run"
 
 
 def _type(kind: str) -> str:
-    """A type as people say it: Literal['wsd', 'cosine'] is wsd | cosine."""
+    """Return a readable form of a type: Literal['wsd', 'cosine'] becomes wsd | cosine."""
     said = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), kind)
     return re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", said)
 

@@ -1,4 +1,4 @@
-"""Packages that only some roles need (the extras of pyproject.toml), and what to say where one is missing."""
+"""Optional packages (the extras of pyproject.toml), and the message when one is missing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ EXTRAS = {
     "wandb": ("wandb",),
     "mlflow": ("mlflow", "sqlalchemy", "alembic"),
 }
-"""The modules of each extra, by the name that they are imported by."""
+"""Extra -> the names under which its modules are imported."""
 
 
 def missing(module: str) -> str | None:
-    """How to install what brings a module; None when no extra does."""
+    """Return how to install a missing module; None when no extra contains it."""
     top = module.partition(".")[0]
     extra = next((name for name, modules in EXTRAS.items() if top in modules), None)
     return extra and f"{top} is not installed: pip install 'bst-dist[{extra}]'"

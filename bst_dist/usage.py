@@ -1,4 +1,4 @@
-"""What `bst` says about itself: the commands in the order one uses them, a group of them, the nearest to a slip."""
+"""The help of `bst`: the list of commands, the commands of a group, and the nearest command to a mistyped one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from itertools import groupby
 from bst_base.errors import UserError
 
 Command = tuple[str, str]
-"""The module that holds a command, and one line of help."""
+"""The module of a command, and one line of help."""
 
 WIDTH = 120
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps a command's text as it is written, and says the default of every option whose help does not."""
+    """Keeps the line breaks of a command's description, and adds the default to options whose help lacks it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
@@ -30,13 +30,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def needed_by(action: argparse.Action) -> str | None:
-    """The option without which this one means nothing: its help begins with "with --OTHER: "."""
+    """Return the option that this one requires (its help begins with "with --OTHER: "); None if it requires none."""
     found = re.match(r"with (--[\w-]+): ", action.help or "")
     return found and found[1]
 
 
 def refuse_alone(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raise UserError for an option that was given without the one it belongs to: it would be ignored."""
+    """Raise UserError for an option that was given without the option it requires: it would be ignored."""
     options = {name: action for action in parser._actions for name in action.option_strings}
     for action in parser._actions:
         other = needed_by(action)
@@ -49,7 +49,7 @@ def _given(action: argparse.Action, args: argparse.Namespace) -> bool:
 
 
 def overview(sections: Mapping[str, Mapping[str, Command]], groups: Mapping[str, str]) -> str:
-    """All sections; a group of commands has one line, with the names of its members."""
+    """Return the help of all commands by section; a group of commands has one line with its commands' names."""
     lines = ["usage: bst COMMAND ...", "       bst COMMAND --help     what a command does, and its options",
              "       bst GROUP              the commands of a group", "       bst --version"]  # fmt: skip
     for title, commands in sections.items():
@@ -65,14 +65,14 @@ def overview(sections: Mapping[str, Mapping[str, Command]], groups: Mapping[str,
 
 
 def listing(commands: Mapping[str, Command], group: str, about: str) -> str:
-    """The commands of a group, a line each."""
+    """Return the help of a group, one line per command; `about`: describes the group."""
     members = {name.partition(" ")[2]: text for name, (_, text) in commands.items() if name.startswith(f"{group} ")}
     head = [f"usage: bst {group} COMMAND ...   (--help tells what one does, and its options)", "", about]
     return "\n".join([*head, *(line for name, text in members.items() for line in _line(name, text))])
 
 
 def nearest(typed: list[str], commands: Iterable[str], groups: Iterable[str]) -> str | None:
-    """The command or group that was most likely meant by the first words of a command line, or None."""
+    """Return the command or group most similar to the first words of a command line, or None."""
     names = [*commands, *groups]
     last_words = {name.rpartition(" ")[2]: name for name in reversed(names)}
     for words in (typed[:2], typed[:1]):

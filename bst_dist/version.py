@@ -1,4 +1,4 @@
-"""What a result was made with."""
+"""Versions of the software that produced a result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of the packages that decide a run's numbers, and of this code."""
+    """Return the versions of Python, of the packages that affect a run's numbers, and of this code."""
     found = {"bst_dist": own_version(), "python": platform.python_version()}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -24,13 +24,13 @@ def versions() -> dict[str, str]:
 
 
 def own_version() -> str:
-    """That of the installed project; where it is only on the path, what pyproject.toml says, if that is there."""
+    """Return the version of the installed project; if it is only on the path, the version in its pyproject.toml."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         path = _root() / "pyproject.toml"
         said = tomllib.loads(path.read_text(encoding="utf-8"))["project"] if path.is_file() else {}
-        own = said.get("name") == DISTRIBUTION  # beside packages copied elsewhere stands that of another project
+        own = said.get("name") == DISTRIBUTION  # else it is the file of a project that a copy is in
         return f"{said['version']} (not installed)" if own else "not installed"
 
 
@@ -39,7 +39,7 @@ def _root() -> Path:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` when the work tree differs; None for an installed package."""
+    """Return the checkout's commit, with ``-dirty`` when the work tree differs; None for an installed package."""
     root = _root()
     if not (root / ".git").exists():
         return None
