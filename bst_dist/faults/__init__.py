@@ -1,1 +1,1 @@
-"""What a run does when something breaks: signals, watchdog, guard against bad steps, exit codes."""
+"""Fault handling of a run: signals, the watchdog, the lease, the guard against bad steps, exit codes."""

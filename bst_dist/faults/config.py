@@ -35,6 +35,9 @@ class WatchdogConfig(Config):
 
     @property
     def exchange_limit_s(self) -> float | None:
-        """How long torch lets an exchange take before it ends the job itself; None: its own default. The watchdog has
-        spoken by then: it needs twice `watchdog.LONGEST_SILENCE_S` beyond its limit, and some seconds."""
+        """Timeout in seconds that torch gets for its collectives; None: torch's default.
+
+        It is longer than the watchdog needs to end the job first: its limit, twice `watchdog.LONGEST_SILENCE_S`, and
+        some seconds.
+        """
         return 1.5 * self.limit_s + 120.0 if self.limit_s else None

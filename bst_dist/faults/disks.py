@@ -1,8 +1,8 @@
-"""Whether the file systems of a run answer.
+"""Detects file systems that hang.
 
-A read or a write on one that hangs (a file server that is gone, a disk that is frozen) never returns, and the thread
-that waits in it can do nothing else. So each directory is tried by a thread of its own, and only while there is reason
-to: when the rank stands still, or has been told to stop.
+A read or write on a hanging file system (an unreachable file server, a frozen disk) never returns, and blocks its
+thread. So each directory is tested by a separate thread, and only when there is a reason: when the rank makes no
+progress, or after a signal to stop.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 EVERY_S = 1.0
 SILENT_S = 10.0
-"""A directory that has not answered for so long hangs; a busy file server may take some seconds."""
+"""Seconds without an answer after which a directory counts as hanging; a busy file server may take some seconds."""
 
 
 class Disk:
-    """One directory."""
+    """Tests one directory in a thread."""
 
     def __init__(self, path: Path, attempt: Callable[[Path], object]) -> None:
         self.path, self._attempt = path, attempt
@@ -30,12 +30,12 @@ class Disk:
         threading.Thread(target=self._run, name="disk", daemon=True).start()
 
     def watch(self, wanted: bool) -> None:
-        """Try it every second from now on, or no more."""
+        """Start testing the directory every second, or stop testing."""
         self._wanted.set() if wanted else self._wanted.clear()
 
     @property
     def silent_s(self) -> float:
-        """How long the attempt under way has taken."""
+        """Seconds since the current attempt began; 0 when none is running."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -49,14 +49,14 @@ class Disk:
 
 
 class Disks:
-    """The directories of a run."""
+    """Tests the directories of a run."""
 
     def __init__(self) -> None:
         self._disks: dict[Path, Disk] = {}
         self._wanted: set[str] = set()
 
     def add(self, written: Iterable[Path] = (), read: Iterable[Path] = ()) -> None:
-        """Have an eye on directories that the run writes to, and on others that it reads from."""
+        """Add directories that the run writes to, and others that it only reads from."""
         for paths, attempt in ((written, _write), (read, os.stat)):
             for path in paths:
                 if path not in self._disks:
@@ -64,24 +64,24 @@ class Disks:
                     self._disks[path].watch(bool(self._wanted))
 
     def watch(self, why: str, wanted: bool = True) -> None:
-        """Try them from now on, until nobody wants it any more."""
+        """Start testing all directories for the reason `why`, or end that reason; without a reason no tests run."""
         self._wanted = self._wanted | {why} if wanted else self._wanted - {why}
         for disk in list(self._disks.values()):
             disk.watch(bool(self._wanted))
 
     def silent(self, seconds: float = SILENT_S) -> dict[str, float]:
-        """Directories that have not answered for so long, and since how many seconds."""
+        """Return directory -> seconds without an answer, for those that have not answered for more than `seconds`."""
         found = {str(disk.path): disk.silent_s for disk in list(self._disks.values())}
         return {path: silent for path, silent in found.items() if silent > seconds}
 
 
 def unanswering(silent: dict[str, float]) -> str:
-    """That in words."""
+    """Return the result of `Disks.silent` as text."""
     return ", ".join(f"{path} has not answered for {seconds:.0f} s" for path, seconds in silent.items())
 
 
 def _write(folder: Path) -> None:
-    """A change that the file system must take in."""
+    """Write and remove an empty file, which the file system must process."""
     mark = folder / f".answers-{socket.gethostname()}-{os.getpid()}.partial"
     mark.write_bytes(b"")
     mark.unlink()

@@ -1,8 +1,8 @@
-"""Ending a process whose threads may hang in the kernel.
+"""Ends a process whose threads may hang in the kernel.
 
-A thread that waits for a file system that hangs is ended by no signal, and until it is, the kernel tells whoever waits
-for the process that it still runs. So a rank says its exit status to the process that started it through a pipe as
-well. And what it says on the way out it says in a thread: its standard error may lie on the same file system.
+No signal ends a thread that waits for a hanging file system. Until that wait ends, the kernel reports to the parent
+process that the process still runs. So a rank also sends its exit status to its parent through a pipe. It prints its
+last message in a thread, because its standard error may be on the same file system.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import NoReturn
 from bst_dist.faults.stacks import stacks_of_threads
 
 LAST_WORD = "BST_LAST_WORD"
-"""The environment variable that names the pipe's file descriptor."""
+"""The environment variable with the pipe's file descriptor."""
 SAY_S = 5.0
-"""How long standard error may take to take a message."""
+"""Maximum seconds to wait until the message is written to standard error."""
 
 
 def end(status: int, message: str = "", stacks: bool = False) -> NoReturn:
-    """End this process now, whatever its threads do; `stacks`: say where they are."""
+    """End this process immediately, whatever its threads do; `stacks`: print their stacks after the message."""
     if message:
         say(message, stacks)
     with suppress(OSError, ValueError, KeyError):
@@ -30,7 +30,10 @@ def end(status: int, message: str = "", stacks: bool = False) -> NoReturn:
 
 
 def say(message: str, stacks: bool = False) -> None:
-    """Print to standard error, past Python's buffer, which another thread may hold; waits no longer than SAY_S."""
+    """Print to standard error, waiting at most SAY_S.
+
+    Python's buffer is bypassed, because another thread may hold its lock.
+    """
 
     def write() -> None:
         with suppress(OSError):

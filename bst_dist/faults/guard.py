@@ -1,10 +1,10 @@
-"""What becomes of a step whose loss is no number, whose gradient is none, or whose loss jumps.
+"""The guard: rejects a step whose loss or gradient is not finite, or whose loss is a spike.
 
-Every decision is a function of what all ranks know alike (the losses of the steps so far, and the ledger), so all ranks
-decide the same, and so does a run that was stopped in between. A step may be *skipped*: no weight changes, and the
-next step has the next data. Or the run is *rolled back*: it continues from its last checkpoint, with the data that
-comes after the step in question; all data from that checkpoint to there is skipped (as Chowdhery et al., arXiv
-2204.02311, section 5.1, did by hand). Either is done so often and no more: then the run stops.
+Every decision depends only on data that is equal on all ranks (the losses of the steps so far, and the ledger). So all
+ranks decide the same, and so does a run that was stopped and resumed. A rejected step may be *skipped*: no weight
+changes, and the next step has the next data. Or the run is *rolled back*: it continues from its last scheduled
+checkpoint with the data after the rejected step, and the data in between is skipped (as Chowdhery et al., arXiv
+2204.02311, section 5.1, did by hand). After too many skips and roll-backs the run stops.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from bst_dist.faults.config import GuardConfig
 from bst_dist.faults.ledger import Entry, Ledger
 
 NORMAL = 1.4826
-"""Standard deviations of a normal distribution in one median absolute deviation."""
+"""Standard deviation of a normal distribution, in median absolute deviations."""
 LEAST = 1e-3
-"""A deviation smaller than this share of the median counts as this: a loss that barely moves has no spikes."""
+"""Minimum of the estimated deviation, as a fraction of the median. So a nearly constant loss has no spikes."""
 
 
 class DivergedError(UserError):
-    """The loss or the gradient became infinite or not a number, or jumped, and the guard's policy is to stop."""
+    """The guard stops the run because the loss or gradient is not finite, or the loss is a spike."""
 
 
 class RollBack(Exception):
-    """The run continues from its last checkpoint; `entry` is for the ledger, once it is known which that is."""
+    """The run must continue from an earlier checkpoint. `entry` goes to the ledger once that checkpoint is known."""
 
     def __init__(self, entry: Entry) -> None:
         super().__init__(entry.cause)
@@ -37,18 +37,18 @@ class RollBack(Exception):
 
 
 class Guard:
-    """Judges each step by its loss and by its gradient."""
+    """Accepts or rejects each step by its loss and its gradient norm."""
 
     def __init__(self, config: GuardConfig, ledger: Ledger, losses: Iterable[float] = ()) -> None:
-        """`losses`: of the steps taken so far, in nats; the last of them are what the next one is compared with."""
+        """`losses`: of the steps taken so far, in nats; the next loss is compared with the last of them."""
         self.config, self.ledger = config, ledger
         self._losses = deque(losses, maxlen=config.spike_window)
 
     def loss(self, value: float, step: int, skipped: int, rate: float) -> Entry | None:
-        """Why the step with this loss, in nats, is not taken, and what is done; None when it is taken.
+        """Check a step by its loss in nats; return None to take it, or the ledger entry with the reason and action.
 
-        `step` counts the steps before; `skipped` the steps of data skipped; `rate` is for the message.
-        Raises DivergedError when the run is to stop.
+        `step`: number of steps before it. `skipped`: number of steps whose data was skipped. `rate`: learning rate, for
+        the error message. Raises DivergedError when the run must stop.
         """
         if not math.isfinite(value):
             return self._act(self.config.non_finite, f"the loss is {value}", step, skipped, rate)
@@ -58,18 +58,21 @@ class Guard:
         return None
 
     def gradient(self, norm: float, step: int, skipped: int, rate: float) -> Entry | None:
-        """The same by the global gradient norm."""
+        """Check a step by its global gradient norm; otherwise as `loss`."""
         if math.isfinite(norm):
             return None
         return self._act(self.config.non_finite, f"the gradient norm is {norm}", step, skipped, rate)
 
     def taken(self, loss: float) -> None:
-        """A step was taken, with this loss."""
+        """Record the loss of a step that was taken."""
         self._losses.append(loss)
 
     @property
     def limit(self) -> float:
-        """The highest loss with which a step is taken; known before the step, so that a device can compare with it."""
+        """The highest loss with which a step is taken.
+
+        It is known before the step, so that the comparison can run on the device.
+        """
         if self.config.spike == "ignore" or len(self._losses) < self.config.spike_window:
             return math.inf
         middle = median(self._losses)
@@ -77,7 +80,10 @@ class Guard:
         return middle + self.config.spike_deviations * deviation
 
     def _act(self, policy: str, cause: str, step: int, skipped: int, rate: float) -> Entry:
-        """Enter what is done in the ledger; a roll-back's entry follows when it is known where to."""
+        """Add an entry to the ledger and return it, or raise DivergedError.
+
+        The entry of a roll-back is added later, when the checkpoint to continue from is known.
+        """
         before = self.ledger.lately(step + 1 + skipped, self.config.within)
         exhausted = policy != "stop" and before >= self.config.most
         entry = Entry(step + 1, skipped, f"{cause} in step {step}", "stop" if exhausted else policy)

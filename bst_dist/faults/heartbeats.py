@@ -1,7 +1,7 @@
-"""Where each rank is, as all ranks can learn it, and who holds up the job by that.
+"""Heartbeats: every rank publishes its progress, and from them it is decided which rank blocks the job.
 
-Heartbeats go through the store in which the ranks of a job met (`torch.distributed`), by a connection of their own. It
-lives in rank 0's process, in a thread that needs neither Python nor a file system.
+They are written to the job's rendezvous store (`torch.distributed`), over a separate connection. The store runs in rank
+0's process, in a thread that needs neither the Python interpreter nor a file system.
 """
 
 from __future__ import annotations
@@ -20,113 +20,118 @@ from bst_dist.faults.disks import unanswering
 
 _GONE = "its process or its host is frozen or gone"
 NAMED = 4
-"""Hosts named where many have the same to say."""
+"""Maximum number of hosts listed in one message."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank is, as it last said."""
+    """The last progress report of a rank."""
 
     rank: int
     host: str
     pid: int
     beats: int
-    """How often it has said so."""
+    """Number of heartbeats that the rank has sent, including this one."""
     step: int
     phase: str
     entered: int
+    """Number of phases that the rank has entered so far."""
     exchange: str
     exchanges: int
+    """Number of exchanges (collectives) that the rank has begun so far."""
     still_s: float = 0.0
-    """Since it last entered a phase or began an exchange."""
+    """Seconds since it last entered a phase or began an exchange."""
     disks: dict[str, float] = field(default_factory=dict)
-    """Directories that do not answer it, and since how many seconds."""
+    """Directories that do not answer on this rank's host -> seconds without an answer."""
 
     @property
     def place(self) -> tuple[int, int]:
-        """How far it is, in what all ranks do alike and in the same order."""
+        """The rank's progress. All ranks enter the same phases and begin the same exchanges in the same order."""
         return self.entered, self.exchanges
 
     def describe(self) -> str:
-        """Where the rank is, in words."""
+        """Return the rank's progress as text."""
         return f"step {self.step}, {self.phase}; last exchange begun: {self.exchange} (number {self.exchanges})"
 
     def name(self) -> str:
-        """Which process of which host it is."""
+        """Return the rank with its host and process id, as text."""
         return f"rank {self.rank} on {self.host} (pid {self.pid})"
 
 
 class Board(Protocol):
-    """What every rank writes to and reads; any call may take forever, or raise RuntimeError."""
+    """A key-value store shared by all ranks; any call may block forever or raise RuntimeError."""
 
     def put(self, key: str, text: str) -> None:
-        """Write a text."""
+        """Write a text under a key."""
 
     def get(self, keys: Sequence[str]) -> list[str | None]:
-        """What is written under each key."""
+        """Return the text under each key; None where there is none."""
 
 
 class StoreBoard:
-    """A board in a store."""
+    """A Board in a torch.distributed store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def put(self, key: str, text: str) -> None:
-        """As of a board."""
+        """Write a text under a key."""
         self._store.set(key, text)
 
     def get(self, keys: Sequence[str]) -> list[str | None]:
-        """As of a board; one request when all are written."""
+        """Return the text under each key; one request for all values when every key exists."""
         if self._store.check(list(keys)):
             return [value.decode() for value in self._store.multi_get(list(keys))]
         return [self._store.get(key).decode() if self._store.check([key]) else None for key in keys]
 
 
 class LocalBoard:
-    """A board in this process, for a rank alone."""
+    """A Board in this process, for a job of one rank."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
 
     def put(self, key: str, text: str) -> None:
-        """As of a board."""
+        """Write a text under a key."""
         self._texts[key] = text
 
     def get(self, keys: Sequence[str]) -> list[str | None]:
-        """As of a board."""
+        """Return the text under each key; None where there is none."""
         return [self._texts.get(key) for key in keys]
 
 
 def shared_board(world: int, environment: Mapping[str, str] = os.environ, wait_s: float = 60) -> Board:
-    """The board of the ranks of this job, which have joined; raises DistStoreError when it does not answer in time."""
+    """Return the Board of this job, whose ranks have joined; raises DistStoreError when it does not answer in time."""
     if world == 1:
         return LocalBoard()
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    # A connection of its own: the ranks' own is locked while one of them waits for a key.
+    # A separate connection: the rank's main connection is locked while it waits for a key.
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=wait_s), wait_for_workers=False)
     return StoreBoard(PrefixStore(f"watchdog/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
 
 
 def key_of(rank: int) -> str:
-    """Where a rank's heartbeat is written."""
+    """Return the key of a rank's heartbeat."""
     return f"rank/{rank}"
 
 
 def written(beat: Heartbeat) -> str:
-    """A heartbeat as text."""
+    """Return a heartbeat as JSON."""
     return json.dumps(asdict(beat))
 
 
 def read(text: str | None) -> Heartbeat | None:
-    """A heartbeat from its text; None when there is none."""
+    """Parse a heartbeat; return None when there is none or it is invalid."""
     with suppress(ValueError, TypeError):
         return Heartbeat(**json.loads(text or "null"))
     return None
 
 
 def judge(before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None]) -> list[str] | None:
-    """Who holds up the job, from two readings of all ranks' heartbeats, a while apart; None when a rank has moved."""
+    """Return messages that name the ranks that block the job; None when a rank has made progress.
+
+    `before`, `after`: the heartbeats of all ranks, read twice with some time in between.
+    """
     silent, alive = [], []
     for rank, (one, other) in enumerate(zip(before, after, strict=True)):
         if other is None or one is None or one.beats == other.beats:
@@ -151,12 +156,12 @@ def judge(before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None])
 
 
 def silence(rank: int, last: Heartbeat | None) -> str:
-    """That nothing comes from a rank any more; `last`: what did."""
+    """Return the message that a rank sends no heartbeats; `last`: its last one, if any."""
     return f"{last.name()}: silent, {_GONE}; it was in {last.describe()}" if last else f"rank {rank}: silent"
 
 
 def _disks(beats: Sequence[Heartbeat]) -> list[str]:
-    """Which directories do not answer, and on which hosts."""
+    """Return a message for each directory that does not answer, with its hosts."""
     hosts: dict[str, list[str]] = {}
     longest: dict[str, float] = {}
     for beat in beats:

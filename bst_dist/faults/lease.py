@@ -1,9 +1,10 @@
-"""Who trains in a run directory: one start at a time, whoever launched it.
+"""The lease on a run directory: only one start at a time may train in it.
 
-`lease/epoch-00000003.json` names the start that holds the directory. Each start makes the file of the next epoch, which
-only one can do, and keeps a counter going in it. Another start looks who holds it: a process of this machine is asked
-of the kernel, one of another machine is watched for `SILENCE_S`. While it lives the directory is refused; a dead one is
-succeeded. A holder that was thought dead sees the next epoch before it commits a checkpoint, and ends.
+`lease/epoch-00000003.json` describes the start that holds the lease. Each start creates the file of the next epoch,
+which only one start can do, and increments a counter in it. A new start checks whether the holder is alive: it looks up
+a process on this machine, and watches the counter of one on another machine for `SILENCE_S`. A living holder keeps the
+lease, and the new start is refused. A dead holder is replaced. If a holder was alive after all, it sees the next epoch
+before it commits a checkpoint, and ends.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from bst_dist.faults.ending import end
 LEASE = "lease"
 BEAT_S = 5.0
 SILENCE_S = 30.0
-"""How long the counter of another machine's start must stand still until that start counts as dead."""
+"""Seconds without a change of the counter until a start on another machine counts as dead."""
 JOBS = {"SLURM_JOB_ID": "Slurm job", "PBS_JOBID": "PBS job", "LSB_JOBID": "LSF job", "KUBERNETES_SERVICE_HOST": "pod"}
 
 
 class Broadcast(Protocol):
-    """As `Ranks`: who writes for all, and how the others learn of it."""
+    """The part of `Ranks` that is needed here: whether this is rank 0, and a broadcast from rank 0."""
 
     first: bool
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's value."""
+        """Return rank 0's value on every rank."""
 
 
 class LeaseError(UserError):
@@ -44,7 +45,7 @@ class LeaseError(UserError):
 
 
 class Lease:
-    """This start's hold of a run directory; made by `acquire` on one rank, for all."""
+    """This start's lease on a run directory; created by `acquire` on one rank for all ranks."""
 
     def __init__(self, path: Path, epoch: int, about: dict[str, Any], lost: Callable[[str], None] | None) -> None:
         self.path, self.epoch = path, epoch
@@ -54,7 +55,7 @@ class Lease:
         self._thread.start()
 
     def require(self) -> None:
-        """Raise LeaseError when another start has taken the directory over."""
+        """Raise LeaseError when another start has taken over the directory."""
         newest = max(_epochs(self.path.parent), default=0)
         if newest != self.epoch:
             taken = _read(_file(self.path.parent, newest)) if newest else {}
@@ -64,7 +65,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Let the next start have the directory at once."""
+        """Release the lease, so that the next start does not wait."""
         self._closed.set()
         self._thread.join(BEAT_S)
         with suppress(OSError, UserError):
@@ -83,10 +84,10 @@ class Lease:
                     self._lost(str(error))
                 return
             except (OSError, StorageError):
-                continue  # the file system is in trouble; others take the silence for what it is
+                continue  # a file system error: try again; if it lasts, another start may take over
 
     def _write(self, **more: Any) -> None:
-        # Not synced: a counter that a crash of the file server loses is one that stands still.
+        # Not synced: if a crash of the file server loses an update, the counter only stands still.
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps({**self._about, **more}))
         new.replace(self.path)
@@ -94,25 +95,25 @@ class Lease:
 
 @dataclass(frozen=True)
 class SharedLease:
-    """The hold that rank 0 has for all ranks, as each of them knows it."""
+    """The lease that rank 0 holds for all ranks, as seen by each rank."""
 
     epoch: int
     lease: Lease | None = None
-    """On rank 0."""
+    """The lease on rank 0; None on other ranks."""
 
     def require(self) -> None:
-        """On rank 0, as `Lease.require`."""
+        """On rank 0 do `Lease.require`; on other ranks do nothing."""
         if self.lease is not None:
             self.lease.require()
 
 
 NO_LEASE = SharedLease(0)
-"""Of what is written where nobody else writes."""
+"""For directories that no other start can write to."""
 
 
 @contextmanager
 def shared_lease(ranks: Broadcast, run_dir: Path) -> Iterator[SharedLease]:
-    """Hold `run_dir` while the block runs; raises LeaseError or StorageError on all ranks when it cannot be had."""
+    """Hold the lease on `run_dir` inside the context; raises LeaseError or StorageError on all ranks if it cannot."""
     lease, refusal = None, None
     if ranks.first:
         try:
@@ -132,15 +133,16 @@ def shared_lease(ranks: Broadcast, run_dir: Path) -> Iterator[SharedLease]:
 
 
 def _end(why: str) -> None:
-    """What this start computes is of no use any more, and what it writes would be in the way of another."""
+    """End this process: another start has taken over, and further writes would disturb it."""
     end(LeaseError.exit_status, f"bst train: {why}")
 
 
 def acquire(run_dir: Path, lost: Callable[[str], None] | None = None, silence_s: float = SILENCE_S,
             say: Callable[[str], None] = print) -> Lease:  # fmt: skip
-    """Hold `run_dir` for this start; raises LeaseError, naming the holder, when another start that lives does.
+    """Acquire the lease on `run_dir`; raises LeaseError, naming the holder, when another living start holds it.
 
-    `lost` is called, in a thread, with the reason when another start has taken the directory over.
+    `lost`: called in a thread with the reason when another start has taken over the directory. `silence_s`: how long to
+    watch the counter of a holder on another machine.
     """
     folder = run_dir / LEASE
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +180,7 @@ def _about(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _lives(folder: Path, epoch: int, before: Mapping[str, Any], silence_s: float) -> bool:
-    """Whether the start that holds an epoch may still be at work."""
+    """Whether the start that holds an epoch may still be running."""
     if before.get("machine") and before["machine"] == _machine():
         return _started(before["pid"]) == before["started"]
     until = time.monotonic() + silence_s
@@ -190,7 +192,7 @@ def _lives(folder: Path, epoch: int, before: Mapping[str, Any], silence_s: float
 
 
 def _machine() -> str | None:
-    """What two processes have in common that can see each other's process ids."""
+    """Return an id that is equal for processes that see each other's process ids (same boot, same PID namespace)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -199,7 +201,7 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine was started; None when there is none, or it is only waited for."""
+    """Return the start time of a process on this machine; None when it does not exist or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -222,7 +224,7 @@ def _file(folder: Path, epoch: int) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Empty while it is being written."""
+    """Read an epoch file; return an empty dictionary when it is missing or not yet fully written."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

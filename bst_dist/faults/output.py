@@ -1,6 +1,6 @@
-"""Standard output that does not end a run: a terminal that was closed, or a pipe whose reader is gone.
+"""Standard output whose errors do not end a run: a closed terminal, or a pipe without a reader.
 
-The standard library alone is imported here, as by `signals`.
+Only the standard library is imported here, because this is used while torch is still being imported.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from typing import Any, TextIO
 
 
 class Lasting:
-    """A text stream that takes what is written to it even when it leads nowhere any more."""
+    """A text stream that discards the text when writing fails."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """As of the stream."""
+        """Write to the stream; ignore an OSError."""
         try:
             return self._stream.write(text)
         except OSError:
             return len(text)
 
     def flush(self) -> None:
-        """As of the stream."""
+        """Flush the stream; ignore an OSError."""
         try:
             self._stream.flush()
         except OSError:

@@ -1,13 +1,13 @@
-"""Being told to stop: a signal to any rank ends the training of all of them, after a checkpoint.
+"""Handling of stop signals: a signal to any rank ends the training of all ranks, after a checkpoint.
 
-Schedulers announce the end of a job's time, or its preemption, with a signal some time ahead: SIGTERM mostly, SIGUSR1
-where Slurm is asked to (``--signal``); a terminal that is closed sends SIGHUP. A rank takes note of it at once, in a
-thread, whatever its main thread is doing; the ranks learn of each other's in the sums that a step makes anyway. The
-same notice often comes twice or more: Slurm and a launcher both send it, and Slurm sends SIGTERM again before it kills.
-So only a further Ctrl-C (SIGINT), after a while, ends the process on the spot: a person sends it and means it. Any
-further signal does while a file system of the run hangs: there is no checkpoint to wait for.
+Schedulers send a signal some time before a job's time limit or its preemption: usually SIGTERM, or SIGUSR1 if Slurm is
+told to (``--signal``). A closed terminal sends SIGHUP. A thread of the rank records the signal immediately, whatever
+the main thread is doing. The ranks learn of it through the sums that every step computes anyway. The same signal often
+arrives several times: Slurm and a launcher both send it, and Slurm sends SIGTERM again before it kills. So only a
+second Ctrl-C (SIGINT), some seconds after the first signal, ends the process immediately: a user sends it on purpose.
+While a file system of the run hangs, any further signal does so too, because no checkpoint can be written.
 
-Nothing large is imported here: a signal must be heard while torch is still being imported.
+Nothing large is imported here, because signals must be handled while torch is still being imported.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_NOTICE_S = 3.0
-"""A further signal within this time is another copy of the first."""
+"""Seconds after the first signal in which further signals count as copies of it."""
 STUCK_TICK_S = 0.5
 
 
 def stopping() -> list[signal.Signals]:
-    """Those that mean it for this process: who was started under nohup is not to hear of its terminal's end."""
+    """Return the signals that stop this process; without SIGHUP if it is ignored, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in STOPPING if not (number is signal.SIGHUP and ignored)]
 
 
 class FurtherSignal:
-    """Tells a further signal from more copies of the first notice."""
+    """Distinguishes a further signal from copies of the first one."""
 
     def __init__(self, same_within_s: float) -> None:
-        """`same_within_s`: what comes within this time of the first signal is another copy of it."""
+        """`same_within_s`: seconds after the first signal in which others count as copies of it."""
         self.same_within_s = same_within_s
         self._first_at: float | None = None
 
     def heard(self) -> bool:
-        """Whether the signal that has come now is one; called for every signal, the first included."""
+        """Whether the signal that has just arrived is a further one; call it for every signal, the first included."""
         now = time.monotonic()
         if self._first_at is None:
             self._first_at = now
@@ -60,19 +60,19 @@ class FurtherSignal:
 
 
 class Notice:
-    """What this process has been told."""
+    """The stop signals that this process has received."""
 
     def __init__(self, heard: threading.Event | None = None) -> None:
-        """`heard`: set with the first signal."""
+        """`heard`: set at the first signal."""
         self.signal: signal.Signals | None = None
-        """The first signal that came; None while none has."""
+        """The first signal received; None before."""
         self.heard, self.again = heard or threading.Event(), False
-        """Set with the first; whether a further one has come that is no copy of it."""
+        """An event set at the first signal; whether a further signal has arrived that is not a copy of it."""
         self._further = FurtherSignal(SAME_NOTICE_S)
         self._at_once = False
 
     def take(self, number: int) -> None:
-        """Take note of a signal; ends the process at a second Ctrl-C, or while there is nothing to save."""
+        """Record a signal; end the process at a second Ctrl-C, or inside `ending_at_once`."""
         self.signal = self.signal or signal.Signals(number)
         self.heard.set()
         if self._further.heard():
@@ -83,8 +83,10 @@ class Notice:
 
     @contextmanager
     def ending_at_once(self) -> Iterator[None]:
-        """While the block runs, a signal ends the process on the spot with RESUBMIT: it only waits for other ranks,
-        and holds nothing yet that a checkpoint could save."""
+        """Inside the context, end the process immediately with RESUBMIT at a signal.
+
+        Used while the process waits for other ranks to join and has no state to save.
+        """
         self._at_once = True
         self._end_if_at_once()
         try:
@@ -98,8 +100,10 @@ class Notice:
 
 
 def end_when_stuck(notice: Notice, disks: Disks) -> None:
-    """From now on end the process after a further signal while a directory of the run does not answer: no checkpoint
-    can be written then, and no thread that waits for that file system will ever look at the first signal."""
+    """From now on, end the process at a further signal while a directory of the run does not answer.
+
+    No checkpoint can be written then, and a thread that waits for that file system never sees the first signal.
+    """
 
     def watch() -> None:
         notice.heard.wait()
@@ -113,10 +117,11 @@ def end_when_stuck(notice: Notice, disks: Disks) -> None:
 
 
 def listen() -> Notice:
-    """From now on take the signals as a wish to stop; called once, by the main thread.
+    """Start to record stop signals in the returned Notice; called once, by the main thread.
 
-    The handler proper does nothing: Python runs it only between two of its own instructions, and a rank that waits in
-    a collective has none. The byte that the interpreter writes when the signal arrives is read by a thread.
+    The signal handlers do nothing: Python runs them only between two bytecode instructions of the main thread, and a
+    rank that waits in a collective executes none. Instead a thread reads the byte that the interpreter writes to a
+    pipe when a signal arrives.
     """
     notice, ends = Notice(TOLD), stopping()
     heard, write = os.pipe()
@@ -137,33 +142,33 @@ def listen() -> Notice:
 
 
 class Stop:
-    """What the ranks know in common: whether this start ends before its steps are done."""
+    """The ranks' common decision whether this start ends early because of a signal."""
 
     def __init__(self, ranks: Ranks, notice: Notice | None = None) -> None:
         self.ranks, self.notice = ranks, notice or Notice()
         self.agreed = False
-        """Equal on all ranks at all times: it changes only by sums over all of them."""
+        """Whether the ranks stop. It is always equal on all ranks, because it only changes by sums over all ranks."""
 
     @property
     def wish(self) -> float:
-        """This rank's part of a sum over all ranks: 1 when it has been told to stop, else 0."""
+        """This rank's term in a sum over all ranks: 1 when it has received a signal, else 0."""
         return float(self.notice.signal is not None)
 
     def learn(self, wishes: float) -> None:
-        """Take in the sum of all ranks' wishes."""
+        """Update the decision with the sum of all ranks' wishes."""
         self.agreed = self.agreed or wishes > 0
 
     def poll(self) -> bool:
-        """Ask all ranks, which must all call this: for places that make no sum of their own."""
+        """Sum the wishes over all ranks and return the decision; for code without another sum. All ranks call it."""
         if not self.agreed:
             self.learn(*self.ranks.sum([self.wish]))
         return self.agreed
 
 
 def _die_with_launcher() -> None:
-    """When DeepSpeed's launcher started this rank, have the kernel end it with the launcher, however that ends (Linux).
+    """If DeepSpeed's launcher started this rank, make the kernel kill it when the launcher ends (Linux).
 
-    A launcher that is killed outright cannot end its ranks, and nobody else would.
+    A killed launcher cannot end its ranks, and nothing else would.
     """
     parent = os.getppid()
     try:
@@ -172,5 +177,5 @@ def _die_with_launcher() -> None:
         return
     if b"deepspeed.launcher.launch" in command:
         die_with_parent()
-        if os.getppid() != parent:  # it ended before the kernel knew
+        if os.getppid() != parent:  # the launcher ended before the call took effect
             os._exit(128 + signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Where a rank stands, for people to read: the stacks of its threads, and the exchanges that torch has recorded."""
+"""Diagnostics of a rank that hangs: the stacks of its threads, and torch's record of its collectives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STACKS, RECORDER = "stacks", "flight-recorder"
 
 
 def write_stacks(folder: Path, rank: int) -> None:
-    """Write down where all threads of this rank are, and what exchanges they have begun; raises OSError."""
+    """Write the stacks of all threads of this rank and torch's flight recorder into `folder`; raises OSError."""
     (folder / RECORDER).mkdir(parents=True, exist_ok=True)
     with (folder / f"rank-{rank:05d}.txt").open("w", encoding="utf-8") as file:
         file.write(f"rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n\n")
@@ -23,10 +23,10 @@ def write_stacks(folder: Path, rank: int) -> None:
 
 
 def stacks_of_threads() -> str:
-    """The stacks of all threads of this process, the main thread's first, in each the newest call first.
+    """Return the stacks of all threads of this process: the main thread first, most recent calls first.
 
-    faulthandler prints the newest 100 threads only, so a rank with many readers would lose its main thread, and it
-    prints no names. No source is quoted: reading it could wait for a file system that hangs.
+    faulthandler prints only the newest 100 threads, so the main thread of a rank with many readers would be missing,
+    and it prints no names. Source lines are not included: reading them could wait for a hanging file system.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames, main = sys._current_frames(), threading.main_thread().ident
@@ -43,8 +43,8 @@ def _stack(name: str, ident: int, frame: FrameType | None) -> str:
 
 
 def recorded() -> bytes:
-    """torch's flight recorder: the last exchanges of this rank, pickled; empty where torch has none."""
-    # Here, because not every build of torch has it, and commands that only read a run directory need no torch.
+    """Return torch's flight recorder: the last collectives of this rank, pickled; empty if torch has none."""
+    # Imported here: not every build of torch has it, and commands that only read a run directory need no torch.
     from torch._C import _distributed_c10d
 
     for name in ("_dump_nccl_trace", "_dump_fr_trace"):

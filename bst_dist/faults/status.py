@@ -1,4 +1,4 @@
-"""Exit statuses of a rank, of `bst train`, and of whatever starts them again."""
+"""Exit statuses of a rank and of `bst train`; whatever restarts them decides by these."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from bst_base.errors import StorageError
 from bst_base.stopping import Stopped
 
 DONE = 0
-"""The steps asked for are done."""
+"""All requested steps are done."""
 FAILED = 1
-"""An error that is not the user's; the traceback says where."""
+"""An unexpected error; the traceback shows where."""
 USER_ERROR = 2
-"""Something given is wrong, or the run diverged: started again, it would end the same way."""
+"""The arguments or the recipe are wrong, or the run diverged: a restart would end in the same way."""
 HUNG = 70
-"""The ranks stood still and the watchdog ended them (EX_SOFTWARE of sysexits.h): start again from the checkpoint."""
+"""The ranks hung and the watchdog ended them (EX_SOFTWARE of sysexits.h): restart from the checkpoint."""
 UNREADABLE = StorageError.exit_status
-"""A host could not read or write a file (EX_IOERR of sysexits.h): nothing was given up for it, start again."""
+"""A host could not read or write a file (EX_IOERR of sysexits.h): the run itself is intact, restart it."""
 RESUBMIT = Stopped.exit_status
 """Stopped by a signal, with a checkpoint (EX_TEMPFAIL of sysexits.h): start again, and the run continues."""

@@ -1,8 +1,8 @@
-"""Why a rank ends, told once for the whole job: most refusals are the same on all ranks.
+"""Prints why a rank ends, once for the whole job: most errors are the same on all ranks.
 
-Rank 0 prints at once. Another rank waits, and stays silent when rank 0 has said the same. A rank that is told to stop
-while it waits stays silent too: a launcher ends the others when a rank has failed, and who failed has been named. So
-rank 0 waits as well where it fails only because another rank is gone.
+Rank 0 prints immediately. Another rank waits, and prints nothing if rank 0 has reported the same error. It also prints
+nothing if it receives a signal while it waits: then the launcher has already named the rank that failed and ends the
+others. So rank 0 waits too when it fails only because another rank is gone.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from bst_dist.faults.heartbeats import Board
 
 WAIT_S = 5.0
-"""How long a rank waits for another to speak for it."""
+"""Seconds that a rank waits for another rank to report the error."""
 STAYS_S = 2.0
-"""How long rank 0 stays, in whose process the board lives: what is wrong for all they find at about the same time."""
+"""Seconds that rank 0 keeps running after its message, so that other ranks can read it from the board in its process;
+an error common to all ranks occurs on all of them at about the same time."""
 LOOK_S = 0.1
 KEY = "why rank 0 ends"
 _PEER_GONE = re.compile(r"[Cc]onnection (closed|reset) by peer|Broken pipe|remote process exited")
 
 
 def tell(message: str, notice: Notice, peer_gone: bool = False) -> None:
-    """Print why this rank ends, unless another or the launcher speaks for it; takes a few seconds where there are more.
+    """Print why this rank ends, unless rank 0 or the launcher reports it; takes some seconds with several ranks.
 
-    `peer_gone`: it ends because it has lost another rank.
+    `peer_gone`: this rank ends because another rank is gone.
     """
     rank = int(os.environ.get("RANK", 0))
     board = _board()
@@ -41,36 +42,39 @@ def tell(message: str, notice: Notice, peer_gone: bool = False) -> None:
     where = f"rank {rank} on {socket.gethostname()}: " if rank else ""
     print(f"bst train: {where}{message}", file=sys.stderr, flush=True)
     if board and not rank:
-        with suppress(RuntimeError):  # under torchrun the board is its agent's, which may be gone
+        with suppress(RuntimeError):  # under torchrun the board is in the agent's process, which may be gone
             board.put(KEY, message)
             time.sleep(STAYS_S)
 
 
 def lost_peer(error: Exception) -> bool:
-    """Whether an error only says that another rank is gone: it comes from an exchange, and tells nothing of why."""
+    """Whether an error only means that another rank is gone: it comes from communication and does not say why."""
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and bool(_PEER_GONE.search(str(error))))
 
 
 def _spoken_for(message: str, notice: Notice, board: Board | None) -> bool:
-    """Wait for rank 0 to say the same, and for a signal, unless one had come before this rank failed."""
+    """Wait whether rank 0 reports the same error or a signal arrives; return True if so.
+
+    A signal that arrived before this rank failed does not count.
+    """
     until, first, stopped = time.monotonic() + WAIT_S, None, notice.signal is not None
     while first is None and time.monotonic() < until:
         if notice.signal is not None and not stopped:
             return True
         if board:
-            with suppress(RuntimeError):  # rank 0 is gone, and the board with it
+            with suppress(RuntimeError):  # rank 0 and its board are gone
                 [first] = board.get([KEY])
         time.sleep(LOOK_S)
     if first != message:
         return False
-    time.sleep(STAYS_S)  # after rank 0: the launcher names the one that ends first
+    time.sleep(STAYS_S)  # end after rank 0: the launcher names the rank that ends first
     return True
 
 
 def _board() -> Board | None:
-    """Where the ranks of this job can leave each other a word; None before they have joined, and for one alone."""
+    """Return the Board of this job's ranks; None before they have joined, and for a job of one rank."""
     if "torch.distributed" not in sys.modules:
         return None
     from torch import distributed

@@ -1,19 +1,20 @@
-"""Names the rank that holds up all the others, and ends a job that stands still.
+"""The watchdog: ends a job that hangs, and names the rank that blocks the others.
 
-Three threads of each rank share the work, so that what judges never waits for anything:
+Each rank has three threads, so that the thread that decides is never blocked:
 
-- one tells the others where its rank is, and reads where they are (`heartbeats`); the network may hold it up;
-- one writes the stacks of all threads and the flight recorder's record of the exchanges; a file system may hold it up;
-- one looks whether its rank moves, and judges by what the others have found by then.
+- one sends the rank's heartbeats and reads those of others (`heartbeats`); the network may block it;
+- one writes the stacks of all threads and torch's flight recorder; a file system may block it;
+- one checks whether the rank makes progress, and decides with what the others have found by then.
 
-When no rank has entered another phase or begun another exchange for the limit, rank 0 reads the heartbeats twice:
+When rank 0 has entered no phase and begun no exchange for `watchdog.limit_s`, it reads all heartbeats twice:
 
 - a rank whose heartbeat has not changed is *silent*: its process or its host is frozen or gone;
-- otherwise the ranks that are furthest *behind*, by the phases and exchanges they have begun, hold up those ahead;
-- when all are at the same place, what is between them does not get through.
+- otherwise the ranks that are *behind*, by the phases and exchanges they have begun, block those ahead;
+- if all ranks are at the same place, the network between them does not work.
 
-If any rank moves between the two readings it was only slow, and the watch continues. Otherwise rank 0 tells the others,
-and all end. When rank 0 itself, in whose process the heartbeats are kept, is silent, the others say that.
+If any rank makes progress between the two readings, the job was only slow, and the watch continues. Otherwise rank 0
+tells the other ranks, and all end. If rank 0 itself is silent (the store with the heartbeats is in its process), the
+other ranks report that.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ from bst_dist.parallel.phases import Phases
 VERDICT = "verdict"
 BEAT_S = 5.0
 LONGEST_SILENCE_S = 30.0
-"""How long a heartbeat may stay the same before its rank is silent."""
+"""Seconds without a new heartbeat after which a rank is silent."""
 FILES_S = 5.0
-"""How long the judge waits for the stacks to be written."""
+"""Maximum seconds to wait until the stacks are written."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read from the board."""
+    """The heartbeats and the verdict read from the board at one time."""
 
     number: int
     beats: list[Heartbeat | None]
@@ -55,11 +56,11 @@ class Reading:
 
 
 class Watchdog:
-    """Watches over one rank; a context."""
+    """Watches one rank inside its context."""
 
     def __init__(self, config: WatchdogConfig, run_dir: Path, rank: int, world: int, phases: Phases, board: Board,
                  disks: Disks, end: Callable[..., object] = end_process) -> None:  # fmt: skip
-        """`end` is called with the exit status and the message when the job hangs."""
+        """`end`: called with the exit status and the message when the job hangs."""
         self.limit_s, self.stacks, self.rank, self.phases = config.limit_s, run_dir / STACKS, rank, phases
         self.silence_s = min(LONGEST_SILENCE_S, self.limit_s / 2)
         self.beat_s = min(BEAT_S, self.silence_s / 4)
@@ -82,7 +83,7 @@ class Watchdog:
         self._closed.set()
         self._dump.set()
         if self.limit_s:
-            self._threads[0].join()  # the others may hang, and end nothing
+            self._threads[0].join()  # the other threads may be blocked, but they cannot end the process
 
     def _place(self) -> tuple[int, int]:
         return self.phases.entered, self.phases.exchanges
@@ -96,12 +97,12 @@ class Watchdog:
                 self._disks.watch("still", wanted=False)
             elif still_s > self.limit_s:
                 self._look_into_it(seen, still_s)
-                self._still_since = time.monotonic()  # it is slow, and does not hang
+                self._still_since = time.monotonic()  # slow, but not hanging
             elif still_s > self.limit_s / 2:
                 self._disks.watch("still")
 
     def _look_into_it(self, seen: tuple[int, int], still_s: float) -> None:
-        """End this rank if the job hangs; returns when it does not, or the watch is over."""
+        """End this rank if the job hangs; return if it does not, or if the watchdog is closed."""
         self._dumped.clear()
         self._dump.set()
         self._wanted.set()
@@ -115,7 +116,7 @@ class Watchdog:
         self._end(HUNG, verdict, stacks=bool(verdict) and not self._dumped.is_set())
 
     def _judge(self) -> str | None:
-        """Rank 0: who holds up the job; None when nobody does."""
+        """On rank 0: return the message that names the blocking ranks, after publishing it; None if none blocks."""
         before = self._read_anew()
         self._closed.wait(self.silence_s)
         after = self._read_anew()
@@ -125,34 +126,37 @@ class Watchdog:
         if lines is None:
             return None
         verdict = "\n  ".join(lines)
-        # By a thread: the store may hang.
+        # In a thread, because the store may hang.
         threading.Thread(target=self._board.put, args=(VERDICT, verdict), daemon=True).start()
         self._closed.wait(self.beat_s)
         return verdict
 
     def _follow(self, seen: tuple[int, int]) -> str | None:
-        """Another rank: wait for what rank 0 finds; empty when that has said it, None when the job moves."""
+        """On other ranks: wait for rank 0's verdict.
+
+        Returns "" when rank 0 reports it, a message when rank 0 is silent, and None when the job makes progress.
+        """
         last, last_new = None, time.monotonic()
         while self._place() == seen and not self._closed.is_set():
             found = self._read_anew()
             beat = found.beats[0] if found else None
             if found and found.verdict is not None:
-                self._closed.wait(2 * self.beat_s)  # rank 0 speaks first: a launcher ends all when one has ended
+                self._closed.wait(2 * self.beat_s)  # let rank 0 print first: a launcher ends all ranks when one ends
                 return ""
             if beat is not None and last is not None and beat.place != last.place:
                 return None
             if beat is not None and (last is None or beat.beats != last.beats):
                 last, last_new = beat, time.monotonic()
             elif time.monotonic() - last_new > self.silence_s:
-                self._closed.wait((self.rank > 1) * 2 * self.beat_s)  # rank 1 speaks for all
+                self._closed.wait((self.rank > 1) * 2 * self.beat_s)  # rank 1 reports for all
                 return silence(0, last or self._reading.beats[0])
         return None
 
     def _read_anew(self) -> Reading | None:
-        """What is on the board now; None when it does not answer in time."""
+        """Return a new reading of the board; None when the board does not answer in time."""
         since, until = self._reading.number, time.monotonic() + self.silence_s
         while time.monotonic() < until and not self._closed.wait(self.beat_s / 4):
-            if self._reading.number > since + 1:  # one that was begun after this call
+            if self._reading.number > since + 1:  # +1: that reading began after this call
                 return self._reading
         return None
 
@@ -160,7 +164,7 @@ class Watchdog:
         beats, keys = 0, [*map(key_of, self._seen_ranks)]
         while not self._closed.is_set():
             beats += 1
-            with suppress(DistStoreError, RuntimeError):  # rank 0 is gone; who waits for this finds that out
+            with suppress(DistStoreError, RuntimeError):  # rank 0 is gone; `_judge` and `_follow` detect that
                 self._board.put(key_of(self.rank), written(self._beat(beats)))
                 if self._wanted.is_set() or beats == 1:
                     *found, verdict = self._board.get([*keys, VERDICT])
