@@ -1,14 +1,14 @@
-"""One process on each host of a job: answers the preflight, runs the host's ranks, and says how each of them ended.
+"""The agent, one process on each host of a job: answers the preflight, runs the host's ranks, reports how they ended.
 
-The launching process starts it through pdsh, Open MPI, MPICH or Slurm and is called back; nothing else goes through
-those launchers but the secret by which the two know each other. Neither side outlives the other:
+The launching process starts the agent through pdsh, Open MPI, MPICH or Slurm, and the agent connects back to it over
+TCP. Only the secret that authenticates the two goes through those launchers. Neither side outlives the other:
 
-- the launching process has ended: the ranks are asked to stop, and write their checkpoint within the grace;
-- it has not been heard of for `--lost-after` seconds: it was stopped, or the network is cut. The ranks are asked to
-  stop too, and killed after as long again: successors of theirs may want to start by then (`verdict.lease_s`). This
-  process stays as long as its connection does, so that the launching process, should it continue, finds out what became
-  of them: it was left alone, and each rank ended so, or was cut short;
-- this process is killed: the kernel kills the ranks with it.
+- The launching process ends: the ranks are asked to stop, and write their checkpoint within the grace period.
+- It is silent for `--lost-after` seconds, because it was stopped or the network is cut: the ranks are asked to stop
+  too. They are killed after `--lost-after` (or the grace period, if shorter), because new ranks may start after that
+  (`verdict.lease_s`). The agent stays as long as its connection does. So a launching process that continues learns that
+  the agent was left alone, and for each rank whether it ended by itself or was killed.
+- The agent is killed: the kernel kills the ranks with it.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 TICK_S = 0.1
 BEAT_S = 1.0
 WELCOME_S = 60.0
-"""How long the launching process may take to answer: it is called by all hosts at once."""
+"""Maximum seconds until the launching process answers; all hosts connect to it at the same time."""
 LAST_WORDS_S = 5.0
-"""How long it may take to take in what this process still has to say."""
+"""Maximum seconds to wait for remaining output: of a rank that has ended, and of this process to the launching one."""
 
 
 class Agent:
-    """Serves one launching process until that lets it go."""
+    """Serves one launching process until that releases it."""
 
     def __init__(self, channel: Channel, lost_after_s: float, grace_s: float, first: Sequence[Message] = ()) -> None:
-        """`first`: messages that have come with the welcome."""
+        """`first`: messages that arrived together with the welcome."""
         self.first = first
         self.channel, self.lost_after_s, self.grace_s = channel, lost_after_s, grace_s
         self.ranks: LocalRanks | None = None
@@ -56,7 +56,7 @@ class Agent:
         self.selector = selectors.DefaultSelector()
         self.selector.register(channel, selectors.EVENT_READ, self._listen)
         self.duties: dict[str, Callable[[Message], None]] = {
-            "beat": lambda _: None,  # having been heard is all there is to it
+            "beat": lambda _: None,  # receiving it has already updated `channel.heard`
             "clock": lambda _: self.channel.send("clock", seconds=time.time()),
             "probe": lambda wanted: self.channel.send("probe", **probe(**wanted)),
             "unmark": self._unmark,
@@ -68,7 +68,7 @@ class Agent:
         }
 
     def serve(self) -> None:
-        """Do what is asked; returns when let go, or when the connection and all ranks have ended."""
+        """Handle messages until released, or until the connection and all ranks have ended."""
         with told_to_stop() as told:
             try:
                 self._do(self.first)
@@ -90,9 +90,10 @@ class Agent:
                 self._kill()
 
     def _look_for_the_launching_process(self, looked: float) -> None:
-        """Have the ranks stop when it has been silent for too long; it may be heard of again, but too late.
+        """Stop the ranks when the launching process has been silent for too long, even if it returns later.
 
-        `looked`: when this process last looked for what it has said, so that a stop of this process is no silence.
+        `looked`: when this agent last checked for messages, so that time in which the agent itself was stopped does not
+        count as silence.
         """
         silent = looked - self.channel.heard
         if silent > self.lost_after_s and not self.alone and self.ranks is not None and self.ranks.running:
@@ -110,7 +111,7 @@ class Agent:
                 self.duties[kind](message)
             except Closed:
                 raise
-            except Exception as error:  # whatever it is, the user must see it, not "connection closed"
+            except Exception as error:  # report any error, or the user would only see "connection closed"
                 self.channel.send("failed", duty=kind, why=f"{type(error).__name__}: {error}")
 
     def _unmark(self, where: Message) -> None:
@@ -129,7 +130,7 @@ class Agent:
                 self.selector.register(pipe, selectors.EVENT_READ, partial(self._relay, pipe, rank, name, [b""]))
 
     def _stop_ranks(self, grace_s: float, told: bool = False) -> None:
-        """Ask the ranks to stop; `told`: somebody wants it, and when that is said again the ranks hear it again."""
+        """Ask the ranks to stop; `told`: the user asked for it, so a repeated request is passed on as a signal too."""
         if self.ranks is None:
             return
         if told and self.ranks.stopping:
@@ -145,8 +146,10 @@ class Agent:
         self.released = True
 
     def _relay(self, pipe: IO[bytes], rank: int, name: str, pending: list[bytes]) -> None:
-        """Pass on whole lines; at the end also what has none. Ranks never wait for a launching process that is slow:
-        what it does not take is lost, and that is said."""
+        """Send the whole lines in a rank's output, and at its end also an incomplete line.
+
+        Ranks never wait for a slow launching process: output that it does not read is dropped and counted.
+        """
         data = pipe.read(1 << 16)
         *lines, pending[0] = (pending[0] + (data or b"")).split(b"\n")
         if not data:
@@ -162,7 +165,7 @@ class Agent:
             process = self.ranks.processes[rank]
             open_still = any(pipe in self.selector.get_map() for pipe in (process.stdout, process.stderr))
             if open_still and time.monotonic() - self.ranks.ended_at[rank] < LAST_WORDS_S:
-                continue  # what it said comes first, unless it hangs in the kernel and never closes its pipes
+                continue  # send its output first, unless it hangs in the kernel and never closes its pipes
             self.reported.add(rank)
             self.channel.send("ended", rank=rank, status=ended[rank], at=self.ranks.ended_at[rank])
         if self.ranks is not None and (killed := self.ranks.cut_short - self.reported):
@@ -180,7 +183,7 @@ class Agent:
             self.channel.send("said", rank=None, stream="err", text=text)
 
     def _finish_alone(self) -> None:
-        """Without a launching process: let the ranks stop in order, and drop what they still say."""
+        """After the launching process has ended: let the ranks write their checkpoint and stop; drop their output."""
         if self.ranks is None:
             return
         self.ranks.terminate(self.grace_s)
@@ -198,15 +201,17 @@ class Agent:
 
 
 def without_own_task(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what the launcher has told this process of its own task: no rank is that task, and some
-    library in it might take it for one."""
+    """Return the environment without the launcher's variables about the agent's task.
+
+    A library in a rank might otherwise take the rank for that task.
+    """
     own = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDRA_", "SLURM_STEP_", "SLURM_TASK")
     names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NODEID", "SLURM_GTIDS")
     return {name: value for name, value in environment.items() if not name.startswith(own) and name not in names}
 
 
 def main() -> int:
-    """Entry point: call the launching process, and serve it."""
+    """Connect to the launching process and serve it; return the exit status."""
     parser = argparse.ArgumentParser(prog="bst_dist.cluster.agent", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--controller", required=True, metavar="ADDRESS,...:PORT",
@@ -217,7 +222,7 @@ def main() -> int:
     parser.add_argument("--grace", type=float, required=True, metavar="SECONDS")
     args = parser.parse_args()
     secret = secrets.token_hex(32)
-    sys.stdout.write(f"bst-agent {args.key} {secret}\n")  # at once, or other agents' lines get in between
+    sys.stdout.write(f"bst-agent {args.key} {secret}\n")  # in one write, so that other agents' lines do not mix with it
     sys.stdout.flush()
     try:
         channel, first = call(args.controller, args.key, secret)
@@ -226,16 +231,16 @@ def main() -> int:
         print(f"bst-agent {args.key} failed: {where}: {error}; is a firewall between them? --port and --address say "
               "which way to take", flush=True)  # fmt: skip
         return 1
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the launcher's connection may break; the channel is what counts
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the launcher's connection may break; only the channel matters
     Agent(channel, args.lost_after, args.grace, first).serve()
     return 0
 
 
 def call(controller: str, key: str, secret: str) -> tuple[Channel, Sequence[Message]]:
-    """A channel to the launching process, and what has come through it already; each side has proved to the other that
-    it knows the agent's secret.
+    """Connect to the launching process; return the channel and messages that have already arrived.
 
-    Raises the last address's OSError when none answers, Closed when the one that answers is somebody else.
+    Each side proves to the other that it knows the agent's secret. Raises the OSError of the last address when none
+    answers, and Closed when the process that answers cannot prove it.
     """
     channel = _connect(controller)
     salt = secrets.token_hex(16)
@@ -253,7 +258,7 @@ def call(controller: str, key: str, secret: str) -> tuple[Channel, Sequence[Mess
 
 
 def _connect(controller: str) -> Channel:
-    """A connection to the first address that answers; raises the last one's OSError."""
+    """Connect to the first address that answers; raises the OSError of the last address if none does."""
     addresses, _, port = controller.rpartition(":")
     *others, last = addresses.split(",")
     for address in others:

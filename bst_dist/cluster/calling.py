@@ -1,8 +1,8 @@
-"""Bringing an agent to every host, and letting nobody else in.
+"""Starts an agent on every host, and accepts connections only from these agents.
 
-The launcher (pdsh, mpirun, srun) starts the agents. Each makes up a secret and prints it: over ssh, or whatever the
-launcher brings output home by, it gets to this process and to nobody else, and is in no command line. Then the agent
-calls this process's port, and both prove that they know the secret, without saying it.
+The launcher (pdsh, mpirun, srun) starts the agents. Each agent generates a secret and prints it. The launcher's output
+channel (ssh, for example) brings it to this process only, and it is in no command line. Then the agent connects to this
+process's port, and both sides prove that they know the secret without sending it.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from bst_dist.cluster.hosts import HostError
 from bst_dist.cluster.processes import family_of, route_to, signal_session
 
 ANNOUNCED = re.compile(rb"bst-agent (?P<key>\S+) (?P<secret>[0-9a-f]{64})\b")
-"""What an agent prints first; launchers may put a label before it."""
+"""The first line that an agent prints; launchers may put a label before it."""
 FAILED = re.compile(r"bst-agent (?P<key>\S+) failed: (?P<reason>.*)")
-"""What it prints when it cannot reach this process."""
+"""The line that an agent prints when it cannot reach this process."""
 STRANGER_S, STRANGERS = 20.0, 64
-"""How long somebody unknown may stay, and how many of them at once beside the agents."""
+"""Maximum seconds that an unauthenticated connection stays open, and how many are allowed besides the agents'."""
 KEPT_LINES = 200
 END_S = 5.0
-"""How long the launcher may take to end when its agents have ended."""
+"""Maximum seconds to wait until the launcher ends after its agents."""
 
 
 class Call:
-    """One launcher, the agents that it starts, and the port that they call."""
+    """One launcher, the agents that it starts, and the port that they connect to."""
 
     def __init__(self, selector: selectors.BaseSelector, keys: Mapping[str, str],
                  welcome: Callable[[str, Channel], None], port: int = 0) -> None:  # fmt: skip
-        """`keys`: the hosts' names by the keys of their agents; `welcome`: told of each host's channel once."""
+        """`keys`: key of an agent -> name of its host. `welcome`: called once for each host with its channel."""
         self.job = secrets.token_hex(8)
-        """A name for this launch, which is no secret."""
+        """A name for this launch; it is not secret."""
         self.refused: dict[str, str] = {}
-        """Hosts whose agent has said that it cannot reach this process, and why."""
+        """Hosts whose agent has reported that it cannot reach this process -> the reason."""
         self._selector, self._keys, self._welcome = selector, dict(keys), welcome
         self._secrets: dict[str, str] = {}
         self._strangers: dict[Channel, float] = {}
@@ -60,12 +60,12 @@ class Call:
 
     @property
     def port(self) -> int:
-        """That agents call."""
+        """The port that agents connect to."""
         return int(self._listener.getsockname()[1])
 
     @property
     def launcher_ended(self) -> bool:
-        """Whether the launcher has, and with it every agent."""
+        """Whether the launcher, and with it every agent, has ended."""
         return self._launcher is not None and self._launcher.poll() is not None
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -78,13 +78,13 @@ class Call:
             self._selector.register(stream, selectors.EVENT_READ, partial(self._hear_launcher, stream, [b""]))
 
     def dismiss_strangers(self) -> None:
-        """Send away who has not proved for too long to be an agent."""
+        """Close connections that have been unauthenticated for too long."""
         for channel, since in list(self._strangers.items()):
             if time.monotonic() - since > STRANGER_S:
                 self._send_away(channel)
 
     def said(self, host: str) -> str:
-        """What the launcher printed about a host, or at all; empty when it was silent."""
+        """Return the last line that the launcher printed about a host, else its last line, else an empty string."""
         if host in self.refused:
             return self.refused[host]
         names = {host, host.rpartition("@")[2], host.rpartition("@")[2].partition(".")[0]}
@@ -92,9 +92,9 @@ class Call:
         return about[-1] if about else ""
 
     def close(self) -> None:
-        """Let nobody in any more, and end the launcher.
+        """Close the port and all unauthenticated connections, and end the launcher.
 
-        The agents have ended by themselves, or cannot be reached; neither need pdsh's ssh be waited for.
+        The agents have ended by themselves or cannot be reached, so there is no reason to wait for pdsh's ssh.
         """
         for channel in list(self._strangers):
             self._send_away(channel)
@@ -116,7 +116,7 @@ class Call:
         signal_session(self._launcher, signal.SIGKILL)
 
     def _hear_launcher(self, stream: IO[bytes], pending: list[bytes]) -> None:
-        """Take the agents' secrets out of what the launcher prints, and keep the rest for when something is wrong."""
+        """Read the agents' secrets from the launcher's output, and keep the other lines for error messages."""
         try:
             data = os.read(stream.fileno(), 1 << 16)
         except BlockingIOError:
@@ -141,7 +141,7 @@ class Call:
         try:
             connection, _ = self._listener.accept()
         except OSError:
-            return  # it has gone again, or this process has too many files open: it may call once more
+            return  # the client has gone, or too many files are open: it may try again
         channel = Channel(connection)
         if len(self._strangers) >= STRANGERS + len(self._keys):
             channel.close()
@@ -150,7 +150,7 @@ class Call:
         self._selector.register(channel, selectors.EVENT_READ, partial(self._greet, channel))
 
     def _greet(self, channel: Channel) -> None:
-        """Take an agent's first message, which may come in pieces; who says something else is sent away."""
+        """Read an agent's first message, which may arrive in parts; close the connection if it is anything else."""
         try:
             messages = channel.receive()
         except Closed:
@@ -166,7 +166,7 @@ class Call:
         self._let_in()
 
     def _let_in(self) -> None:
-        """Those who know their agent's secret, which may arrive later than they do."""
+        """Admit connections that prove to know their agent's secret; the secret may arrive after the connection."""
         for hello in list(self._hellos):
             channel, key, salt, found = hello
             if channel not in self._strangers:
@@ -179,7 +179,7 @@ class Call:
                     self._send_away(channel)
 
     def _admit(self, channel: Channel, key: str, salt: str) -> None:
-        host, secret = self._keys.pop(key), self._secrets[key]  # once: a hello that was overheard is worth nothing
+        host, secret = self._keys.pop(key), self._secrets[key]  # removed: an overheard hello cannot be used again
         del self._strangers[channel]
         self._selector.unregister(channel)
         channel.trust()
@@ -194,7 +194,7 @@ class Call:
 
 
 def _listener(port: int, backlog: int) -> socket.socket:
-    """A port on all addresses of this machine, of both kinds where it has both; raises HostError when it is taken."""
+    """Listen on a port of all addresses, IPv4 and IPv6 if both exist; raises HostError when the port is in use."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -204,10 +204,10 @@ def _listener(port: int, backlog: int) -> socket.socket:
 
 
 def own_addresses(addresses: Sequence[str]) -> list[str]:
-    """This machine's addresses, those on the way to the hosts first.
+    """Return this machine's addresses, first those on the routes to the hosts.
 
-    A name of this machine itself may lead to a loopback address, which is of use only when there is no other; and an
-    address that holds on one cable alone (fe80::) is of no use elsewhere.
+    Loopback addresses are left out unless there is no other: a host name of this machine may resolve to one. Link-local
+    addresses (fe80::) are left out, because they are valid on one link only.
     """
     found = dict.fromkeys(own for address in addresses if (own := route_to(address)))
     for known in psutil.net_if_addrs().values():

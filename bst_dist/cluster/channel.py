@@ -1,8 +1,8 @@
-"""Messages between the launching process and its agents: one JSON object a line, over TCP.
+"""Messages between the launching process and its agents: one JSON object per line, over TCP.
 
-Nobody waits for the other side: what cannot be sent at once is kept and sent later, and what has not come whole is
-taken up with the rest. What comes in is trusted for nothing before the other side has proved that it knows the secret
-of its agent, and afterwards still parsed with care.
+Neither side blocks: data that cannot be sent yet is buffered and sent later, and an incomplete message is kept until
+the rest arrives. Until the other side has proved that it knows the agent's secret, only short messages are accepted.
+Afterwards messages are still validated.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 Message = dict[str, Any]
 
 CONNECT_S = 5.0
-"""How long one address may take to answer."""
+"""Maximum seconds to connect to one address."""
 FIRST_BYTES, MOST_BYTES = 1 << 12, 1 << 24
-"""The longest message taken from somebody unknown, and from an agent or its launching process."""
+"""Maximum message length before and after the other side is authenticated."""
 BACKLOG_BYTES = 1 << 20
-"""So much may wait to be sent before messages that may be lost, as what ranks print, are dropped."""
+"""Number of buffered bytes above which messages that may be dropped (the output of ranks) are dropped."""
 
 
 class Closed(Exception):
-    """The other side is gone, or says what no program of this project says."""
+    """The other side is gone, or has sent an invalid message."""
 
 
 class Channel:
@@ -38,19 +38,19 @@ class Channel:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._coming, self._going = connection, b"", bytearray()
         self.most = FIRST_BYTES
-        """The longest message to be taken."""
+        """Maximum length of a received message."""
         self.dropped = 0
-        """Messages that were not sent because the other side took none for too long."""
+        """Number of messages that were dropped because the other side did not read for too long."""
         self.heard = time.monotonic()
-        """When the other side was last heard of."""
+        """Time of the last received data, by the monotonic clock."""
 
     @classmethod
     def connect(cls, address: str, port: int) -> Channel:
-        """A channel to a listening socket; raises OSError."""
+        """Connect to a listening socket; raises OSError."""
         return cls(socket.create_connection((address, port), timeout=CONNECT_S))
 
     def fileno(self) -> int:
-        """For select."""
+        """Return the file descriptor, for selectors."""
         return self._socket.fileno()
 
     @property
@@ -60,15 +60,15 @@ class Channel:
 
     @property
     def waiting(self) -> bool:
-        """Whether the other side has not taken everything yet."""
+        """Whether some data has not been sent yet."""
         return bool(self._going)
 
     def trust(self) -> None:
-        """The other side has proved who it is."""
+        """Accept long messages from now on, because the other side is authenticated."""
         self.most = MOST_BYTES
 
     def send(self, kind: str, may_be_dropped: bool = False, **fields: Any) -> None:
-        """Send one message, now or with the next `flush`; raises Closed."""
+        """Send one message now, or buffer it for the next `flush`; raises Closed."""
         if may_be_dropped and len(self._going) > BACKLOG_BYTES:
             self.dropped += 1
             return
@@ -76,7 +76,7 @@ class Channel:
         self.flush()
 
     def flush(self) -> None:
-        """Send what has waited, as far as the other side takes it; raises Closed."""
+        """Send buffered data as far as possible without blocking; raises Closed."""
         try:
             while self._going:
                 del self._going[: self._socket.send(self._going)]
@@ -86,7 +86,7 @@ class Channel:
             raise Closed(str(error)) from None
 
     def drain(self, seconds: float) -> None:
-        """Give the other side so long to take what still waits; raises Closed."""
+        """Send buffered data, waiting at most `seconds`; raises Closed."""
         deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             selector.register(self._socket, selectors.EVENT_WRITE)
@@ -95,11 +95,11 @@ class Channel:
                 self.flush()
 
     def receive(self) -> list[Message]:
-        """The whole messages that have arrived. Raises Closed at the end, and for what is no message."""
+        """Return the complete messages that have arrived; raises Closed at the end and for an invalid message."""
         return self._whole(data) if (data := self._take()) else []
 
     def last_words(self) -> list[Message]:
-        """What had arrived before the connection ended, which sending may notice before it is read."""
+        """Return the messages that arrived before the connection ended; `send` may notice the end before a read."""
         messages: list[Message] = []
         with suppress(Closed):
             while data := self._take():
@@ -107,7 +107,7 @@ class Channel:
         return messages
 
     def _take(self) -> bytes | None:
-        """The next bytes; None when there are none yet. Raises Closed at the end."""
+        """Return the next bytes; None when there are none yet; raises Closed at the end."""
         try:
             data = self._socket.recv(1 << 16)
         except BlockingIOError:
@@ -126,7 +126,7 @@ class Channel:
         return [_message(line) for line in lines]
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._socket.close()
 
 
@@ -141,10 +141,10 @@ def _message(line: bytes) -> Message:
 
 
 def proof(secret: str, *words: str) -> str:
-    """What only somebody who knows the secret can say about these words."""
+    """Return an HMAC of these words, which proves knowledge of the secret."""
     return hmac.new(secret.encode(), "\n".join(words).encode(), hashlib.sha256).hexdigest()
 
 
 def proved(found: object, secret: str, *words: str) -> bool:
-    """Whether `found` is that."""
+    """Whether `found` is the `proof` of these words."""
     return isinstance(found, str) and hmac.compare_digest(found.encode(), proof(secret, *words).encode())

@@ -1,8 +1,8 @@
-"""A rank that only looks whether all ranks compute and talk: multiplies, joins the group, adds to a sum, compares how
-fast it multiplies with the others, and leaves.
+"""The test rank of the preflight: checks that all ranks compute correctly, communicate, and are equally fast.
 
-What fails here in seconds would fail in training after the whole model has been built; and one slow accelerator would
-hold up all others for as long as the run lasts.
+It multiplies two matrices, joins the process group, does an all-reduce, compares the time of a matrix product with the
+other ranks', and exits. What fails here in seconds would otherwise fail in training after the whole model was built,
+and one slow accelerator would slow down all others for the whole run.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from bst_dist.faults.status import USER_ERROR
 from bst_dist.parallel.devices import cpu_refusal
 
 TIMEOUT = timedelta(seconds=300)
-"""Hundreds of ranks import torch from one file system that none of them has read yet: that takes minutes."""
+"""Timeout to join. Minutes, because hundreds of ranks may import torch from one file system with cold caches."""
 SIZE = 512
-"""Rows of the matrices: enough for every multiprocessor to have a part of them."""
+"""Rows of the matrices whose product is checked: enough that every multiprocessor computes a part."""
 TIMED_SIZE = 8192
-"""Rows of those that are timed: milliseconds of an accelerator, where a launch takes microseconds."""
+"""Rows of the matrices whose product is timed: it takes milliseconds, a kernel launch only microseconds."""
 WARM_S = 0.5
-"""So long an accelerator multiplies before it is timed: its clock rises from idle in that time."""
+"""Seconds that an accelerator multiplies at least: its clock rises from idle in that time."""
 SLOW = 1.5
-"""Times the median of all ranks: sound accelerators of one kind differ by a tenth."""
+"""A rank is slow above this multiple of the median time; healthy accelerators of one type differ by a tenth."""
 ANY_SPEED = "--any-speed"
-"""The argument with which a slow accelerator is named, and is no failure."""
+"""The argument that makes a slow accelerator a message and not a failure."""
 
 
 def multiplies(device: torch.device) -> bool:
-    """Whether the device gets a product of two matrices right: of small whole numbers, exact in every precision."""
+    """Whether the device computes a matrix product correctly; its small integers are exact in every precision."""
     rows = torch.arange(SIZE)
     left, right = (rows[:, None] + rows) % 7, (rows[:, None] * rows) % 5
     found = left.to(device, torch.float32) @ right.to(device, torch.float32)
@@ -44,12 +44,12 @@ def multiplies(device: torch.device) -> bool:
 
 
 def is_timed(device: torch.device) -> bool:
-    """Whether the time of a product says anything: ranks share the cores of a CPU."""
+    """Whether the time of a product is meaningful; on a CPU it is not, because ranks share its cores."""
     return device.type != "cpu"
 
 
 def seconds_of_product(device: torch.device, size: int = TIMED_SIZE, warm_s: float = WARM_S) -> float:
-    """Of the quickest of several products of two matrices in bf16."""
+    """Return the time of the fastest of several bf16 matrix products."""
     wait = torch.accelerator.synchronize if is_timed(device) else lambda: None
     matrix = torch.ones(size, size, dtype=torch.bfloat16, device=device)
     found, begun = [], time.monotonic()
@@ -63,7 +63,7 @@ def seconds_of_product(device: torch.device, size: int = TIMED_SIZE, warm_s: flo
 
 
 def slowness(seconds: Sequence[float], rank: int) -> str | None:
-    """What is wrong with a rank that takes these seconds, one for each rank; None when it keeps up."""
+    """Return a message if `rank` is slow, from the times of all ranks; else None."""
     times = seconds[rank] / statistics.median(seconds)
     if times <= SLOW:
         return None
@@ -72,7 +72,7 @@ def slowness(seconds: Sequence[float], rank: int) -> str | None:
 
 
 def main() -> int:
-    """Returns the exit status: 0 when every rank was heard and keeps up."""
+    """Run the checks; return the exit status: 0 when every rank took part and none is slow."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = torch.device("cpu") if accelerator is None else torch.device(accelerator, int(os.environ["LOCAL_RANK"]))
@@ -103,7 +103,7 @@ def main() -> int:
 
 
 def _of_all_ranks(number: float, device: torch.device) -> list[float]:
-    """A number of each rank."""
+    """Return the numbers of all ranks."""
     own = torch.tensor([number], dtype=torch.float32, device=device)
     found = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
     distributed.all_gather(found, own)
@@ -113,4 +113,4 @@ def _of_all_ranks(number: float, device: torch.device) -> list[float]:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # after an error the threads of the other backend may never end
+    os._exit(status)  # not sys.exit: after an error, threads of the communication backend may never end

@@ -1,9 +1,9 @@
-"""The launching process's side: asks the agents on all hosts, has them run a job, and watches them.
+"""The controller in the launching process: queries the agents on all hosts, makes them run a job, and watches them.
 
-What is true about a job is what its agents say. A host is lost when its connection ends while ranks of it run, or when
-nothing has come from it for a while, a heartbeat included; then, as when a rank fails, the ranks of all hosts are
-ended. Nobody is judged before everything is read that waits, and all limits here count time spent listening
-(`hearing`): a launching process that was stopped itself learns what happened meanwhile, in whatever order.
+The state of a job is what its agents report. A host is lost when its connection ends while its ranks run, or when
+nothing has arrived from it for a while, not even a heartbeat. Then, as when a rank fails, the ranks of all hosts are
+ended. The controller reads all pending messages before it decides, and its timeouts count only time spent listening
+(`hearing`). So a launching process that was stopped and continued still learns correctly what happened meanwhile.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended, LeftAlone, lease_s
 
 TICK_S = 0.1
 CALL_S = 60.0
-"""How long a host may take to call back, or to answer a question."""
+"""Maximum seconds until a host connects, or answers a question."""
 
 
 @dataclass(frozen=True)
 class Means:
-    """By what means the hosts are driven."""
+    """How hosts are reached and processes started on them: the launcher and its settings."""
 
     launcher: str
     directory: Path
-    """Where agents and ranks are started, on every host."""
+    """Working directory of agents and ranks, on every host."""
     lost_after_s: float = 30.0
     grace_s: float = math.inf
     port: int = 0
-    """That the agents call on this machine; 0: any that is free."""
+    """Port on this machine that the agents connect to; 0: any free port."""
     address: str | None = None
-    """That they call it by; None: whichever of its addresses answers them."""
+    """Address of this machine that the agents connect to; None: the first of its addresses that answers."""
     ssh_port: int | None = None
     master_port: int = 0
-    """Where the ranks meet on rank 0's host; 0: any that is free there."""
+    """Rendezvous port of the ranks on rank 0's host; 0: any free port there."""
 
 
 class Controller:
-    """Agents on `hosts`; a context, at whose end no agent is left."""
+    """Controls the agents on `hosts`; a context manager that releases all agents at its end."""
 
     def __init__(self, hosts: Sequence[Host], means: Means, told: Sequence[int] = (),
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
-        """`told`: a list in which signal numbers appear that mean that the job is to stop."""
+        """`told`: a list to which the numbers of stop signals are appended (`processes.told_to_stop`)."""
         self.hosts, self.means, self.told = list(hosts), means, told
         self.hearing = Hearing(clock)
         self.channels: dict[str, Channel] = {}
         self.gone: dict[str, str] = {}
-        """Hosts whose connection has ended, and why."""
+        """Hosts whose connection has ended -> the reason."""
         self.ended = Ended(0)
         self._passed_on = 0
         self._answers: dict[str, Message] = {}
@@ -74,7 +74,7 @@ class Controller:
 
     @property
     def job(self) -> str:
-        """A name for this launch."""
+        """The name of this launch."""
         return self._call.job
 
     def __enter__(self) -> Controller:
@@ -89,20 +89,20 @@ class Controller:
         self._selector.close()
 
     def call(self) -> dict[str, str]:
-        """Wait for the agents to call back; returns the hosts that did not, and what is known about why."""
+        """Wait until the agents connect; return the hosts whose agent did not, with the reason if it is known."""
         until = self.hearing.listened_s + CALL_S
         while len(self.channels) + len(self._call.refused) < len(self.hosts) and self.hearing.listened_s < until:
             self._pump()
             if self.told or self._call.launcher_ended:
-                self._pump()  # its last words
+                self._pump()  # read its last output
                 break
         missing = [host.name for host in self.hosts if host.name not in self.channels]
         return {name: f"no agent called back{self._launcher_said(name)}" for name in missing}
 
     def ask(self, kind: str, fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Message]:
-        """Send each of the hosts named its question at once; returns the answers, by host, that came in time.
+        """Send a question to each host in `fields` in parallel; return the answers that arrived in time, by host.
 
-        Told twice to stop, no answer is waited for but that the ranks have been killed.
+        After a second stop signal it only waits for answers to "kill".
         """
         self._answers.clear()
         for host, question in fields.items():
@@ -115,7 +115,10 @@ class Controller:
         return dict(self._answers)
 
     def clock_offsets_s(self) -> dict[str, float]:
-        """How far the hosts' clocks are ahead of this one: by the quickest of three answers, to half of its time."""
+        """Return host -> seconds by which its clock is ahead of this one.
+
+        Measured with the fastest of three round trips, so the error is at most half of its duration.
+        """
         found: dict[str, list[tuple[float, float]]] = {}
         for _ in range(3):
             asked = time.time()
@@ -125,7 +128,7 @@ class Controller:
         return {host: min(offsets)[1] for host, offsets in found.items()}
 
     def free_port(self, host: str) -> int:
-        """A port of the host that nobody listens on; raises HostError when it gives no answer."""
+        """Return a free port on the host, or `master_port` if set; raises HostError when the host does not answer."""
         if self.means.master_port:
             return self.means.master_port
         answer = self.ask("port", {host: {}})
@@ -134,13 +137,13 @@ class Controller:
         return int(answer[host]["number"])
 
     def address(self, host: str) -> str:
-        """The host's address on the network that connects it with this one."""
+        """Return the host's address, as seen in its connection to this machine; raises HostError if it is lost."""
         if host not in self.channels:
             raise HostError(f"{host} was lost before its ranks could be started")
         return self.channels[host].remote_address
 
     def run(self, program: Sequence[str], environment: Mapping[str, str], shares: Mapping[str, Share]) -> Ended:
-        """Run `program` on all ranks to its end, or to where they stop when told to."""
+        """Run `program` on all ranks until they end or a signal stops them; return how it ended."""
         self.ended = Ended(next(iter(shares.values())).world)
         for host in self.channels:
             self.hearing.hear(host)
@@ -154,7 +157,7 @@ class Controller:
         return self.ended
 
     def _watch(self, shares: Mapping[str, Share]) -> None:
-        """Until the ranks have all ended, or something has failed and had the time to be understood."""
+        """Watch until all ranks have ended, or until a failure and a short wait for further reports about it."""
         give_up: float | None = None
         while not self.ended.over and (give_up is None or self.hearing.listened_s < give_up):
             self._pump()
@@ -184,27 +187,27 @@ class Controller:
                 self.ended.lost[host] = f"silent for {silent:.0f} s"
 
     def _has_ended(self, share: Share) -> bool:
-        """Whether all ranks of a host have, so that nothing is lost with it."""
+        """Whether all ranks of a host have ended, so that its loss does not matter."""
         return self.ended.gone >= set(range(share.first, share.first + share.count))
 
     def _end_ranks(self, shares: Mapping[str, Share]) -> None:
-        """End what is left, and return only when nothing of the job can still write.
+        """End all remaining ranks; return only when no rank of the job can still write.
 
-        A host that was cut off ends its ranks by itself, and is waited for as long as that may take; after a second
-        signal it is not: nothing will be started.
+        A host that was cut off ends its ranks by itself, so this waits as long as that can take. After a second signal
+        it does not wait, because no new ranks will be started.
         """
         silent = [self.hearing.last(host) for host in self.ended.lost if host in self.channels]
         reachable = shares.keys() - self.ended.lost.keys()
         self.ask("kill", {host: {} for host in reachable})
         for host in self.ended.lost:
-            self._send(host, "kill")  # where the agent alone was stopped it finds this when it continues
+            self._send(host, "kill")  # if only the agent was stopped, it reads this when it continues
             self._drop(host, "given up")
         free = max(silent, default=0.0) + lease_s(self.means.lost_after_s, self.means.grace_s) + BEAT_S
         while silent and self.hearing.clock() < free and len(self.told) < 2:
             self._pump()
 
     def _pump(self) -> None:
-        """Take in what has arrived, and let the agents hear that this process lives."""
+        """Handle the messages that have arrived, and send heartbeats to the agents."""
         for key, _ in self.hearing.turn(self._selector, TICK_S):
             key.data()
         for host, channel in list(self.channels.items()):
@@ -284,6 +287,6 @@ class Controller:
 
 
 def agent_command(controller: str, job: str, means: Means) -> list[str]:
-    """The command line of an agent that calls ``ADDRESS,...:PORT``, but for its key."""
+    """Return the command line of an agent, without its key; `controller`: ``ADDRESS,...:PORT`` to connect to."""
     return [sys.executable, "-m", "bst_dist.cluster.agent", "--controller", controller, "--job", job,
             "--lost-after", f"{means.lost_after_s:g}", "--grace", f"{means.grace_s:g}"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""How a recipe is spread over hosts, also when there are fewer than before."""
+"""Distributes a recipe's ranks over hosts, also when there are fewer hosts than before."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from bst_dist.config import Recipe, spread_of
 
 @dataclass(frozen=True)
 class Shape:
-    """Ranks and the sequence-parallel degree; dp is what remains."""
+    """The number of ranks and the sequence-parallel degree; dp is world / sp."""
 
     world: int
     sp: int
     unequal: str = ""
-    """Which ranks compute masked sequences; empty when none does."""
+    """A message which ranks compute masked sequences; empty if none does."""
 
     def __str__(self) -> str:
         return f"{self.world} ranks (dp {self.world // self.sp} x sp {self.sp})"
 
 
 def usable(recipe: Recipe, most: int) -> int:
-    """The most ranks, up to `most`, that have a part in the batch with the recipe's own sp; `most` when those are too
-    few to share a sequence, for whoever explains why."""
+    """Return the largest number of ranks, up to `most`, that the batch can use with the recipe's sp.
+
+    If `most` is below sp, return `most`, so that the caller's checks report the problem.
+    """
     sp = recipe.parallel.sp
     return min(most // sp, recipe.train.fewest_sequences) * sp or most
 
 
 def choose(recipe: Recipe, most: int) -> Shape:
-    """The most ranks, up to `most`, that have a part in the recipe's batch: none has fewer than one sequence.
+    """Return the shape with the most ranks, up to `most`, in which every rank has at least one sequence.
 
-    The recipe's own sp is kept as long as there are that many ranks; only then one of its divisors is taken. The global
-    batch stays what it is, so the run stays the same run.
+    The recipe's sp is kept if there are enough ranks, otherwise its largest possible divisor is used. The global batch
+    does not change, so it stays the same run.
     """
     sp = max(d for d in range(1, min(most, recipe.parallel.sp) + 1) if recipe.parallel.sp % d == 0)
     changed = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"sp": sp})})
@@ -43,7 +45,7 @@ def choose(recipe: Recipe, most: int) -> Shape:
 
 
 def shares(hosts: Sequence[Host], world: int, address: str, port: int) -> dict[str, Share]:
-    """The ranks of each host, by its name: filled one after the other, so that a sequence's ranks stay together."""
+    """Return host name -> its ranks. Hosts are filled one after the other, so the ranks of a sequence stay together."""
     found: dict[str, Share] = {}
     first = 0
     for host in hosts:
@@ -55,6 +57,6 @@ def shares(hosts: Sequence[Host], world: int, address: str, port: int) -> dict[s
 
 
 def idle(hosts: Sequence[Host], placed: Mapping[str, Share]) -> str:
-    """The hosts, and slots of hosts, that no rank is placed on; empty when there are none."""
+    """Return as text the slots of each host that no rank is placed on; empty when there are none."""
     unused = {host.name: host.slots - (placed[host.name].count if host.name in placed else 0) for host in hosts}
     return ", ".join(f"{count} slot{'s' * (count > 1)} of {name}" for name, count in unused.items() if count)

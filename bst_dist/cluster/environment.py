@@ -1,4 +1,4 @@
-"""Which variables the ranks of all hosts get from the launching process, and from the file that DeepSpeed reads too."""
+"""The environment variables that ranks on all hosts get: from the launching process, and from `.deepspeed_env`."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from bst_base.errors import UserError
 PREFIXES = ("NCCL_", "GLOO_", "TORCH", "DS_", "DEEPSPEED_", "OMP_", "MKL_", "UCX_", "FI_", "PYTHON", "CUDA_", "AWS_")
 NAMES = ("LD_LIBRARY_PATH",)
 OF_ONE_HOST = ("CUDA_VISIBLE_DEVICES",)
-"""What holds for the host where it is set, and must not be taken for the others."""
+"""Variables that are valid on one host only and are not passed on."""
 FILE = ".deepspeed_env"
 FILE_VARIABLE = "DS_ENV_FILE"
-"""Names another file, for DeepSpeed too."""
+"""The variable that names another file; DeepSpeed uses it too."""
 SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD")
 
 
 class EnvironmentFileError(UserError):
-    """A file of variables that cannot be read as one."""
+    """An invalid file of environment variables."""
 
 
 def handed_on(environment: Mapping[str, str], directories: Sequence[Path] | None = None) -> dict[str, str]:
-    """The variables that the ranks get: those of the files, then those of `environment` that concern them.
+    """Return the variables that the ranks get: those in the files, overridden by those in `environment` to pass on.
 
-    To be called before anything changes the environment: what this process needs on this machine (to import DeepSpeed
-    without an accelerator, for one) is not what the ranks need on theirs. Raises EnvironmentFileError.
+    Call it before anything changes the environment: changes for this process (for example to import DeepSpeed without
+    an accelerator) must not reach the ranks. Raises EnvironmentFileError.
     """
     found: dict[str, str] = {}
     for directory in directories if directories is not None else (Path.home(), Path.cwd()):
@@ -41,8 +41,11 @@ def handed_on(environment: Mapping[str, str], directories: Sequence[Path] | None
 
 
 def read_file(path: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables of a file in the forms that DeepSpeed's launcher takes: ``NAME=value``, also after ``export``,
-    with spaces around the sign, the value in quotes; ``$NAME`` stands for a variable of `environment`."""
+    """Read the variables of a file in the forms that DeepSpeed's launcher accepts.
+
+    A line is ``NAME=value``, optionally after ``export``, with spaces around ``=``, or with a quoted value. ``$NAME``
+    is replaced by a variable of `environment`.
+    """
     return dict(_variables(path, environment))
 
 
@@ -62,7 +65,7 @@ def _variables(path: Path, environment: Mapping[str, str]) -> Iterator[tuple[str
 
 
 def kept_back(environment: Mapping[str, str]) -> list[str]:
-    """One line for each variable that might be expected on the hosts and is not handed on."""
+    """Return a message for each variable that users might expect on the hosts but that is not passed on."""
     return [
         f"{name}={environment[name]} applies to this machine only and is not passed on; write devices=0,1 after a "
         "host's slots to choose its devices"
@@ -72,6 +75,6 @@ def kept_back(environment: Mapping[str, str]) -> list[str]:
 
 
 def shown(environment: Mapping[str, str]) -> str:
-    """For people: the variables in order, secrets hidden."""
+    """Return the variables as text in alphabetical order, with secrets hidden."""
     hidden = {name: "..." if SECRET.search(name) else value for name, value in environment.items()}
     return " ".join(f"{name}={value}" for name, value in sorted(hidden.items()))

@@ -1,4 +1,4 @@
-"""The hosts of a job, and how many ranks each may run."""
+"""The hosts of a job and the number of ranks on each, from a hostfile or a Slurm allocation."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from bst_base.errors import UserError
 
 @dataclass(frozen=True)
 class Host:
-    """A machine by the name that the launcher reaches it by."""
+    """A machine, with the name that the launcher uses for it."""
 
     name: str
     slots: int
-    """Ranks it may run: its accelerators, or as many as its cores are shared by."""
+    """Maximum number of ranks: usually its accelerators; on a CPU, ranks share its cores."""
     devices: str | None = None
-    """Those of its accelerators that the ranks see, as CUDA_VISIBLE_DEVICES names them; None: all."""
+    """The accelerators that the ranks see, as in CUDA_VISIBLE_DEVICES; None: all."""
 
     @property
     def address(self) -> str:
-        """What the network knows it by: the name without a user."""
+        """The network name: the name without a user."""
         return self.name.rpartition("@")[2]
 
     @property
     def node(self) -> str:
-        """What Slurm knows it by: the name without user and domain."""
+        """Slurm's name of the host: the name without user and domain."""
         return self.address if _IS_ADDRESS.fullmatch(self.address) else self.address.partition(".")[0]
 
 
@@ -41,15 +41,15 @@ _LINE = re.compile(
 
 
 class HostError(UserError):
-    """A list of hosts that no job can be started on."""
+    """An invalid list of hosts, or a host that a job cannot use."""
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Hosts of a file of lines ``name slots=N``, as DeepSpeed and Open MPI read it; # begins a comment.
+    """Read the hosts of a file with lines ``name slots=N``, as DeepSpeed and Open MPI do; # begins a comment.
 
-    ``max-slots=N`` alone counts as slots, beside slots it bounds them. A bare name is one slot, and one more each time
-    it stands there again (as schedulers write their lists). ``devices=0,1`` after the slots chooses accelerators.
-    Raises HostError for a line that is something else, a host named twice with slots, or no host at all.
+    ``max-slots=N`` alone counts as slots; together with ``slots`` it is their maximum. A name alone is one slot, and
+    each repetition adds one (schedulers write such lists). ``devices=0,1`` after the slots chooses accelerators. Raises
+    HostError for any other line, for a host listed twice with slots, and for a file without hosts.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -73,7 +73,7 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def _host(text: str, where: str) -> tuple[Host, bool]:
-    """The host of one line, and whether it is a bare name; raises HostError, starting with `where`."""
+    """Return the host of one line, and whether the line is only a name; raises HostError, beginning with `where`."""
     found = _LINE.fullmatch(text)
     if found is None:
         raise HostError(f"{where}: {text!r} is not a host: write `name slots=RANKS`, after it devices=0,1 if need be")
@@ -86,10 +86,10 @@ def _host(text: str, where: str) -> tuple[Host, bool]:
 
 
 def slurm_hosts(environment: Mapping[str, str] = os.environ) -> list[Host]:
-    """The hosts of the Slurm allocation that this process runs in, with a slot for each task that it asked for.
+    """Return the hosts of the Slurm allocation that this process runs in, with one slot per task.
 
-    One task a node and several accelerators means a slot for each of these: one task is what jobs ask for that start
-    their processes themselves. Raises HostError outside an allocation.
+    With one task per node and several accelerators, each accelerator is a slot: jobs that start their own processes
+    request one task. Raises HostError outside an allocation.
     """
     if "SLURM_JOB_NODELIST" not in environment:
         raise HostError("not inside a Slurm allocation (no SLURM_JOB_NODELIST): use sbatch, or give --hostfile")
@@ -101,14 +101,14 @@ def slurm_hosts(environment: Mapping[str, str] = os.environ) -> list[Host]:
 
 
 def _slurm_accelerators(environment: Mapping[str, str]) -> int:
-    """Accelerators of each node; 1 when none were asked for, or Slurm gives no number for all nodes."""
+    """Return the accelerators per node; 1 when none were requested, or when Slurm gives no single number."""
     asked_for = environment.get("SLURM_GPUS_PER_NODE") or environment.get("SLURM_GPUS_ON_NODE") or ""
     found = re.fullmatch(r"(?:\w+:)*(\d+)", asked_for)  # 8, or h100:8
     return max(1, int(found[1])) if found else 1
 
 
 def _slurm_slots(tasks: str, nodes: int) -> Sequence[int]:
-    """Slurm's ``2(x3),1`` as a number for each node."""
+    """Parse Slurm's ``2(x3),1`` into one number per node."""
     slots: list[int] = []
     for part in tasks.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)

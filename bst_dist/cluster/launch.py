@@ -19,9 +19,9 @@ The ranks get the environment variables of NCCL, gloo, torch, DeepSpeed, CUDA, O
 LD_LIBRARY_PATH, and those in a file .deepspeed_env, here or in the home directory. They do not get
 CUDA_VISIBLE_DEVICES: choose a host's devices with `devices=0,1` after the slots in the hostfile.
 
-Exit status: 0 the steps asked for are done; 2 something given is wrong, or a host is unfit; 75 stopped by a signal,
-with a checkpoint: start it again with --resume; 70 the ranks hung; otherwise the failed rank's own, 128 + N after
-signal N, 1 when a host was lost.
+Exit status: 0: all requested steps are done. 2: the arguments or the recipe are wrong, or a host failed a check. 75:
+stopped by a signal, with a checkpoint; start it again with --resume. 70: the ranks hung. 1: a host was lost. Otherwise
+the failed rank's own status, 128 + N after signal N.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ from bst_dist.train.start.request import Request, load, resolve
 from data_pipeline.format.manifest import MANIFEST
 
 CHECKPOINT_BYTES = 16
-"""A checkpoint's size for each parameter: weights twice, two moments of Adam, in single precision."""
+"""Upper bound of a checkpoint's bytes per parameter: weights, averaged weights (if any) and Adam's two moments, in
+single precision."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @unhurried_output()
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Check, launch, watch, restart; the report is the run's outcome, `passed` false unless all ranks were done."""
+    """Check the hosts, run the job with restarts, and return its outcome; `passed` is true for exit status 0."""
     environment = handed_on(os.environ)
     for line in kept_back(os.environ):
         say(line)
@@ -145,17 +146,17 @@ def _hosts(args: argparse.Namespace, recipe: Recipe) -> list[Host]:
 
 
 def _needs(asked: Request, recipe: Recipe) -> Needs:
-    """What every host must see and have room for."""
+    """Return what every host must have: files, the run directory, disk space."""
     corpora = [Path(url) / MANIFEST for url in recipe.data.urls() if "://" not in url]
     files = [find(asked.recipe, RECIPES), deepspeed_file(recipe), *corpora]
     with weightless():
         parameters = sum(parameter.numel() for parameter in LanguageModel(recipe.model).parameters())
-    # Two checkpoints: one that stands, and one being written.
+    # Space for two checkpoints: an existing one, and one being written.
     return Needs([path.resolve() for path in files], asked.run_dir, 2 * CHECKPOINT_BYTES * parameters)
 
 
 def _show(job: Job, hosts: Sequence[Host], means: Means) -> dict[str, Any]:
-    """What would be run, and which files it reads and writes; needs neither the launcher nor the hosts."""
+    """Print the commands and the files that they read and write; uses neither the launcher nor the hosts."""
     asked, recipe = job.asked, job.recipe
     called = f"{means.address or 'ADDRESS'}:{means.port or 'PORT'}"
     agent = agent_command(called, "JOB", means)

@@ -1,7 +1,7 @@
-"""The command lines that start one agent on each host, through whatever starts processes there.
+"""The command lines that start one agent on each host, for each launcher.
 
-Each agent is told a key: the place of its host in the list, or under Slurm, which orders hosts its own way, what Slurm
-calls the node.
+Each agent gets a key: the position of its host in the list. Under Slurm, which orders hosts differently, it is Slurm's
+name of the node.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.processes import route_to
 
 SSH = ("ssh", *("-o", "BatchMode=yes"), *("-o", "ConnectTimeout=8"), *("-o", "ServerAliveInterval=15"))
-# Where each launcher looks for options of the ssh that it starts: Open MPI's variable has changed its name.
+# The variables from which each launcher reads options for ssh; the name changed between versions of Open MPI.
 _SSH_VARIABLES = {
     "pdsh": ("PDSH_SSH_ARGS_APPEND",),
     "openmpi": ("OMPI_MCA_plm_rsh_args", "PRTE_MCA_plm_ssh_args"),
     "mpich": ("HYDRA_LAUNCHER_EXTRA_ARGS",),
 }
 OVER_SSH = tuple(_SSH_VARIABLES)
-# What srun must know of the job. All other variables of its name are options that the batch job was given
-# (--gpus-per-task, --cpus-per-task, ...), which would give the one agent of a node what one rank was meant to have.
+# The variables of the job that srun needs. All other SLURM_ variables repeat options of the batch job (--gpus-per-task,
+# --cpus-per-task, ...): with them, the single agent of a node would get the resources of one rank.
 _SLURM_JOB = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTERS", "SLURM_CLUSTER_NAME")
 
 
 def pdsh(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
-    """Over ssh, all hosts at once."""
+    """Return pdsh's command line: over ssh to all hosts in parallel."""
     names = ",".join(host.name for host in hosts)
     line = f"cd {shlex.quote(str(directory))} && exec {shlex.join(agent)} --key "
     return ["pdsh", "-R", "ssh", "-S", "-N", "-f", str(len(hosts)), "-w", names, line.replace("%", "%%") + "%n"]
 
 
 def openmpi(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
-    """Open MPI's daemons, over ssh or a scheduler that they know; the agents are no MPI programs.
+    """Return Open MPI's command line: over ssh or a supported scheduler; the agents are not MPI programs.
 
-    Unbound: Open MPI would give each agent, and with it all its ranks, a single core.
+    Without ``--bind-to none`` Open MPI would bind each agent, and with it all its ranks, to a single core.
     """
     _refuse_users(hosts)
     command = ["mpirun", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "--bind-to", "none"]
@@ -48,18 +48,18 @@ def openmpi(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> lis
 
 
 def mpich(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
-    """MPICH's process manager, Hydra, over ssh."""
+    """Return the command line of MPICH's process manager, Hydra, over ssh."""
     _refuse_users(hosts)
     names = ",".join(host.name for host in hosts)
-    parts = [["-n", "1", *agent, "--key", str(key)] for key in range(len(hosts))]  # one a host, in their order
-    # Hydra's daemons call back by this machine's name, which other hosts need not know.
+    parts = [["-n", "1", *agent, "--key", str(key)] for key in range(len(hosts))]  # one per host, in order
+    # Hydra's daemons connect to this machine by its name, which other hosts may not be able to resolve.
     here = ["-localhost", address] if (address := route_to(hosts[0].address)) else []
     common = ["-launcher", "ssh", *here, "-hosts", names, "-ppn", "1", "-wdir", str(directory)]
     return ["mpiexec.hydra", *common, *_joined(parts)]
 
 
 def slurm(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
-    """A step of the allocation, with all cores and accelerators that the job has on each node, unbound."""
+    """Return srun's command line: a step with all cores and accelerators of the job on each node, without binding."""
     names = ",".join(host.node for host in hosts)
     nodes = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", f"--nodelist={names}"]
     whole = ["--overlap", "--cpu-bind=none", "--mpi=none", *_all_accelerators(hosts, os.environ)]
@@ -67,9 +67,10 @@ def slurm(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[
 
 
 def _all_accelerators(hosts: Sequence[Host], environment: Mapping[str, str]) -> list[str]:
-    """For srun: the accelerators of all ranks of a node, where the job has asked for so many a task.
+    """Return srun's option for the accelerators of all ranks of a node, when the job requested them per task.
 
-    The step has one task a node and would get those of one. What a job asks for by node, or in all, a step gets whole.
+    The step has one task per node and would only get the accelerators of one task. Accelerators requested per node or
+    per job are all available to the step without an option.
     """
     of_task = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]
     slots = {host.slots for host in hosts}
@@ -77,7 +78,7 @@ def _all_accelerators(hosts: Sequence[Host], environment: Mapping[str, str]) -> 
 
 
 def local(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
-    """This machine alone: for restarts where nothing else makes them."""
+    """Return the agent's command line on this machine, for restarts without another launcher."""
     if len(hosts) > 1:
         raise UserError(f"--launcher local: {len(hosts)} hosts, but it starts ranks on this machine alone")
     return [*agent, "--key", "0"]
@@ -96,11 +97,11 @@ _PROGRAMS = {
     "mpich": {"mpiexec.hydra": "mpich", "ssh": "openssh-client"},
     "slurm": {"srun": "slurm-client"},
 }
-"""What each needs here, and Debian's package of it."""
+"""Launcher -> the programs that it needs on this machine -> their Debian package."""
 
 
 def keys(launcher: str, hosts: Sequence[Host]) -> dict[str, str]:
-    """The hosts' names by the keys of their agents."""
+    """Return key of the agent -> name of the host."""
     return {host.node if launcher == "slurm" else str(place): host.name for place, host in enumerate(hosts)}
 
 
@@ -112,15 +113,15 @@ def require(launcher: str) -> None:
 
 
 def command(launcher: str, hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
-    """The whole command; raises UserError when the launcher is not installed."""
+    """Return the launcher's whole command line; raises UserError when the launcher is not installed."""
     require(launcher)
     line = LAUNCHERS[launcher](hosts, directory, agent)
-    # Open MPI looks for its daemon on the other hosts beside an mpirun that is named by its whole path.
+    # Absolute path: Open MPI then looks for its daemon in the same directory on the other hosts.
     return [shutil.which(line[0]) or line[0], *line[1:]]
 
 
 def environment(launcher: str, ssh_port: int | None, given: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What the launcher finds in its environment."""
+    """Return the environment of the launcher."""
     if launcher == "slurm":
         return {name: value for name, value in given.items()
                 if not name.startswith(("SLURM_", "SRUN_")) or name in _SLURM_JOB}  # fmt: skip
@@ -130,7 +131,7 @@ def environment(launcher: str, ssh_port: int | None, given: Mapping[str, str] = 
 
 
 def ssh(launcher: str, ssh_port: int | None, given: Mapping[str, str] = os.environ) -> list[str]:
-    """An ssh that reaches a host as the launcher's does: with the options that the user has given that one."""
+    """Return an ssh command with the same options as the launcher's ssh, including those set by the user."""
     variable = _SSH_VARIABLES[launcher][0]
     return [*SSH, *_port(ssh_port), *shlex.split(given.get(variable, ""))]
 
@@ -140,7 +141,7 @@ def _port(ssh_port: int | None) -> list[str]:
 
 
 def _refuse_users(hosts: Sequence[Host]) -> None:
-    """MPI's launchers take no user in a host's name."""
+    """Raise UserError for a host name with a user, which MPI's launchers do not support."""
     for host in hosts:
         if host.address != host.name:
             raise UserError(f"{host.name}: mpirun accepts no user in a host name: set `User` in "
@@ -148,5 +149,5 @@ def _refuse_users(hosts: Sequence[Host]) -> None:
 
 
 def _joined(parts: Sequence[list[str]]) -> list[str]:
-    """Programs of one MPI job, a colon between them."""
+    """Join the programs of one MPI job with colons."""
     return [word for part in parts for word in (*part, ":")][:-1]

@@ -16,9 +16,9 @@ A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a c
 them at once and loses what was trained since the last checkpoint. Repeating any other signal changes nothing, unless a
 file system of the run hangs so that no checkpoint can be written: then it ends the ranks.
 
-Exit status: 0 the steps asked for are done; 2 something given is wrong; 75 stopped by a signal, with a checkpoint:
-start it again with --resume; 74 a host could not read or write a file, or a file system hangs: likewise; 70 the ranks
-hung: likewise; otherwise the failed rank's own, 128 + N after signal N.
+Exit status: 0: all requested steps are done. 2: the arguments or the recipe are wrong. 75: stopped by a signal, with a
+checkpoint. 74: a host could not read or write a file, or a file system hangs. 70: the ranks hung. After 75, 74 and 70
+start it again with --resume. Otherwise the failed rank's own status, 128 + N after signal N.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from bst_dist.train.start.request import Request, Start, load, resolve
 
 
 def add_grace(parser: argparse.ArgumentParser) -> None:
-    """How long a stop may take; whoever sends the signal has a limit of his own, and may tell it."""
+    """Add the option --grace: how long a stop may take. A scheduler that sends the signal has such a limit too."""
     parser.add_argument("--grace", type=seconds, default=math.inf, metavar="SECONDS", help=(
         "after a signal, kill the ranks if their checkpoint takes longer than this (default: no limit; a second "
         "Ctrl-C ends them at once)"
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @unhurried_output()
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Check, start, wait; the report is the run's outcome, with `passed` false unless all ranks were done."""
+    """Check the recipe, run its ranks, and return the run's outcome; `passed` is true for exit status 0."""
     require_accelerator()
     choose_accelerator()
     asked = request(args)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     start = resolve(recipe, asked, share.world)
     if args.check:
         return check(start, share)
-    before = rundir.read_outcome(start.run_dir)  # of the start before: it stays when the ranks refuse to begin
+    before = rundir.read_outcome(start.run_dir)  # of the previous start: unchanged if the ranks refuse to begin
     ended = launch(program(asked), share, args.grace)
     if why := ended.explain({}):
         print(f"bst train: {why}; results so far: {start.run_dir}", file=sys.stderr)
@@ -104,8 +104,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def told_apart(run_dir: Path, outcome: dict[str, Any], told: int | None, steps: int) -> dict[str, Any]:
-    """The outcome of a start by the signal that its launching process was told to stop by: the ranks only heard SIGTERM
-    from it, and have left it to say the last line. Without a signal they were told by something else."""
+    """Correct the signal in the outcome of a stopped start, and print its last line.
+
+    `told`: the signal that the launching process received. The ranks only received SIGTERM from it, and left the last
+    line to it. None: the ranks received a signal from elsewhere, and the outcome is already correct.
+    """
     if "stopped" not in outcome:
         return outcome
     if told:
@@ -116,8 +119,10 @@ def told_apart(run_dir: Path, outcome: dict[str, Any], told: int | None, steps: 
 
 
 def check(start: Start, share: Share) -> dict[str, Any]:
-    """Say what would be trained; the model is built without memory for its weights, so that its layers check their
-    settings too."""
+    """Print what would be trained.
+
+    The model is built without memory for its weights, so that its layers check their settings too.
+    """
     recipe = start.recipe
     with weightless():
         parameters = sum(parameter.numel() for parameter in start.objective.model().parameters())
@@ -141,7 +146,7 @@ def check(start: Start, share: Share) -> dict[str, Any]:
 
 
 def share_of(args: argparse.Namespace, recipe: Recipe) -> Share:
-    """This machine's ranks among all; raises UserError when the arguments name no place among the nodes."""
+    """Return this machine's share of the ranks; raises UserError when --node, --nodes and --master do not fit."""
     count = args.ranks or default_ranks(recipe)
     if args.nodes == 1 and args.master is None:
         return Share(0, count, count, "127.0.0.1", free_port())
@@ -153,14 +158,14 @@ def share_of(args: argparse.Namespace, recipe: Recipe) -> Share:
 
 
 def default_ranks(recipe: Recipe) -> int:
-    """Ranks for this machine when the command line names none."""
+    """Return the number of ranks on this machine when the command line does not set it."""
     if recipe.ranks:
         return recipe.ranks
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 1
 
 
 def program(asked: Request) -> list[str]:
-    """What every rank runs."""
+    """Return the command line of a rank."""
     command = [sys.executable, "-m", "bst_dist.train", str(asked.recipe), *asked.overrides]
     command += ["--run-dir", str(asked.run_dir)] if asked.run_dir else []
     command += ["--resume"] if asked.resume else []
@@ -172,10 +177,10 @@ def program(asked: Request) -> list[str]:
 def launch(
     command: Sequence[str], share: Share, grace_s: float = math.inf, notice: str = f"bst train: {STOP}"
 ) -> Ended:
-    """Run `command` as all ranks of one host, to their end; no process of theirs is left then.
+    """Run `command` as all ranks of one host until they end; no process of theirs is left afterwards.
 
-    A signal makes them stop, with `grace_s` for a checkpoint, and one that comes again later ends them at once; when
-    one fails the others are ended. `notice`: what is printed at the signal, with a place for its name.
+    A signal makes them stop, with `grace_s` for a checkpoint; a second Ctrl-C kills them immediately. When one rank
+    fails the others are ended. `notice`: the message printed at a signal, with a placeholder for its name.
     """
     ended, give_up, passed_on = Ended(share.count), float("inf"), 0
     with told_to_stop() as told:

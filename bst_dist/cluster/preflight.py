@@ -1,4 +1,4 @@
-"""Looking at all hosts before a rank is started: what is wrong, and with which of them."""
+"""The preflight: checks all hosts before a rank is started, and names the problems of each."""
 
 from __future__ import annotations
 
@@ -21,45 +21,46 @@ from bst_dist.cluster.controller import Controller, Means
 from bst_dist.cluster.hosts import Host
 
 CLOCK_S = 2.0
-"""How far a clock may be off before it is said: people compare times of logs and files; no result rests on them."""
+"""Clock offset in seconds above which a warning is printed. No result depends on clocks, but users compare the times
+of logs and files."""
 CHECKS = ("ssh", "versions", "code", "files", "shared", "space", "ranks", "devices", "memory", "sum", "speed")
-"""Each by the name that `--accept` takes."""
+"""The names of the checks, as `--accept` takes them."""
 
 
 Found = Iterator[tuple[str, str]]
-"""Names of checks, and what they have found."""
+"""Pairs of a check's name and a problem that it found."""
 
 
 class PreflightError(UserError):
-    """Hosts that the job cannot run on."""
+    """Some hosts failed the preflight."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What every host must have."""
+    """The requirements that every host must meet."""
 
     files: Sequence[Path]
-    """Equal everywhere."""
+    """Files that must be equal on all hosts."""
     run_dir: Path
-    """Shared by all."""
+    """The run directory, which all hosts must share."""
     free_bytes: int
-    """Left where the run directory is."""
+    """Free bytes required on the file system of the run directory."""
 
 
 @dataclass
 class Checked:
-    """What was found out about one host."""
+    """The result of the preflight for one host."""
 
     host: Host
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """What is to be known, and keeps nobody from starting."""
+    """Messages that do not prevent a start."""
     answer: dict[str, Any] = field(default_factory=dict)
     clock_offset_s: float = math.nan
 
 
 def unreachable(hosts: Sequence[Host], means: Means) -> dict[str, str]:
-    """The hosts that ssh does not get into without a password, and what it says; all are tried at once."""
+    """Return the hosts that ssh cannot log in to without a password, with its error; all are tried in parallel."""
     ssh = launchers.ssh(means.launcher, means.ssh_port)
 
     def tried(host: Host) -> str | None:
@@ -72,7 +73,7 @@ def unreachable(hosts: Sequence[Host], means: Means) -> dict[str, str]:
 
 
 def require_reachable(hosts: Sequence[Host], means: Means, accepted: Collection[str] = ()) -> None:
-    """Raise PreflightError, having shown all hosts, when ssh does not get into each of them."""
+    """Print all hosts and raise PreflightError unless ssh can log in to every one of them."""
     if "ssh" in accepted:
         return
     if reasons := unreachable(hosts, means):
@@ -82,12 +83,12 @@ def require_reachable(hosts: Sequence[Host], means: Means, accepted: Collection[
 
 
 def examine(controller: Controller, needs: Needs, accepted: Collection[str] = ()) -> list[Checked]:
-    """Wait for the agents, ask each about its host, and judge the answers."""
+    """Wait for the agents, query each about its host, and return the problems and warnings of each host."""
     if missing := controller.call():
         return [Checked(host, [missing[host.name]] if host.name in missing else []) for host in controller.hosts]
     first, *others = [host.name for host in controller.hosts]
     question = {"job": controller.job, "files": [str(path) for path in needs.files], "run_dir": str(needs.run_dir)}
-    answers = controller.ask("probe", {first: {**question, "write": True}})  # the mark must be there for the others
+    answers = controller.ask("probe", {first: {**question, "write": True}})  # writes the mark that the others read
     answers |= controller.ask("probe", {name: {**question, "write": False} for name in others})
     controller.ask("unmark", {first: {"job": controller.job, "run_dir": str(needs.run_dir)}})
     checked = [Checked(host, answer=answers.get(host.name, {})) for host in controller.hosts]
@@ -101,7 +102,7 @@ def examine(controller: Controller, needs: Needs, accepted: Collection[str] = ()
 
 
 def judge(checked: Sequence[Checked], job: str, needed_bytes: int, accepted: Collection[str] = ()) -> None:
-    """Write down what is wrong with each host, measured by what most of them say."""
+    """Record the problems and warnings of each host, comparing it with the majority of hosts."""
     common = _common([one.answer for one in checked if one.answer])
     for one in checked:
         if not one.answer:
@@ -116,7 +117,7 @@ def judge(checked: Sequence[Checked], job: str, needed_bytes: int, accepted: Col
 
 
 def _problems(one: Checked, common: Mapping[str, tuple[str, str]], job: str, needed_bytes: int) -> Found:
-    """What a job would fail of, each with the name of its check."""
+    """Yield the problems of a host that would make a job fail, with the name of the check."""
     answer = one.answer
     yield from _differences(answer, common)
     if answer["nonce"] != job:
@@ -149,7 +150,7 @@ def _warnings(one: Checked) -> list[str]:
 
 
 def _flat(answer: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """What must be the same on all hosts, by the name to call it by, each with the name of its check."""
+    """Return the values that must be equal on all hosts: name for messages -> (check, value)."""
     files = {Path(path).name if Path(path).suffix == ".yaml" else path: ("files", digest or "missing")
              for path, digest in answer["files"].items()}  # fmt: skip
     versions = {name: ("versions", version or "missing") for name, version in answer["versions"].items()}
@@ -157,7 +158,7 @@ def _flat(answer: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _common(answers: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """For each thing what most hosts have; the first host decides a tie."""
+    """Return the most common value of each item over the hosts; in a tie the one that comes first."""
     flat = [_flat(answer) for answer in answers]
     return {name: Counter(one[name] for one in flat).most_common(1)[0][0] for name in flat[0]} if flat else {}
 
@@ -168,13 +169,13 @@ def _differences(answer: Mapping[str, Any], common: Mapping[str, tuple[str, str]
         if here == "missing":
             yield check, f"{name} is missing"
         elif here != there:
-            short = len(here) == 64  # a digest says nothing to people
+            short = len(here) == 64  # do not print digests
             yield check, (f"{name} differs from the other hosts'" if short else
                           f"{name} is {here}, the other hosts have {there}")  # fmt: skip
 
 
 def show(checked: Sequence[Checked]) -> None:
-    """One line per host, and one for each thing that is wrong with it."""
+    """Print one line per host with its problems, and one line for each of its warnings."""
     console, width = Console(highlight=False, soft_wrap=True), max(len(one.host.name) for one in checked)
     for one in checked:
         head = f"{one.host.name:<{width}}  {one.host.slots} slot{'s' * (one.host.slots > 1)}"

@@ -1,9 +1,8 @@
-"""Standard output that a program never waits for.
+"""Non-blocking standard output.
 
-A terminal stopped with Ctrl-S, a pipe whose reader sleeps or a log on a file system that hangs would stop whoever
-prints; a process that has to be heard of by others every second must not be stopped by that. So a thread prints, and
-what it does not get rid of is kept up to a limit and then left out, which is said as soon as there is somebody to say
-it to.
+A terminal paused with Ctrl-S, a pipe whose reader sleeps, or a log on a hanging file system would block a process that
+prints. The launching process must send heartbeats every second, so it must not block. Therefore a thread prints. Output
+that it cannot write yet is buffered up to a limit. More is dropped, and a message says so once output works again.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from typing import Any, TextIO
 
 KEPT_BYTES = 4 << 20
 LAST_S = 5.0
-"""How long the end of a program waits for an output that takes nothing."""
+"""Seconds that the program waits at its end while the output accepts nothing."""
 
 
 class Printer:
-    """Prints in a thread of its own what is given to it, in order."""
+    """Prints texts in a separate thread, in order."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[TextIO, str]] = deque()
@@ -32,17 +31,17 @@ class Printer:
         self._thread.start()
 
     def put(self, stream: TextIO, text: str) -> None:
-        """Have `text` printed; it is left out when too much waits already."""
+        """Queue `text` for printing; drop it when too much is already queued."""
         with self._changed:
             if self._bytes > KEPT_BYTES or self._left_out:
-                self._left_out += text.count("\n")  # all that comes until everything kept is printed: one gap
+                self._left_out += text.count("\n")  # drop everything until the queue is empty, so that there is one gap
             else:
                 self._waiting.append((stream, text))
                 self._bytes += len(text)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Wait until all is printed, as long as the output takes something within LAST_S."""
+        """Wait until everything is printed, or until the output has accepted nothing for LAST_S."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -76,7 +75,10 @@ class Printer:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Past the stream's own buffer: whoever waits in that holds a lock that the end of the program wants."""
+    """Write to the file descriptor, not through the stream's buffer.
+
+    A thread that blocks in the buffer holds a lock that the interpreter needs when the program ends.
+    """
     with suppress(OSError, ValueError):
         try:
             number = stream.fileno()
@@ -89,20 +91,20 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 class Queued:
-    """A text stream whose text a printer prints."""
+    """A text stream that passes its text to a Printer."""
 
     def __init__(self, stream: TextIO, printer: Printer) -> None:
         self._stream, self._printer, self._begun = stream, printer, ""
 
     def write(self, text: str) -> int:
-        """Have whole lines printed: none is left out in part."""
+        """Queue complete lines, so that no line is dropped in part."""
         lines, newline, self._begun = (self._begun + text).rpartition("\n")
         if newline:
             self._printer.put(self._stream, lines + newline)
         return len(text)
 
     def flush(self) -> None:
-        """Have a line printed that is not at its end yet."""
+        """Queue an incomplete line."""
         if self._begun:
             begun, self._begun = self._begun, ""
             self._printer.put(self._stream, begun)
@@ -113,11 +115,11 @@ class Queued:
 
 @contextmanager
 def unhurried_output() -> Iterator[None]:
-    """Standard output and error are such streams while the block runs; also a decorator."""
+    """Make standard output and standard error non-blocking inside the context; also usable as a decorator."""
     before, printer = (sys.stdout, sys.stderr), Printer()
     for stream in before:
         with suppress(OSError):
-            stream.flush()  # what was printed before comes first
+            stream.flush()  # so that earlier output comes first
     sys.stdout, sys.stderr = (Queued(stream, printer) for stream in before)  # type: ignore[assignment]
     try:
         yield

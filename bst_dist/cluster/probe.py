@@ -1,4 +1,4 @@
-"""What a host tells about itself before a job starts on it."""
+"""The data that each host reports about itself in the preflight."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from bst_dist.parallel.devices import device_files
 from bst_dist.version import PACKAGES
 
 NVIDIA_S = 20.0
-"""How long nvidia-smi may take; it wakes the driver where nothing else has."""
+"""Timeout of nvidia-smi in seconds; it loads the driver if nothing else has."""
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def probe(job: str, files: Sequence[str], run_dir: str, write: bool) -> dict[str, Any]:
-    """Look at this host: versions, digests of the code and of `files`, the run directory, old ranks.
+    """Return this host's versions, digests of the code and of `files`, state of the run directory, and old ranks.
 
-    `write`: put a mark into the run directory, else read the one that another host has put there. What cannot be
-    found out is None; nothing raises.
+    `write`: write the mark file beside the run directory; otherwise read the one that another host has written. Values
+    that cannot be determined are None; no exception is raised.
     """
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -41,12 +41,12 @@ def probe(job: str, files: Sequence[str], run_dir: str, write: bool) -> dict[str
 
 
 def unmark(job: str, run_dir: str) -> None:
-    """Take the mark away again."""
+    """Remove the mark file."""
     _mark(Path(run_dir), job).unlink(missing_ok=True)
 
 
 def old_ranks(run_dir: str) -> list[int]:
-    """Process ids on this host that train in `run_dir`: of an earlier start, when no rank has been started yet."""
+    """Return the ids of processes on this host that train in `run_dir`; before a start, they are of an earlier one."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         command = process.info["cmdline"] or []
@@ -56,9 +56,9 @@ def old_ranks(run_dir: str) -> list[int]:
 
 
 def memory_errors() -> dict[str, int]:
-    """Errors of each NVIDIA device's memory since the driver started that could not be corrected, where there are any.
+    """Return NVIDIA device -> uncorrected memory errors since the driver started, for devices that have any.
 
-    Empty where nvidia-smi is not there, does not answer, or the device does not count them.
+    Empty when nvidia-smi is missing or does not answer, or when the device does not count them.
     """
     query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader"]
     try:
@@ -77,7 +77,7 @@ def _version(package: str) -> str | None:
 
 
 def _code() -> str:
-    """A digest of this project's Python files: equal commits with unequal changes differ."""
+    """Return a digest of this project's Python files; unlike the commit it shows uncommitted changes."""
     total = hashlib.sha256()
     for package in ("bst_base", "bst_dist", "data_pipeline"):
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -93,7 +93,10 @@ def _digest(path: Path) -> str | None:
 
 
 def _mark(run_dir: Path, job: str) -> Path:
-    """The file by which hosts find out whether they see the same run directory: beside it, as it may not exist yet."""
+    """Return the path of the mark file, which shows whether hosts share the run directory.
+
+    It is beside the run directory, which may not exist yet.
+    """
     return run_dir.with_name(f".{run_dir.name}.preflight-{job}")
 
 
@@ -109,7 +112,7 @@ def _nonce(run_dir: Path, job: str, write: bool) -> str | None:
 
 
 def _free(directory: Path) -> int | None:
-    """Bytes that may still be written there."""
+    """Return the free bytes on the file system of `directory`, or of its nearest existing parent."""
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent
     try:

@@ -1,7 +1,8 @@
-"""The ranks of a job on one host: started with their rendezvous, watched, and ended together.
+"""The ranks of a job on one host: started with their rendezvous variables, watched, and ended together.
 
-`bst train` runs them itself; on a cluster an agent on every host does. DeepSpeed's own `launch` is not between: it
-turns every signal into status 1 and gives one rank after the other 30 seconds, where a checkpoint needs all at once.
+`bst train` runs them itself; on a cluster an agent on every host does. DeepSpeed's own `launch` is not used: it turns
+every signal into status 1, and gives the ranks 30 seconds one after the other, but a checkpoint needs all of them at
+the same time.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from bst_dist.faults.ending import LAST_WORD
 from bst_dist.faults.signals import FurtherSignal, stopping
 
 SAME_KEY_S = 0.5
-"""A further SIGINT within this time is from the same stroke of Ctrl-C, or another copy of the first notice."""
+"""Seconds after the first signal in which a SIGINT is taken for a copy of it (or the same press of Ctrl-C)."""
 KILLED_S = 10.0
-"""How long the kernel may take to end what was killed."""
+"""Maximum seconds to wait until killed processes have ended."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """One host's part of a job's ranks, and where they all meet."""
+    """One host's ranks, and the rendezvous address of the job."""
 
     first: int
-    """Lowest rank on the host; the others follow it."""
+    """Lowest rank on the host; its ranks are consecutive."""
     count: int
     world: int
     address: str
-    """Of rank 0's host."""
+    """Address of rank 0's host."""
     port: int
 
     def environment(self, rank: int) -> dict[str, str]:
-        """What `torch.distributed` and DeepSpeed read: the one place where it is set."""
+        """Return the variables that `torch.distributed` and DeepSpeed read; they are set only here."""
         return {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank - self.first),
@@ -53,7 +54,7 @@ class Share:
 
 
 class LocalRanks:
-    """The processes of a share: each leads a session of its own and dies with the process that made this object."""
+    """The processes of a share. Each leads its own session, and is killed when the process that started it ends."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class LocalRanks:
         directory: Path | None = None,
         piped: bool = False,
     ) -> None:
-        """Start them; `piped`: what they print is for the caller to read."""
+        """Start the processes; `piped`: the caller reads their output from pipes."""
         threads = str(max(1, len(os.sched_getaffinity(0)) // share.count))
         defaults = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **_interface(share.address)}
         pipe = subprocess.PIPE if piped else None
@@ -71,9 +72,9 @@ class LocalRanks:
         self._killed = False
         self._statuses: dict[int, int] = {}
         self.cut_short: set[int] = set()
-        """Ranks that were killed because their time to stop was over."""
+        """Ranks that were killed because they took longer to stop than the grace period."""
         self.ended_at: dict[int, float] = {}
-        """When each was first seen to have ended by itself, by the monotonic clock: who was first is to blame."""
+        """When each rank was first seen to have ended by itself (monotonic clock): the first to fail is blamed."""
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self._last_words: dict[int, int] = {}
         self._said: dict[int, int] = {}
@@ -88,7 +89,10 @@ class LocalRanks:
             os.close(word)
 
     def poll(self) -> dict[int, int]:
-        """Ranks that have ended by themselves, with their status (-N: by signal N); ends those out of grace."""
+        """Return rank -> exit status (-N: by signal N) of the ranks that have ended by themselves.
+
+        Also kills the ranks whose grace period is over.
+        """
         if self._kill_at is not None and time.monotonic() > self._kill_at and not self._killed:
             self.cut_short = {rank for rank in self.processes if self._status(rank) is None}
             self.kill()
@@ -96,50 +100,56 @@ class LocalRanks:
             if not self._killed and rank not in self._statuses and (status := self._status(rank)) is not None:
                 self._statuses[rank] = status
                 self.ended_at[rank] = time.monotonic()
-                signal_session(process, signal.SIGKILL)  # what the rank itself has left behind
+                signal_session(process, signal.SIGKILL)  # processes that the rank left behind
         return self._statuses
 
     def _status(self, rank: int) -> int | None:
-        """How a rank has ended; None while it runs. One that ends with a thread that hangs in the kernel has said so,
-        and does nothing more, though the kernel shows it as running."""
+        """Return a rank's exit status; None while it runs.
+
+        A rank whose thread hangs in the kernel reports its status through a pipe when it exits. It does nothing more
+        then, although the kernel still shows it as running.
+        """
         if rank in self._statuses:
             return self._statuses[rank]
         status, word = self.processes[rank].poll(), self._last_words.get(rank)
         if word is not None:
             with suppress(BlockingIOError):
                 if said := os.read(word, 64).split():
-                    self._said[rank] = int(said[-1])  # kept, for it is read once, whoever asks first
+                    self._said[rank] = int(said[-1])  # kept, because it can be read from the pipe only once
             if status is not None or rank in self._said:
                 os.close(self._last_words.pop(rank))
         return self._said.get(rank) if status is None else status
 
     @property
     def running(self) -> bool:
-        """Whether any has not ended yet."""
+        """Whether any rank has not ended yet."""
         return any(self._status(rank) is None for rank in self.processes)
 
     @property
     def stopping(self) -> bool:
-        """Whether they have been asked to stop."""
+        """Whether the ranks have been asked to stop."""
         return self._kill_at is not None
 
     def terminate(self, grace_s: float) -> None:
-        """Ask all to stop; `poll` kills those that have not after `grace_s`. Asked again, the shorter time holds."""
+        """Send SIGTERM to all ranks; `poll` kills those that run after `grace_s`.
+
+        A second call sends no signal, but may shorten the time.
+        """
         first, until = self._kill_at is None, time.monotonic() + grace_s
         self._kill_at = until if first else min(until, self._kill_at)
         for rank in self.processes.keys() - self.poll().keys() if first else ():
             signal_session(self.processes[rank], signal.SIGTERM)
 
     def remind(self) -> None:
-        """Send those that were asked to stop another signal, as somebody has sent one again."""
+        """Send SIGTERM again to the ranks that still run, because the user or a scheduler has repeated its signal."""
         for rank in self.processes.keys() - self.poll().keys():
             signal_session(self.processes[rank], signal.SIGTERM)
 
     def kill(self) -> None:
-        """End all at once, and wait until they have ended.
+        """Kill all ranks, and wait until they have ended, at most KILLED_S.
 
-        One that hangs in the kernel, as in a read of a file system that is gone, ends when that lets it go, without
-        doing anything more: it is not waited for.
+        A rank that hangs in the kernel, for example in a read from an unreachable file system, ends when that call
+        returns, and does nothing more: it is not waited for.
         """
         self._killed = True
         left = [self.processes[rank] for rank in self.processes.keys() - self._statuses.keys()]
@@ -152,13 +162,13 @@ class LocalRanks:
 
 
 def signal_session(process: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to the session that a process leads, which may be gone already."""
+    """Send a signal to the session that a process leads; do nothing if it has already ended."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 def route_to(address: str) -> str | None:
-    """The own address that packets to `address` have as their sender; no packet is sent. None: there is no way."""
+    """Return this machine's address on the route to `address`; None without a route. No packet is sent."""
     try:
         found = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
     except OSError:
@@ -171,7 +181,7 @@ def route_to(address: str) -> str | None:
 
 
 def family_of(address: str) -> socket.AddressFamily | None:
-    """IPv4 or IPv6; None for what is neither, as the address of an Ethernet card."""
+    """Return whether an address is IPv4 or IPv6; None for other addresses, such as Ethernet's."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with suppress(OSError):
             socket.inet_pton(family, address)
@@ -180,10 +190,10 @@ def family_of(address: str) -> socket.AddressFamily | None:
 
 
 def _interface(address: str) -> dict[str, str]:
-    """The name of the interface that leads to where the ranks meet, for gloo.
+    """Return the variable that tells gloo the network interface on the route to the rendezvous address.
 
-    Left to itself gloo looks up this host's name, which many systems resolve to 127.0.0.1; and the name of the
-    interface need not be the same on every host.
+    By default gloo resolves this host's name, which is 127.0.0.1 on many systems. Interface names may differ between
+    hosts, so each host determines its own.
     """
     own = route_to(address)
     names = [name for name, found in psutil.net_if_addrs().items() if any(one.address == own for one in found)]
@@ -191,19 +201,19 @@ def _interface(address: str) -> dict[str, str]:
 
 
 class Told(list[int]):
-    """The signal that told this process to stop, and a further Ctrl-C."""
+    """The first stop signal that this process received, and later Ctrl-Cs."""
 
     repeats = 0
-    """Further signals of other kinds, which change nothing while the ranks can write their checkpoint."""
+    """Number of further signals other than Ctrl-C; the ranks ignore them as long as they can write their checkpoint."""
 
 
 @contextmanager
 def told_to_stop() -> Iterator[Told]:
-    """The stop signals that arrive while the block runs, in place of what they would do.
+    """Collect the stop signals that arrive inside the context, instead of their default actions.
 
-    SIGUSR1 is among them: it is what Slurm is asked to send ahead of the time limit; and SIGHUP, of a terminal that is
-    closed, unless it is ignored, as under nohup. Schedulers send SIGTERM more than once without meaning more by it, so
-    only a further Ctrl-C counts as a second signal. Others are for the ranks to judge (`signals.end_when_stuck`).
+    They include SIGUSR1, which Slurm can send before the time limit, and SIGHUP of a closed terminal, unless it is
+    ignored as under nohup. Schedulers repeat SIGTERM without further meaning, so only a further Ctrl-C counts as a
+    second signal. Other repeated signals are passed on to the ranks (`signals.end_when_stuck`).
     """
     told = Told()
     further = FurtherSignal(SAME_KEY_S)

@@ -1,4 +1,4 @@
-"""Whether a run that failed is started again: as long as it gets anywhere."""
+"""Decides whether a failed run is restarted: as long as it makes progress."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from bst_dist.faults.status import UNREADABLE
 from bst_dist.report.metrics import FILE, read_lines
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 60.0
-"""Before the second restart without a new checkpoint, doubled with each further one. The longest before every one after
-an error of a file system, which may take minutes to come back."""
+"""Seconds to wait before the second restart without a new checkpoint; doubled with each further one, up to the longest.
+After a file system error the wait is always the longest, because the file system may need minutes to recover."""
 
 
 @dataclass
@@ -21,9 +21,9 @@ class Restarts:
 
     run_dir: Path
     most: int
-    """Restarts in a row without a new checkpoint."""
+    """Maximum number of restarts in a row without a new checkpoint."""
     used: int = 0
-    """Of those."""
+    """Restarts since the last new checkpoint."""
     total: int = 0
     """All restarts of this launch."""
 
@@ -33,11 +33,12 @@ class Restarts:
         self._storage_failed = False
 
     def refuse(self, ended: Ended, started: bool = True) -> str | None:
-        """Why a run that ended so is not started again; None counts a restart.
+        """Return why a run that ended like this is not restarted; None means restart, and counts it.
 
-        Two failures after the same step, when neither a host was lost nor a file system failed, are of the program's or
-        the data's making: they would come again. A new checkpoint gives all restarts back: what has failed in a month
-        does not count against a run. `started`: whether there was a start since this was last asked, or no fit host.
+        An empty string means that no restart is allowed or useful, so no reason is printed. Two failures after the
+        same step, without a lost host or a file system error, are caused by the program or the data and would repeat. A
+        new checkpoint resets the count, so old failures of a long run do not count. `started`: False when no host was
+        fit for the last restart.
         """
         if not ended.worth_a_restart or not self.most:
             return ""
@@ -57,20 +58,20 @@ class Restarts:
 
     @property
     def wait_s(self) -> float:
-        """Before the next start: nothing at first, then longer each time, as something outside may have to mend."""
+        """Seconds to wait before the next start: 0 at first, then longer each time, so that outside faults can end."""
         if self._storage_failed:
             return LONGEST_WAIT_S
         return 0.0 if self.used < 2 else min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (self.used - 2))
 
     def _newest_checkpoint(self) -> int:
-        """The step of the newest one, 0 when none is to be seen."""
+        """Return the step of the newest checkpoint; 0 when there is none or it cannot be read."""
         try:
             return max(map(step_of, committed(self.run_dir)), default=0)
         except OSError:
             return 0
 
     def _step(self) -> int | None:
-        """How far the run had come; None when that cannot be read."""
+        """Return the last step in the run's metrics; None when they cannot be read."""
         try:
             return max((line["step"] for line in read_lines(self.run_dir / FILE)), default=0)
         except (OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""One run on a list of hosts, from the preflight to its end, over restarts."""
+"""Runs a job on a list of hosts, from the preflight to its end, with restarts."""
 
 from __future__ import annotations
 
@@ -27,30 +27,33 @@ COLLECTIVE = (sys.executable, "-m", "bst_dist.cluster.collective")
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be run, and what for."""
+    """The job to run and its requirements."""
 
     asked: Request
     recipe: Recipe
     environment: Mapping[str, str]
-    """What the ranks find in their environment besides what their host gives them."""
+    """Environment variables of the ranks, besides those of their host."""
     needs: Needs
     accepted: Collection[str] = ()
-    """Checks of the preflight whose findings do not matter."""
+    """Checks of the preflight whose problems are only warnings."""
 
 
 class Supervisor:
-    """Takes a run to its end."""
+    """Runs a job to its end, with restarts."""
 
     def __init__(self, job: Job, hosts: Sequence[Host], means: Means, restarts: Restarts, told: Sequence[int]) -> None:
         self.job, self.hosts, self.means, self.restarts, self.told = job, hosts, means, restarts, told
 
     def check(self) -> None:
-        """Look at all hosts; raises PreflightError when one is unfit."""
+        """Check all hosts; raises PreflightError when one fails."""
         with self._all_fit():
             pass
 
     def run(self) -> Ended:
-        """Train until the run has ended, or gets no further; raises PreflightError before it begins."""
+        """Train until the run has ended or is not restarted any more; return how the last start ended.
+
+        Raises PreflightError before the first start when a host fails a check.
+        """
         with self._all_fit() as controller:
             ended, started = self._train(controller, self.job.asked), True
         while (refusal := self.restarts.refuse(ended, started)) is None:
@@ -68,7 +71,7 @@ class Supervisor:
 
     @contextmanager
     def _all_fit(self) -> Iterator[Controller]:
-        """Agents on all hosts, every one of them examined and shown."""
+        """Yield a controller of all hosts after the preflight; raises PreflightError when a host fails a check."""
         if self.means.launcher in OVER_SSH:
             preflight.require_reachable(self.hosts, self.means, self.job.accepted)
         with Controller(self.hosts, self.means, self.told) as controller:
@@ -79,7 +82,7 @@ class Supervisor:
             yield controller
 
     def _rehearse(self, controller: Controller) -> None:
-        """Let all ranks multiply and add before a model is built; raises PreflightError when one cannot, or is slow."""
+        """Run the collective check on all ranks; raises PreflightError when a rank fails or is slow."""
         placed = self._shares(controller, sum(host.slots for host in self.hosts))
         speed = [ANY_SPEED] if "speed" in self.job.accepted else []
         ended = controller.run([*COLLECTIVE, *speed], self.job.environment, placed)
@@ -101,7 +104,10 @@ class Supervisor:
         return ended
 
     def _again(self, ended: Ended) -> Ended | None:
-        """Continue from the newest checkpoint on the hosts that are fit, if any. `ended`: how it ended before."""
+        """Resume on the hosts that pass the preflight; return how it ended, or None when no host is left.
+
+        `ended`: how the previous start ended.
+        """
         fit = self._left(ended)
         while fit and not self.told:
             with Controller(fit, self.means, self.told) as controller:
@@ -116,7 +122,7 @@ class Supervisor:
         return None
 
     def _left(self, ended: Ended) -> list[Host]:
-        """The hosts to try again: only over ssh can it be told whether one that was lost has come back."""
+        """Return the hosts to try again. Lost hosts are tried again only over ssh, which can tell if they are back."""
         if self.means.launcher in OVER_SSH:
             return self._without(self.hosts, preflight.unreachable(self.hosts, self.means))
         self.hosts = self._without(self.hosts, ended.lost)
@@ -128,7 +134,7 @@ class Supervisor:
         return [host for host in hosts if host.name not in reasons]
 
     def _wait(self, seconds: float) -> None:
-        """Before the next start, unless told to stop meanwhile."""
+        """Wait before the next start; a stop signal ends the wait."""
         if seconds:
             say(f"in {seconds:.0f} s")
         deadline = time.monotonic() + seconds
@@ -142,12 +148,12 @@ class Supervisor:
 
 
 def say(text: str) -> None:
-    """To the user, apart from what the ranks print."""
+    """Print a message of `bst launch` to standard error, separate from the output of the ranks."""
     print(f"bst launch: {text}", file=sys.stderr, flush=True)
 
 
 def _laid_out(asked: Request, recipe: Recipe, shape: Shape) -> Request:
-    """The request with the sequence-parallel degree that there are ranks for."""
+    """Return the request with the sequence-parallel degree of the shape."""
     if shape.sp == recipe.parallel.sp:
         return asked
     return replace(asked, overrides=[*asked.overrides, f"parallel.sp={shape.sp}"])

@@ -1,4 +1,4 @@
-"""How a job ended: what became of each rank and host, whose fault it was, and the status that says so."""
+"""How a job ended: the end of each rank and host, which one caused it, and the exit status."""
 
 from __future__ import annotations
 
@@ -10,84 +10,84 @@ from dataclasses import dataclass, field
 from bst_dist.faults.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
 
 SETTLE_S = 6.0
-"""After a rank has failed: how long the others may take to say that they have too, and why."""
+"""After a rank has failed: seconds to wait for reports that other ranks have failed too, and why."""
 SETTLE_KILLED_S = 1.0
-"""After one was killed: the others have nothing to say that would change whose fault it was."""
+"""The same after a rank was killed by a signal: reports of other ranks would not change which rank is blamed."""
 STOP = "told to stop ({}): the ranks write a checkpoint; Ctrl-C (again) ends them at once"
-"""What the user is told when a signal has come."""
+"""The message to the user when a signal has arrived."""
 MOMENT_S = 1.0
-"""Ranks of one host are looked at every tenth of a second, and what they say takes its time: ends that are less apart
-are in no known order."""
+"""If two ranks end within this many seconds, it is unknown which ended first: ranks are polled every tenth of a second,
+and reports take time."""
 ORDERLY = (DONE, RESUBMIT)
-"""Statuses of ranks that nothing went wrong with."""
+"""Exit statuses of ranks without an error."""
 
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A host's agent heard nothing of the launching process, and had its ranks stop."""
+    """A host's agent stopped its ranks because it received nothing from the launching process."""
 
     silent_s: float
     when: float
-    """By the clock of the process that watches."""
+    """Time by the clock of the watching process."""
 
 
 @dataclass
 class Ended:
-    """What is known of a job that is over, or about to be."""
+    """The state of a job that has ended or is about to."""
 
     count: int
-    """Ranks that are watched: all of them, or those of one host."""
+    """Number of watched ranks: all of the job, or those of one host."""
     statuses: dict[int, int] = field(default_factory=dict)
-    """Of the ranks that ended by themselves; -N: by signal N. Those that were ended with the job are not in it."""
+    """Exit statuses of ranks that ended by themselves (-N: by signal N); ranks killed with the job are missing."""
     when: dict[int, float] = field(default_factory=dict)
-    """When they ended, by the clock of the process that watches."""
+    """When these ranks ended, by the clock of the watching process."""
     cut_short: set[int] = field(default_factory=set)
-    """Ranks that were killed by the agent of their host, because they took longer to stop than they were given."""
+    """Ranks that their host's agent killed because they took longer to stop than the grace period."""
     left_alone: dict[str, LeftAlone] = field(default_factory=dict)
-    """Hosts that heard nothing of the launching process for too long."""
+    """Hosts whose agent received nothing from the launching process for too long."""
     lost: dict[str, str] = field(default_factory=dict)
-    """Hosts that were not heard of any more, and how that showed."""
+    """Hosts that do not respond any more -> the reason."""
     told: int | None = None
-    """The signal that the launching process was stopped by."""
+    """The signal that stopped the launching process."""
     at_once: bool = False
-    """Whether it was told again, and so did not wait for the checkpoint."""
+    """Whether a second signal arrived, so that the checkpoint was not waited for."""
 
     def end(self, rank: int, status: int, when: float) -> None:
-        """A rank has ended."""
+        """Record that a rank has ended."""
         self.statuses[rank], self.when[rank] = status, when
 
     @property
     def failed(self) -> bool:
-        """Whether something has gone wrong that the other ranks cannot continue without."""
+        """Whether a host was lost or a rank failed, so that the other ranks cannot continue."""
         return bool(self.lost or self.cut_short) or any(status not in ORDERLY for status in self.statuses.values())
 
     @property
     def settle_s(self) -> float:
-        """How long to wait for what the other ranks have to say."""
+        """Seconds to wait after a failure for reports of the other ranks."""
         killed = any(status < 0 and status != -signal.SIGABRT for status in self.statuses.values())
         return min(SETTLE_S, SETTLE_KILLED_S) if killed else SETTLE_S
 
     @property
     def over(self) -> bool:
-        """Whether no rank is left."""
+        """Whether all ranks have ended."""
         return len(self.gone) == self.count
 
     @property
     def gone(self) -> set[int]:
-        """Ranks that have ended, in whatever way."""
+        """Ranks that have ended by themselves or were killed by their agent."""
         return self.statuses.keys() | self.cut_short
 
     @property
     def neglected(self) -> tuple[str, LeftAlone] | None:
-        """The first host that was left alone, which explains how everything ended that ended later."""
+        """The first host that was left alone, which is the cause of everything that ended later; None: no host was."""
         return min(self.left_alone.items(), key=lambda one: one[1].when, default=None)
 
     @property
     def culprit(self) -> int | None:
-        """The rank to blame: the first that failed. The others fail for want of it, each in its own way.
+        """The rank that caused the failure: the first that failed; others fail because it is gone.
 
-        Of those that failed within a moment of the first, the one whose status is most likely a cause. None is to
-        blame for what it does after a host was left alone.
+        Among ranks that failed within MOMENT_S of the first, it is the one whose status is most likely a cause. Ranks
+        that failed after a host was left alone are not blamed.
         """
         until = self.neglected[1].when if self.neglected else math.inf
         wrong = {rank: when for rank, status in self.statuses.items()
@@ -98,7 +98,7 @@ class Ended:
 
     @property
     def status(self) -> int:
-        """The exit status of the whole."""
+        """The exit status of the whole job."""
         if self.lost:
             return FAILED
         if self.culprit is not None:
@@ -106,20 +106,20 @@ class Ended:
             return 128 - status if status < 0 else status
         if self.over and not self.failed:
             return RESUBMIT if RESUBMIT in self.statuses.values() else DONE
-        return 128 + self.told if self.told else FAILED  # the grace ran out
+        return 128 + self.told if self.told else FAILED  # the grace period is over
 
     @property
     def worth_a_restart(self) -> bool:
-        """Whether starting again may end better, and nobody wanted the job to end.
+        """Whether a restart may succeed. Not after a stop signal.
 
-        What is the user's to mend, divergence included, stays so whatever the other ranks died of in its wake.
+        Not after a user error (including divergence) either, even if other ranks failed in other ways afterwards.
         """
         if self.told or (not self.lost and USER_ERROR in self.statuses.values()):
             return False
         return self.status not in (*ORDERLY, USER_ERROR) or (self.status == RESUBMIT and bool(self.left_alone))
 
     def explain(self, host_of: Mapping[int, str]) -> str:
-        """One line: what happened, and where."""
+        """Return one line that says what happened and where; empty if nothing went wrong."""
         if self.lost:
             return "; ".join(f"lost {host}: {reason}" for host, reason in self.lost.items())
         if self.culprit is not None:
@@ -139,10 +139,10 @@ class Ended:
 
 
 def lease_s(lost_after_s: float, grace_s: float) -> float:
-    """How long after a host was last heard of its ranks may live on, when the network to it is cut.
+    """Return how long the ranks of a cut-off host may run after the host was last heard from, in seconds.
 
-    It may have heard the launching process until that gave it up; then it waits as long itself, and leaves its ranks so
-    long again for a checkpoint.
+    The host may have received messages until the launching process gave it up after `lost_after_s`. Then its agent
+    waits `lost_after_s` too, and gives its ranks up to `lost_after_s` (or the grace period) for a checkpoint.
     """
     return 2 * lost_after_s + min(lost_after_s, grace_s)
 
@@ -157,7 +157,10 @@ def _failure(rank: int, status: int, host: str) -> str:
 
 
 def _weight(status: int) -> int:
-    """Causes before consequences: torch and NCCL abort a process whose peers are gone, and a watchdog only watches."""
+    """Return the sort key of an exit status: causes come before consequences.
+
+    torch and NCCL abort a process whose peers are gone, and a watchdog only reports a hang.
+    """
     if status < 0:
         return 3 if status == -signal.SIGABRT else 0
     return {USER_ERROR: 1, HUNG: 4}.get(status, 2)
