@@ -30,7 +30,7 @@ def own_version() -> str:
     except metadata.PackageNotFoundError:
         path = _root() / "pyproject.toml"
         said = tomllib.loads(path.read_text(encoding="utf-8"))["project"] if path.is_file() else {}
-        own = said.get("name") == DISTRIBUTION  # else it is the file of a project that a copy is in
+        own = said.get("name") == DISTRIBUTION  # False: this package was copied into another project
         return f"{said['version']} (not installed)" if own else "not installed"
 
 

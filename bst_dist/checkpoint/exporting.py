@@ -16,7 +16,7 @@ from bst_dist.model.weightless import weightless
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AT_A_TIME = 2.0**30
-"""Maximum bytes of tensors in memory, unless a single tensor is larger. For each such group a shard is opened once."""
+"""Maximum bytes of tensors in memory, unless a single tensor is larger. Each shard is opened once per such group."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

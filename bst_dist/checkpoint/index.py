@@ -1,8 +1,8 @@
 """The index in a checkpoint manifest: which elements of which parameter are in which rank's files.
 
 With the index a rank finds the elements it needs without reading the headers of files. In every ZeRO stage, the runs
-that the ranks hold of a parameter follow each other in the order of the ranks. So the index stores of a parameter only
-where it is cut, or only its shape when all ranks have equal parts. Its size grows with parameters + ranks, not with
+that the ranks hold of a parameter follow each other in the order of the ranks. So for each parameter the index stores
+its shape, and its cuts unless all ranks have equal parts. The size of the index grows with parameters + ranks, not with
 their product.
 
 A file has the tensors of its kind one after the other. Each tensor has the runs of all parameters in the order of the

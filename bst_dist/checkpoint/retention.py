@@ -149,7 +149,7 @@ def leavings(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> lis
 
 
 def remove_leavings(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> None:
-    """Remove what `leavings` finds; no checkpoint may be in writing."""
+    """Remove these directories; call it only while no checkpoint is being written."""
     for path in leavings(run_dir, suffixes):
         shutil.rmtree(path)
 

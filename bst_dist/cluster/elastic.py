@@ -17,7 +17,7 @@ class Shape:
     world: int
     sp: int
     unequal: str = ""
-    """A message which ranks compute masked sequences; empty if none does."""
+    """A message that names the ranks with masked sequences; empty if there are none."""
 
     def __str__(self) -> str:
         return f"{self.world} ranks (dp {self.world // self.sp} x sp {self.sp})"

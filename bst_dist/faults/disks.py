@@ -64,7 +64,7 @@ class Disks:
                     self._disks[path].watch(bool(self._wanted))
 
     def watch(self, why: str, wanted: bool = True) -> None:
-        """Start testing all directories for the reason `why`, or end that reason; without a reason no tests run."""
+        """Add the reason `why` to test the directories, or remove it; they are tested while there is a reason."""
         self._wanted = self._wanted | {why} if wanted else self._wanted - {why}
         for disk in list(self._disks.values()):
             disk.watch(bool(self._wanted))

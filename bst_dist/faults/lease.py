@@ -113,7 +113,10 @@ NO_LEASE = SharedLease(0)
 
 @contextmanager
 def shared_lease(ranks: Broadcast, run_dir: Path) -> Iterator[SharedLease]:
-    """Hold the lease on `run_dir` inside the context; raises LeaseError or StorageError on all ranks if it cannot."""
+    """Hold the lease on `run_dir` inside the context.
+
+    Raises LeaseError or StorageError on all ranks when the lease cannot be acquired.
+    """
     lease, refusal = None, None
     if ranks.first:
         try:

@@ -1,4 +1,4 @@
-"""Exit statuses of a rank and of `bst train`; whatever restarts them decides by these."""
+"""Exit statuses of a rank and of `bst train`. Schedulers and `bst launch` decide by them whether to restart."""
 
 from __future__ import annotations
 

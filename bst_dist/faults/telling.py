@@ -55,7 +55,7 @@ def lost_peer(error: Exception) -> bool:
 
 
 def _spoken_for(message: str, notice: Notice, board: Board | None) -> bool:
-    """Wait whether rank 0 reports the same error or a signal arrives; return True if so.
+    """Wait up to WAIT_S for rank 0 to report the same error, or for a signal; return whether either happened.
 
     A signal that arrived before this rank failed does not count.
     """

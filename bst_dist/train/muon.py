@@ -11,8 +11,9 @@ learning rates apply. A weight that holds several maps is orthogonalised map by 
 
 DeepSpeed calls `step` after the gradients are reduced and clipped. It passes the part of each group that this rank
 updates: a flat tensor with runs of many matrices. The momentum has the same shape and the same key as Adam's first
-moment, so checkpoints treat both alike. A matrix that lies on one rank is orthogonalised there. Matrices that lie on
-several ranks are each collected on one (`parallel.matrices`), in two exchanges for all matrices of a group.
+moment, so checkpoints treat both in the same way. A matrix that one rank holds entirely is orthogonalised there.
+Matrices that are split over ranks are each collected on one (`parallel.matrices`), in two exchanges for all matrices
+of a group.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Muon(torch.optim.AdamW):
     def place(self, placed: Iterable[Placed], rank: int, all_to_all: Callable[..., Any]) -> None:
         """Update flat tensors from now on, and allocate their states.
 
-        `placed`: where each parameter lies in them, in the same order on every rank. If it is empty, the parameters
+        `placed`: the place of each parameter in them, in the same order on every rank. If it is empty, the parameters
         themselves are updated, as before. `all_to_all`: see `Exchange`.
         """
         by_tensor: dict[Tensor, list[Placed]] = {}
@@ -114,7 +115,7 @@ class _Share:
     stacks: Sequence[Stack]
     exchange: Exchange
     runs: Mapping[int, _Run]
-    """This rank's run of each matrix, by its number; matrices that lie only on other ranks are missing."""
+    """This rank's run of each matrix, by the matrix's number; matrices that only other ranks hold are missing."""
 
     @classmethod
     def whole(cls, parameter: nn.Parameter, stack: Stack) -> _Share:

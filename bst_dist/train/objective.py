@@ -58,7 +58,7 @@ class Objective(Protocol):
     recipe: Recipe
     """The recipe, with the values filled in that follow from the data (the vocabulary size)."""
     labels: str
-    """What the labels are called in printed output; `tokens` in the metrics counts them."""
+    """The name of the labels in printed output; `tokens` in the metrics counts them."""
     tokens_per_label: int
     """Number of tokens that the model processes per label."""
     evaluates: bool

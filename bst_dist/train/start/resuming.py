@@ -1,4 +1,4 @@
-"""What a run starts or continues from: local copies, its newest valid checkpoint, its trunk's checkpoint, or step 0."""
+"""Loads the state that a run starts or continues from: local copies, a checkpoint of the run or its trunk, or none."""
 
 from __future__ import annotations
 
