@@ -11,7 +11,7 @@ from bst_base.places import LocalPath
 from bst_base.settings import Config
 
 LOCAL_COPIES_KEPT = 3
-"""Local copies of a rank that a node may hold at once."""
+"""Maximum number of local copies of one rank on a node at the same time."""
 
 
 class CheckpointConfig(Config):
