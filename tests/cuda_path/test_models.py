@@ -11,6 +11,8 @@ from bst_dist.activation.policy import ActivationCheckpointingConfig
 from bst_dist.model import attention, flex
 from tests.cuda_path.models import MODELS, build, tokens
 
+RECURRENT = ("gss", "ssm", "mamba2", "gated-deltanet")
+"""Mixers without attention."""
 POLICIES = ("none", "every-layer", "every-kth-layer", "selective", "offload")
 
 
@@ -29,7 +31,7 @@ def test_gradients_equal_the_cpus_path_and_are_the_same_under_every_policy(name,
     real = flex.flex_sliding_attention
     monkeypatch.setattr(attention, "flex_sliding_attention", lambda *a: calls.append(1) or real(*a))
     plain = gradients(name)
-    assert len(calls) == (1 if MODELS[name]["mixer"] in ("gss", "ssm") else 2)  # the sliding layer and the model's
+    assert len(calls) == (1 if MODELS[name]["mixer"] in RECURRENT else 2)  # the sliding layer and the model's own
     for policy in POLICIES[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients(name, policy), plain, strict=True)), policy
     monkeypatch.setattr(attention, "attention_path", lambda device: "fused-tiles")

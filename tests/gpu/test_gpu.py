@@ -4,17 +4,13 @@
 2. The fused attention path equals the tiles, forward and backward, with bias, past and documents.
 3. With `deterministic: true` gradients are bitwise reproducible, a pass never waits for the device, and compiled layers
    compute the same as uncompiled ones.
-4. A few steps of `bst train` with ZeRO-2 on one GPU finish and lower the loss.
 
 docs/gpu.md says which of these have passed on which GPU. BST_REHEARSE_GPU=1 runs the tests on a CPU through CUDA's code
 path (tests/cuda_path), which shows that the tests themselves run.
 """
 
 import copy
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -46,10 +42,14 @@ MODELS = {
     "SH hyena": {"mixer": "bst", "ssm": {"kernel": "hyena", "length": LENGTH}},
     "MF explicit": {"mixer": "bst", "context": {"variant": "MF"}, "ssm": {"kernel": "explicit", "length": LENGTH}},
     "SH DPLR": {"mixer": "bst", "ssm": {"kernel": "s4-dplr"}},
+    "selective": {"mixer": "bst", "ssm": {"kernel": "ssd"}},
+    "joint": {"mixer": "bst-joint"},
     "Transformer-XL": {"mixer": "transformer-xl", "transformer_xl": {"window": 256}},
     "Block-Recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": 32}},
     "GSS": {"mixer": "gss"},
     "pure SSM": {"mixer": "ssm"},
+    "Mamba-2": {"mixer": "mamba2"},
+    "Gated DeltaNet": {"mixer": "gated-deltanet"},
     "full attention": {"mixer": "full"},
 }
 
@@ -210,17 +210,3 @@ def test_compiled_layers_compute_what_uncompiled_ones_do(name):
     for layer in model.layers:
         layer.compiled = True
     assert max(relative_errors(gradients(model, ids, labels), exact)) < 1e-3
-
-
-@pytest.mark.skipif(REHEARSAL, reason="tests/tools/test_demo.py does so on a CPU")
-def test_a_few_zero_steps_lower_the_loss(tmp_path):
-    def bst(*arguments: str) -> None:
-        subprocess.run([sys.executable, "-m", "bst_dist", *arguments], check=True, timeout=900)
-
-    bst("data", "prepare", "launch/data/stdlib.yaml", f"output={tmp_path / 'corpus'}")
-    bst("train", "launch/recipes/demo.yaml", f"data.corpus={tmp_path / 'corpus'}", "ranks=1", "train.steps=20",
-        "schedule.warmup_steps=5", "evaluation.every=0", "--run-dir", str(tmp_path / "run"))  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss_nats"] for line in lines if line["kind"] == "train"]
-    assert len(losses) == 20
-    assert losses[-1] < losses[0] - 0.5
