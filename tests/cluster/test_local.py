@@ -189,7 +189,7 @@ def test_a_rank_that_has_said_its_last_word_is_not_waited_for(tmp_path):
 
 
 def test_a_last_word_counts_whoever_asks_first():
-    """`running` reads the pipe as `poll` does; what it finds there must not be lost."""
+    """Both `running` and `poll` read the pipe; a status that `running` has read must not be lost."""
     program = "import os, time; os.write(int(os.environ['BST_LAST_WORD']), b'70\\n'); time.sleep(600)"
     ranks = LocalRanks([sys.executable, "-c", program], Share(0, 1, 1, "127.0.0.1", 1), os.environ)
     try:

@@ -49,7 +49,7 @@ def test_no_utilisation_is_shown_where_no_peak_is_known(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-2] for line in lines] == ["-", "-"]
     assert len(lines[0]) == len(Console.header())
-    console = Console(every=2, steps=2, utilisation=False)  # as on a CPU, where there never is one
+    console = Console(every=2, steps=2, utilisation=False)  # as on a CPU, which never has one
     console.write(replace(report(1), mfu=nan))
     (line,) = capsys.readouterr().out.splitlines()
     assert len(line) == len(Console.header(utilisation=False)) == len(lines[0]) - len("    MFU")

@@ -1,4 +1,4 @@
-"""Measure what the project promises on one GPU, in nine minutes; all figures go to one folder.
+"""Measure the project's performance goals on one GPU, in nine minutes; all figures go to one folder.
 
     bst bench gpu --output bench-gpu
     bst bench gpu --only layers stack

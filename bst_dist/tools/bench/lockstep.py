@@ -49,9 +49,9 @@ class Abandoned(Exception):
 class World:
     """`size` simulated ranks, of which all or only some really run.
 
-    If the work is alike on all ranks, it is enough that some run. A rank that does not run contributes to collectives,
-    and returns, the same values as the next rank that runs. This saves time: the work of each rank grows with the
-    number of ranks, so all ranks together take time quadratic in it.
+    If the work is the same on all ranks, it is enough that some run. A rank that does not run contributes to
+    collectives, and returns, the same values as the next rank that runs. This saves time: the work of each rank grows
+    with the number of ranks, so all ranks together take time quadratic in it.
     """
 
     def __init__(self, size: int, at_work: int | None = None) -> None:

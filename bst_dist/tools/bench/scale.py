@@ -167,7 +167,7 @@ def _load(folder: Path, ranks: int, stage: int, shapes: dict[str, tuple[int, ...
 
 
 def _world(ranks: int) -> World:
-    """Return the World for work that is alike on all ranks."""
+    """Return the World for work that is the same on all ranks."""
     return World(ranks, None if ranks <= ALL_LOAD else SOME)
 
 

@@ -3,10 +3,10 @@
     bst bench slices
     bst bench slices --lengths 1048576 --slice-tokens 4096 --edges disk
 
-Each case is a process of its own, with made-up tokens and without an optimizer: one gradient of one sequence. Memory is
-the process's peak resident size, torch and its libraries included; on a GPU, the most that torch has allocated there.
-Page faults count pages of host memory that are touched for the first time: memory that is freed and allocated again
-costs them again. Progress, a line every few slices, goes to standard error.
+Each case runs in a separate process, with random tokens and without an optimizer: one gradient of one sequence. Memory
+is the peak resident size of the process, torch and its libraries included; on a GPU, torch's peak allocated memory.
+Page faults count pages of host memory that are touched for the first time; memory that is freed and allocated again
+counts again. Progress is printed to standard error, one line every few slices.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from bst_dist.tools.bench.timing import device as on_device
 LENGTHS = (16384, 65536, 262144, 1048576)
 SLICES = (2048, 4096, 16384)
 AT_ONCE = 65536
-"""The longest sequence that is also taken at once, by default."""
+"""Longest sequence that is also run whole, by default."""
 REPORTS = 32
-"""Lines of progress in each pass."""
+"""Number of progress lines in each pass."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measured(case: dict[str, Any]) -> dict[str, Any]:
-    """One case in a process of its own, whose memory nothing else has touched."""
+    """Run one case in a separate process, so that its peak memory is not affected by other cases."""
     found = subprocess.run(
         [sys.executable, "-m", "bst_dist.tools.bench.slices", json.dumps(case)],
         check=False, stdout=subprocess.PIPE, text=True,
@@ -87,7 +87,7 @@ def _measured(case: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Sequence:
-    """The slices of one sequence of made-up tokens, with a word about how far it is."""
+    """The slices of one sequence of random tokens, for `go_backward`; prints the progress."""
 
     def __init__(self, model: LanguageModel, ids: Tensor, size: int, device: torch.device) -> None:
         self.model, self.ids, self.size, self.device = model, ids, size, device
@@ -96,7 +96,7 @@ class _Sequence:
         self.passes = 0
         """Forward passes of slices so far."""
         self.edge_bytes = 0
-        """Of one edge."""
+        """Bytes of one edge."""
 
     def fresh(self, s: int) -> bool:
         return False
@@ -130,7 +130,7 @@ class _Sequence:
 
 
 def _one_case(case: dict[str, Any]) -> dict[str, Any]:
-    """A gradient of one sequence; what it took."""
+    """Compute the gradient of one sequence; return time, memory and bytes of edges."""
     device = on_device()
     torch.manual_seed(0)
     model = _model(case).to(device)
@@ -169,7 +169,7 @@ def _model(case: dict[str, Any]) -> LanguageModel:
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage's: there a process begins with its parent's figure.
+    # Not from getrusage, where a process starts with its parent's peak.
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 

@@ -63,7 +63,7 @@ def test_other_steps_than_the_trunks_are_refused(runs, changes, message):
 
 @pytest.mark.parametrize(("from_step", "steps", "shown"), [(8, 1, None), (9, 1, "step 9"), (8, 5, "due at step 10")])
 def test_a_branch_killed_before_its_first_checkpoint_starts_again(runs, from_step, steps, shown):
-    """Its first step is the trunk's, so it shows no checkpoint of its own."""
+    """It begins at a step of the trunk, so it has no checkpoint of its own."""
     train = {**SETTINGS["train"], "steps": 20}
     runs.directory.mkdir()
     (runs.directory / "recipe.yaml").write_text(dump(runs.branch(train=train, checkpoint={"every": 5})))
