@@ -14,7 +14,8 @@ from data_pipeline.sources.records import RecordSource
 _SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".xz", ".zst"))
 _RANGE = 32 << 20
 """Bytes of a plain file that make up one part, so that several workers share a large file. The value must not change:
-in a file with several parts, the documents are named by the first byte of their line, in other files by its number."""
+a document in the first part of a file is named by the number of its line, a later one by the first byte of its line. So
+the names stay the same when a file grows at its end."""
 
 
 class JsonLines(RecordSource):
@@ -41,11 +42,10 @@ class JsonLines(RecordSource):
 
     def records(self, part: Part) -> Iterator[tuple[str, Any, Iterable[str]]]:
         with open_stream(self.root / part.name) as file:
-            lines = enumerate(file, start=1) if part.start < 0 else _lines_in(file, part.start, part.start + part.size)
-            mark = "" if part.start < 0 else "byte "
-            for place, line in lines:
+            lines = ((0, line) for line in file) if part.start < 0 else _lines_in(file, part.start, part.size)
+            for number, (begin, line) in enumerate(lines, start=1):
                 if line.strip():
-                    where = f"{part.name}:{mark}{place}"
+                    where = f"{part.name}:{number if part.start <= 0 else f'byte {begin}'}"
                     record = _record(line, where)
                     yield where, record, record if isinstance(record, dict) else ()
 
@@ -63,8 +63,9 @@ def _record(line: bytes, where: str) -> Any:
         return Skipped(where, f"not JSON ({error})", bad=True)
 
 
-def _lines_in(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (first byte, line) for the lines that begin in ``start..stop``."""
+def _lines_in(file: BinaryIO, start: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """Yield (first byte, line) for the lines that begin in the `size` bytes from `start` on."""
+    stop = start + size
     if start:
         file.seek(start - 1)
         start += len(file.readline()) - 1  # skips the rest of a line that belongs to the part before

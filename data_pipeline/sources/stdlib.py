@@ -39,8 +39,13 @@ class StandardLibrary(Source):
     path: LocalPath = Field(default_factory=lambda: Path(sysconfig.get_path("stdlib")))
     """Directory of the library; by default the running interpreter's (in a virtual environment, its base's)."""
 
+    @property
+    def root(self) -> Path:
+        """The directory of the library."""
+        return existing_directory(self.path, "a Python standard library")
+
     def listing(self) -> Listing:
-        root = existing_directory(self.path, "a Python standard library")
+        root = self.root
         sizes: Counter[str] = Counter()
         skipped = []
         for found in _modules(root):
@@ -53,13 +58,13 @@ class StandardLibrary(Source):
         return Listing(sorted(Part(name, size) for name, size in sizes.items()), skipped)
 
     def files(self, part: Part) -> list[Path]:
-        path = self.path / part.name
+        path = self.root / part.name
         return [path] if path.is_file() else [file for _, file in _python_files(path)]
 
     def read(self, part: Part) -> Iterator[Document | Skipped]:
-        texts = []
+        texts, root = [], self.root
         for file in self.files(part):
-            name = file.relative_to(self.path).as_posix()
+            name = file.relative_to(root).as_posix()
             try:
                 texts.append((name, file.read_bytes().decode("utf-8")))
             except UnicodeDecodeError as error:  # test data in other encodings

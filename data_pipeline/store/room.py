@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class Room:
         return taken
 
     @contextmanager
-    def _counted(self) -> Iterator[tuple[int | None, object]]:
+    def _counted(self) -> Iterator[tuple[int | None, Callable[[int], None]]]:
         """Yield (the stored total or None if unknown, a function that stores a new total), under a lock."""
         with (self._directory / ".taken").open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

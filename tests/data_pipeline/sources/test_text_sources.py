@@ -8,6 +8,7 @@ import lzma
 import os
 import sys
 import sysconfig
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow
@@ -232,6 +233,11 @@ def test_a_standard_library_gives_modules_and_packages(read_all, put) -> None:
     assert skipped == {"test/data/bad.py": "not UTF-8 (byte 0)"}
 
 
+def test_a_standard_library_in_the_home_directory_is_read(read_all, put, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(put({"abc.py": "abc"})))
+    assert [d.content for d in read_all("stdlib", path="~")[0]] == ["abc"]
+
+
 def test_this_interpreters_library_is_several_megabytes_of_documents(read_all) -> None:
     """The default is the base interpreter's library, also in a virtual environment."""
     source = SOURCES["stdlib"]()
@@ -270,6 +276,17 @@ def test_a_large_json_file_is_many_parts_whose_lines_are_read_once(put, monkeypa
         assert len(parts) > 100
         assert [d.content for d in found] == [row["text"] for row in rows]
         assert len({d.path for d in found}) == 200
+
+
+def test_documents_keep_their_names_when_their_file_grows_into_several_parts(read_all, put, monkeypatch) -> None:
+    """A corpus that continues an earlier one finds the earlier documents by their names and texts."""
+    monkeypatch.setattr(jsonl, "_RANGE", 500)
+    rows = [{"text": f"text {i}"} for i in range(100)]
+    names = [[d.path for d in read_all("jsonl", path=put({"a.jsonl": b"\n" + lines(*rows[:n])}))[0]]
+             for n in (20, 25, 60, 100)]  # fmt: skip
+    assert len(set(names[-1])) == 100
+    assert all(longer[: len(shorter)] == shorter for shorter, longer in pairwise(names))
+    assert names[0] == [f"a.jsonl:{number}" for number in range(2, 22)]
 
 
 def test_zstd_with_a_long_window_is_read(read_all, put) -> None:
