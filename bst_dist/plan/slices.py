@@ -17,7 +17,7 @@ from bst_dist.plan.speed import Cluster
 
 PLACES = ("device", "host", "disk")
 FEWEST_BLOCKS = 2
-"""Blocks of the smallest slice that is tried. In smaller slices, kernels are too small to be worth it."""
+"""Blocks per rank in the smallest slice that is tried. In smaller slices, kernels are too small to be worth it."""
 SHARE = 4096
 """Tokens per device of the smallest slice in the search for the longest sequence."""
 LONGEST = 2**34
@@ -56,14 +56,14 @@ class Longest:
 
 def sizes(planner: Planner) -> list[Size]:
     """Return plans for every slice size, halving from the whole sequence, with micro-batches of one sequence."""
-    length, unit, found = planner.recipe.train.sequence_length, planner.model.block, []
-    for sp in planner.degrees()[:1]:
-        count = 1
-        while length % count == 0 and (length // count) % (unit * sp) == 0 and length // count >= FEWEST_BLOCKS * unit:
-            places = PLACES if count > 1 else PLACES[:1]
-            ways = {place: _best(planner, sp, count, place) for place in places}
-            found.append(Size(length // count, count, (count - 1) * planner.activations.edge(1), ways))
-            count *= 2
+    length, found, count = planner.recipe.train.sequence_length, [], 1
+    sp = planner.degrees()[0]
+    unit = planner.model.block * sp
+    while length % (count * unit) == 0 and length // count >= FEWEST_BLOCKS * unit:
+        places = PLACES if count > 1 else PLACES[:1]
+        ways = {place: _best(planner, sp, count, place) for place in places}
+        found.append(Size(length // count, count, (count - 1) * planner.activations.edge(1), ways))
+        count *= 2
     return found
 
 
