@@ -15,7 +15,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from data_pipeline.format.shard_table import ShardTable
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer, read_tokenizer, train_tokenizer
 from data_pipeline.prepare.assemble import TOKENIZER, ShardDone, assign, deduplicate, shard_tasks, write_shard
 from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.field_check import FieldCheck
 from data_pipeline.prepare.growth import Earlier
 from data_pipeline.prepare.identity import check_same, check_there, given_tokenizer, identity, name_of
 from data_pipeline.prepare.parallel import Workers
@@ -45,7 +45,7 @@ from data_pipeline.prepare.spool import (
     refusal,
     skipped_record,
 )
-from data_pipeline.sources import Fields, Part, RecordSource, Skipped
+from data_pipeline.sources import Part, Skipped
 
 SKIPPED = "skipped.jsonl"
 WORK = "preparing"
@@ -153,15 +153,14 @@ def _extract(
     settings = (config.text, signatures, config.on_bad_record)
     tasks = (ChunkTask(spool, number, config.source, group, *settings) for number, group in enumerate(groups))
     done, total = 0, sum(part.size for group in groups for part in group)
-    known: list[Fields | None] = []
+    fields = FieldCheck(config.source)
     progress("extract", 0, total)
     for chunk in workers.run(extract_chunk, tasks):
         done, bad = done + chunk.size, bad + chunk.bad
-        known.append(chunk.fields)
+        fields.add(chunk.fields, done)
         _check_limit(bad, spool, config)
         progress("extract", done, total)
-    if isinstance(config.source, RecordSource) and known and None not in known:
-        config.source.require(reduce(Fields.and_of, known))
+    fields.require()
     table = load_tables(spool, len(groups))
     left_out: Counter[str] = Counter()
     with atomic_file(work / SKIPPED) as file:

@@ -90,14 +90,21 @@ class RecordSource(FileSource):
         several = {"where": self.where, "keep": self.keep, "text_field": texts}
         return names | {name: setting for setting, asked in several.items() for name in asked}
 
-    def require(self, fields: Fields) -> None:
-        """Raise UserError for a field that the settings name and no record has, if any record's fields are known."""
+    def missing(self, fields: Fields) -> str:
+        """Return a message on the first field that the settings name and no record has; empty if there is none, or if
+        the fields of no record are known."""
         for name, setting in self.asked().items():
             if name in fields.missing and fields.there:
                 near = difflib.get_close_matches(name, fields.there, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "correct or remove it"
                 there = ", ".join(sorted(fields.there)[:_SHOWN])
-                raise UserError(f"source.{setting}: no record has the field {name!r}; {hint} (fields there: {there})")
+                return f"source.{setting}: no record has the field {name!r}; {hint} (fields there: {there})"
+        return ""
+
+    def require(self, fields: Fields) -> None:
+        """Raise UserError for a field that the settings name and no record has, if any record's fields are known."""
+        if found := self.missing(fields):
+            raise UserError(found)
 
     def document(self, record: Any, where: str, split: str) -> Document | Skipped:
         """Return the document of a record, or why there is none. `split` is the split of the record's file."""

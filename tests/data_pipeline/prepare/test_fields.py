@@ -14,6 +14,8 @@ import pytest
 
 from bst_base.errors import UserError
 from data_pipeline.prepare import corpus as preparing
+from data_pipeline.prepare import field_check
+from data_pipeline.prepare.field_check import FieldCheck
 from data_pipeline.sources import Fields
 from tests.data_pipeline.prepare.conftest import text
 
@@ -58,6 +60,25 @@ def test_a_field_that_one_record_has_is_taken(run, source, tmp_path: Path) -> No
     assert sum(info.documents for infos in manifest.splits.values() for info in infos) == 60
 
 
+@pytest.mark.parametrize("keep", ["rares", "rare", "meta.url"])
+def test_it_is_reported_once_long_before_a_large_source_is_read(run, tmp_path: Path, monkeypatch, caplog, keep) -> None:
+    monkeypatch.setattr(preparing, "_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(field_check, "EARLY", 5000)
+    path = tmp_path / "records"
+    path.mkdir()
+    for number, row in enumerate(ROWS):
+        (path / f"{number:02}.jsonl").write_text(json.dumps(row) + "\n")
+    settings = {"source": {"kind": "jsonl", "path": str(path), "keep": [keep]}, "tokenizer": {"vocab_size": 300}}
+    if keep == "rares":
+        with pytest.raises(UserError, match="no record has the field 'rares'"):
+            run(**settings)
+    else:
+        run(**settings)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (keep != "meta.url")
+    assert all(f"source.keep: no record has the field {keep!r}; correct or remove it" in each for each in warnings)
+
+
 def test_it_is_named_too_where_the_rest_of_a_file_cannot_be_read(run, tmp_path: Path) -> None:
     """Records before the damage count, so a field that only they have is not reported as missing."""
     root = tmp_path / "records"
@@ -91,7 +112,7 @@ def test_an_interrupted_preparation_still_knows_the_fields_of_what_was_read(run,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(preparing, "reduce", stopped)  # by then all chunks are written
+        patch.setattr(FieldCheck, "require", stopped)  # by then all chunks are written
         run(**settings)
     monkeypatch.setattr("data_pipeline.prepare.spool._write_chunk", lambda *_: pytest.fail("a chunk is read again"))
     with pytest.raises(UserError, match=r"source\.keep: no record has the field 'rares'; did you mean 'rare'\?"):
