@@ -19,7 +19,7 @@ from bst_dist.parallel.ranks import Ranks
 UNCHANGED = "nothing was changed; start again when all hosts see the same files"
 
 
-def agreed_committed(ranks: Ranks, run_dir: Path) -> list[Path]:
+def common_checkpoints(ranks: Ranks, run_dir: Path) -> list[Path]:
     """Return the committed checkpoints of a run, newest first.
 
     Raises StorageError on all ranks unless all see the same checkpoints.
@@ -37,7 +37,7 @@ def agreed_committed(ranks: Ranks, run_dir: Path) -> list[Path]:
     return most
 
 
-def judged(ranks: Ranks, checkpoint: Path) -> list[Finding]:
+def confirmed_damage(ranks: Ranks, checkpoint: Path) -> list[Finding]:
     """Return the problems of a checkpoint's files, each confirmed by a second rank; the ranks share the reading.
 
     Raises StorageError on all ranks when a rank cannot read a file, or when two ranks disagree about one.

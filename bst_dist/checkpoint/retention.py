@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Held:
+class CheckpointEntry:
     """One checkpoint of a run, as its manifest describes it."""
 
     path: Path
@@ -65,18 +65,20 @@ class Held:
         return (self.path / PINNED).exists()
 
 
-def readable(run_dir: Path) -> list[Held]:
+def readable(run_dir: Path) -> list[CheckpointEntry]:
     """Return the checkpoints of a run with a valid manifest, newest first; raises StorageError if a read fails."""
     found = []
     for path in committed(run_dir):
         try:
-            found.append(Held(path, read_manifest(path)))
+            found.append(CheckpointEntry(path, read_manifest(path)))
         except CheckpointError:
             continue
     return found
 
 
-def reasons(held: Sequence[Held], config: CheckpointConfig, constant_until: int | None = None) -> dict[int, list[str]]:
+def reasons(
+    held: Sequence[CheckpointEntry], config: CheckpointConfig, constant_until: int | None = None
+) -> dict[int, list[str]]:
     """Return step -> the reasons to keep that checkpoint; one without a reason may be removed.
 
     If the only reason is "weights", all but the weights may be removed. `held`: valid checkpoints, newest first.
@@ -110,7 +112,7 @@ def tidy(run_dir: Path, config: CheckpointConfig, constant_until: int | None = N
     """Remove the checkpoints of a run that are not kept; a failure is logged, and the next call tries again."""
     try:
         retain(run_dir, config, constant_until)
-        remove_leavings(run_dir, (DELETED,))
+        remove_leftovers(run_dir, (DELETED,))
     except OSError as error:
         _log.warning("%s: an old checkpoint could not be removed: %s", error.filename, error.strerror)
     except StorageError as error:
@@ -118,7 +120,7 @@ def tidy(run_dir: Path, config: CheckpointConfig, constant_until: int | None = N
 
 
 def retain(run_dir: Path, config: CheckpointConfig, constant_until: int | None = None) -> None:
-    """Rename the checkpoints that are not kept; `remove_leavings` then removes them.
+    """Rename the checkpoints that are not kept; `remove_leftovers` then removes them.
 
     Called right after the newest checkpoint was committed with its digests, so a valid one always remains.
     """
@@ -128,10 +130,10 @@ def retain(run_dir: Path, config: CheckpointConfig, constant_until: int | None =
         if not kept[one.step]:
             one.path.rename(one.path.with_name(one.path.name + DELETED))
         elif kept[one.step] == ["weights"]:
-            thin(one)
+            keep_only_weights(one)
 
 
-def thin(held: Held) -> None:
+def keep_only_weights(held: CheckpointEntry) -> None:
     """Remove everything but the weights from a checkpoint; if killed midway, it is still a valid checkpoint."""
     kept = {name: record for name, record in held.manifest["files"].items() if name.startswith(f"{WEIGHTS}-")}
     if held.full:
@@ -142,15 +144,15 @@ def thin(held: Held) -> None:
             path.unlink()
 
 
-def leavings(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> list[Path]:
+def leftovers(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> list[Path]:
     """Return the directories that interrupted writes and removals have left behind."""
     names = (name for name in entries(run_dir) if name.startswith("step-"))
     return sorted(run_dir / CHECKPOINTS / name for name in names if name.endswith(tuple(suffixes)))
 
 
-def remove_leavings(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> None:
+def remove_leftovers(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> None:
     """Remove these directories; call it only while no checkpoint is being written."""
-    for path in leavings(run_dir, suffixes):
+    for path in leftovers(run_dir, suffixes):
         shutil.rmtree(path)
 
 

@@ -45,7 +45,7 @@ from bst_dist.checkpoint.directory import (
 from bst_dist.checkpoint.durable import FileRecord, Files
 from bst_dist.checkpoint.fragments import Fragment
 from bst_dist.checkpoint.index import Index, agreed
-from bst_dist.checkpoint.retention import remove_leavings
+from bst_dist.checkpoint.retention import remove_leftovers
 from bst_dist.checkpoint.shards import write
 from bst_dist.faults.lease import NO_LEASE, SharedLease
 from bst_dist.parallel.ranks import Ranks
@@ -211,7 +211,7 @@ class Saver:
             wait([self._tidying])  # the directory being removed may free the space that is needed
         try:
             self.lease.require()  # with the lease, all other partial directories belong to starts that have ended
-            remove_leavings(self.run_dir, (PARTIAL,))
+            remove_leftovers(self.run_dir, (PARTIAL,))
             partial.mkdir(parents=True)
             free = shutil.disk_usage(partial).free
         except OSError as error:

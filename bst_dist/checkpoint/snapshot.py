@@ -33,7 +33,7 @@ from bst_dist.checkpoint.directory import (
     stored_name,
 )
 from bst_dist.checkpoint.fragments import Fragment
-from bst_dist.checkpoint.judging import agreed_committed, judged, manifest_of
+from bst_dist.checkpoint.judging import common_checkpoints, confirmed_damage, manifest_of
 from bst_dist.checkpoint.layout import Carried, Layout, Rows, redistribute
 from bst_dist.checkpoint.local_copy import LocalCopy, copied_name
 from bst_dist.checkpoint.retention import set_aside, tidy
@@ -167,10 +167,10 @@ class Snapshots:
         self.finish()
         self._manifest = None
         damaged = []
-        for checkpoint in agreed_committed(self.ranks, self.run_dir):
+        for checkpoint in common_checkpoints(self.ranks, self.run_dir):
             if scheduled and not self.config.scheduled(step_of(checkpoint)):
                 continue
-            if found := judged(self.ranks, checkpoint):
+            if found := confirmed_damage(self.ranks, checkpoint):
                 damaged.append(f"checkpoint {step_of(checkpoint)}: {found[0]}")
                 if self.ranks.first:
                     set_aside(checkpoint)
@@ -180,7 +180,7 @@ class Snapshots:
 
     def require_whole(self, checkpoint: Path) -> None:
         """Raise CheckpointError when a checkpoint (of any run) is damaged; it is not renamed."""
-        if found := judged(self.ranks, checkpoint):
+        if found := confirmed_damage(self.ranks, checkpoint):
             raise CheckpointError(f"{checkpoint}: {found[0]}")
 
     def load(self, checkpoint: Path, of_trunk: bool = False) -> Position:
@@ -221,7 +221,7 @@ class Snapshots:
 
         Raises StorageError on all ranks when they see different checkpoints.
         """
-        for checkpoint in agreed_committed(self.ranks, self.run_dir):
+        for checkpoint in common_checkpoints(self.ranks, self.run_dir):
             try:
                 manifest = manifest_of(self.ranks, checkpoint)
             except CheckpointError:

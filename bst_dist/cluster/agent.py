@@ -30,7 +30,7 @@ from bst_base.host import free_port
 from bst_dist.cluster.channel import Channel, Closed, Message, proof, proved
 from bst_dist.cluster.hearing import look
 from bst_dist.cluster.probe import probe, unmark
-from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
+from bst_dist.cluster.processes import LocalRanks, Share, catch_stop_signals
 
 TICK_S = 0.1
 BEAT_S = 1.0
@@ -62,14 +62,14 @@ class Agent:
             "unmark": self._unmark,
             "port": lambda _: self.channel.send("port", number=free_port()),
             "start": self._start,
-            "stop": lambda _: self._stop_ranks(self.grace_s, told=True),
+            "stop": lambda _: self._stop_ranks(self.grace_s, by_user=True),
             "kill": self._on_kill,
             "leave": self._leave,
         }
 
     def serve(self) -> None:
         """Handle messages until released, or until the connection and all ranks have ended."""
-        with told_to_stop() as told:
+        with catch_stop_signals() as stop_signals:
             try:
                 self._do(self.first)
                 while not self.released:
@@ -79,7 +79,7 @@ class Agent:
                     self.channel.flush()
                     self._report_ended()
                     self._beat()
-                    if told:
+                    if stop_signals:
                         self._stop_ranks(self.grace_s)
                     self._look_for_the_launching_process(looked)
                 self._report_ended()
@@ -129,11 +129,11 @@ class Agent:
                 os.set_blocking(pipe.fileno(), False)
                 self.selector.register(pipe, selectors.EVENT_READ, partial(self._relay, pipe, rank, name, [b""]))
 
-    def _stop_ranks(self, grace_s: float, told: bool = False) -> None:
-        """Ask the ranks to stop; `told`: the user asked for it, so a repeated request is passed on as a signal too."""
+    def _stop_ranks(self, grace_s: float, by_user: bool = False) -> None:
+        """Ask the ranks to stop; `by_user`: a user's request, which is passed on as a signal if it is repeated."""
         if self.ranks is None:
             return
-        if told and self.ranks.stopping:
+        if by_user and self.ranks.stopping:
             self.ranks.remind()
         else:
             self.ranks.terminate(grace_s)

@@ -39,7 +39,7 @@ END_S = 5.0
 """Maximum seconds to wait until the launcher ends after its agents."""
 
 
-class Call:
+class AgentGateway:
     """One launcher, the agents that it starts, and the port that they connect to."""
 
     def __init__(self, selector: selectors.BaseSelector, keys: Mapping[str, str],

@@ -21,9 +21,9 @@ from typing import Any
 
 from bst_dist.cluster import launchers
 from bst_dist.cluster.agent import BEAT_S
-from bst_dist.cluster.calling import Call, own_addresses
+from bst_dist.cluster.calling import AgentGateway, own_addresses
 from bst_dist.cluster.channel import Channel, Closed, Message
-from bst_dist.cluster.hearing import Hearing
+from bst_dist.cluster.hearing import ListeningClock
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.processes import Share
 from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended, LeftAlone, lease_s
@@ -34,7 +34,7 @@ CALL_S = 60.0
 
 
 @dataclass(frozen=True)
-class Means:
+class LaunchOptions:
     """How hosts are reached and processes started on them: the launcher and its settings."""
 
     launcher: str
@@ -54,11 +54,11 @@ class Means:
 class Controller:
     """Controls the agents on `hosts`; a context manager that releases all agents at its end."""
 
-    def __init__(self, hosts: Sequence[Host], means: Means, told: Sequence[int] = (),
+    def __init__(self, hosts: Sequence[Host], options: LaunchOptions, stop_signals: Sequence[int] = (),
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
-        """`told`: a list to which the numbers of stop signals are appended (`processes.told_to_stop`)."""
-        self.hosts, self.means, self.told = list(hosts), means, told
-        self.hearing = Hearing(clock)
+        """`stop_signals`: the numbers of the signals received so far, as `processes.catch_stop_signals` yields them."""
+        self.hosts, self.options, self.stop_signals = list(hosts), options, stop_signals
+        self.hearing = ListeningClock(clock)
         self.channels: dict[str, Channel] = {}
         self.gone: dict[str, str] = {}
         """Hosts whose connection has ended -> the reason."""
@@ -67,33 +67,34 @@ class Controller:
         self._answers: dict[str, Message] = {}
         self._beaten = -math.inf
         self._selector = selectors.DefaultSelector()
-        self._call = Call(self._selector, launchers.keys(means.launcher, hosts), self._welcome, means.port)
-        called = means.address or ",".join(own_addresses([host.address for host in hosts]))
-        agent = agent_command(f"{called}:{self._call.port}", self.job, means)
-        self.command = launchers.command(means.launcher, hosts, means.directory, agent)
+        keys = launchers.keys(options.launcher, hosts)
+        self._gateway = AgentGateway(self._selector, keys, self._welcome, options.port)
+        called = options.address or ",".join(own_addresses([host.address for host in hosts]))
+        agent = agent_command(f"{called}:{self._gateway.port}", self.job, options)
+        self.command = launchers.command(options.launcher, hosts, options.directory, agent)
 
     @property
     def job(self) -> str:
         """The name of this launch."""
-        return self._call.job
+        return self._gateway.job
 
     def __enter__(self) -> Controller:
-        self._call.start(self.command, launchers.environment(self.means.launcher, self.means.ssh_port))
+        self._gateway.start(self.command, launchers.environment(self.options.launcher, self.options.ssh_port))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._tell("leave")
         for channel in self.channels.values():
             channel.close()
-        self._call.close()
+        self._gateway.close()
         self._selector.close()
 
     def call(self) -> dict[str, str]:
         """Wait until the agents connect; return the hosts whose agent did not, with the reason if it is known."""
         until = self.hearing.listened_s + CALL_S
-        while len(self.channels) + len(self._call.refused) < len(self.hosts) and self.hearing.listened_s < until:
+        while len(self.channels) + len(self._gateway.refused) < len(self.hosts) and self.hearing.listened_s < until:
             self._pump()
-            if self.told or self._call.launcher_ended:
+            if self.stop_signals or self._gateway.launcher_ended:
                 self._pump()  # read its last output
                 break
         missing = [host.name for host in self.hosts if host.name not in self.channels]
@@ -109,7 +110,7 @@ class Controller:
             self._send(host, kind, **question)
         until = self.hearing.listened_s + CALL_S
         while self.hearing.listened_s < until and not fields.keys() - self.gone.keys() <= self._answers.keys():
-            if kind != "kill" and len(self.told) > 1:
+            if kind != "kill" and len(self.stop_signals) > 1:
                 break
             self._pump()
         return dict(self._answers)
@@ -129,8 +130,8 @@ class Controller:
 
     def free_port(self, host: str) -> int:
         """Return a free port on the host, or `master_port` if set; raises HostError when the host does not answer."""
-        if self.means.master_port:
-            return self.means.master_port
+        if self.options.master_port:
+            return self.options.master_port
         answer = self.ask("port", {host: {}})
         if host not in answer:
             raise HostError(f"{host} was lost before its ranks could be started")
@@ -149,7 +150,7 @@ class Controller:
             self.hearing.hear(host)
         devices = {host.name: {"CUDA_VISIBLE_DEVICES": host.devices} for host in self.hosts if host.devices}
         for host, share in shares.items():
-            self._send(host, "start", command=list(program), directory=str(self.means.directory),
+            self._send(host, "start", command=list(program), directory=str(self.options.directory),
                        environment={**environment, **devices.get(host, {})}, share=vars(share))  # fmt: skip
         self._watch(shares)
         if not self.ended.over:
@@ -162,18 +163,19 @@ class Controller:
         while not self.ended.over and (give_up is None or self.hearing.listened_s < give_up):
             self._pump()
             self._look_for_the_lost(shares)
-            if self.told and self.ended.told is None:
-                self.ended.told = self.told[0]
-                print(f"bst launch: {STOP.format(signal.Signals(self.told[0]).name)}", file=sys.stderr, flush=True)
+            if self.stop_signals and self.ended.stop_signal is None:
+                self.ended.stop_signal = self.stop_signals[0]
+                name = signal.Signals(self.ended.stop_signal).name
+                print(f"bst launch: {STOP.format(name)}", file=sys.stderr, flush=True)
                 self._tell("stop")
-                give_up = self.hearing.listened_s + self.means.grace_s + SETTLE_S
-            elif len(self.told) > 1:
+                give_up = self.hearing.listened_s + self.options.grace_s + SETTLE_S
+            elif len(self.stop_signals) > 1:
                 self.ended.at_once = True
                 return
-            elif (repeats := getattr(self.told, "repeats", 0)) > self._passed_on:
+            elif (repeats := getattr(self.stop_signals, "repeats", 0)) > self._passed_on:
                 self._passed_on = repeats
                 self._tell("stop")
-            if self.ended.failed and not self.ended.told and give_up is None:
+            if self.ended.failed and not self.ended.stop_signal and give_up is None:
                 give_up = self.hearing.listened_s + self.ended.settle_s
 
     def _look_for_the_lost(self, shares: Mapping[str, Share]) -> None:
@@ -183,7 +185,7 @@ class Controller:
                 continue
             if host in self.gone:
                 self.ended.lost[host] = self.gone[host]
-            elif silent > self.means.lost_after_s:
+            elif silent > self.options.lost_after_s:
                 self.ended.lost[host] = f"silent for {silent:.0f} s"
 
     def _has_ended(self, share: Share) -> bool:
@@ -202,8 +204,8 @@ class Controller:
         for host in self.ended.lost:
             self._send(host, "kill")  # if only the agent was stopped, it reads this when it continues
             self._drop(host, "given up")
-        free = max(silent, default=0.0) + lease_s(self.means.lost_after_s, self.means.grace_s) + BEAT_S
-        while silent and self.hearing.clock() < free and len(self.told) < 2:
+        free = max(silent, default=0.0) + lease_s(self.options.lost_after_s, self.options.grace_s) + BEAT_S
+        while silent and self.hearing.clock() < free and len(self.stop_signals) < 2:
             self._pump()
 
     def _pump(self) -> None:
@@ -213,7 +215,7 @@ class Controller:
         for host, channel in list(self.channels.items()):
             if channel.waiting:
                 self._attempt(host, channel.flush)
-        self._call.dismiss_strangers()
+        self._gateway.dismiss_strangers()
         if self.hearing.clock() - self._beaten > BEAT_S:
             self._beaten = self.hearing.clock()
             self._tell("beat")
@@ -282,11 +284,11 @@ class Controller:
             channel.close()
 
     def _launcher_said(self, host: str) -> str:
-        said = self._call.said(host)
+        said = self._gateway.said(host)
         return f": {said}" if said else ""
 
 
-def agent_command(controller: str, job: str, means: Means) -> list[str]:
+def agent_command(controller: str, job: str, options: LaunchOptions) -> list[str]:
     """Return the command line of an agent, without its key; `controller`: ``ADDRESS,...:PORT`` to connect to."""
     return [sys.executable, "-m", "bst_dist.cluster.agent", "--controller", controller, "--job", job,
-            "--lost-after", f"{means.lost_after_s:g}", "--grace", f"{means.grace_s:g}"]  # fmt: skip
+            "--lost-after", f"{options.lost_after_s:g}", "--grace", f"{options.grace_s:g}"]  # fmt: skip

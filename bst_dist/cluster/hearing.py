@@ -32,7 +32,7 @@ def look(selector: selectors.BaseSelector, seconds: float, clock: Callable[[], f
     return clock(), selector.select(0)
 
 
-class Hearing:
+class ListeningClock:
     """Records when each host was last heard from, and converts times of its clock to this process's clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

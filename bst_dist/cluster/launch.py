@@ -37,15 +37,15 @@ from typing import Any
 from bst_base.arguments import at_least, seconds
 from bst_base.host import without_brackets
 from bst_base.shipped import RECIPES, find
-from bst_dist.cluster.controller import Means, agent_command
+from bst_dist.cluster.controller import LaunchOptions, agent_command
 from bst_dist.cluster.elastic import idle, shares, usable
 from bst_dist.cluster.environment import handed_on, kept_back, shown
 from bst_dist.cluster.hosts import Host, HostError, read_hostfile, slurm_hosts
 from bst_dist.cluster.launchers import LAUNCHERS, require
-from bst_dist.cluster.local import add_grace, default_ranks, program, told_apart
+from bst_dist.cluster.local import add_grace, correct_stop_signal, default_ranks, program
 from bst_dist.cluster.preflight import CHECKS, Needs, PreflightError
 from bst_dist.cluster.printing import unhurried_output
-from bst_dist.cluster.processes import told_to_stop
+from bst_dist.cluster.processes import catch_stop_signals
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.supervise import Job, Supervisor, say
 from bst_dist.config import Recipe, deepspeed_file, spread_of
@@ -108,29 +108,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     hosts = _hosts(args, recipe)
     start = resolve(recipe, asked, usable(recipe, sum(host.slots for host in hosts)))
     asked = replace(asked, run_dir=start.run_dir.resolve())
-    means = Means(args.launcher, Path.cwd(), args.lost_after, args.grace, args.port, args.address, args.ssh_port,
-                  args.master_port)  # fmt: skip
+    options = LaunchOptions(args.launcher, Path.cwd(), args.lost_after, args.grace, args.port, args.address,
+                            args.ssh_port, args.master_port)  # fmt: skip
     job = Job(asked, start.recipe, environment, _needs(asked, start.recipe), args.accept)
     if args.dry_run:
-        return _show(job, hosts, means)
-    require(means.launcher)
+        return _show(job, hosts, options)
+    require(options.launcher)
     restarts = Restarts(asked.run_dir, args.max_restarts)
-    with told_to_stop() as told:
-        supervisor = Supervisor(job, hosts, means, restarts, told)
+    with catch_stop_signals() as stop_signals:
+        supervisor = Supervisor(job, hosts, options, restarts, stop_signals)
         try:
             if args.check:
                 supervisor.check()
                 return {"passed": True, "hosts": [host.name for host in hosts]}
             status = supervisor.run().status
         except PreflightError:
-            if not told:
+            if not stop_signals:
                 raise
-            status = 128 + told[0]
+            status = 128 + stop_signals[0]
     if status:
         say(f"status {status}, restarts: {restarts.total}; results so far: {asked.run_dir}")
     outcome = rundir.read_outcome(asked.run_dir) or {}
     if status == RESUBMIT:
-        outcome = told_apart(asked.run_dir, outcome, told[0] if told else None, recipe.train.steps)
+        stop_signal = stop_signals[0] if stop_signals else None
+        outcome = correct_stop_signal(asked.run_dir, outcome, stop_signal, recipe.train.steps)
     report = {"passed": status == 0, "exit_status": status, "run_dir": str(asked.run_dir)}
     return {**report, "restarts": restarts.total, **outcome}
 
@@ -155,13 +156,13 @@ def _needs(asked: Request, recipe: Recipe) -> Needs:
     return Needs([path.resolve() for path in files], asked.run_dir, 2 * CHECKPOINT_BYTES * parameters)
 
 
-def _show(job: Job, hosts: Sequence[Host], means: Means) -> dict[str, Any]:
+def _show(job: Job, hosts: Sequence[Host], options: LaunchOptions) -> dict[str, Any]:
     """Print the commands and the files that they read and write; uses neither the launcher nor the hosts."""
     asked, recipe = job.asked, job.recipe
-    called = f"{means.address or 'ADDRESS'}:{means.port or 'PORT'}"
-    agent = agent_command(called, "JOB", means)
+    called = f"{options.address or 'ADDRESS'}:{options.port or 'PORT'}"
+    agent = agent_command(called, "JOB", options)
     lines = {
-        "agents": shlex.join(LAUNCHERS[means.launcher](hosts, means.directory, agent)),
+        "agents": shlex.join(LAUNCHERS[options.launcher](hosts, options.directory, agent)),
         "ranks": shlex.join(program(asked)),
         "environment": shown(job.environment),
     }

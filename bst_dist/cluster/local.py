@@ -40,7 +40,7 @@ from bst_base.errors import UserError
 from bst_base.host import free_port, without_brackets
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.cluster.printing import unhurried_output
-from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
+from bst_dist.cluster.processes import LocalRanks, Share, catch_stop_signals
 from bst_dist.cluster.verdict import STOP, Ended
 from bst_dist.config import Recipe
 from bst_dist.model.weightless import weightless
@@ -98,21 +98,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     outcome = rundir.read_outcome(start.run_dir)
     outcome = {} if outcome is None or outcome == before else outcome
     if share.first == 0:
-        outcome = told_apart(start.run_dir, outcome, ended.told, recipe.train.steps)
+        outcome = correct_stop_signal(start.run_dir, outcome, ended.stop_signal, recipe.train.steps)
     report = {"passed": ended.status == 0, "exit_status": ended.status, "run_dir": str(start.run_dir)}
     return {**report, "ranks": share.world, **outcome}
 
 
-def told_apart(run_dir: Path, outcome: dict[str, Any], told: int | None, steps: int) -> dict[str, Any]:
+def correct_stop_signal(run_dir: Path, outcome: dict[str, Any], stop_signal: int | None, steps: int) -> dict[str, Any]:
     """Correct the signal in the outcome of a stopped start, and print its last line.
 
-    `told`: the signal that the launching process received. The ranks only received SIGTERM from it, and left the last
-    line to it. None: the ranks received a signal from elsewhere, and the outcome is already correct.
+    `stop_signal`: the signal that the launching process received. The ranks only received SIGTERM from it,
+    and left the last line to it. None: the ranks received a signal from elsewhere, and the outcome is already correct.
     """
     if "stopped" not in outcome:
         return outcome
-    if told:
-        outcome = outcome | {"stopped": signal.Signals(told).name}
+    if stop_signal:
+        outcome = outcome | {"stopped": signal.Signals(stop_signal).name}
         rundir.finish(run_dir, outcome)
     print(rundir.closing(outcome, steps), flush=True)
     return outcome
@@ -183,19 +183,19 @@ def launch(
     fails the others are ended. `notice`: the message printed at a signal, with a placeholder for its name.
     """
     ended, give_up, passed_on = Ended(share.count), float("inf"), 0
-    with told_to_stop() as told:
+    with catch_stop_signals() as stop_signals:
         ranks = LocalRanks(command, share, os.environ)
         while ranks.running and time.monotonic() < give_up:
             time.sleep(0.1)
-            if told and ended.told is None:
-                ended.told = told[0]
-                print(notice.format(signal.Signals(told[0]).name), file=sys.stderr, flush=True)
+            if stop_signals and ended.stop_signal is None:
+                ended.stop_signal = stop_signals[0]
+                print(notice.format(signal.Signals(stop_signals[0]).name), file=sys.stderr, flush=True)
                 ranks.terminate(grace_s)
-            elif len(told) > 1:
+            elif len(stop_signals) > 1:
                 ended.at_once = True
                 ranks.kill()
-            elif told.repeats > passed_on:
-                passed_on = told.repeats
+            elif stop_signals.repeats > passed_on:
+                passed_on = stop_signals.repeats
                 ranks.remind()
             ended.statuses, ended.when = ranks.poll(), ranks.ended_at
             if ended.failed:

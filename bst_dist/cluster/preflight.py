@@ -17,7 +17,7 @@ from rich.markup import escape
 from bst_base.errors import UserError
 from bst_base.sizes import readable_size
 from bst_dist.cluster import launchers
-from bst_dist.cluster.controller import Controller, Means
+from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.hosts import Host
 
 CLOCK_S = 2.0
@@ -59,9 +59,9 @@ class Checked:
     clock_offset_s: float = math.nan
 
 
-def unreachable(hosts: Sequence[Host], means: Means) -> dict[str, str]:
+def unreachable(hosts: Sequence[Host], options: LaunchOptions) -> dict[str, str]:
     """Return the hosts that ssh cannot log in to without a password, with its error; all are tried in parallel."""
-    ssh = launchers.ssh(means.launcher, means.ssh_port)
+    ssh = launchers.ssh(options.launcher, options.ssh_port)
 
     def tried(host: Host) -> str | None:
         done = subprocess.run([*ssh, host.name, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -72,11 +72,11 @@ def unreachable(hosts: Sequence[Host], means: Means) -> dict[str, str]:
     return {host.name: reason for host, reason in zip(hosts, reasons, strict=True) if reason is not None}
 
 
-def require_reachable(hosts: Sequence[Host], means: Means, accepted: Collection[str] = ()) -> None:
+def require_reachable(hosts: Sequence[Host], options: LaunchOptions, accepted: Collection[str] = ()) -> None:
     """Print all hosts and raise PreflightError unless ssh can log in to every one of them."""
     if "ssh" in accepted:
         return
-    if reasons := unreachable(hosts, means):
+    if reasons := unreachable(hosts, options):
         checked = [Checked(host, [reasons[host.name]] if host.name in reasons else []) for host in hosts]
         show(checked)
         require(checked)

@@ -200,7 +200,7 @@ def _interface(address: str) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
 
 
-class Told(list[int]):
+class StopSignals(list[int]):
     """The first stop signal that this process received, and later Ctrl-Cs."""
 
     repeats = 0
@@ -208,26 +208,26 @@ class Told(list[int]):
 
 
 @contextmanager
-def told_to_stop() -> Iterator[Told]:
+def catch_stop_signals() -> Iterator[StopSignals]:
     """Collect the stop signals that arrive inside the context, instead of their default actions.
 
     They include SIGUSR1, which Slurm can send before the time limit, and SIGHUP of a closed terminal, unless it is
     ignored as under nohup. Schedulers repeat SIGTERM without further meaning, so only a further Ctrl-C counts as a
     second signal. Other repeated signals are passed on to the ranks (`signals.end_when_stuck`).
     """
-    told = Told()
+    received = StopSignals()
     further = FurtherSignal(SAME_KEY_S)
 
     def hear(number: int, _: object) -> None:
         again = further.heard()
         if again and number != signal.SIGINT:
-            told.repeats += 1
-        elif again or not told:
-            told.append(number)
+            received.repeats += 1
+        elif again or not received:
+            received.append(number)
 
     before = {number: signal.signal(number, hear) for number in stopping()}
     try:
-        yield told
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

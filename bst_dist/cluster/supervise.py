@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from bst_dist.cluster import preflight
 from bst_dist.cluster.collective import ANY_SPEED
-from bst_dist.cluster.controller import Controller, Means
+from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.elastic import Shape, choose, idle, shares
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.launchers import OVER_SSH
@@ -41,8 +41,11 @@ class Job:
 class Supervisor:
     """Runs a job to its end, with restarts."""
 
-    def __init__(self, job: Job, hosts: Sequence[Host], means: Means, restarts: Restarts, told: Sequence[int]) -> None:
-        self.job, self.hosts, self.means, self.restarts, self.told = job, hosts, means, restarts, told
+    def __init__(
+        self, job: Job, hosts: Sequence[Host], options: LaunchOptions, restarts: Restarts, stop_signals: Sequence[int]
+    ) -> None:
+        self.job, self.hosts, self.options, self.restarts = job, hosts, options, restarts
+        self.stop_signals = stop_signals
 
     def check(self) -> None:
         """Check all hosts; raises PreflightError when one fails."""
@@ -72,9 +75,9 @@ class Supervisor:
     @contextmanager
     def _all_fit(self) -> Iterator[Controller]:
         """Yield a controller of all hosts after the preflight; raises PreflightError when a host fails a check."""
-        if self.means.launcher in OVER_SSH:
-            preflight.require_reachable(self.hosts, self.means, self.job.accepted)
-        with Controller(self.hosts, self.means, self.told) as controller:
+        if self.options.launcher in OVER_SSH:
+            preflight.require_reachable(self.hosts, self.options, self.job.accepted)
+        with Controller(self.hosts, self.options, self.stop_signals) as controller:
             checked = preflight.examine(controller, self.job.needs, self.job.accepted)
             preflight.show(checked)
             preflight.require(checked)
@@ -86,7 +89,7 @@ class Supervisor:
         placed = self._shares(controller, sum(host.slots for host in self.hosts))
         speed = [ANY_SPEED] if "speed" in self.job.accepted else []
         ended = controller.run([*COLLECTIVE, *speed], self.job.environment, placed)
-        if ended.status and not ("sum" in self.job.accepted and not self.told):
+        if ended.status and not ("sum" in self.job.accepted and not self.stop_signals):
             raise PreflightError(f"the check of all ranks together failed: {ended.explain(_host_of(placed))}")
 
     def _train(self, controller: Controller, asked: Request) -> Ended:
@@ -109,22 +112,22 @@ class Supervisor:
         `ended`: how the previous start ended.
         """
         fit = self._left(ended)
-        while fit and not self.told:
-            with Controller(fit, self.means, self.told) as controller:
+        while fit and not self.stop_signals:
+            with Controller(fit, self.options, self.stop_signals) as controller:
                 checked = preflight.examine(controller, self.job.needs, self.job.accepted)
                 unfit = {one.host.name: "; ".join(one.problems) for one in checked if one.problems}
                 if not unfit:
                     return self._train(controller, replace(self.job.asked, resume=True))
             fit = self._without(fit, unfit)
-        if self.told:
-            return replace(ended, told=self.told[0])
+        if self.stop_signals:
+            return replace(ended, stop_signal=self.stop_signals[0])
         say("no host left to restart on")
         return None
 
     def _left(self, ended: Ended) -> list[Host]:
         """Return the hosts to try again. Lost hosts are tried again only over ssh, which can tell if they are back."""
-        if self.means.launcher in OVER_SSH:
-            return self._without(self.hosts, preflight.unreachable(self.hosts, self.means))
+        if self.options.launcher in OVER_SSH:
+            return self._without(self.hosts, preflight.unreachable(self.hosts, self.options))
         self.hosts = self._without(self.hosts, ended.lost)
         return self.hosts
 
@@ -138,7 +141,7 @@ class Supervisor:
         if seconds:
             say(f"in {seconds:.0f} s")
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not self.told:
+        while time.monotonic() < deadline and not self.stop_signals:
             time.sleep(0.1)
 
     def _shares(self, controller: Controller, world: int) -> dict[str, Share]:

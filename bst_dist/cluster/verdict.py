@@ -47,7 +47,7 @@ class Ended:
     """Hosts whose agent received nothing from the launching process for too long."""
     lost: dict[str, str] = field(default_factory=dict)
     """Hosts that do not respond any more -> the reason."""
-    told: int | None = None
+    stop_signal: int | None = None
     """The signal that stopped the launching process."""
     at_once: bool = False
     """Whether a second signal arrived, so that the checkpoint was not waited for."""
@@ -106,7 +106,7 @@ class Ended:
             return 128 - status if status < 0 else status
         if self.over and not self.failed:
             return RESUBMIT if RESUBMIT in self.statuses.values() else DONE
-        return 128 + self.told if self.told else FAILED  # the grace period is over
+        return 128 + self.stop_signal if self.stop_signal else FAILED  # the grace period is over
 
     @property
     def worth_a_restart(self) -> bool:
@@ -114,7 +114,7 @@ class Ended:
 
         Not after a user error (including divergence) either, even if other ranks failed in other ways afterwards.
         """
-        if self.told or (not self.lost and USER_ERROR in self.statuses.values()):
+        if self.stop_signal or (not self.lost and USER_ERROR in self.statuses.values()):
             return False
         return self.status not in (*ORDERLY, USER_ERROR) or (self.status == RESUBMIT and bool(self.left_alone))
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any, TextIO
 
 
-class Lasting:
-    """A text stream that discards the text when writing fails."""
+class IgnoreWriteErrors:
+    """Wraps a text stream; text that cannot be written is discarded."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -146,23 +146,23 @@ class Stop:
 
     def __init__(self, ranks: Ranks, notice: Notice | None = None) -> None:
         self.ranks, self.notice = ranks, notice or Notice()
-        self.agreed = False
+        self.stopping = False
         """Whether the ranks stop. It is always equal on all ranks, because it only changes by sums over all ranks."""
 
     @property
-    def wish(self) -> float:
+    def local_request(self) -> float:
         """This rank's term in a sum over all ranks: 1 when it has received a signal, else 0."""
         return float(self.notice.signal is not None)
 
-    def learn(self, wishes: float) -> None:
-        """Update the decision with the sum of all ranks' wishes."""
-        self.agreed = self.agreed or wishes > 0
+    def update(self, requests: float) -> None:
+        """Update the decision with the sum of all ranks' requests."""
+        self.stopping = self.stopping or requests > 0
 
     def poll(self) -> bool:
-        """Sum the wishes over all ranks and return the decision; for code without another sum. All ranks call it."""
-        if not self.agreed:
-            self.learn(*self.ranks.sum([self.wish]))
-        return self.agreed
+        """Sum the requests over all ranks and return the decision; for code without another sum. All ranks call it."""
+        if not self.stopping:
+            self.update(*self.ranks.sum([self.local_request]))
+        return self.stopping
 
 
 def _die_with_launcher() -> None:

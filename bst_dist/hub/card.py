@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.settings import dump
-from bst_dist.checkpoint.retention import Held
+from bst_dist.checkpoint.retention import CheckpointEntry
 from bst_dist.config import Recipe
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.comparison.outline import eval_report
@@ -71,7 +71,7 @@ _BEGIN = {
 
 
 def model_card(
-    run_dir: Path, one: Held, recipe: Recipe, shapes: dict[str, tuple[int, ...]], averaged: bool = False,
+    run_dir: Path, one: CheckpointEntry, recipe: Recipe, shapes: dict[str, tuple[int, ...]], averaged: bool = False,
     repository: str | None = None,
 ) -> str:  # fmt: skip
     """Return the card of a checkpoint with tensors of these shapes, as Markdown. `averaged`: it is for the averaged
@@ -105,7 +105,7 @@ def _summary(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> str:
     )
 
 
-def _training(one: Held, recipe: Recipe, averaged: bool) -> str:
+def _training(one: CheckpointEntry, recipe: Recipe, averaged: bool) -> str:
     train, tokens = recipe.train, one.manifest.get("tokens")
     read = "" if tokens is None else f" on {tokens:,} tokens"
     names = ", ".join(Path(url).name for url in recipe.data.urls())

@@ -27,7 +27,7 @@ from bst_dist.checkpoint.commands.common import add_run, select
 from bst_dist.checkpoint.commands.convert import add_export
 from bst_dist.checkpoint.directory import AVERAGED, WEIGHTS, CheckpointError, damage, open_shards
 from bst_dist.checkpoint.exporting import DTYPES, stored_dtypes, write_weights
-from bst_dist.checkpoint.retention import Held
+from bst_dist.checkpoint.retention import CheckpointEntry
 from bst_dist.config import Recipe
 from bst_dist.generation.sampling import without_text
 from bst_dist.hub.card import model_card, without_place
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"output": str(args.output), **about, "bytes": files}
 
 
-def _source(args: argparse.Namespace) -> tuple[Held, Recipe]:
+def _source(args: argparse.Namespace) -> tuple[CheckpointEntry, Recipe]:
     """Return the checkpoint to export, checked for damage, and its recipe."""
     if args.output.exists():
         raise UserError(f"{args.output}: already exists; choose another directory")
@@ -93,7 +93,7 @@ def _kind(args: argparse.Namespace) -> str:
     return AVERAGED if args.averaged else WEIGHTS
 
 
-def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tokenizer) -> None:
+def _write_configuration(folder: Path, one: CheckpointEntry, recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Write config.json, generation_config.json and the tokenizer's files."""
     begin = begin_token(recipe, tokenizer)
     named = {"bos_token_id": begin[0] if begin else None, "eos_token_id": tokenizer.eos_id,

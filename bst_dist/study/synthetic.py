@@ -167,7 +167,7 @@ class EvaluateByDistance(Evaluate):
         for batch, inputs, losses in self.forward(step):
             distance = torch.from_numpy(batch.distance).to(self.ranks.device)
             found.add(distance, inputs["loss_mask"], losses.correct, losses.per_token)
-        if self.stop.agreed:
+        if self.stop.stopping:
             return None
         sums = self.ranks.sum(found.sums.flatten().tolist())
         report = found.report(self.task, self.longest, sums)

@@ -25,8 +25,8 @@ from bst_base.stopping import Stopped
 from bst_dist.faults import signals, status
 from bst_dist.faults.disks import Disks
 from bst_dist.faults.ending import end
-from bst_dist.faults.output import Lasting
-from bst_dist.faults.telling import lost_peer, tell
+from bst_dist.faults.error_report import lost_peer, report_once
+from bst_dist.faults.output import IgnoreWriteErrors
 
 if TYPE_CHECKING:
     from bst_dist.train.start.request import Request
@@ -74,7 +74,8 @@ def request(args: argparse.Namespace) -> Request:
 def main(argv: list[str] | None = None) -> int:
     """Run one rank and return its exit status."""
     notice = signals.listen()
-    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # a closed terminal must not cost the checkpoint
+    # A closed terminal must not cost the checkpoint.
+    sys.stdout, sys.stderr = IgnoreWriteErrors(sys.stdout), IgnoreWriteErrors(sys.stderr)
     parser = argparse.ArgumentParser(prog="bst_dist.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_arguments(parser)
@@ -97,25 +98,25 @@ def main(argv: list[str] | None = None) -> int:
             with notice.ending_at_once():
                 ranks = Ranks(load(asked).watchdog.exchange_limit_s)
         except GatheringError as error:
-            tell(str(error), notice)
+            report_once(str(error), notice)
             return status.FAILED
         ended = train(asked, ranks, notice, disks)
         ranks.leave()
         return ended
     except Stopped as error:
-        tell(f"{error} by {notice.signal.name}, before the first step; start again with --resume", notice)
+        report_once(f"{error} by {notice.signal.name}, before the first step; start again with --resume", notice)
         return error.exit_status
     except UserError as error:
-        tell(str(error), notice)
+        report_once(str(error), notice)
         return error.exit_status
     except OSError as error:
         if error.filename is None and error.errno not in FULL:  # no file is involved, but a socket or a process
-            tell(traceback.format_exc(), notice)
+            report_once(traceback.format_exc(), notice)
             return status.FAILED
-        tell(str(StorageError.of(error, error.filename or "a file of the run", doing="read or write")), notice)
+        report_once(str(StorageError.of(error, error.filename or "a file of the run", doing="read or write")), notice)
         return status.UNREADABLE
     except Exception as error:
-        tell(traceback.format_exc(), notice, lost_peer(error))
+        report_once(traceback.format_exc(), notice, lost_peer(error))
         return status.FAILED
 
 

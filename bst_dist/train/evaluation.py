@@ -57,7 +57,7 @@ class Evaluate(Callback):
             return False
         return step == self.steps or bool(self.config.every and step % self.config.every == 0)
 
-    def owed(self, lines: Sequence[dict[str, Any]], step: int) -> bool:
+    def missed(self, lines: Sequence[dict[str, Any]], step: int) -> bool:
         """Whether an earlier start was stopped before its evaluation after `step`; `lines`: its metrics."""
         kinds = {line["kind"] for line in lines if line["step"] == step}
         wanted = "eval" if self.batches else "corpus"
@@ -65,11 +65,11 @@ class Evaluate(Callback):
 
     def after_step(self, report: StepReport, last: bool) -> None:
         if self.due(report.step):
-            self.make(report.step)
+            self.evaluate_and_report(report.step)
 
-    def make(self, step: int) -> None:
+    def evaluate_and_report(self, step: int) -> None:
         """Evaluate and report the losses; stop early when the ranks agree to stop."""
-        if self.batches and not self._make_own(step):
+        if self.batches and not self._evaluate_own(step):
             return
         for other in self.further:
             self._write(other.evaluate(step))
@@ -78,7 +78,7 @@ class Evaluate(Callback):
                 found = self.evaluate(step)
             self._write(found and of_average(found))
 
-    def _make_own(self, step: int) -> bool:
+    def _evaluate_own(self, step: int) -> bool:
         """Evaluate on the run's own validation split; return whether the evaluation was completed."""
         with self.probes.watching() if self.probes else nullcontext():
             found = self.evaluate(step)
@@ -95,7 +95,7 @@ class Evaluate(Callback):
         """Run the model without gradients, and yield (batch, inputs on the device, losses) of each slice.
 
         Slices of a sequence are computed in order, each with the state that the one before left. Yields fewer when the
-        ranks agree to stop (`stop.agreed`).
+        ranks agree to stop (`stop.stopping`).
         """
         self.engine.module.eval()
         for batch, past in self._slices():
@@ -123,7 +123,7 @@ class Evaluate(Callback):
             at = part.begin // (shares * blocks * block)
             by_block[at, own] += _by_block(losses.per_token, inputs["loss_mask"], block)
             tokens += int(part.loss_mask.sum())
-        if self.stop.agreed:
+        if self.stop.stopping:
             return None
         nats, text_bytes, tokens, *of_blocks = self.ranks.sum([*sums.tolist(), tokens, *by_block.flatten().tolist()])
         return EvalReport(

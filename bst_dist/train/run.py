@@ -151,8 +151,8 @@ class Run:
             evaluate.probes = probes_of(start, trainer, evaluate)
         callbacks = self._callbacks(position, loader, writers, evaluate, evaluated)
         try:
-            if ranks.from_first(ranks.first and evaluate.owed(start.reported(), position.step)):
-                evaluate.make(position.step)
+            if ranks.from_first(ranks.first and evaluate.missed(start.reported(), position.step)):
+                evaluate.evaluate_and_report(position.step)
             if position.step < start.until and not self.stop.poll():
                 self._take_steps(loader, callbacks)
             return None
@@ -205,8 +205,8 @@ class Run:
             for callback in callbacks:
                 phases.enter(callback.phase)
                 # Evaluated for each callback: the ranks may agree to stop while a callback runs.
-                callback.after_step(report, last=self.stop.agreed or report.step == until)
-            if self.stop.agreed or report.step == until:
+                callback.after_step(report, last=self.stop.stopping or report.step == until)
+            if self.stop.stopping or report.step == until:
                 return
             began = time.perf_counter()
             phases.enter("data", report.step + 1)
@@ -220,7 +220,7 @@ class Run:
             else None
         )
         told = [signal for signal in ranks.gather(self.stop.notice.signal) if signal is not None]
-        stopped = self.stop.agreed and not outcome["finished"]
+        stopped = self.stop.stopping and not outcome["finished"]
         if stopped:
             outcome |= {"stopped": told[0].name}
         if not (stopped and LAST_WORD in os.environ):  # else the launcher reports the signal

@@ -141,7 +141,7 @@ class _Found(NamedTuple):
     """Bytes of text that the valid labels stand for."""
     squares: float
     """Sum of (log Z)^2 over the valid labels; 0 without a z-loss."""
-    wishes: float
+    stop_requests: float
     """Number of ranks that want to stop."""
     tokens: float
     """Number of valid labels."""
@@ -184,7 +184,7 @@ class _Gradients:
     def judge(self) -> None:
         """Sum all losses of the step over ranks; make the scale infinite when the loss is bad or data is missing."""
         trainer = self.trainer
-        own = (self.sums, self.squares, self._number(trainer.stop.wish), self.parts.flatten())
+        own = (self.sums, self.squares, self._number(trainer.stop.local_request), self.parts.flatten())
         sums = trainer.ranks.add_up(torch.cat(own))
         self._found = torch.cat((sums, self.counts))
         loss = sums[:1] / self.tokens.clamp(min=1)
@@ -197,9 +197,9 @@ class _Gradients:
 
     def read(self) -> _Found:
         """Wait for the step's sums and return them; also let this rank learn whether the ranks stop."""
-        nats, text_bytes, squares, wishes, *parts, tokens, missing = self._found.tolist()
-        found = _Found(nats, text_bytes, squares, wishes, tokens, missing, parts)
-        self.trainer.stop.learn(found.wishes + found.missing)
+        nats, text_bytes, squares, stop_requests, *parts, tokens, missing = self._found.tolist()
+        found = _Found(nats, text_bytes, squares, stop_requests, tokens, missing, parts)
+        self.trainer.stop.update(found.stop_requests + found.missing)
         return found
 
     def _number(self, value: float) -> Tensor:

@@ -48,7 +48,7 @@ class EvaluateCorpus(Evaluate):
             both = torch.stack((losses.per_token.double(), inputs["loss_mask"].double()), dim=-1).sum(1)
             row = torch.from_numpy(part.rows).clamp(min=0)  # masked rows have a negative number and no valid token
             of_rows.index_add_(0, row.to(device), both)
-        if self.stop.agreed:
+        if self.stop.stopping:
             return None
         nats, text_bytes, *parts = self.ranks.sum([*sums.tolist(), *of_rows.flatten().tolist()])
         sequences = torch.tensor(parts, dtype=torch.float64).view(-1, 2)

@@ -9,7 +9,7 @@ from bst_base.errors import StorageError
 from bst_dist.checkpoint import retention
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import FORMAT, MANIFEST, PINNED, committed, directory, step_of
-from bst_dist.checkpoint.retention import Held, leavings, readable, reasons, remove_leavings, retain
+from bst_dist.checkpoint.retention import CheckpointEntry, leftovers, readable, reasons, remove_leftovers, retain
 
 
 def hold(run_dir: Path, step: int, loss: float | None = None, full: bool = True) -> Path:
@@ -27,7 +27,7 @@ def steps(run_dir: Path) -> list[int]:
     return [step_of(path) for path in committed(run_dir)]
 
 
-def held(run_dir: Path, step: int) -> Held:
+def held(run_dir: Path, step: int) -> CheckpointEntry:
     return next(one for one in readable(run_dir) if one.step == step)
 
 
@@ -48,7 +48,7 @@ def test_what_stays(tmp_path, settings, stay):
         hold(tmp_path, step, losses.get(step))
     retain(tmp_path, CheckpointConfig(**settings))
     assert steps(tmp_path) == stay
-    remove_leavings(tmp_path)
+    remove_leftovers(tmp_path)
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(stay)
 
 
@@ -140,7 +140,7 @@ def test_those_of_steps_that_are_taken_again_lose_their_names(tmp_path):
         hold(tmp_path, step)
     retention.abandon(tmp_path, 20)
     assert steps(tmp_path) == [20, 10]
-    assert [path.name for path in leavings(tmp_path)] == ["step-00000030.deleted"]
+    assert [path.name for path in leftovers(tmp_path)] == ["step-00000030.deleted"]
 
 
 def test_a_damaged_one_is_set_aside_beside_earlier_ones_of_its_step(tmp_path):
@@ -154,6 +154,6 @@ def test_leavings_are_found_and_removed(tmp_path):
     hold(tmp_path, 10)
     for name in ("step-00000020.partial", "step-00000005.deleted"):
         (tmp_path / "checkpoints" / name).mkdir()
-    assert [path.name for path in leavings(tmp_path)] == ["step-00000005.deleted", "step-00000020.partial"]
-    remove_leavings(tmp_path)
+    assert [path.name for path in leftovers(tmp_path)] == ["step-00000005.deleted", "step-00000020.partial"]
+    remove_leftovers(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]

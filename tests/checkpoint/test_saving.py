@@ -185,14 +185,14 @@ def test_training_does_not_wait_for_the_commit(tmp_path, monkeypatch):
 
 
 def test_a_run_that_ends_has_removed_what_is_not_kept(tmp_path, monkeypatch):
-    state, original = Tensors(), retention.remove_leavings
+    state, original = Tensors(), retention.remove_leftovers
     run = snapshots(tmp_path, state, keep_last=1)
 
     def slowly(*args: Any) -> None:
         time.sleep(0.2)
         original(*args)
 
-    monkeypatch.setattr(retention, "remove_leavings", slowly)
+    monkeypatch.setattr(retention, "remove_leftovers", slowly)
     for step in (1, 2):
         save(run, state, step)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]

@@ -17,9 +17,9 @@ import pytest
 from bst_dist.cluster import launchers
 from bst_dist.cluster.agent import Agent
 from bst_dist.cluster.channel import Channel, Closed
-from bst_dist.cluster.controller import Controller, Means
+from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.elastic import shares
-from bst_dist.cluster.hearing import MOST_S, Hearing
+from bst_dist.cluster.hearing import MOST_S, ListeningClock
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.processes import Share
 from bst_dist.cluster.verdict import Ended
@@ -29,7 +29,7 @@ HOSTS = [Host("a", 1), Host("b", 2)]
 RANKS = {"a": [0], "b": [1, 2]}
 LOST_S = 5.0
 AWAY_S = 100.0
-MEANS = Means("here", Path.cwd(), LOST_S, 5.0, address="127.0.0.1")
+OPTIONS = LaunchOptions("here", Path.cwd(), LOST_S, 5.0, address="127.0.0.1")
 STOPS = ("in the wait", "before the look", "after the look", "before judging")
 
 
@@ -43,7 +43,7 @@ class Stage:
         self.ahead = {"a": 0.0, "b": 5e6}
         """Offsets of the hosts' own clocks, which are independent."""
         self.meanwhile, self.deaf = lambda: None, False
-        self.controller = Controller(HOSTS, MEANS, clock=lambda: self.now)
+        self.controller = Controller(HOSTS, OPTIONS, clock=lambda: self.now)
         self.real, self.controller._selector = self.controller._selector, self
         look = self.controller._look_for_the_lost
         self.controller._look_for_the_lost = lambda shares: (self._at("before judging"), look(shares))
@@ -215,7 +215,7 @@ def test_a_host_that_falls_silent_is_lost_after_as_long_as_this_process_has_list
 def test_time_away_is_no_silence_though_nothing_has_come_meanwhile():
     """For example after the whole machine was suspended, network included."""
     now = 100.0
-    hearing = Hearing(lambda: now)
+    hearing = ListeningClock(lambda: now)
     hearing.hear("a")
     with selectors.DefaultSelector() as selector:
         now += 1e6
@@ -225,7 +225,7 @@ def test_time_away_is_no_silence_though_nothing_has_come_meanwhile():
 
 def test_a_clock_that_runs_apart_is_followed():
     now = 100.0
-    hearing = Hearing(lambda: now)
+    hearing = ListeningClock(lambda: now)
     assert hearing.when("a", 7.0) == now  # its clock is not known yet
     for beats in range(100_000):
         now = 100.0 + beats

@@ -19,16 +19,16 @@ import pytest
 
 from bst_base.host import free_port
 from bst_dist.cluster import agent, launchers, verdict
-from bst_dist.cluster.calling import Call
+from bst_dist.cluster.calling import AgentGateway
 from bst_dist.cluster.channel import Closed, proof
-from bst_dist.cluster.controller import Controller, Means
+from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.elastic import shares
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.verdict import Ended
 
 HOSTS = [Host("a", 1), Host("b", 2)]
 LOST_S = 2.0
-MEANS = Means("here", Path.cwd(), lost_after_s=30.0, grace_s=5.0)
+OPTIONS = LaunchOptions("here", Path.cwd(), lost_after_s=30.0, grace_s=5.0)
 """On a busy machine an agent may be silent for seconds. Only tests of this case use a short timeout."""
 
 
@@ -47,9 +47,9 @@ def local_launcher(monkeypatch):
 class Job:
     """A job of three ranks; each writes its process id to a file and runs a line of Python."""
 
-    def __init__(self, directory: Path, means: Means = MEANS) -> None:
-        self.directory, self.told = directory, []
-        self.controller = Controller(HOSTS, means, self.told)
+    def __init__(self, directory: Path, options: LaunchOptions = OPTIONS) -> None:
+        self.directory, self.stop_signals = directory, []
+        self.controller = Controller(HOSTS, options, self.stop_signals)
 
     def run(self, line: str) -> Ended:
         """Run `line` on all ranks; return how the job ended."""
@@ -124,24 +124,24 @@ def test_a_rank_that_fails_takes_the_others_along(job):
 
 
 def test_a_stop_is_passed_on_and_what_the_ranks_make_of_it_comes_back(job):
-    job.meanwhile(lambda: job.told.append(signal.SIGUSR1))
+    job.meanwhile(lambda: job.stop_signals.append(signal.SIGUSR1))
     ended = job.run("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)")
-    assert (ended.status, ended.told) == (75, signal.SIGUSR1)
+    assert (ended.status, ended.stop_signal) == (75, signal.SIGUSR1)
 
 
 def test_a_second_stop_waits_for_nobody(job):
-    job.meanwhile(lambda: job.told.extend([15, 15]))
+    job.meanwhile(lambda: job.stop_signals.extend([15, 15]))
     ended = job.run("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)")
     assert ended.status == 128 + signal.SIGTERM
     job.require_nothing_left()
 
 
 def test_told_twice_it_waits_for_no_answer(job):
-    with job.controller as called:
-        assert called.call() == {}
-        job.told.extend([2, 2])
-        called.channels["a"].send = lambda *_, **__: None  # the request is lost, and would be waited for
-        assert called.ask("clock", {"a": {}}) == {}
+    with job.controller as controller:
+        assert controller.call() == {}
+        job.stop_signals.extend([2, 2])
+        controller.channels["a"].send = lambda *_, **__: None  # the request is lost, and would be waited for
+        assert controller.ask("clock", {"a": {}}) == {}
 
 
 def test_a_host_whose_agent_is_killed_is_lost_and_so_are_its_ranks(job):
@@ -153,7 +153,7 @@ def test_a_host_whose_agent_is_killed_is_lost_and_so_are_its_ranks(job):
 
 
 def test_a_silent_host_is_given_up_and_nothing_is_started_before_its_lease_is_over(tmp_path):
-    job, stopped = Job(tmp_path, replace(MEANS, lost_after_s=LOST_S)), []
+    job, stopped = Job(tmp_path, replace(OPTIONS, lost_after_s=LOST_S)), []
 
     def freeze() -> None:
         stopped.append(job.agent("b"))
@@ -186,7 +186,7 @@ STRANGE = {
 
 def test_no_stranger_gets_in_or_disturbs_the_job(job):
     """Whatever connects to the port, before the agents and during the job."""
-    address = ("127.0.0.1", job.controller._call.port)
+    address = ("127.0.0.1", job.controller._gateway.port)
     strangers = {}
 
     def knock() -> None:
@@ -211,10 +211,10 @@ def test_a_hello_in_pieces_is_taken(monkeypatch):
     """As it may arrive over a real network: one byte per segment."""
     with selectors.DefaultSelector() as selector:
         welcomed = {}
-        called = Call(selector, {"0": "a"}, welcomed.__setitem__)
-        called._secrets["0"] = "secret"
+        gateway = AgentGateway(selector, {"0": "a"}, welcomed.__setitem__)
+        gateway._secrets["0"] = "secret"
         hello = {"kind": "hello", "key": "0", "salt": "s", "proof": proof("secret", "hello", "0", "s")}
-        with socket.create_connection(("127.0.0.1", called.port)) as agent:
+        with socket.create_connection(("127.0.0.1", gateway.port)) as agent:
             for byte in (json.dumps(hello) + "\n").encode():
                 agent.sendall(bytes([byte]))
                 for key, _ in selector.select(0.2):
@@ -222,13 +222,13 @@ def test_a_hello_in_pieces_is_taken(monkeypatch):
             assert list(welcomed) == ["a"]
             answer = json.loads(agent.recv(1000))
             assert answer == {"kind": "welcome", "proof": proof("secret", "welcome", "0", "s")}
-        with socket.create_connection(("127.0.0.1", called.port)) as again:  # a replayed message
+        with socket.create_connection(("127.0.0.1", gateway.port)) as again:  # a replayed message
             again.sendall((json.dumps(hello) + "\n").encode())
             for _ in range(3):
                 for key, _ in selector.select(0.2):
                     key.data()
             assert again.recv(1) == b""
-        called.close()
+        gateway.close()
 
 
 def test_an_agent_serves_nobody_who_does_not_know_its_secret():
@@ -248,7 +248,7 @@ def test_no_secret_is_in_any_command_line(job):
     job.meanwhile(lambda: lines.extend(words(one) for one in psutil.process_iter()))
     lines: list[list[str]] = []
     assert job.run("time.sleep(0.5)").status == 0
-    secrets = set(job.controller._call._secrets.values())
+    secrets = set(job.controller._gateway._secrets.values())
     assert len(secrets) == 2
     assert lines
     assert not any(secret in word for secret in secrets for line in lines for word in line)
@@ -256,15 +256,15 @@ def test_no_secret_is_in_any_command_line(job):
 
 def test_hosts_that_do_not_call_back_are_named_with_what_the_launcher_said(monkeypatch):
     monkeypatch.setitem(launchers.LAUNCHERS, "here", lambda *_: ["sh", "-c", "echo b: no route to it >&2; exit 1"])
-    with Controller(HOSTS, MEANS) as called:
-        missing = called.call()
+    with Controller(HOSTS, OPTIONS) as controller:
+        missing = controller.call()
     assert missing["b"] == "no agent called back: b: no route to it"
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
 def test_hosts_may_be_reached_by_ipv6_alone_and_by_given_ports(tmp_path):
     port = free_port()
-    job = Job(tmp_path, replace(MEANS, address="::1", port=port, master_port=4711))
+    job = Job(tmp_path, replace(OPTIONS, address="::1", port=port, master_port=4711))
     ended = job.run("sys.exit((os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) != ('::1', '4711'))")
     assert ended.status == 0
     assert f"--controller ::1:{port}" in " ".join(job.controller.command)
@@ -272,7 +272,7 @@ def test_hosts_may_be_reached_by_ipv6_alone_and_by_given_ports(tmp_path):
 
 def test_a_port_that_is_taken_is_an_error_of_the_user():
     with socket.create_server(("", 0)) as taken, pytest.raises(HostError, match=r"--port .* cannot listen"):
-        Controller(HOSTS, replace(MEANS, port=taken.getsockname()[1]))
+        Controller(HOSTS, replace(OPTIONS, port=taken.getsockname()[1]))
 
 
 def test_an_agent_that_cannot_call_back_says_so_itself(monkeypatch):
@@ -286,8 +286,8 @@ def test_an_agent_that_cannot_call_back_says_so_itself(monkeypatch):
     monkeypatch.setitem(launchers.LAUNCHERS, "here", blocked)
     monkeypatch.setattr("bst_dist.cluster.controller.CALL_S", 3600.0)
     begun = time.monotonic()
-    with Controller(HOSTS, MEANS) as called:
-        missing = called.call()
+    with Controller(HOSTS, OPTIONS) as controller:
+        missing = controller.call()
     assert list(missing) == ["a", "b"]
     for reason in missing.values():
         assert f"{socket.gethostname()} cannot reach the launching process at 127.0.0.1:9" in reason
@@ -296,9 +296,9 @@ def test_an_agent_that_cannot_call_back_says_so_itself(monkeypatch):
 
 
 def test_what_an_agent_cannot_do_is_said_and_not_only_that_it_is_gone(job):
-    with job.controller as called:
-        assert called.call() == {}
+    with job.controller as controller:
+        assert controller.call() == {}
         placed = shares(HOSTS, 3, "127.0.0.1", 1)
-        ended = called.run(["/no/such/program"], {}, placed)
+        ended = controller.run(["/no/such/program"], {}, placed)
     assert "FileNotFoundError" in ended.lost["a"]
     assert "/no/such/program" in ended.explain({})

@@ -157,10 +157,10 @@ def test_what_ranks_print_is_printed_and_they_share_the_cores(capfd, monkeypatch
 def test_who_ignores_the_end_of_a_terminal_goes_on_ignoring_it():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with processes.told_to_stop() as told:
+        with processes.catch_stop_signals() as stop_signals:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.05)
-        assert told == []
+        assert stop_signals == []
     finally:
         signal.signal(signal.SIGHUP, before)
 

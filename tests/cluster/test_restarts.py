@@ -82,7 +82,7 @@ def test_waits_grow_while_nothing_is_gained(tmp_path):
     assert waits == [0, 5, 10, 20, 40, 60, 60, 60]
 
 
-@pytest.mark.parametrize("ended", [REFUSED, Ended(1, {0: 0}), Ended(1, {0: 75}), Ended(1, {0: -9}, told=15)])
+@pytest.mark.parametrize("ended", [REFUSED, Ended(1, {0: 0}), Ended(1, {0: 75}), Ended(1, {0: -9}, stop_signal=15)])
 def test_what_would_end_the_same_way_or_was_wanted_is_not_started_again(tmp_path, ended):
     assert Restarts(tmp_path, most=5).refuse(ended) == ""
 

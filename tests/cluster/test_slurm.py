@@ -191,14 +191,14 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_its_end(slurm
 LOOK = """
 import os, sys
 from pathlib import Path
-from bst_dist.cluster.controller import Controller, Means
+from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.elastic import shares
 from bst_dist.cluster.hosts import slurm_hosts
 
 hosts = slurm_hosts()
 program = "import os; print('rank', os.environ['RANK'], 'local', os.environ['LOCAL_RANK'], 'devices', "
 program += "os.environ.get('CUDA_VISIBLE_DEVICES'), 'cores', len(os.sched_getaffinity(0)))"
-with Controller(hosts, Means("slurm", Path.cwd())) as controller:
+with Controller(hosts, LaunchOptions("slurm", Path.cwd())) as controller:
     missing = controller.call()
     assert not missing, missing
     placed = shares(hosts, sum(host.slots for host in hosts), controller.address("n1"), controller.free_port("n1"))

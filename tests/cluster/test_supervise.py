@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bst_dist.cluster.controller import Means
+from bst_dist.cluster.controller import LaunchOptions
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.preflight import PreflightError
 from bst_dist.cluster.restarts import Restarts
@@ -40,11 +40,11 @@ class Stub:
         return ended
 
 
-def rehearse(tmp_path: Path, status: int, accepted: list[str], told: Sequence[int] = ()) -> list[str]:
+def rehearse(tmp_path: Path, status: int, accepted: list[str], stop_signals: Sequence[int] = ()) -> list[str]:
     """Return the command that all ranks were told to run."""
     job = Job(None, None, {}, None, accepted)
     stub = Stub(status)
-    Supervisor(job, HOSTS, Means("pdsh", tmp_path), Restarts(tmp_path, 0), told)._rehearse(stub)
+    Supervisor(job, HOSTS, LaunchOptions("pdsh", tmp_path), Restarts(tmp_path, 0), stop_signals)._rehearse(stub)
     return stub.command
 
 
@@ -64,13 +64,14 @@ def test_what_is_accepted_by_name_is_no_reason_against_a_start(tmp_path):
 
 def test_a_signal_meanwhile_starts_nothing_whatever_is_accepted(tmp_path):
     with pytest.raises(PreflightError):
-        rehearse(tmp_path, 75, ["sum"], told=[15])
+        rehearse(tmp_path, 75, ["sum"], stop_signals=[15])
 
 
 def test_a_run_waits_for_hosts_that_are_not_fit_yet(tmp_path, monkeypatch):
     """A rank is killed; then no host is ready, then one is lost before its ranks start; the third restart succeeds."""
     (tmp_path / FILE).write_text(json.dumps({"kind": "train", "step": 7}) + "\n")
-    supervisor = Supervisor(Job(None, None, {}, None), HOSTS, Means("pdsh", tmp_path), Restarts(tmp_path, 5), [])
+    job, options = Job(None, None, {}, None), LaunchOptions("pdsh", tmp_path)
+    supervisor = Supervisor(job, HOSTS, options, Restarts(tmp_path, 5), [])
     comes = iter([None, HostError("b was lost before its ranks could be started"), Ended(2, {0: 0, 1: 0})])
 
     def again(ended: Ended) -> Ended | None:

@@ -74,7 +74,7 @@ def test_ranks_that_stopped_because_nobody_watched_them_are_worth_a_restart():
     ended = Ended(2, {0: 75, 1: 75}, left_alone={"node-02": LeftAlone(31.0, 5.0)})
     assert (ended.status, ended.worth_a_restart) == (RESUBMIT, True)
     assert "node-02 got no sign of life from this process for 31 s" in ended.explain({})
-    assert not Ended(2, {0: 75, 1: 75}, left_alone={"node-02": LeftAlone(31.0, 5.0)}, told=15).worth_a_restart
+    assert not Ended(2, {0: 75, 1: 75}, left_alone={"node-02": LeftAlone(31.0, 5.0)}, stop_signal=15).worth_a_restart
 
 
 def test_a_lost_host_is_to_blame_whatever_the_ranks_say():
@@ -84,10 +84,10 @@ def test_a_lost_host_is_to_blame_whatever_the_ranks_say():
 
 
 def test_nothing_is_started_again_that_was_told_to_stop():
-    assert not Ended(2, {0: -9}, told=15).worth_a_restart
-    unfinished = Ended(2, {0: 75}, told=15)
+    assert not Ended(2, {0: -9}, stop_signal=15).worth_a_restart
+    unfinished = Ended(2, {0: 75}, stop_signal=15)
     assert (unfinished.status, unfinished.worth_a_restart) == (128 + 15, False)
-    assert Ended(2, {0: 75, 1: 75}, told=15).status == RESUBMIT
+    assert Ended(2, {0: 75, 1: 75}, stop_signal=15).status == RESUBMIT
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from bst_dist.faults.output import Lasting
+from bst_dist.faults.output import IgnoreWriteErrors
 from bst_dist.faults.status import RESUBMIT
 from bst_dist.train.rundir import read_outcome
 
 
 def test_what_leads_nowhere_is_no_error_and_all_else_is_as_it_was():
     reading, writing = os.pipe()
-    stream = Lasting(os.fdopen(writing, "w"))
+    stream = IgnoreWriteErrors(os.fdopen(writing, "w"))
     print("heard", file=stream, flush=True)
     assert os.read(reading, 100) == b"heard\n"
     os.close(reading)

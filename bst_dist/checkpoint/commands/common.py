@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from bst_dist.checkpoint.directory import CheckpointError, committed, directory, read_manifest, step_of
-from bst_dist.checkpoint.retention import Held
+from bst_dist.checkpoint.retention import CheckpointEntry
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_step(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--step", type=int, metavar="N", help=f"the checkpoint after N steps (default: {default})")
 
 
-def select(run_dir: Path, step: int | None) -> Held:
+def select(run_dir: Path, step: int | None) -> CheckpointEntry:
     """Return the checkpoint of `step`, or the newest for None; raises CheckpointError, listing the existing ones."""
     there = committed(run_dir)
     path = directory(run_dir, step) if step is not None else next(iter(there), None)
@@ -27,4 +27,4 @@ def select(run_dir: Path, step: int | None) -> Held:
         steps = ", ".join(str(step_of(found)) for found in there) or "none"
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}; there are: {steps}"
         raise CheckpointError(f"{run_dir}: {wanted}")
-    return Held(path, read_manifest(path))
+    return CheckpointEntry(path, read_manifest(path))

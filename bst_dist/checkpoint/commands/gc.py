@@ -23,7 +23,7 @@ from bst_base.sizes import readable_size
 from bst_dist.checkpoint.commands.common import add_run
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import DAMAGED, DELETED, MISSING, PARTIAL, WEIGHTS, committed, examine
-from bst_dist.checkpoint.retention import Held, leavings, readable, reasons, thin
+from bst_dist.checkpoint.retention import CheckpointEntry, keep_only_weights, leftovers, readable, reasons
 from bst_dist.config import load_recipe
 from bst_dist.train.rundir import RECIPE, read_recipe
 from bst_dist.train.schedule import constant_until
@@ -39,7 +39,7 @@ class Removal:
     path: Path
     why: str
     bytes: int
-    thinned: Held | None = None
+    thinned: CheckpointEntry | None = None
     """The checkpoint, if its weights are kept; None: everything is removed."""
 
 
@@ -80,16 +80,16 @@ def plan(run_dir: Path, config: CheckpointConfig, constant_until: int | None = N
         for path, findings in sorted(found.items()):
             if findings and not any(finding.what == MISSING for finding in findings):
                 yield Removal(path, str(findings[0]), _bytes(path))
-        for path in leavings(run_dir, (DAMAGED,)):
+        for path in leftovers(run_dir, (DAMAGED,)):
             yield Removal(path, "found damaged when the run was resumed", _bytes(path))
-    for path in leavings(run_dir, (PARTIAL, DELETED)):
+    for path in leftovers(run_dir, (PARTIAL, DELETED)):
         if time.time() - max(file.stat().st_mtime for file in (path, *path.iterdir())) > RECENT_S:
             yield Removal(path, "left behind by an interrupted write or removal", _bytes(path))
 
 
 def _remove(removal: Removal) -> None:
     if removal.thinned:
-        thin(removal.thinned)
+        keep_only_weights(removal.thinned)
         return
     path = removal.path
     if not path.name.endswith((DAMAGED, DELETED, PARTIAL)):

@@ -21,7 +21,7 @@ from bst_base.sizes import readable_size
 from bst_dist.checkpoint.commands.common import add_run, add_step, select
 from bst_dist.checkpoint.copies import RunCopy
 from bst_dist.checkpoint.directory import committed, is_full, step_of
-from bst_dist.checkpoint.retention import Held
+from bst_dist.checkpoint.retention import CheckpointEntry
 from bst_dist.train.rundir import read_outcome, read_recipe
 
 POLL_S = 20.0
@@ -75,7 +75,7 @@ def _push(run_dir: Path, copy: RunCopy, step: int | None) -> int:
 
 def _forget(run_dir: Path, copy: RunCopy, keep: int) -> None:
     """Remove from the store the checkpoints that are neither among the newest `keep` nor pinned in the run."""
-    pinned = {step_of(path) for path in committed(run_dir) if Held(path, {}).pinned}
+    pinned = {step_of(path) for path in committed(run_dir) if CheckpointEntry(path, {}).pinned}
     full = [step for step in copy.steps() if step not in pinned and is_full(copy.manifest(step))]
     for step in full[keep:]:
         copy.remove(step)

@@ -114,7 +114,7 @@ class EvaluateAccuracy(Evaluate):
                 sums += torch.stack((found.total.double(), found.correct.sum().double()))
                 examples += int(batch.loss_mask.sum())
         self.engine.module.train()
-        if self.stop.agreed:
+        if self.stop.stopping:
             return None
         nats, correct, examples = self.ranks.sum([*sums.tolist(), examples])
         count = max(1.0, examples)

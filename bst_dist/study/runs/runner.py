@@ -26,7 +26,7 @@ from bst_base.files import write_text
 from bst_base.host import die_with_parent
 from bst_base.settings import dump
 from bst_dist.checkpoint.directory import committed
-from bst_dist.cluster.processes import signal_session, told_to_stop
+from bst_dist.cluster.processes import catch_stop_signals, signal_session
 from bst_dist.config import load_recipe
 from bst_dist.faults.status import RESUBMIT
 from bst_dist.study.runs.recipes import Job
@@ -66,9 +66,9 @@ class Runner:
 
         Raises KeyboardInterrupt after a signal.
         """
-        with told_to_stop() as told:
+        with catch_stop_signals() as stop_signals:
             try:
-                while not told and time.monotonic() < self.until:
+                while not stop_signals and time.monotonic() < self.until:
                     self._collect()
                     self._fill()
                     watch(self.workers)
@@ -77,7 +77,7 @@ class Runner:
                     time.sleep(POLL_S)
             finally:
                 self._end()
-        if told:
+        if stop_signals:
             raise KeyboardInterrupt
 
     def _fill(self) -> None:

@@ -28,7 +28,7 @@ def test_what_is_added_up_lies_where_the_model_computes():
     engine = SimpleNamespace(module=torch.nn.Identity(), forward=forward)
     ranks = SimpleNamespace(device=device, phases=Phases())
     # Stop at the end, so that no value is read; on the meta device this would be an error.
-    stop = SimpleNamespace(poll=lambda: False, agreed=True)
+    stop = SimpleNamespace(poll=lambda: False, stopping=True)
     evaluate = EvaluateAccuracy(EvaluationConfig(), [batch], engine, ranks, torch.zeros(2), [], 1, stop)
     assert evaluate.evaluate(1) is None
     assert seen == [device]

@@ -30,7 +30,7 @@ KEY = "why rank 0 ends"
 _PEER_GONE = re.compile(r"[Cc]onnection (closed|reset) by peer|Broken pipe|remote process exited")
 
 
-def tell(message: str, notice: Notice, peer_gone: bool = False) -> None:
+def report_once(message: str, notice: Notice, peer_gone: bool = False) -> None:
     """Print why this rank ends, unless rank 0 or the launcher reports it; takes some seconds with several ranks.
 
     `peer_gone`: this rank ends because another rank is gone.

@@ -8,19 +8,19 @@ import threading
 
 import pytest
 
-from bst_dist.faults import telling
+from bst_dist.faults import error_report
+from bst_dist.faults.error_report import KEY, lost_peer, report_once
 from bst_dist.faults.heartbeats import LocalBoard
 from bst_dist.faults.signals import Notice
-from bst_dist.faults.telling import KEY, lost_peer, tell
 
 
 @pytest.fixture
 def board(monkeypatch):
     """The job's board in this process, with short waits."""
     board = LocalBoard()
-    monkeypatch.setattr(telling, "_board", lambda: board)
+    monkeypatch.setattr(error_report, "_board", lambda: board)
     for name, value in {"WAIT_S": 0.3, "STAYS_S": 0.0, "LOOK_S": 0.01}.items():
-        monkeypatch.setattr(telling, name, value)
+        monkeypatch.setattr(error_report, name, value)
     return board
 
 
@@ -34,7 +34,7 @@ def test_what_rank_0_says_too_it_says_alone(board, monkeypatch, capsys, rank, fi
     monkeypatch.setenv("RANK", str(rank))
     if first:
         board.put(KEY, first)
-    tell("no such corpus", Notice())
+    report_once("no such corpus", Notice())
     told = capsys.readouterr().err
     assert told.endswith(said)
     assert (": rank 1 on " in told) == bool(rank and said)
@@ -45,10 +45,10 @@ def test_what_rank_0_says_too_it_says_alone(board, monkeypatch, capsys, rank, fi
 def test_who_is_told_to_stop_while_it_waits_is_silent(board, monkeypatch, capsys, rank, peer_gone):
     """The launcher ends it because another rank has failed, and prints that rank."""
     monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr(telling, "WAIT_S", 60.0)
+    monkeypatch.setattr(error_report, "WAIT_S", 60.0)
     notice = Notice()
     threading.Timer(0.05, notice.take, [signal.SIGTERM]).start()
-    tell("Connection closed by peer", notice, peer_gone)
+    report_once("Connection closed by peer", notice, peer_gone)
     assert capsys.readouterr().err == ""
 
 
@@ -56,7 +56,7 @@ def test_who_fails_after_it_was_told_to_stop_is_heard(board, monkeypatch, capsys
     monkeypatch.setenv("RANK", "1")
     notice = Notice()
     notice.take(signal.SIGTERM)
-    tell("no space on /a", notice)
+    report_once("no space on /a", notice)
     assert "no space on /a" in capsys.readouterr().err
 
 
@@ -66,7 +66,7 @@ def test_a_board_that_is_gone_keeps_nobody_silent(board, monkeypatch, capsys):
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(board, "get", gone)
-    tell("no such corpus", Notice())
+    report_once("no such corpus", Notice())
     assert "no such corpus" in capsys.readouterr().err
 
 
@@ -76,7 +76,7 @@ def test_rank_0_is_heard_where_it_can_leave_no_word(board, monkeypatch, capsys):
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(board, "put", gone)
-    tell("no such corpus", Notice())
+    report_once("no such corpus", Notice())
     assert capsys.readouterr().err == "bst train: no such corpus\n"
 
 
@@ -91,4 +91,4 @@ def test_errors_of_a_lost_rank_are_told_from_others():
 
 def test_before_torch_is_imported_there_is_no_board(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch.distributed")
-    assert telling._board() is None
+    assert error_report._board() is None
