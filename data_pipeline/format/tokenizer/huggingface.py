@@ -83,8 +83,9 @@ def adopted(model: bytes, path: Path, config: TokenizerConfig) -> bytes:
     said = json.loads(beside.read_text()) if beside.is_file() else {}
     eos = _token(backend, "eos", config, said, path)
     if eos is None:
+        first = "" if config.tiktoken is None else "define it in tokenizer.tiktoken.special_tokens and "
         raise UserError(
-            f"{path}: which token ends a document? None of {', '.join(COMMON['eos'])} is in it: name it with "
+            f"{path}: which token ends a document? None of {', '.join(COMMON['eos'])} is in it: {first}name it with "
             "tokenizer.eos"
         )
     bos, pad = (_token(backend, role, config, said, path) or eos for role in ("bos", "pad"))
