@@ -27,7 +27,7 @@ def copies(environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
     return 1, ""
 
 
-def require_alone(what: str, instead: str, environ: Mapping[str, str] = os.environ) -> None:
+def require_single_process(what: str, instead: str, environ: Mapping[str, str] = os.environ) -> None:
     """Raise UserError when there are several copies of this process, each of which would do all of `what`."""
     count, said = copies(environ)
     if count > 1:

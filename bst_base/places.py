@@ -1,8 +1,8 @@
 """Relative paths in settings files: each counts from a fixed folder, not from the working directory.
 
-`placed` marks the strings of a file with that folder. The value of a `LocalPath` or `Address` field is then an absolute
-path. When the settings are written or compared, it appears as it was written in the file. A path that counts from
-another folder than the rest (in an override: from the working directory) is written out as an absolute path.
+`with_base` marks the strings of a file with that folder. The value of a `LocalPath` or `Address` field is then an
+absolute path. When the settings are written or compared, it appears as it was written in the file. A path that counts
+from another folder than the rest (in an override: from the working directory) is written out as an absolute path.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import PlainSerializer, ValidatorFunctionWrapHandler, WrapValidato
 T = TypeVar("T")
 
 
-class Written(str):
+class StringWithBase(str):
     """A string of a settings file, with the folder from which it counts if it is a relative path."""
 
     base: Path
@@ -23,36 +23,36 @@ class Written(str):
     """Whether `base` differs from the folder of the settings as a whole."""
 
     @classmethod
-    def of(cls, text: str, base: Path, elsewhere: bool = False) -> Written:
+    def of(cls, text: str, base: Path, elsewhere: bool = False) -> StringWithBase:
         marked = cls(text)
         marked.base, marked.elsewhere = base, elsewhere
         return marked
 
 
-class Placed(str):
+class ResolvedAddress(str):
     """An absolute path that was written as a relative one."""
 
     written: str
 
 
-class PlacedPath(type(Path())):
+class ResolvedPath(type(Path())):
     """The same as a Path."""
 
     written: Path
 
 
-def placed(data: T, base: Path) -> T:
+def with_base(data: T, base: Path) -> T:
     """Mark the strings in settings from YAML: relative paths among them count from `base`.
 
     Strings that are already marked with another folder keep it.
     """
     if isinstance(data, dict):
-        return {key: placed(value, base) for key, value in data.items()}
+        return {key: with_base(value, base) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [placed(value, base) for value in data]
-    if isinstance(data, Written):
-        return Written.of(data, data.base, elsewhere=data.base != base)
-    return Written.of(data, base) if isinstance(data, str) else data
+        return [with_base(value, base) for value in data]
+    if isinstance(data, StringWithBase):
+        return StringWithBase.of(data, data.base, elsewhere=data.base != base)
+    return StringWithBase.of(data, base) if isinstance(data, str) else data
 
 
 def written(value: T) -> T:
@@ -60,22 +60,22 @@ def written(value: T) -> T:
     return getattr(value, "written", value)
 
 
-def _place(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+def _resolve(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     found = validate(value)
-    if not isinstance(value, Written) or not _is_relative(value):
+    if not isinstance(value, StringWithBase) or not _is_relative(value):
         return found
     return _absolute(value, found)
 
 
-def _place_path(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    return _place(value, validate) if Path(str(value)).suffix or "/" in str(value) else validate(value)
+def _resolve_path(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    return _resolve(value, validate) if Path(str(value)).suffix or "/" in str(value) else validate(value)
 
 
-def _absolute(value: Written, found: Any) -> Any:
+def _absolute(value: StringWithBase, found: Any) -> Any:
     absolute = str(value.base / value)
     if value.elsewhere:
         return type(found)(absolute)
-    result = PlacedPath(absolute) if isinstance(found, Path) else Placed(absolute)
+    result = ResolvedPath(absolute) if isinstance(found, Path) else ResolvedAddress(absolute)
     result.written = found
     return result
 
@@ -85,10 +85,10 @@ def _is_relative(text: str) -> bool:
     return not ("://" in text or text.startswith(("pipe:", "~", "/")))
 
 
-_IN_PLACE = (WrapValidator(_place), PlainSerializer(written))
-LocalPath: TypeAlias = Annotated[Path, *_IN_PLACE]
+_RESOLVED = (WrapValidator(_resolve), PlainSerializer(written))
+LocalPath: TypeAlias = Annotated[Path, *_RESOLVED]
 """A file or directory. A relative path counts from the folder of the settings file."""
-Address: TypeAlias = Annotated[str, *_IN_PLACE]
+Address: TypeAlias = Annotated[str, *_RESOLVED]
 """A directory, or the address of one."""
-NameOrPath: TypeAlias = Annotated[str, WrapValidator(_place_path), PlainSerializer(written)]
+NameOrPath: TypeAlias = Annotated[str, WrapValidator(_resolve_path), PlainSerializer(written)]
 """A name, which stays as it is, or the path of a file, which has a suffix or a slash."""

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 from bst_base.addresses import redacted
 from bst_base.documented import documentation
 from bst_base.errors import UserError
-from bst_base.places import placed
+from bst_base.places import with_base
 from bst_base.shipped import base_of
 from bst_base.yaml_text import SettingsError, read_yaml, write_yaml
 
@@ -45,7 +45,7 @@ def load(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
     the file, the key and, for an unknown key, the nearest existing one.
     """
     base = base_of(Path(path))
-    return parse(cls, overridden(placed(read_settings(path), base), overrides), where=str(path))
+    return parse(cls, overridden(with_base(read_settings(path), base), overrides), where=str(path))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     key, value = split_override(override, "section.field=value")
     if not all(key.split(".")):
         raise ConfigError(f"override {override!r}: expected section.field=value")
-    value = placed(value, Path.cwd())
+    value = with_base(value, Path.cwd())
     *parents, leaf = key.split(".")
     node = data
     for parent in parents:

@@ -12,7 +12,7 @@ from bst_base.errors import UserError
 
 STATUS = 130
 """Exit status of a command that was stopped by Ctrl-C: 128 + SIGINT."""
-TOLD = threading.Event()
+STOP_REQUESTED = threading.Event()
 """Set by the first signal, in a program that treats signals as requests to stop (`bst_dist.faults.signals`). All code
 that may wait for a long time, for example for a network, checks it."""
 
@@ -25,25 +25,25 @@ class Stopped(UserError):
 
 
 @contextmanager
-def heeding() -> Iterator[Callable[[], bool]]:
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Within the block, only record the first Ctrl-C or SIGTERM. Yields a function that returns whether one has come.
 
     The work should call it between two of its parts. A second signal ends the command as usual, by KeyboardInterrupt.
     Outside the main thread, where Python handles no signals, nothing changes.
     """
-    told = threading.Event()
+    requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told.is_set
+        yield requested.is_set
         return
 
     def take(number: int, frame: FrameType | None) -> None:
-        if told.is_set():
+        if requested.is_set():
             raise KeyboardInterrupt
-        told.set()
+        requested.set()
 
     before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield told.is_set
+        yield requested.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

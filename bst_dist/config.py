@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from bst_base.places import NameOrPath, placed, written
+from bst_base.places import NameOrPath, with_base, written
 from bst_base.settings import Config, ConfigError, overridden, parse, read_settings
 from bst_base.shipped import RECIPES, STRATEGIES, base_of, find
 from bst_dist.activation.config import ActivationCheckpointingConfig
@@ -102,11 +102,11 @@ class Recipe(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _place(cls, data: Any) -> Any:
+    def _resolve_paths(cls, data: Any) -> Any:
         """Resolve relative paths from `paths_from`, so that they do not depend on the working directory."""
         if not isinstance(data, dict):
             return data
-        return placed(data, Path(data.get("paths_from") or Path.cwd()))
+        return with_base(data, Path(data.get("paths_from") or Path.cwd()))
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:

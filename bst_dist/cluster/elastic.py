@@ -16,7 +16,7 @@ class Shape:
 
     world: int
     sp: int
-    unequal: str = ""
+    imbalance: str = ""
     """A message that names the ranks with masked sequences; empty if there are none."""
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ def choose(recipe: Recipe, most: int) -> Shape:
     sp = max(d for d in range(1, min(most, recipe.parallel.sp) + 1) if recipe.parallel.sp % d == 0)
     changed = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"sp": sp})})
     world = usable(changed, most)
-    return Shape(world, sp, spread_of(changed, world).unequal(sp))
+    return Shape(world, sp, spread_of(changed, world).imbalance_message(sp))
 
 
 def shares(hosts: Sequence[Host], world: int, address: str, port: int) -> dict[str, Share]:

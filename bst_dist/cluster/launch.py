@@ -172,8 +172,8 @@ def _show(job: Job, hosts: Sequence[Host], options: LaunchOptions) -> dict[str, 
         print(f"{host:<12} ranks {share.first} to {share.first + share.count - 1} of {share.world}")
     if unused := idle(hosts, placed):
         print(f"{'idle':<12} {unused}")
-    if unequal := spread_of(recipe, world).unequal(recipe.parallel.sp):
-        print(f"{'masked':<12} {unequal}")
+    if imbalance := spread_of(recipe, world).imbalance_message(recipe.parallel.sp):
+        print(f"{'masked':<12} {imbalance}")
     for name, text in lines.items():
         print(f"{name:<12} {text}")
     files = [*map(str, job.needs.files)]

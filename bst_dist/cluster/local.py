@@ -136,8 +136,8 @@ def check(start: Start, share: Share) -> dict[str, Any]:
         "step": f"{tokens:,} tokens, micro-batches per rank: {start.spread.micro_batches}",
         "total": f"{train.steps:,} steps, {train.tokens:,} tokens",
     }
-    if unequal := start.spread.unequal(recipe.parallel.sp):
-        lines["masked"] = unequal
+    if imbalance := start.spread.imbalance_message(recipe.parallel.sp):
+        lines["masked"] = imbalance
     if start.changed:
         lines["change"] = f"{'; '.join(start.changed)} (before, from here on)"
     print("\n".join(f"{name:<6} {text}" for name, text in lines.items()))

@@ -96,8 +96,8 @@ class Supervisor:
         shape = choose(self.job.recipe, sum(host.slots for host in controller.hosts))
         placed = self._shares(controller, shape.world)
         say(f"{shape} on {', '.join(placed)}")
-        if shape.unequal:
-            say(shape.unequal)
+        if shape.imbalance:
+            say(shape.imbalance)
         if unused := idle(controller.hosts, placed):
             say(f"idle, as spares: {unused}")
         command = program(_laid_out(asked, self.job.recipe, shape))

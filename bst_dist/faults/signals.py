@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bst_base.host import die_with_parent
-from bst_base.stopping import TOLD
+from bst_base.stopping import STOP_REQUESTED
 from bst_dist.faults.disks import Disks, unanswering
 from bst_dist.faults.ending import end
 from bst_dist.faults.status import RESUBMIT, UNREADABLE
@@ -123,7 +123,7 @@ def listen() -> Notice:
     rank that waits in a collective executes none. Instead a thread reads the byte that the interpreter writes to a
     pipe when a signal arrives.
     """
-    notice, ends = Notice(TOLD), stopping()
+    notice, ends = Notice(STOP_REQUESTED), stopping()
     heard, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)

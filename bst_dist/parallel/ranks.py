@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 
 from bst_base.errors import UserError
 from bst_base.host import free_port
-from bst_base.launched import require_alone
+from bst_base.launched import require_single_process
 from bst_dist.parallel.communication import watch_deepspeed
 from bst_dist.parallel.devices import cpu_refusal, local_rank
 from bst_dist.parallel.gathering import agreed_port, gathered, spans
@@ -55,7 +55,7 @@ class Ranks:
             # uses. This takes minutes at the first start. If it is killed, its lock blocks the next start.
             deepspeed.ops.__compatible_ops__ = {}
         if not any(name in os.environ for name in _LAUNCHED):
-            require_alone("train all of the run", RANKS_OF_ITS_OWN)
+            require_single_process("train all of the run", RANKS_OF_ITS_OWN)
             alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {**alone, "MASTER_PORT": str(free_port())}
         # Set the device before DeepSpeed initialises the group: under mpirun it learns LOCAL_RANK only from MPI, and by

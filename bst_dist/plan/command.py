@@ -28,7 +28,7 @@ from rich.console import Console
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, parse
-from bst_base.stopping import STATUS, heeding
+from bst_base.stopping import STATUS, deferred_interrupt
 from bst_dist.config import Recipe, load_recipe, with_vocabulary
 from bst_dist.plan import slices
 from bst_dist.plan.accelerators import Accelerator, accelerator
@@ -40,7 +40,7 @@ from bst_dist.plan.speed import Cluster
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
-from data_pipeline.serve.passes import passes_told
+from data_pipeline.serve.passes import passes_message
 from data_pipeline.serve.share import Share
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ def _reading(recipe: Recipe) -> str:
         loader = Loader(recipe.data, corpora, share, **sizes)
     except UserError as error:
         return f"passes not counted: {error}"
-    return passes_told(loader, train.steps)
+    return passes_message(loader, train.steps)
 
 
 def _longest(args: argparse.Namespace, recipe: Recipe, device: Accelerator) -> dict[str, Any]:
@@ -153,11 +153,11 @@ def _until_told(items: Sequence[T], made: Callable[[T], R]) -> tuple[list[R], di
     Return the results so far, and entries for the report: empty, or those of a stopped command.
     """
     found: list[R] = []
-    with heeding() as told, stages(Console(stderr=True)) as report:
+    with deferred_interrupt() as stop_requested, stages(Console(stderr=True)) as report:
         for item in items:
             found.append(made(item))
             report("plan", len(found), len(items))
-            if told() and len(found) < len(items):
+            if stop_requested() and len(found) < len(items):
                 print(f"stopped: {len(found)} of {len(items)} are planned", file=sys.stderr)
                 return found, {"passed": False, "exit_status": STATUS}
     return found, {}

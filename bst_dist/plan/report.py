@@ -178,8 +178,8 @@ def _reason(planner: Planner, best: Candidate) -> str:
         why.append("weights and optimizer states fit only when spread over all ranks")
     elif work.strategy.overlap_comm:
         why.append(f"ZeRO-{work.strategy.stage} reduces gradients during the backward pass")
-    if unequal := best.spread.unequal(work.slice.sp):
-        why.append(unequal)
+    if imbalance := best.spread.imbalance_message(work.slice.sp):
+        why.append(imbalance)
     return "; ".join(why)
 
 

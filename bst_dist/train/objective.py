@@ -26,7 +26,7 @@ from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.batch import Batch
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
-from data_pipeline.serve.passes import passes_told
+from data_pipeline.serve.passes import passes_message
 from data_pipeline.serve.reader import Corpus, NoCorpusError
 from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import changed
@@ -146,7 +146,7 @@ class LanguageModelling:
         loader = self.loader(mesh)
         if state:
             loader.check(dict(state))
-        return passes_told(loader, steps)
+        return passes_message(loader, steps)
 
     def about(self) -> dict[str, Any]:
         corpora = [

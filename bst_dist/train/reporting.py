@@ -60,8 +60,8 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
     if recipe.train.length_changes:
         changes = [f"{length:,} tokens from step {step:,}" for step, length in recipe.train.lengths[1:]]
         lines["length"] = f"{', '.join(changes)}; evaluated with {recipe.train.lengths[-1][1]:,}"
-    if unequal := start.spread.unequal(recipe.parallel.sp):
-        lines["masked"] = unequal
+    if imbalance := start.spread.imbalance_message(recipe.parallel.sp):
+        lines["masked"] = imbalance
     if recipe.train.slice_tokens:
         slices = recipe.train.slices
         every = f", one in {recipe.train.edges_every}" if recipe.train.edges_every > 1 else ""

@@ -85,7 +85,7 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
             shutil.rmtree(output / WORK, ignore_errors=True)
             return manifest, {"reused": True}
         if config.source.tokenized:
-            config = config.model_copy(update={"source": config.source.told(given)})
+            config = config.model_copy(update={"source": config.source.with_tokenizer(given)})
         work = output / WORK / name_of(wanted)
         work.mkdir(parents=True, exist_ok=True)
         remove_partials(output)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from bst_base.errors import UserError
-from bst_base.launched import require_alone
+from bst_base.launched import require_single_process
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -74,11 +74,11 @@ def open_workers(count: int | None) -> Iterator[Workers | None]:
         from mpi4py.futures import MPICommExecutor
 
         if MPI.COMM_WORLD.Get_size() == 1:  # the launcher belongs to another MPI than mpi4py
-            require_alone("prepare all of the corpus", BY_MPI)
+            require_single_process("prepare all of the corpus", BY_MPI)
         with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
             yield None if executor is None else Workers(executor, ranks - 1)
         return
-    require_alone("prepare all of the corpus", BY_MPI)
+    require_single_process("prepare all of the corpus", BY_MPI)
     count = count or len(os.sched_getaffinity(0))
     if count == 1:
         yield Workers(None, 1)

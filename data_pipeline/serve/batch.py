@@ -72,17 +72,17 @@ class Cuts:
         return cls(pieces.row, pieces.slot + begin, count, pieces.document, pieces.offset)
 
 
-def label_mask(real: np.ndarray | None, shape: tuple[int, int], rows: Rows, apart: bool) -> np.ndarray:
+def label_mask(real: np.ndarray | None, shape: tuple[int, int], rows: Rows, separate: bool) -> np.ndarray:
     """Return (b, l) bool: which inputs have a label that counts in the loss.
 
     Args:
         real: (b, l + 1) bool, which tokens are text; None when all are.
         shape: (b, l).
         rows: what the rows read.
-        apart: whether documents are separate, so that the last token of one does not predict the first of the next.
+        separate: whether documents are separate, so that the last token of one does not predict the first of the next.
     """
     mask = np.ones(shape, bool) if real is None else real[:, :-1] & real[:, 1:]
-    if apart:
+    if separate:
         pieces = rows.pieces
         first = pieces.select((pieces.offset == 0) & (pieces.slot > 0))
         mask[first.row, first.slot - 1] = False

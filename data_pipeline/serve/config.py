@@ -80,7 +80,7 @@ class DataConfig(Config):
         return self
 
     @property
-    def apart(self) -> bool:
+    def separates_documents(self) -> bool:
         """Whether documents are separate: no token sees another document, nor predicts the first token of another."""
         return self.documents != "joined"
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bst_base.errors import UserError
-from bst_base.stopping import TOLD
+from bst_base.stopping import STOP_REQUESTED
 from data_pipeline.serve.batch import Batch, block_starts, label_mask, token_starts
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.located import Rows
@@ -103,7 +103,7 @@ class Loader:
         far = any(corpus.remote for corpus in self._corpora)
         ahead = self.config.prefetch if self.config.prefetch is not None else 8 if far else 2
         threads = _STEPS_AT_ONCE if far else 1
-        self._prefetcher = Prefetcher(self.batches, self._start_step, ahead, threads, leave=TOLD)
+        self._prefetcher = Prefetcher(self.batches, self._start_step, ahead, threads, leave=STOP_REQUESTED)
         return self._served(self._prefetcher)
 
     def batches(self, step: int) -> list[MicroBatch]:
@@ -149,7 +149,7 @@ class Loader:
         check_state(self._order_at(step) | sizes.state(), others)
         if self._lengths.since or begun is not None:
             before = self._make_order(version, self._sizes, kept)
-            self._phases.require_laid_out(before.phases, begun, step)
+            self._phases.require_same_layout(before.phases, begun, step)
 
     def consumed(self, step: int) -> np.ndarray:
         """Return (corpora,) int64: the sequences of each corpus that all ranks together have read before a step."""
@@ -299,9 +299,9 @@ class Loader:
         numbers, begin, rows, tokens, real = stored
         ids = tokens.astype(np.int64)
         shape = ids[:, :-1].shape
-        mask = label_mask(real, shape, rows, self.config.apart)
+        mask = label_mask(real, shape, rows, self.config.separates_documents)
         labels = ids[:, 1:]
-        if real is not None or self.config.apart:
+        if real is not None or self.config.separates_documents:
             labels = np.where(mask, labels, self._corpora[0].manifest.tokenizer.pad_id)
         return Batch(
             input_ids=ids[:, :-1],

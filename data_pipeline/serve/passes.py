@@ -6,7 +6,7 @@ from bst_base.errors import UserError
 from data_pipeline.serve.loader import Loader
 
 
-def passes_told(loader: Loader, steps: int) -> str:
+def passes_message(loader: Loader, steps: int) -> str:
     """Return a message with the passes over each corpus before a step.
 
     Raises UserError when they are more than `max_passes` allows.

@@ -28,7 +28,7 @@ from data_pipeline.serve.order.windows import ShardSizes
 from data_pipeline.serve.shard_reader import ShardReader
 from data_pipeline.store.base import Storage, StorageConfig
 from data_pipeline.store.cache import CachedStorage
-from data_pipeline.store.heap import give_back
+from data_pipeline.store.heap import trim_heap
 from data_pipeline.store.mapped import MappedFile
 from data_pipeline.store.storage import open_storage
 
@@ -90,7 +90,7 @@ class Corpus:
         manifest = Manifest.from_bytes(data, f"{url}/{MANIFEST}")
         size = len(data)
         del data  # 40 MB for 100,000 shards
-        give_back(size)
+        trim_heap(size)
         files = KnownFiles(manifest, split, f"{url}/{MANIFEST}")
         if source.remote and config.cache_dir:
             source = CachedStorage(source, config.cache_dir, files, config.cache_bytes)

@@ -17,7 +17,7 @@ from data_pipeline.serve.order.versions import Order
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.runs import MappedRuns
 from data_pipeline.store.base import REQUESTS
-from data_pipeline.store.heap import share_arenas
+from data_pipeline.store.heap import limit_arenas
 from data_pipeline.store.mapped import Collector
 
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class RowReader:
         # Over a network the reads of several steps are sent together: latency takes much longer than the transfer.
         self._pool = ThreadPoolExecutor(REQUESTS) if any(corpus.remote for corpus in corpora) else None
         if self._pool:
-            share_arenas()
+            limit_arenas()
         self._since, self._until, self._start = since, until, max(since, start)
         row_bytes = (length + 1) * self._dtype.itemsize
         most = min(_TOGETHER_BYTES // row_bytes, _KEPT_BYTES // (row_bytes * len(begins)))

@@ -55,7 +55,7 @@ class Spread:
         """Masked rows of a step, over all ranks."""
         return self.dp * self.micro_batches * self.micro_rows - self.rows
 
-    def unequal(self, sp: int = 1) -> str:
+    def imbalance_message(self, sp: int = 1) -> str:
         """Return a message about the uneven rows per rank and the wasted computation; empty when nothing is wasted.
 
         `sp`: ranks that share a row.
@@ -71,9 +71,9 @@ class Spread:
             + (f" and {slots - rows} masked" if slots > rows else "")
             for ranks, rows in counts
         ]
-        return f"{', '.join(parts)}: {self._vain:.0%} of the computation is wasted{self._advice()}"
+        return f"{', '.join(parts)}: {self._wasted_fraction:.0%} of the computation is wasted{self._advice()}"
 
-    def sparing(self) -> list[int]:
+    def better_micro_sizes(self) -> list[int]:
         """Return the nearest values of `most` with the fewest masked rows, at most one below and one above.
 
         The list is empty when `most` has that number already.
@@ -86,14 +86,14 @@ class Spread:
         return [*[most for most in found if most < self.most][-1:], *[most for most in found if most > self.most][:1]]
 
     def _advice(self) -> str:
-        if not (better := self.sparing()):
+        if not (better := self.better_micro_sizes()):
             return ""
-        left = replace(self, most=better[0])._vain
+        left = replace(self, most=better[0])._wasted_fraction
         of = "or ".join(f"{most} " for most in better)
         return f"; train.micro_sequences {of}would waste {f'{left:.0%}' if left else 'nothing'}"
 
     @property
-    def _vain(self) -> float:
+    def _wasted_fraction(self) -> float:
         """The fraction of the rows of a step that is masked."""
         return self.masked / (self.dp * self.micro_batches * self.micro_rows)
 

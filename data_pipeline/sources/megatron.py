@@ -30,7 +30,7 @@ class Megatron(TokenSource):
     def wanted(self, name: str) -> bool:
         return name.endswith(".idx")
 
-    def beside(self, name: str) -> bool:
+    def is_companion(self, name: str) -> bool:
         return name.endswith(".bin") and (self.root / name).with_suffix(".idx").exists()
 
     def copied(self, name: str) -> bool:

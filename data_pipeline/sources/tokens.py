@@ -28,7 +28,7 @@ class TokenSource(FileSource):
     licence: str = "unknown"
     """Licence to record for every document."""
 
-    def told(self, tokenizer: Tokenizer) -> Self:
+    def with_tokenizer(self, tokenizer: Tokenizer) -> Self:
         """Return the same source, with missing settings taken from the tokenizer."""
         end = tokenizer.eos_id if self.eos_id is None else self.eos_id
         return self.model_copy(update={"vocab_size": tokenizer.vocab_size, "eos_id": end})

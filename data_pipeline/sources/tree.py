@@ -111,7 +111,7 @@ class FileSource(Source):
         """Whether a file, given by its path below the root, is read."""
         raise NotImplementedError
 
-    def beside(self, name: str) -> bool:
+    def is_companion(self, name: str) -> bool:
         """Whether a file that is not `wanted` is read together with one that is."""
         return False
 
@@ -162,7 +162,7 @@ class FileSource(Source):
                 skipped.append(found)
             elif self.wanted(found[0]):
                 parts += self.parts_of(*found)
-            elif not self.beside(found[0]):
+            elif not self.is_companion(found[0]):
                 endings.leave_out(found[0])
         if not parts:
             seen = ", ".join(f"{s.count} {s.reason}" for s in [*skipped, *endings.skipped("")])

@@ -13,7 +13,7 @@ from typing import Protocol, TextIO
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_file
-from bst_base.stopping import TOLD, Stopped
+from bst_base.stopping import STOP_REQUESTED, Stopped
 from data_pipeline.format.shards import ShardError
 from data_pipeline.store.base import Storage
 from data_pipeline.store.mapped import MappedFile
@@ -195,7 +195,7 @@ class CachedStorage:
         """Lock a copy, so that no other process on this machine fetches or removes it."""
         with (self._directory / f"{copy}.lock").open("w") as lock:
             while not _taken(lock):
-                if self._stop.wait(_LOOK_S) or TOLD.is_set():
+                if self._stop.wait(_LOOK_S) or STOP_REQUESTED.is_set():
                     raise Stopped(f"{self.where}: the wait for another process that fetches {copy} was interrupted")
             yield
 

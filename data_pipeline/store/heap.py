@@ -12,7 +12,7 @@ _WORTH_IT = 4 << 20  # bytes; freeing less is not worth the call
 _libc = ctypes.CDLL(None)
 
 
-def share_arenas() -> None:
+def limit_arenas() -> None:
     """Let all threads allocate from two arenas.
 
     Otherwise, hundreds of threads that wait for a network spread their freed memory over eight arenas per CPU: 30 MB.
@@ -21,7 +21,7 @@ def share_arenas() -> None:
         _libc.mallopt(_ARENA_MAX, 2)
 
 
-def give_back(freed: int) -> None:
+def trim_heap(freed: int) -> None:
     """Return about `freed` bytes of freed memory to the system: 18 MB after a manifest of 100,000 shards was parsed.
 
     For less than 4 MiB nothing is done: the call walks through the whole heap of the process.

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import fsspec
 
 from bst_base.addresses import filled, redacted
-from bst_base.stopping import TOLD, Stopped
+from bst_base.stopping import STOP_REQUESTED, Stopped
 from data_pipeline.format.shards import ShardError
 from data_pipeline.store.base import REQUESTS, StorageConfig, StorageError
 
@@ -156,7 +156,7 @@ class RemoteStorage:
             self._check_interrupted(name)
 
     def _check_interrupted(self, name: str) -> None:
-        if self._stop.is_set() or TOLD.is_set():
+        if self._stop.is_set() or STOP_REQUESTED.is_set():
             raise Stopped(f"{self.where}/{name}: reading was interrupted")
 
     def renew(self, name: str) -> bool:
@@ -300,7 +300,7 @@ class PipeStorage:
         """Return the next output of the command; empty at its end."""
         end = time.monotonic() + self._timeout_s
         while not select.select([descriptor], [], [], _POLL_S)[0]:
-            if self._stop.is_set() or TOLD.is_set():
+            if self._stop.is_set() or STOP_REQUESTED.is_set():
                 raise Stopped(f"pipe:{command}: reading was interrupted")
             if time.monotonic() > end:
                 raise StorageError(f"pipe:{command}: wrote nothing for {self._timeout_s:g} s (storage.timeout_s)")

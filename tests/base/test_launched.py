@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from bst_base.errors import UserError
-from bst_base.launched import copies, require_alone
+from bst_base.launched import copies, require_single_process
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_copies(environ, count):
     assert copies(environ)[0] == count
     if count > 1:
         with pytest.raises(UserError, match="and each would train: start one"):
-            require_alone("train", "start one", environ)
+            require_single_process("train", "start one", environ)
 
 
 COMMANDS = {

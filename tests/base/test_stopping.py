@@ -6,16 +6,16 @@ import threading
 
 import pytest
 
-from bst_base.stopping import heeding
+from bst_base.stopping import deferred_interrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_remembered_and_the_second_ends_the_work(number):
     before = signal.getsignal(number)
-    with heeding() as told:
-        assert not told()
+    with deferred_interrupt() as stop_requested:
+        assert not stop_requested()
         os.kill(os.getpid(), number)
-        assert told()
+        assert stop_requested()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
@@ -25,8 +25,8 @@ def test_another_thread_than_the_main_one_is_left_alone():
     found = []
 
     def work() -> None:
-        with heeding() as told:
-            found.append(told())
+        with deferred_interrupt() as stop_requested:
+            found.append(stop_requested())
 
     thread = threading.Thread(target=work)
     thread.start()

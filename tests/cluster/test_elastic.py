@@ -41,9 +41,9 @@ def test_the_most_ranks_that_have_a_part_in_the_batch(made, most, found):
 
 
 def test_ranks_that_compute_in_vain_are_named():
-    assert choose(recipe(512), 504).unequal.startswith("8 of 504 ranks have 2 sequences, 496 of 504 ranks have 1")
-    assert choose(recipe(64, sp=4), 15).unequal.startswith("1 of 3 groups of 4 ranks has 22 sequences, 2 of 3 groups")
-    assert choose(recipe(512), 512).unequal == ""
+    assert choose(recipe(512), 504).imbalance.startswith("8 of 504 ranks have 2 sequences, 496 of 504 ranks have 1")
+    assert choose(recipe(64, sp=4), 15).imbalance.startswith("1 of 3 groups of 4 ranks has 22 sequences, 2 of 3 groups")
+    assert choose(recipe(512), 512).imbalance == ""
 
 
 def test_a_host_too_many_is_no_reason_to_refuse():

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bst_base.stopping import TOLD
+from bst_base.stopping import STOP_REQUESTED
 from bst_dist.checkpoint.directory import committed, newest_valid, step_of
 from bst_dist.faults import signals, status
 from bst_dist.parallel.ranks import Ranks
@@ -134,7 +134,7 @@ def test_a_rank_without_data_costs_the_others_that_step_and_the_run_nothing_else
         def next_of(self: Prefetcher, number: int) -> Any:
             if ranks.rank == 1 and number == lacking:
                 os.kill(os.getpid(), signal.SIGTERM)
-                assert TOLD.wait(60)
+                assert STOP_REQUESTED.wait(60)
                 found(self, number)
                 return None
             return found(self, number)

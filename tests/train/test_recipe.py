@@ -48,7 +48,7 @@ def test_identity_is_all_but_logging_checkpoints_and_ranks(recipe_file):
 
 def test_masked_documents_are_refused_in_one_line_where_a_model_cannot_tell_them_apart(settings):
     settings["data"]["documents"] = "masked"
-    assert parse(Recipe, settings).data.apart
+    assert parse(Recipe, settings).data.separates_documents
     settings["model"]["ssm"] = {"kernel": "hyena", "length": 32}
     with pytest.raises(ConfigError, match=r"data.documents masked: ssm.kernel hyena \(bst\) keeps its last inputs"):
         parse(Recipe, settings)

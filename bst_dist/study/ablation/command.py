@@ -22,7 +22,7 @@ from rich.console import Console
 
 from bst_base.arguments import picture
 from bst_base.errors import UserError
-from bst_base.stopping import STATUS, heeding
+from bst_base.stopping import STATUS, deferred_interrupt
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.ablation.figure import draw
 from bst_dist.study.ablation.interventions import KINDS, Intervention, defaults, obstacle, parse, same_as_zero
@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "corpora": [],
     }  # fmt: skip
     opened = open_text(trained, args.split, args.corpus)
-    with heeding() as told:
+    with deferred_interrupt() as stop_requested:
         for number, corpus in enumerate(opened):
             path = out if len(opened) == 1 else out.with_stem(f"{out.stem}-{number}")
-            figures = _ablate(args, trained, corpus, planned, told, path)
+            figures = _ablate(args, trained, corpus, planned, stop_requested, path)
             report["corpora"].append({"corpus": corpus.storage.where, **figures})
             if (done := len(figures["interventions"])) < len(planned):
                 say(f"stopped: {done} of {len(planned)} interventions are done")

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from bst_base.errors import UserError
-from bst_base.stopping import STATUS, heeding
+from bst_base.stopping import STATUS, deferred_interrupt
 from bst_base.terminal import Sheet, print_table
 from bst_dist.config import Recipe
 from bst_dist.model.config import ModelConfig
@@ -135,10 +135,10 @@ def _read(args: argparse.Namespace, readers: Readers) -> dict[str, Any] | None:
     trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
     found: list[OfCorpus] = []
     stopped = False
-    with heeding() as told:
+    with deferred_interrupt() as stop_requested:
         for corpus in open_text(trained, args.split, args.corpus):
             started = time.perf_counter()
-            scored, whole = evaluate(trained, corpus, args.context, args.batch_size, readers, told)
+            scored, whole = evaluate(trained, corpus, args.context, args.batch_size, readers, stop_requested)
             if whole.any() and readers.first:
                 words, where = words_of(corpus, np.flatnonzero(whole)), corpus.storage.where
                 time_s = time.perf_counter() - started

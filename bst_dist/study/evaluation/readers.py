@@ -23,7 +23,7 @@ from torch import distributed
 
 from bst_base.errors import UserError
 from bst_base.host import free_port
-from bst_base.launched import require_alone
+from bst_base.launched import require_single_process
 from bst_dist.cluster.local import launch
 from bst_dist.cluster.processes import Share
 from bst_dist.parallel.ranks import own_device
@@ -73,7 +73,7 @@ def joined() -> Iterator[Readers]:
     all of the text.
     """
     if "RANK" not in os.environ:
-        require_alone("evaluate all of the text", INSTEAD)
+        require_single_process("evaluate all of the text", INSTEAD)
         yield Readers()
         return
     if torch.accelerator.is_available():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bst_base.places import placed
+from bst_base.places import with_base
 from bst_base.settings import ConfigError, parse
 from bst_dist.config import Recipe, recipe_settings
 from bst_dist.model.config import MIXER_SECTIONS
@@ -95,7 +95,9 @@ class Designer:
         if self.base.get("model", {}).get("vocab_size") is None:
             corpus = open_corpora(
                 parse(
-                    DataConfig, placed(self.base["data"], Path(self.base["paths_from"])), where=f"{sweep.recipe}: data"
+                    DataConfig,
+                    with_base(self.base["data"], Path(self.base["paths_from"])),
+                    where=f"{sweep.recipe}: data",
                 ),
                 "train",
             )[0]

@@ -142,7 +142,7 @@ class Phases:
                 cuts = phase.cuts
         return cuts.length, cuts.length - (begin - cuts.base(corpus, epoch)) % cuts.length
 
-    def require_laid_out(self, before: Phases, begun: Sequence[list[int] | None] | None, step: int) -> None:
+    def require_same_layout(self, before: Phases, begun: Sequence[list[int] | None] | None, step: int) -> None:
         """Raise UserError unless everything that is partly read before a step keeps its layout.
 
         `before`: the order up to that step, without later changes of the length. `begun`: the partly read windows or

@@ -15,7 +15,7 @@ from data_pipeline.serve.order.fitting import cut
 from data_pipeline.serve.order.stream import Pieces, TokenStream
 from data_pipeline.serve.order.windows import Windows
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.store.heap import give_back
+from data_pipeline.store.heap import trim_heap
 
 _INDEX_ENTRY = 28  # bytes per document in an index file
 
@@ -167,7 +167,7 @@ class WindowCache:
                 f"{self._corpus.where}: by their indexes, {len(shards)} shards take up {window.total} tokens, by the "
                 f"manifest {expected}; prepare the corpus again"
             )
-        give_back(window.documents * _INDEX_ENTRY)
+        trim_heap(window.documents * _INDEX_ENTRY)
         return window
 
     def _close_all_but(self, count: int) -> None:

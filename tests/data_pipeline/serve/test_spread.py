@@ -33,7 +33,7 @@ def test_every_row_is_on_one_rank_in_order_and_all_ranks_compute_alike(rows: int
 @given(shares=st.integers(1, 20), dp=st.integers(1, 20), most=st.integers(1, 9))
 def test_nothing_is_masked_where_the_micro_batches_divide_the_rows(shares: int, dp: int, most: int) -> None:
     spread = Spread(shares * dp * most, dp, most)
-    assert (spread.micro_batches, spread.micro_rows, spread.masked, spread.unequal()) == (shares, most, 0, "")
+    assert (spread.micro_batches, spread.micro_rows, spread.masked, spread.imbalance_message()) == (shares, most, 0, "")
 
 
 def test_no_more_is_masked_than_must_be() -> None:
@@ -43,14 +43,14 @@ def test_no_more_is_masked_than_must_be() -> None:
 
 
 def test_who_computes_in_vain_is_said() -> None:
-    assert Spread(8, 5, 1).unequal() == (
+    assert Spread(8, 5, 1).imbalance_message() == (
         "3 of 5 ranks have 2 sequences, 2 of 5 ranks have 1 sequence and 1 masked: 20% of the computation is wasted"
     )
-    assert Spread(14, 2, 4).unequal(sp=2) == (
+    assert Spread(14, 2, 4).imbalance_message(sp=2) == (
         "2 of 2 groups of 2 ranks have 7 sequences and 1 masked: 12% of the computation is wasted; "
         "train.micro_sequences 1 or 7 would waste nothing"
     )
-    assert Spread(15, 2, 3).unequal() == (
+    assert Spread(15, 2, 3).imbalance_message() == (
         "1 of 2 ranks has 8 sequences and 1 masked, 1 of 2 ranks has 7 sequences and 2 masked: 17% of the computation "
         "is wasted; train.micro_sequences 2 or 4 would waste 6%"
     )
@@ -64,7 +64,7 @@ def test_the_advice_is_the_nearest_that_masks_least(rows: int, dp: int, most: in
         return dp * batches * math.ceil(per_rank / batches) - rows
 
     least = min(map(masked, range(1, rows + 1)))
-    advised = Spread(rows, dp, most).sparing()
+    advised = Spread(rows, dp, most).better_micro_sizes()
     if masked(most) == least:
         assert advised == []
         return

@@ -23,7 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, dump, parse
-from bst_base.stopping import TOLD, Stopped
+from bst_base.stopping import STOP_REQUESTED, Stopped
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.shards import ShardError
 from data_pipeline.serve import rows
@@ -158,11 +158,11 @@ def test_a_wait_between_attempts_can_be_interrupted(make_corpus: Any, serve: Any
 @pytest.fixture
 def told() -> Iterator[None]:
     """Signal the process to stop after 0.2 s."""
-    timer = threading.Timer(0.2, TOLD.set)
+    timer = threading.Timer(0.2, STOP_REQUESTED.set)
     timer.start()
     yield
     timer.join()
-    TOLD.clear()
+    STOP_REQUESTED.clear()
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -212,7 +212,7 @@ def test_waits_for_commands_other_processes_and_clients_that_block_are_left_too(
     fsspec.register_implementation("blocking", Blocking, clobber=True)
     with pytest.raises(Stopped, match="reading was interrupted"):
         Corpus.open("blocking://books", "train", StorageConfig())
-    TOLD.clear()
+    STOP_REQUESTED.clear()
     with pytest.raises(StorageError, match=r"storage\.deadline_s"):
         Corpus.open("blocking://books", "train", StorageConfig(attempts=1, deadline_s=0.3))
 
