@@ -17,7 +17,7 @@ from data_pipeline.serve.reader import Corpus
 
 
 @pytest.mark.parametrize("mean", [300, 20_000])
-def test_readers_serve_the_same_sequences_of_short_and_long_documents(tmp_path: Path, mean: int) -> None:
+def test_all_readers_serve_the_same_sequences(tmp_path: Path, mean: int) -> None:
     for reader in ("ours", "ours-as-stored", "webdataset"):
         readers.make(reader, tmp_path, 64, mean)
     lengths = Corpus.open(str(tmp_path / "ours")).lengths
@@ -38,7 +38,7 @@ def pages_in_memory(path: Path) -> int:
 
 
 @pytest.mark.skipif(not shutil.which("fincore"), reason="util-linux is not here")
-def test_a_pass_over_files_in_memory_finds_all_of_them_there(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_benchmark_loads_all_files_into_the_page_cache_before_measuring(tmp_path: Path, monkeypatch, capsys) -> None:
     copy = tmp_path / "ours"
     readers.make("ours", tmp_path, 64, 20_000)
     (shard,) = copy.glob("train-*.tar")

@@ -22,7 +22,7 @@ def arguments(*given: str) -> argparse.Namespace:
     return parser.parse_args([*given, "--seconds", "0.1"])
 
 
-def test_an_endless_corpus_is_a_corpus(tmp_path: Path) -> None:
+def test_corpus_of_linked_shards_is_valid(tmp_path: Path) -> None:
     directory = tmp_path / "endless"
     make_endless(directory, 450, 100, 300, linked=True)
     manifest, corpus = Manifest.read(directory), Corpus.open(str(directory))
@@ -35,13 +35,13 @@ def test_an_endless_corpus_is_a_corpus(tmp_path: Path) -> None:
     assert np.array_equal(corpus.document(3), corpus.document(403))
 
 
-def test_sizes_are_measured_in_processes_of_their_own() -> None:
+def test_isolated_benchmark_reports_each_corpus_size() -> None:
     found = bench_index.run(arguments("--documents", "1e3", "4e3", "--per-shard", "500", "--isolated"))["sizes"]
     assert [(each["documents"], each["shards"], each["open_shards"]) for each in found] == [(1000, 2, 2), (4000, 8, 8)]
     assert all(each["steps"] >= 1 and each["first_batch_s"] > 0 and 0 <= each["waited"] <= 1 for each in found)
 
 
-def test_several_ranks_are_measured_together_and_failures_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_measures_several_ranks_and_reports_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = bench_index.run(arguments("--documents", "4e3", "--per-shard", "500", "--ranks", "2"))["sizes"]
     assert (found["ranks"], found["open_shards"]) == (2, 8)
     assert found["private_mb_at_end"] > 0
@@ -51,20 +51,20 @@ def test_several_ranks_are_measured_together_and_failures_are_told(monkeypatch: 
         bench_index.run(arguments("--documents", "4e3", "--ranks", "2"))
 
 
-def test_a_server_is_asked_once_for_each_index_and_shard() -> None:
+def test_each_index_and_shard_is_requested_once_from_the_server() -> None:
     (found,) = bench_index.run(
         arguments("--documents", "4000", "--per-shard", "500", "--latency-ms", "1", "--cache")
     )["sizes"]  # fmt: skip
     assert found["requests"] == {"manifest.json": 1, "tokenizer.model": 1, ".idx": 8, ".tar": 8}
 
 
-def test_a_cache_of_local_files_is_refused() -> None:
+def test_cache_option_without_latency_is_refused() -> None:
     with pytest.raises(UserError, match="add --latency-ms"):
         bench_index.run(arguments("--cache"))
 
 
 @pytest.mark.parametrize("given", ["--documents abc", "--documents inf", "--mean 0", "--latency-ms -1", "--seconds 0"])
-def test_numbers_that_measure_nothing_are_refused(given: str, capsys: pytest.CaptureFixture) -> None:
+def test_invalid_benchmark_numbers_are_refused(given: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         arguments(*given.split())
     assert f"argument {given.split()[0]}: " in capsys.readouterr().err

@@ -31,7 +31,7 @@ def published_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("packing", ["stream", "best_fit"])
-def test_parquet_and_a_published_tokenizer_are_trained_on_and_exported(tmp_path: Path, settings, packing: str) -> None:
+def test_training_and_export_from_parquet_with_a_published_tokenizer(tmp_path: Path, settings, packing: str) -> None:
     random = np.random.default_rng(0)
     words = ["for", "x", "in", "range", "(", ")", ":", "return", "naïve", "12", "+", "y", "if", "else"]
     texts = [" ".join(random.choice(words, 60 + 10 * i)) for i in range(40)]

@@ -75,7 +75,7 @@ def ids_of(tokenizer: Tokenizer) -> dict[str, int]:
 
 @settings(max_examples=150, deadline=None)
 @given(text=encodable)
-def test_a_text_turns_into_text_tokens_alone_and_comes_back(tokenizer: Tokenizer, text: str) -> None:
+def test_text_never_encodes_to_special_tokens_and_decodes_exactly(tokenizer: Tokenizer, text: str) -> None:
     ids, named = tokenizer.encode(text).tolist(), ids_of(tokenizer)
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
@@ -88,7 +88,7 @@ def test_a_text_turns_into_text_tokens_alone_and_comes_back(tokenizer: Tokenizer
     assert [token for token in ids if token in {named[name] for name in TEXT}] == found
 
 
-def test_the_ids_are_those_of_sentencepiece(tokenizer: Tokenizer) -> None:
+def test_ids_equal_those_of_sentencepiece(tokenizer: Tokenizer) -> None:
     if tokenizer.file != "tokenizer.model":
         pytest.skip("of a SentencePiece model")
     peer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
@@ -97,7 +97,7 @@ def test_the_ids_are_those_of_sentencepiece(tokenizer: Tokenizer) -> None:
     assert [peer.is_control(peer.piece_to_id(name)) for name in (*SPECIAL, *TEXT)] == [True] * 2 + [False] * 3
 
 
-def test_the_ids_are_those_of_the_tokenizers_library(tmp_path: Path) -> None:
+def test_ids_equal_those_of_the_tokenizers_library(tmp_path: Path) -> None:
     path = published(tmp_path)
     found, peer = extended(adopt_tokenizer(path, CONFIG), CONFIG, "it"), tokenizers.Tokenizer.from_file(str(path))
     before = peer.get_vocab_size()
@@ -110,7 +110,7 @@ def test_the_ids_are_those_of_the_tokenizers_library(tmp_path: Path) -> None:
     assert found.vocab_size == before + 5
 
 
-def test_ids_of_a_reused_tokenizer_stay_and_new_ones_follow_them() -> None:
+def test_added_tokens_get_ids_after_those_of_a_reused_tokenizer() -> None:
     plain = trained("bpe", TokenizerConfig(vocab_size=400))
     more = extended(plain, CONFIG, "it")
     assert [more.piece(i) for i in range(400)] == [plain.piece(i) for i in range(400)]
@@ -119,7 +119,7 @@ def test_ids_of_a_reused_tokenizer_stay_and_new_ones_follow_them() -> None:
     assert extended(plain, TokenizerConfig(), "it") is plain
 
 
-def test_no_long_line_is_cut_inside_of_a_token() -> None:
+def test_long_lines_are_not_split_inside_an_added_token() -> None:
     found = trained("bpe")
     text = "x" * (MAX_LINE - 3) + "<|code|>" + "y" * MAX_LINE
     ids = found.encode(text).tolist()
@@ -127,7 +127,7 @@ def test_no_long_line_is_cut_inside_of_a_token() -> None:
     assert found.decode(ids) == text
 
 
-def test_a_special_token_of_the_model_becomes_a_text_token_when_asked(tmp_path: Path) -> None:
+def test_special_token_of_a_model_can_become_a_text_token(tmp_path: Path) -> None:
     path = published(tmp_path)
     plain = adopt_tokenizer(path, TokenizerConfig())
     own = plain.backend.token_to_id("<|im_start|>")
@@ -147,7 +147,7 @@ def test_a_special_token_of_the_model_becomes_a_text_token_when_asked(tmp_path: 
     assert asked.encode("<x>").tolist() == [own]
 
 
-def test_exported_tokenizers_carry_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_exported_tokenizers_contain_added_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / tokenizer.file).write_bytes(tokenizer.model)
     unigram = tokenizer.file == "tokenizer.model" and not is_bpe(tokenizer)
     exported = BSTTokenizer(str(tmp_path / tokenizer.file)) if unigram else fast_tokenizer(tokenizer, None)
@@ -175,12 +175,12 @@ def test_exported_tokenizers_carry_them(tokenizer: Tokenizer, tmp_path: Path) ->
         ({"special_tokens": ["<0x0A>"]}, "'<0x0A>' is a token of every tokenizer"),
     ],
 )
-def test_tokens_that_cannot_be_are_refused(settings: dict, told: str) -> None:
+def test_invalid_added_tokens_are_refused(settings: dict, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         parse(TokenizerConfig, settings)
 
 
-def test_tokens_that_the_tokenizer_has_are_refused(tmp_path: Path) -> None:
+def test_added_tokens_that_the_tokenizer_already_has_are_refused(tmp_path: Path) -> None:
     path = published(tmp_path)
     for found in (adopt_tokenizer(path, TokenizerConfig()), trained("bpe", TokenizerConfig(vocab_size=400))):
         eos, piece = found.piece(found.eos_id), found.piece(found.vocab_size - 1)
@@ -196,7 +196,7 @@ def test_tokens_that_the_tokenizer_has_are_refused(tmp_path: Path) -> None:
         extended(IdsOnly.of(10, 0), TokenizerConfig(reuse=path, special_tokens=("<x>",)), "it")
 
 
-def test_a_model_that_others_made_reads_them_too(tmp_path: Path) -> None:
+def test_tokens_are_added_to_a_foreign_sentencepiece_model(tmp_path: Path) -> None:
     """A SentencePiece model with its own symbols, not trained by this project."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -71,21 +71,21 @@ def tokenizer(published) -> HuggingFaceTokenizer:
 
 @settings(max_examples=200, deadline=None)
 @given(text=encodable)
-def test_every_text_comes_back_exactly(tokenizer, text) -> None:
+def test_every_text_decodes_exactly(tokenizer, text) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} & set(ids.tolist())
 
 
-def test_the_ids_are_those_of_the_library(published, tokenizer) -> None:
+def test_ids_equal_those_of_the_library(published, tokenizer) -> None:
     peer = tokenizers.Tokenizer.from_file(str(published))
     lead = " " if tokenizer.encode("x")[0] != peer.encode("x").ids[0] else ""  # the prefix that the library adds
     for text in ("word3 = other21 + 3", "word1\n\n    return x7", "naïve\ttab", "日本語 \U0001f600"):
         assert tokenizer.encode(lead + text).tolist() == peer.encode(text, add_special_tokens=False).ids
 
 
-def test_what_a_corpus_holds_reads_back_the_same(tokenizer, tmp_path) -> None:
+def test_stored_tokenizer_reads_back_equal(tokenizer, tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.model)
     again = read_tokenizer(tmp_path / "tokenizer.json")
     assert again.sha256 == tokenizer.sha256
@@ -94,7 +94,7 @@ def test_what_a_corpus_holds_reads_back_the_same(tokenizer, tmp_path) -> None:
         assert getattr(again, name) == getattr(tokenizer, name)
 
 
-def test_roles_by_setting_by_file_and_by_common_name(tmp_path) -> None:
+def test_special_tokens_are_found_by_setting_config_file_or_common_name(tmp_path) -> None:
     path = tmp_path / "tokenizer.json"
     byte_level(("<end>", "<|endoftext|>", "<begin>", "<fill>")).save(str(path))
     found = adopt_tokenizer(path, TokenizerConfig())
@@ -106,7 +106,7 @@ def test_roles_by_setting_by_file_and_by_common_name(tmp_path) -> None:
     assert [found.piece(i) for i in (found.bos_id, found.eos_id, found.pad_id)] == ["<begin>", "<end>", "<fill>"]
 
 
-def test_what_cannot_be_used_is_said(tmp_path) -> None:
+def test_unusable_tokenizers_are_refused_with_the_reason(tmp_path) -> None:
     path = tmp_path / "tokenizer.json"
     byte_level(("<end>",)).save(str(path))
     with pytest.raises(UserError, match=r"which token ends a document.*name it with tokenizer\.eos"):

@@ -12,7 +12,7 @@ from data_pipeline.format.manifest import MANIFEST, Manifest, sha256_file
 from data_pipeline.format.shard_table import ShardTable
 
 
-def test_it_reads_back_equal_and_its_hash_is_the_files(make_corpus) -> None:
+def test_manifest_reads_back_equal_and_has_the_hash_of_its_file(make_corpus) -> None:
     corpus = make_corpus([5, 9, 3])
     manifest = Manifest.read(corpus)
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
@@ -20,7 +20,7 @@ def test_it_reads_back_equal_and_its_hash_is_the_files(make_corpus) -> None:
     assert (manifest.documents("train"), manifest.tokens("train"), manifest.documents("validation")) == (3, 17, 0)
 
 
-def test_every_change_changes_the_hash(make_corpus) -> None:
+def test_changed_manifest_has_another_hash(make_corpus) -> None:
     manifest = Manifest.read(make_corpus([5, 9, 3]))
     first, *others = manifest.splits["train"]
     changed = manifest.model_copy(update={"splits": {"train": (first.model_copy(update={"tokens": 1}), *others)}})
@@ -33,7 +33,7 @@ def test_a_manifest_without_extents_keeps_its_bytes(make_corpus) -> None:
     assert b"extents" not in data and Manifest.read(corpus).to_bytes() == data
 
 
-def test_a_table_gives_back_every_shard(make_corpus) -> None:
+def test_shard_table_returns_every_shard(make_corpus) -> None:
     shards = Manifest.read(make_corpus([5, 9, 3], shards=3)).splits["train"]
     assert [shard.tokens for shard in shards] == [5, 9, 3] == shards.column("tokens").tolist()
     assert [type(value) for value in shards[1].model_dump().values()] == [str, int, str, int, int, int, str, str]
@@ -50,7 +50,9 @@ def test_a_table_gives_back_every_shard(make_corpus) -> None:
         ("sha", "0", r"unknown key 'splits\.train\.1\.sha'"),
     ],
 )
-def test_a_shard_that_is_none_is_named(make_corpus, field: str, value: object, message: str) -> None:
+def test_invalid_shard_entries_are_refused_with_the_field_name(
+    make_corpus, field: str, value: object, message: str
+) -> None:
     corpus = make_corpus([5, 9, 3], shards=3)
     raw = json.loads((corpus / MANIFEST).read_text())
     raw["splits"]["train"][1][field] = value
@@ -58,7 +60,7 @@ def test_a_shard_that_is_none_is_named(make_corpus, field: str, value: object, m
         Manifest.from_bytes(json.dumps(raw).encode(), "x")
 
 
-def test_an_unknown_split_is_named_with_those_there(make_corpus) -> None:
+def test_unknown_split_error_lists_the_existing_splits(make_corpus) -> None:
     with pytest.raises(UserError, match=r"no split 'dev', only train, validation"):
         Manifest.read(make_corpus([4, 4])).shards("dev")
 
@@ -73,7 +75,7 @@ def test_an_unknown_split_is_named_with_those_there(make_corpus) -> None:
         (json.dumps({"format_version": 1, "shard": []}).encode(), "unknown key 'shard'"),
     ],
 )
-def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_invalid_manifest_files_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(UserError, match=message):

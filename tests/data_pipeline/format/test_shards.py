@@ -59,14 +59,14 @@ def test_the_index_points_at_each_documents_tokens(tmp_path: Path, dtype: str) -
     assert (index.tar_sha256, index.tar_bytes) == (hashlib.sha256(data).hexdigest(), len(data))
 
 
-def test_stock_webdataset_streams_the_documents_in_order(tar: Path) -> None:
+def test_webdataset_library_reads_the_documents_in_order(tar: Path) -> None:
     samples = list(webdataset.WebDataset(str(tar), shardshuffle=False).decode())
     assert [sample["json"]["path"] for sample in samples] == [f"ü/{i}" for i in range(len(LENGTHS))]
     for sample, tokens in zip(samples, documents(), strict=True):
         np.testing.assert_array_equal(sample["tok.npy"], tokens)
 
 
-def test_the_bytes_depend_on_the_documents_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_bytes_depend_only_on_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write(tmp_path / "a.tar", documents()).read_bytes()
     monkeypatch.setenv("TZ", "Pacific/Auckland")
     assert write(tmp_path / "b.tar", documents()).read_bytes() == first
@@ -93,7 +93,7 @@ def test_an_index_file_reads_back_equal(lengths: list[int], wide: bool) -> None:
     assert (again.dtype, again.tar_bytes, again.tar_sha256) == (dtype, 2**40, "ab" * 32)
 
 
-def test_no_byte_of_an_index_can_change_unnoticed(tar: Path) -> None:
+def test_every_changed_or_missing_byte_of_an_index_is_detected(tar: Path) -> None:
     data = bytearray(ShardIndex.build(tar).to_bytes())
     for i in range(len(data)):
         data[i] ^= 0x40
@@ -105,7 +105,7 @@ def test_no_byte_of_an_index_can_change_unnoticed(tar: Path) -> None:
             ShardIndex.from_bytes(bytes(data[:size]), "x.idx")
 
 
-def test_a_tar_cut_anywhere_is_noticed(tar: Path, tmp_path: Path) -> None:
+def test_truncated_tar_is_detected(tar: Path, tmp_path: Path) -> None:
     """Also if it is cut between two members, where tarfile sees a complete archive."""
     data = tar.read_bytes()
     end = len(data.rstrip(b"\0"))
@@ -153,7 +153,7 @@ TOKENS = tokens_file(np.arange(3, dtype="<u2"))
         ),
     ],
 )
-def test_what_does_not_belong_in_a_shard_is_named(tmp_path: Path, members: list, message: str) -> None:
+def test_invalid_shard_members_are_refused_by_name(tmp_path: Path, members: list, message: str) -> None:
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
         for info, data in members:
             tar.addfile(info, io.BytesIO(data))
@@ -166,7 +166,7 @@ def test_an_empty_shard_has_an_empty_index(tmp_path: Path) -> None:
     assert len(index.offsets) == len(index.crc) == 0
 
 
-def test_a_document_is_found_by_key_and_by_path(tar: Path) -> None:
+def test_find_document_accepts_a_key_or_a_path(tar: Path) -> None:
     key, info, tokens = find_document(tar, "000000003", "")
     assert (key, info["path"], len(tokens)) == ("000000003", "ü/3", LENGTHS[3])
     assert find_document(tar, None, "ü/5")[0] == "000000005"
@@ -180,7 +180,7 @@ class Full(io.BytesIO):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_writer_that_a_full_disk_stops_is_silent_when_it_is_thrown_away(monkeypatch) -> None:
+def test_shard_writer_stopped_by_a_full_disk_prints_nothing_on_deletion(monkeypatch) -> None:
     noise = []
     monkeypatch.setattr(sys, "unraisablehook", noise.append)
     file = Full()

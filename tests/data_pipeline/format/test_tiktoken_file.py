@@ -62,7 +62,7 @@ def both(ranks, path):
 
 
 @pytest.mark.parametrize("name", ["ast.py", "json/decoder.py", "this.py", "encodings/cp932.py"])
-def test_real_text_has_the_ids_of_tiktoken(both, name):
+def test_real_text_has_the_same_ids_as_in_tiktoken(both, name):
     ours, peer = both
     text = (LIBRARY / name).read_text()
     assert ours.encode(text).tolist() == peer.encode_ordinary(text)
@@ -74,12 +74,12 @@ def test_real_text_has_the_ids_of_tiktoken(both, name):
     text=st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=60)
     | st.text("aeself. _'1\n", max_size=60)
 )
-def test_any_text_has_the_ids_of_tiktoken(both, text):
+def test_any_text_has_the_same_ids_as_in_tiktoken(both, text):
     ours, peer = both
     assert ours.encode(text).tolist() == peer.encode_ordinary(text)
 
 
-def test_the_end_token_has_its_id_and_text_never_becomes_it(both, ranks):
+def test_end_token_has_its_id_and_text_never_encodes_to_it(both, ranks):
     ours, peer = both
     assert ours.eos_id == len(ranks) + GAP == peer.eot_token
     assert ours.vocab_size == peer.n_vocab
@@ -87,7 +87,7 @@ def test_the_end_token_has_its_id_and_text_never_becomes_it(both, ranks):
     assert parse_tokenizer(ours.model).encode("x y").tolist() == peer.encode_ordinary("x y")
 
 
-def test_a_pattern_that_takes_a_special_token_whole_does_not_make_text_of_it(path, ranks):
+def test_pattern_matching_a_whole_special_token_does_not_encode_text_to_it(path, ranks):
     ours = adopt_tokenizer(path, config(ranks, pat_str=r"\S+|\s+"))
     assert ours.eos_id not in ours.encode(f"{END} {END}")
     assert ours.decode(ours.encode(f"{END} {END}")) == f"{END} {END}"
@@ -107,17 +107,17 @@ def test_a_pattern_that_takes_a_special_token_whole_does_not_make_text_of_it(pat
         ({"special_tokens": {"self": 3000, END: 3001}}, r"'self' is the token \d+ of \S+ already"),
     ],
 )
-def test_settings_that_cannot_be_are_named(path, ranks, changes, says):
+def test_invalid_tiktoken_settings_are_refused(path, ranks, changes, says):
     with pytest.raises(UserError, match=says):
         adopt_tokenizer(path, config(ranks, **changes))
 
 
-def test_an_id_is_given_once():
+def test_duplicate_special_token_ids_are_refused():
     with pytest.raises(ConfigError, match=r"special_tokens: id 7 of '<a>' is given twice"):
         parse(TiktokenConfig, {"pat_str": ".", "special_tokens": {"<a>": 7, "<b>": 7}}, where="settings")
 
 
-def test_a_file_that_cannot_be_used_is_named(path, ranks, tmp_path):
+def test_unusable_tiktoken_files_are_refused_by_name(path, ranks, tmp_path):
     with pytest.raises(UserError, match=r"code\.tiktoken: a tiktoken file does not say how to split text: set tok"):
         adopt_tokenizer(path, TokenizerConfig(reuse="x"))
     damaged = tmp_path / "damaged.tiktoken"

@@ -39,31 +39,31 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 @settings(max_examples=300, deadline=None)
 @given(text=encodable)
-def test_every_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
+def test_every_text_decodes_exactly(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @settings(max_examples=100, deadline=None)
 @given(first=encodable, second=encodable)
-def test_the_ids_of_a_line_do_not_depend_on_its_neighbours(tokenizer: Tokenizer, first: str, second: str) -> None:
+def test_ids_of_a_line_do_not_depend_on_other_lines(tokenizer: Tokenizer, first: str, second: str) -> None:
     apart = [*tokenizer.encode(first), tokenizer.newline_id, *tokenizer.encode(second)]
     assert tokenizer.encode(f"{first}\n{second}").tolist() == apart
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=encodable)
-def test_token_bytes_count_the_text(tokenizer: Tokenizer, text: str) -> None:
+def test_token_bytes_sum_to_the_bytes_of_the_text(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
 
 
-def test_a_plain_line_has_the_ids_that_sentencepiece_itself_gives(tokenizer: Tokenizer) -> None:
+def test_plain_lines_have_the_same_ids_as_in_sentencepiece(tokenizer: Tokenizer) -> None:
     peer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     for line in ("word3 = other21 + 3", "    return x7  ", "naïve\ttab", "日本語"):
         assert tokenizer.encode(line).tolist() == peer.encode(line)
         assert tokenizer.decode(peer.encode(line)) == peer.decode(peer.encode(line)) == line
 
 
-def test_a_cut_inside_a_character_decodes_to_a_replacement(tokenizer: Tokenizer) -> None:
+def test_incomplete_character_decodes_to_the_replacement_character(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a\U0001f600")
     assert tokenizer.decode(ids[:-1]) == "a\ufffd"
 
@@ -76,7 +76,7 @@ def test_a_long_line_is_encoded_in_pieces_of_fixed_length(tokenizer: Tokenizer, 
     assert tokenizer.decode(tokenizer.encode(line)) == line
 
 
-def test_control_symbols_stand_for_no_text(tokenizer: Tokenizer) -> None:
+def test_control_symbols_decode_to_empty_text(tokenizer: Tokenizer) -> None:
     symbols = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     assert len(set(symbols)) == 3
     assert tokenizer.token_bytes[symbols].tolist() == [0, 0, 0]
@@ -90,7 +90,7 @@ def test_training_twice_gives_the_same_bytes(model_type: str) -> None:
     assert train_tokenizer(lines, config) == train_tokenizer(iter(lines), config)
 
 
-def test_a_vocabulary_that_does_not_fit_the_text_is_the_users_error() -> None:
+def test_vocabulary_size_that_does_not_fit_the_text_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"vocab_size=8000 is too high for this text: it gives 2\d\d ids;"):
         train_tokenizer(["a few words\n"], TokenizerConfig(vocab_size=8000))
     ideographs = "".join(map(chr, range(0x4E00, 0x4E00 + 500)))
@@ -98,7 +98,7 @@ def test_a_vocabulary_that_does_not_fit_the_text_is_the_users_error() -> None:
         train_tokenizer([ideographs], TokenizerConfig(vocab_size=400))
 
 
-def test_a_large_vocabulary_takes_four_bytes_a_token(tokenizer: Tokenizer) -> None:
+def test_small_vocabulary_takes_two_bytes_per_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.dtype == np.dtype("<u2")
     assert tokenizer.encode("").dtype == np.dtype("<u2")
 
@@ -119,7 +119,7 @@ def foreign(**changes: object) -> bytes:
 
 
 @pytest.mark.parametrize("change", [{"byte_fallback": False}, {"add_dummy_prefix": True}])
-def test_a_model_that_loses_text_is_refused(change: dict) -> None:
+def test_tokenizer_that_does_not_decode_exactly_is_refused(change: dict) -> None:
     with pytest.raises(UserError, match="does not give text back exactly"):
         parse_tokenizer(foreign(**change), "other.model")
 
@@ -132,7 +132,7 @@ FOREIGN = {"add_dummy_prefix": True, "remove_extra_whitespaces": True, "normaliz
 @pytest.mark.parametrize("changes", [FOREIGN, {"pad_id": -1, "bos_id": -1}, {"model_type": "unigram", **FOREIGN}])
 @settings(max_examples=40, deadline=None)
 @given(text=encodable)
-def test_a_model_of_others_is_adopted_without_what_changes_text(tmp_path_factory, changes: dict, text: str) -> None:
+def test_foreign_model_is_adopted_without_its_normalisation(tmp_path_factory, changes: dict, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / f"{abs(hash(str(changes)))}.model"
     if not path.exists():
         path.write_bytes(foreign(**changes))
@@ -143,14 +143,14 @@ def test_a_model_of_others_is_adopted_without_what_changes_text(tmp_path_factory
     assert [tokenizer.piece(i) for i in range(tokenizer.vocab_size)] == peer.id_to_piece(list(range(len(peer))))
 
 
-def test_an_adopted_model_gives_the_words_the_ids_they_had(tmp_path: Path) -> None:
+def test_adopted_model_keeps_the_ids_of_words(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(foreign(**FOREIGN))
     tokenizer = adopt_tokenizer(tmp_path, TokenizerConfig())
     peer = sentencepiece.SentencePieceProcessor(model_proto=(tmp_path / "tokenizer.model").read_bytes())
     assert tokenizer.encode(" some text number 36 of many").tolist() == peer.encode("some text number 36 of many")
 
 
-def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
+def test_file_that_is_not_a_model_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match=r"x\.model: not a SentencePiece model"):
         read_tokenizer(tmp_path / "x.model")

@@ -87,7 +87,7 @@ def foreign(**changes: object) -> bytes:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(some=st.lists(encodable, max_size=4))
-def test_the_ids_are_those_of_whole_lines(tokenizer: SentencePieceTokenizer, new_words: None, some: list[str]) -> None:
+def test_ids_equal_those_of_whole_lines(tokenizer: SentencePieceTokenizer, new_words: None, some: list[str]) -> None:
     expected = [by_lines(tokenizer, text) for text in some]
     assert in_bulk(tokenizer, *some) == expected
     assert [tokenizer.encode(text).tolist() for text in some] == expected
@@ -97,7 +97,7 @@ LONG = ("word é " * MAX_LINE)[: 2 * MAX_LINE + 5] + "\nx "
 REAL = [*SOURCES, "\n".join(LANGUAGES * 3), LONG, LONG.replace("\n", "\u2581"), "x" * 40_000]
 
 
-def test_real_text_has_the_ids_of_whole_lines(
+def test_real_text_has_the_same_ids_as_whole_lines(
     tokenizer: SentencePieceTokenizer, new_words: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [by_lines(tokenizer, text) for text in REAL]
@@ -108,7 +108,9 @@ def test_real_text_has_the_ids_of_whole_lines(
     assert in_bulk(tokenizer, *REAL) == expected
 
 
-def test_words_of_one_hash_are_told_apart(tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_with_equal_hashes_are_distinguished(
+    tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Words that differ only after the hashed part; and a hash of few bits, so that many words collide."""
     some = [*SOURCES, *("x" * n + end for n in (63, 64, 65, 200) for end in ("", "a", "b"))]
     expected = [by_lines(tokenizer, text) for text in some]
@@ -119,7 +121,7 @@ def test_words_of_one_hash_are_told_apart(tokenizer: SentencePieceTokenizer, mon
         assert in_bulk(tokenizer, *some) == expected
 
 
-def test_kept_words_are_bounded(tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_cached_words_is_bounded(tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "_WORDS", 100)
     for start in range(0, 3000, 7):
         own = " ".join(f"w{i}" for i in range(start, start + 7))
@@ -127,7 +129,7 @@ def test_kept_words_are_bounded(tokenizer: SentencePieceTokenizer, monkeypatch: 
         assert tokenizer._words._kept.counts.size <= 100 + 8
 
 
-def test_pieces_are_joined_as_sentencepiece_joins_them(tokenizer: SentencePieceTokenizer) -> None:
+def test_pieces_are_merged_as_in_sentencepiece(tokenizer: SentencePieceTokenizer) -> None:
     """Every word of some text, and words in which several pairs have the best score; few words are left out."""
     some = sorted({word for text in SOURCES for word in text.split()} | {"a" * n for n in range(1, 65)})
     characters = np.array([ord(character) for word in some for character in word])
@@ -139,7 +141,7 @@ def test_pieces_are_joined_as_sentencepiece_joins_them(tokenizer: SentencePieceT
 
 
 @pytest.mark.parametrize("change", ["scores", "unused", "characters"])
-def test_a_model_that_joins_by_other_rules_is_left_to_sentencepiece(change: str) -> None:
+def test_models_with_other_merge_rules_are_encoded_by_sentencepiece(change: str) -> None:
     model = proto.ModelProto.FromString(foreign())
     assert Merges.of(model) is not None
     longer = [piece for piece in model.pieces if piece.type == piece.NORMAL and len(piece.piece) > 2]
@@ -154,7 +156,7 @@ def test_a_model_that_joins_by_other_rules_is_left_to_sentencepiece(change: str)
     assert in_bulk(tokenizer, *SOURCES) == [by_lines(tokenizer, text) for text in SOURCES]
 
 
-def test_a_table_finds_what_was_added_and_grows() -> None:
+def test_hash_table_finds_added_keys_and_grows() -> None:
     keys = np.random.default_rng(0).permutation(np.arange(1, 20_001)).astype(np.uint64)
     table = Table(10)
     for start in range(0, 10_000, 500):
@@ -174,7 +176,7 @@ def test_a_table_finds_what_was_added_and_grows() -> None:
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_a_model_whose_words_depend_on_each_other_encodes_whole_lines(changes: dict) -> None:
+def test_models_with_dependent_words_encode_whole_lines(changes: dict) -> None:
     tokenizer = parse_tokenizer(foreign(**changes))
     assert isinstance(tokenizer, SentencePieceTokenizer) and tokenizer._words is None
     for text in (*SOURCES, "a b x = a b"):
@@ -182,7 +184,7 @@ def test_a_model_whose_words_depend_on_each_other_encodes_whole_lines(changes: d
 
 
 @pytest.mark.parametrize("rule", ["add_dummy_prefix", "remove_extra_whitespaces", "charsmap"])
-def test_what_changes_text_first_keeps_words_from_being_looked_up(rule: str) -> None:
+def test_normalisation_rules_make_words_not_independent(rule: str) -> None:
     model = proto.ModelProto.FromString(foreign())
     assert words_are_independent(model.SerializeToString())
     if rule == "charsmap":

@@ -34,7 +34,7 @@ def report(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def test_prepare_says_what_it_made_and_then_that_it_is_there(config: Path, tmp_path: Path, capsys) -> None:
+def test_prepare_reports_its_result_and_later_reuses_it(config: Path, tmp_path: Path, capsys) -> None:
     assert main(["data", "prepare", str(config), "--json", str(tmp_path / "r.json")]) == 0
     said = capsys.readouterr().out
     assert "encode           100 %" in said
@@ -50,14 +50,14 @@ def test_prepare_says_what_it_made_and_then_that_it_is_there(config: Path, tmp_p
     assert "already prepared with these settings: reused" in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_override_replaces_a_setting_and_a_bad_one_is_refused(config: Path, tmp_path: Path, capsys) -> None:
+def test_overrides_replace_settings_and_unknown_keys_are_refused(config: Path, tmp_path: Path, capsys) -> None:
     assert main(["data", "prepare", str(config), f"output={tmp_path / 'o'}", "tokenizer.vocab_size=500"]) == 0
     assert json.loads((tmp_path / "o/manifest.json").read_text())["tokenizer"]["vocab_size"] == 500
     assert main(["data", "prepare", str(config), "tokenizer.vocab=500"]) == 2
     assert "unknown key 'tokenizer.vocab': did you mean 'tokenizer.vocab_size'?" in capsys.readouterr().err
 
 
-def test_tokens_of_ones_own_are_told_and_are_in_the_corpus(
+def test_added_tokens_are_reported_and_used_in_the_corpus(
     config: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "text/a/00.txt").write_text("<|user|> w1 w2 [TOOL] w3")
@@ -100,7 +100,7 @@ def test_verify_passes_a_whole_corpus_and_fails_a_damaged_one(corpus: Path, tmp_
     assert re.search(r"train-000001\.tar: .* damaged .*; so its SHA-256 differs from the manifest's\n", said)
 
 
-def test_verify_names_a_damaged_packed_file_and_takes_a_missing_one(corpus: Path, tmp_path: Path, capsys) -> None:
+def test_verify_names_a_damaged_packed_file_and_accepts_a_missing_one(corpus: Path, tmp_path: Path, capsys) -> None:
     out = str(tmp_path / "r.json")
     packed = corpus / "train-000001.tokens"
     data = bytearray(packed.read_bytes())
@@ -114,7 +114,7 @@ def test_verify_names_a_damaged_packed_file_and_takes_a_missing_one(corpus: Path
     assert main(["data", "verify", str(corpus), "--workers", "1"]) == 0
 
 
-def test_packed_files_that_are_missing_or_damaged_are_written(corpus: Path, tmp_path: Path, capsys) -> None:
+def test_pack_writes_missing_and_damaged_packed_files(corpus: Path, tmp_path: Path, capsys) -> None:
     before = {path: path.read_bytes() for path in corpus.iterdir() if path.is_file()}
     packed = sorted(corpus.glob("*.tokens"))
     packed[0].unlink()
@@ -130,7 +130,7 @@ def test_packed_files_that_are_missing_or_damaged_are_written(corpus: Path, tmp_
     assert f"{packed[0].stem}.tar: missing, cut short or of another index" in capsys.readouterr().err
 
 
-def test_verify_of_nothing_says_how_to_make_something(tmp_path: Path, capsys) -> None:
+def test_verify_without_a_corpus_says_how_to_prepare_one(tmp_path: Path, capsys) -> None:
     assert main(["data", "verify", str(tmp_path)]) == 2
     assert (
         "no prepared corpus there (manifest.json is missing); make one with 'bst data prepare'"
@@ -138,7 +138,7 @@ def test_verify_of_nothing_says_how_to_make_something(tmp_path: Path, capsys) ->
     )
 
 
-def test_stats_count_and_draw(corpus: Path, tmp_path: Path, capsys) -> None:
+def test_stats_reports_counts_and_writes_a_plot(corpus: Path, tmp_path: Path, capsys) -> None:
     arguments = ["data", "stats", str(corpus), "--workers", "1", "--json", str(tmp_path / "r.json")]
     assert main([*arguments, "--png", str(tmp_path / "l.png")]) == 0
     found = report(tmp_path / "r.json")
@@ -161,7 +161,7 @@ def test_show_prints_a_document_by_key_and_by_path(corpus: Path, folder: Path, c
     assert "no document with the key or the path '999'" in capsys.readouterr().err
 
 
-def test_show_lists_documents_and_finds_some(corpus: Path, tmp_path: Path, capsys) -> None:
+def test_show_lists_documents_and_filters_them(corpus: Path, tmp_path: Path, capsys) -> None:
     assert main(["data", "show", str(corpus), "--limit", "100", "--json", str(tmp_path / "all.json")]) == 0
     listed = report(tmp_path / "all.json")["documents"]
     assert sorted(each["path"] for each in listed) == sorted(f"{'ab'[i % 2]}/{i:02d}.txt" for i in range(30))
@@ -188,7 +188,7 @@ def test_show_refuses_the_wrong_tokenizer(corpus: Path, tokenizer_model: bytes, 
     assert "not the tokenizer that the corpus was made with" in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_read_or_written_is_one_message(
+def test_unreadable_or_unwritable_file_gives_one_message(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("x")
@@ -211,7 +211,7 @@ def test_a_file_that_cannot_be_read_or_written_is_one_message(
 
 
 @pytest.mark.parametrize("command", ["verify", "stats", "pack", "export"])
-def test_no_processes_are_too_few(command: str, capsys: pytest.CaptureFixture) -> None:
+def test_zero_workers_are_refused(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["data", command, "corpus", "--workers", "0"])
     assert "argument --workers: 0 is less than 1" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_the_order_of_words_matters() -> None:
     assert np.mean(signature(" ".join(text).encode()) == signature(" ".join(sorted(text)).encode())) < 0.1
 
 
-def test_a_text_of_fewer_than_five_words_resembles_itself_alone() -> None:
+def test_text_of_fewer_than_five_words_is_similar_only_to_itself() -> None:
     """It is one shingle, so its Jaccard similarity with another text is 0 or 1."""
     texts = [b"b c", b"c c", b"a b c", b"b c c", b"c c c", b"a b c c", b"a b c c d"]
     found = [signature(text) for text in texts]
@@ -66,7 +66,7 @@ def test_a_text_of_fewer_than_five_words_resembles_itself_alone() -> None:
 
 
 @pytest.mark.parametrize(("equal", "joined"), [(102, False), (103, True)])
-def test_documents_that_share_a_band_are_joined_only_from_the_threshold_on(equal: int, joined: bool) -> None:
+def test_documents_sharing_a_band_are_joined_only_above_the_threshold(equal: int, joined: bool) -> None:
     """103 of 128 is the smallest share above 0.8."""
     pair = np.zeros((2, PERMUTATIONS), np.uint32)
     pair[1, equal:] = 1
@@ -75,7 +75,7 @@ def test_documents_that_share_a_band_are_joined_only_from_the_threshold_on(equal
     assert (clusters.roots().tolist() == [0, 0]) == joined
 
 
-def test_a_long_text_is_split_into_words_in_slices_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slicing_a_long_text_does_not_change_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(words(5)).encode()
     whole = signature(text)
     monkeypatch.setattr(word_hashes, "_SLICE", 100)
@@ -100,7 +100,7 @@ def test_near_duplicates_are_joined_and_others_are_not() -> None:
     ids=["Chinese", "Thai", "Japanese", "Korean", "Tai Le", "New Tai Lue", "Tai Tham", "Balinese", "bopomofo",
          "half-width kana"],
 )  # fmt: skip
-def test_texts_that_differ_in_a_character_are_alike_in_every_script(first: int) -> None:
+def test_texts_that_differ_in_one_character_are_similar_in_every_script(first: int) -> None:
     """In scripts without spaces, 5-grams of characters are used; their exact similarity is computed here."""
     rng = random.Random(first)
     drawn = [chr(first + rng.randrange(40)) for _ in range(400)]
@@ -117,12 +117,12 @@ def test_texts_that_differ_in_a_character_are_alike_in_every_script(first: int) 
     assert np.mean(found[0] == found[2]) < 0.2
 
 
-def test_a_text_in_latin_letters_has_the_same_words_whether_all_of_it_is_ascii_or_not() -> None:
+def test_one_non_ascii_letter_does_not_change_the_words_of_latin_text() -> None:
     text = " ".join(words(7))
     assert np.mean(signature(text.encode()) == signature(f"{text} é".encode())) > 0.95
 
 
-def test_pages_of_one_template_are_compared_with_a_bounded_number_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparisons_of_pages_from_one_template_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """All pages share their first bands and no two are similar; comparing all pairs would be half a million."""
     n, compared = 1000, []
     rng = np.random.default_rng(0)
@@ -138,7 +138,7 @@ def test_pages_of_one_template_are_compared_with_a_bounded_number_of_others(monk
     assert len(compared) >= 3 * n  # the template's bands were compared
 
 
-def test_of_many_leaders_the_last_ones_are_compared_with_and_named_rightly() -> None:
+def test_documents_are_compared_with_the_latest_cluster_leaders() -> None:
     signatures = np.arange(200, dtype=np.uint32)[:, None] + np.zeros(PERMUTATIONS, np.uint32)
     signatures[:, : PERMUTATIONS // 2] = 7
     signatures = np.concatenate([signatures, signatures[[199, 150]], signatures[[3]]])
@@ -148,7 +148,7 @@ def test_of_many_leaders_the_last_ones_are_compared_with_and_named_rightly() -> 
 
 
 @pytest.mark.parametrize("similarity", [0.5, 0.8, 0.95])
-def test_the_bands_find_pairs_above_the_threshold_and_few_below(similarity: float) -> None:
+def test_bands_find_most_similar_pairs_and_few_others(similarity: float) -> None:
     bands, rows = dedup.banding(similarity)
     assert bands * rows <= PERMUTATIONS
     above, below = (1 - (1 - s**rows) ** bands for s in ((1 + similarity) / 2, similarity / 2))
@@ -157,7 +157,7 @@ def test_the_bands_find_pairs_above_the_threshold_and_few_below(similarity: floa
 
 
 @given(values=st.lists(st.integers(0, 5), max_size=30))
-def test_equal_values_share_the_root_of_the_first(values: list[int]) -> None:
+def test_equal_values_share_the_root_of_the_first_one(values: list[int]) -> None:
     clusters = Clusters(len(values))
     clusters.join_equal(np.array(values, np.uint64))
     assert clusters.roots().tolist() == [values.index(value) for value in values]
@@ -176,7 +176,7 @@ def test_clusters_are_the_connected_components(edges: list[tuple[int, int]]) -> 
     assert clusters.roots().tolist() == [int(np.flatnonzero(row)[0]) for row in reached]
 
 
-def test_the_first_of_equal_texts_stays() -> None:
+def test_first_of_equal_texts_is_kept() -> None:
     digest = np.array([[1, 1], [2, 2], [1, 1], [1, 1]])
     kept = deduplicate(table(4, digest=digest), None, DedupConfig(method="exact"))
     assert kept.keep.tolist() == [True, True, False, False]
@@ -184,7 +184,7 @@ def test_the_first_of_equal_texts_stays() -> None:
     assert deduplicate(table(4, digest=digest), None, DedupConfig(method="none")).keep.all()
 
 
-def test_a_text_of_the_sources_test_split_is_removed_from_train_not_from_test() -> None:
+def test_duplicates_of_test_documents_are_removed_from_train() -> None:
     split = np.array([SPLITS.index(name) for name in ("train", "test", "validation", "train")])
     kept = deduplicate(table(4, digest=np.ones((4, 2)), split=split), None, DedupConfig(method="exact"))
     assert kept.keep.tolist() == [False, True, False, False]
@@ -197,7 +197,7 @@ def split_of(rows: np.ndarray, fraction: float = 0.3, seed: int = 0) -> dict[int
     return {int(row["digest"][0]): SPLITS[row["split"]] for row in plan}
 
 
-def test_adding_documents_moves_none_to_another_split() -> None:
+def test_adding_documents_does_not_change_the_split_of_others() -> None:
     few, many = split_of(table(300)), split_of(table(1000))
     assert {digest: many[digest] for digest in few} == few
     share = np.mean([split == "validation" for split in many.values()])
@@ -208,7 +208,7 @@ def test_the_seed_decides_the_split() -> None:
     assert split_of(table(300)) != split_of(table(300), seed=1)
 
 
-def test_documents_of_one_group_all_stay_in_one_split() -> None:
+def test_documents_of_one_group_are_in_one_split() -> None:
     rows = table(400, group=np.arange(400) // 4 + 1)
     splits = list(split_of(rows).values())
     by_digest = split_of(rows)
@@ -218,19 +218,19 @@ def test_documents_of_one_group_all_stay_in_one_split() -> None:
     assert {group[0] for group in groups} == {"train", "validation"}
 
 
-def test_a_small_corpus_still_has_a_validation_split() -> None:
+def test_small_corpus_has_a_validation_split() -> None:
     assert list(split_of(table(3), fraction=1e-6).values()).count("validation") == 1
     assert "validation" not in split_of(table(3), fraction=0.0).values()
     assert split_of(table(1), fraction=1e-6) == {0: "train"}
 
 
-def test_a_source_with_a_validation_split_of_its_own_is_given_no_other() -> None:
+def test_source_with_its_own_validation_split_gets_no_other() -> None:
     split = np.array([0, 0, SPLITS.index("validation")])
     assert list(split_of(table(3, split=split), fraction=1e-6).values()).count("validation") == 1
 
 
 @given(sizes=st.lists(st.integers(1, 2500), min_size=1, max_size=40))
-def test_shards_follow_the_corpus_and_are_numbered_without_gaps(sizes: list[int]) -> None:
+def test_shards_are_in_corpus_order_and_numbered_without_gaps(sizes: list[int]) -> None:
     rows = table(len(sizes), bytes=sizes)
     kept = deduplicate(rows, None, DedupConfig(method="none"))
     plan = assign(rows, kept, validation_fraction=0.0, shard_bytes=1000, seed=0)

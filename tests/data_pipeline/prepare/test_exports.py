@@ -68,7 +68,7 @@ def source(path: Path, **more: Any) -> dict[str, Any]:
     return {"kind": "nanogpt", "path": str(path), "own_splits": True, "vocab_size": 100, "eos_id": 99, **more}
 
 
-def test_ids_become_a_corpus_and_go_back(flat: Path, tmp_path: Path, capsys) -> None:
+def test_token_ids_are_prepared_and_exported_back(flat: Path, tmp_path: Path, capsys) -> None:
     settings = ["source.kind=nanogpt", f"source.path={flat}", "source.own_splits=true", "source.vocab_size=100",
                 "source.eos_id=99", f"output={tmp_path / 'corpus'}", "shard_bytes=4000"]  # fmt: skip
     (tmp_path / "c.yaml").write_text("source: {kind: nanogpt}\n")
@@ -98,7 +98,7 @@ def test_ids_become_a_corpus_and_go_back(flat: Path, tmp_path: Path, capsys) -> 
     assert capsys.readouterr().out.split() == [str(i) for i in wanted["train"][0]]
 
 
-def test_ids_with_their_tokenizer_have_their_text(run, folder: Path, tmp_path: Path) -> None:
+def test_ids_with_their_tokenizer_give_the_same_corpus_as_text(run, folder: Path, tmp_path: Path) -> None:
     manifest, _ = run("text", validation_fraction=0.2)
     assert cli.main(["data", "export", str(tmp_path / "text"), str(tmp_path / "m"), "--format", "megatron"]) == 0
     source = {"kind": "megatron", "path": str(tmp_path / "m"), "own_splits": True}
@@ -109,7 +109,7 @@ def test_ids_with_their_tokenizer_have_their_text(run, folder: Path, tmp_path: P
     assert list(documents_of(tmp_path / "back").values()) == list(documents_of(tmp_path / "text").values())
 
 
-def test_parquet_gives_the_texts_back(run, folder: Path, tmp_path: Path, flat: Path) -> None:
+def test_parquet_export_contains_the_texts(run, folder: Path, tmp_path: Path, flat: Path) -> None:
     run("text", validation_fraction=0.2)
     assert cli.main(["data", "export", str(tmp_path / "text"), str(tmp_path / "p"), "--format", "parquet"]) == 0
     rows = pyarrow.parquet.read_table(tmp_path / "p").to_pylist()  # read the folder as users do
@@ -144,7 +144,9 @@ def test_a_damaged_shard_is_not_exported(flat: Path, tmp_path: Path, capsys) -> 
 
 
 @pytest.mark.parametrize("form", ["megatron", "parquet"])
-def test_another_tokenizer_exports_nothing(run, tmp_path: Path, tokenizer_model: bytes, capsys, form: str) -> None:
+def test_export_with_another_tokenizer_is_refused(
+    run, tmp_path: Path, tokenizer_model: bytes, capsys, form: str
+) -> None:
     run()
     (tmp_path / "corpus/tokenizer.model").write_bytes(tokenizer_model)
     assert cli.main(["data", "export", str(tmp_path / "corpus"), str(tmp_path / "out"), "--format", form]) == 2
@@ -152,7 +154,7 @@ def test_another_tokenizer_exports_nothing(run, tmp_path: Path, tokenizer_model:
     assert not list(tmp_path.glob("out*"))
 
 
-def test_what_ids_need_is_said_before_anything_is_read(flat: Path, tmp_path: Path, run, folder: Path) -> None:
+def test_invalid_settings_for_token_ids_are_refused(flat: Path, tmp_path: Path, run, folder: Path) -> None:
     for settings, message in [
         ({"source": source(flat, eos_id=None)}, r"tokenizer\.reuse\), or else source\.vocab_size and source\.eos_id"),
         ({"source": source(flat), "text": {"undecodable": "skip"}}, "text: the source nanogpt holds tokens"),
@@ -167,7 +169,7 @@ def test_what_ids_need_is_said_before_anything_is_read(flat: Path, tmp_path: Pat
         run("text", tokenizer={"reuse": str(tmp_path / "ids")})
 
 
-def test_unfinished_work_on_ids_goes_on(flat: Path, tmp_path: Path) -> None:
+def test_interrupted_preparation_of_ids_continues(flat: Path, tmp_path: Path) -> None:
     settings = {"source": source(flat), "shard_bytes": 2000}
     prepared(tmp_path / "whole", **settings)
 

@@ -39,7 +39,7 @@ def test_a_whole_corpus_has_no_problems(corpus: Path) -> None:
     assert problems(corpus) == []
 
 
-def test_a_flipped_byte_anywhere_in_a_shard_is_found_and_placed(corpus: Path) -> None:
+def test_flipped_byte_in_a_shard_is_found_and_located(corpus: Path) -> None:
     tar = corpus / "train-000000.tar"
     whole = tar.read_bytes()
     for position in range(100, len(whole), len(whole) // 40):
@@ -54,7 +54,7 @@ def test_a_flipped_byte_anywhere_in_a_shard_is_found_and_placed(corpus: Path) ->
             assert f"was 0x{whole[position]:02x})" in what
 
 
-def test_several_damaged_bytes_are_placed_by_their_block(corpus: Path) -> None:
+def test_several_damaged_bytes_are_located_by_their_block(corpus: Path) -> None:
     index = ShardIndex.read(corpus / "train-000000.idx")
     first = int(index.offsets[1])
     data = bytearray((corpus / "train-000000.tar").read_bytes())
@@ -89,7 +89,7 @@ def test_the_index_of_another_shard_is_refused(corpus: Path) -> None:
     assert (file, what.partition(":")[0]) == ("train-000000.idx", "the index of another shard")
 
 
-def test_an_index_that_differs_only_in_itself_is_refused(corpus: Path) -> None:
+def test_index_that_differs_from_the_manifest_is_refused(corpus: Path) -> None:
     path = corpus / "train-000000.idx"
     index = ShardIndex.read(path)
     dataclasses.replace(index, ids=index.ids[::-1]).write(path)
@@ -113,7 +113,9 @@ def test_text_that_is_not_utf8_is_named_with_its_byte(run, folder: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("policy", "stored"), [("replace", "fine \ufffd not"), ("latin-1", "fine ÿ not")])
-def test_text_that_is_not_utf8_is_read_as_the_policy_says(run, folder: Path, tmp_path: Path, policy, stored) -> None:
+def test_text_that_is_not_utf8_is_decoded_according_to_the_policy(
+    run, folder: Path, tmp_path: Path, policy, stored
+) -> None:
     from data_pipeline.format.shards import find_document
 
     (folder / "bad.txt").write_bytes(b"fine \xff not")
@@ -123,7 +125,7 @@ def test_text_that_is_not_utf8_is_read_as_the_policy_says(run, folder: Path, tmp
     assert read_tokenizer(corpus / "tokenizer.model").decode(found[2]) == stored
 
 
-def test_a_lone_surrogate_spelt_in_json_is_left_out(run, tmp_path: Path) -> None:
+def test_document_with_a_lone_surrogate_in_json_is_left_out(run, tmp_path: Path) -> None:
     (tmp_path / "json").mkdir()
     rows = [json.dumps({"text": f"line {i} " + "x y z " * i}) for i in range(60)]
     (tmp_path / "json/a.jsonl").write_text("\n".join([*rows, '{"text": "a\\ud800"}']))
@@ -145,7 +147,7 @@ def test_a_line_of_40_mb_is_prepared_exactly(run, tmp_path: Path) -> None:
     assert read_tokenizer(corpus / "tokenizer.model").decode(found[2]) == line
 
 
-def test_a_source_of_empty_documents_is_the_users_error(run, folder: Path) -> None:
+def test_source_with_only_empty_documents_is_a_user_error(run, folder: Path) -> None:
     for file in folder.rglob("*.txt"):
         file.write_bytes(b"")
     with pytest.raises(UserError, match=r"holds no text \(left out: 30 empty\)"):
@@ -176,9 +178,7 @@ except UserError as error:
 
 
 @pytest.mark.parametrize(("stage", "limit"), [("extract", 5000), ("train tokenizer", 2000), ("encode", 6000)])
-def test_a_write_that_fails_leaves_nothing_half_written(
-    run, settings_of, files_of, tmp_path: Path, stage, limit
-) -> None:
+def test_failed_write_leaves_no_partial_files(run, settings_of, files_of, tmp_path: Path, stage, limit) -> None:
     run("whole")
     command = [sys.executable, "-c", FULL, json.dumps(settings_of()), stage, str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -192,7 +192,9 @@ def test_a_write_that_fails_leaves_nothing_half_written(
 
 @pytest.mark.ranks
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_is_named_and_work_goes_on_when_there_is_room(run, settings_of, files_of, tmp_path: Path) -> None:
+def test_full_disk_is_reported_and_preparation_continues_after_space_is_freed(
+    run, settings_of, files_of, tmp_path: Path
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False)
@@ -211,7 +213,7 @@ def test_a_full_disk_is_named_and_work_goes_on_when_there_is_room(run, settings_
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_file_takes_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_atomic_file_gets_its_name_only_when_complete(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(ZeroDivisionError), atomic_file(path) as file:
@@ -226,7 +228,7 @@ def test_a_file_takes_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_directory_takes_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_atomic_directory_gets_its_name_only_when_complete(tmp_path: Path) -> None:
     path = tmp_path / "directory"
     with pytest.raises(ZeroDivisionError), atomic_directory(path) as partial:
         (partial / "a").write_bytes(b"a")

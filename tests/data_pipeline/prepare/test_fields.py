@@ -49,19 +49,19 @@ def source(request, tmp_path: Path, monkeypatch) -> dict[str, Any]:
         ({"text_field": ["title", "text"]}, r"source\.text_field: no record has the field 'title'"),
     ],
 )
-def test_a_field_that_no_record_has_is_named_with_the_nearest(run, source, setting, told: str) -> None:
+def test_unknown_field_error_suggests_the_nearest_field(run, source, setting, told: str) -> None:
     with pytest.raises(UserError, match=told):
         run(source={**source, **setting}, tokenizer={"vocab_size": 300})
 
 
-def test_a_field_that_one_record_has_is_taken(run, source, tmp_path: Path) -> None:
+def test_field_of_a_single_record_is_accepted(run, source, tmp_path: Path) -> None:
     named = {"keep": ["rare", "meta.url"], "where": {"language": ["en", "de"]}}
     manifest, _ = run(source={**source, **named}, tokenizer={"vocab_size": 300})
     assert sum(info.documents for infos in manifest.splits.values() for info in infos) == 60
 
 
 @pytest.mark.parametrize("keep", ["rares", "rare", "meta.url"])
-def test_it_is_reported_once_long_before_a_large_source_is_read(run, tmp_path: Path, monkeypatch, caplog, keep) -> None:
+def test_unknown_field_is_reported_once_early_in_a_large_source(run, tmp_path: Path, monkeypatch, caplog, keep) -> None:
     monkeypatch.setattr(preparing, "_CHUNK_BYTES", 2000)
     monkeypatch.setattr(field_check, "EARLY", 5000)
     path = tmp_path / "records"
@@ -79,7 +79,7 @@ def test_it_is_reported_once_long_before_a_large_source_is_read(run, tmp_path: P
     assert all(f"source.keep: no record has the field {keep!r}; correct or remove it" in each for each in warnings)
 
 
-def test_it_is_named_too_where_the_rest_of_a_file_cannot_be_read(run, tmp_path: Path) -> None:
+def test_unknown_field_is_reported_when_a_file_is_damaged(run, tmp_path: Path) -> None:
     """Records before the damage count, so a field that only they have is not reported as missing."""
     root = tmp_path / "records"
     root.mkdir()
@@ -94,7 +94,7 @@ def test_it_is_named_too_where_the_rest_of_a_file_cannot_be_read(run, tmp_path: 
     assert 30 < sum(info.documents for infos in manifest.splits.values() for info in infos) < 60
 
 
-def test_records_with_names_of_their_own_do_not_fill_the_memory() -> None:
+def test_number_of_remembered_field_names_is_bounded() -> None:
     found = [Fields({"rares"}), Fields({"rares"})]
     for part, fields in enumerate(found):
         for i in range(2000):
@@ -103,7 +103,7 @@ def test_records_with_names_of_their_own_do_not_fill_the_memory() -> None:
     assert len(both.there) < 2100 and {"rare", "meta.0-1"} < both.there and both.missing == {"rares"}
 
 
-def test_an_interrupted_preparation_still_knows_the_fields_of_what_was_read(run, tmp_path: Path, monkeypatch) -> None:
+def test_interrupted_preparation_remembers_the_fields_already_read(run, tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     settings = {"source": {"kind": "jsonl", "path": str(path), "keep": ["rares"]}, "tokenizer": {"vocab_size": 300}}

@@ -35,7 +35,7 @@ def code(tmp_path: Path):
     filters.load.cache_clear()
 
 
-def test_filters_change_texts_and_leave_documents_out(run, folder: Path, code: Path, tmp_path: Path) -> None:
+def test_filters_change_texts_and_drop_documents(run, folder: Path, code: Path, tmp_path: Path) -> None:
     manifest, _ = run(text={"filters": [f"{code}:odd", f"{code}:shouted"]})
     found = {path: text for split in manifest.splits for path, text in stored(tmp_path / "corpus", split).items()}
     kept = [file for file in folder.rglob("*.txt") if int(file.stem) % 2]
@@ -45,7 +45,7 @@ def test_filters_change_texts_and_leave_documents_out(run, folder: Path, code: P
     assert str(tmp_path) not in json.dumps(manifest.provenance)
 
 
-def test_an_edited_filter_makes_another_corpus(run, code: Path) -> None:
+def test_edited_filter_changes_the_identity_of_a_corpus(run, code: Path) -> None:
     run(text={"filters": [f"{code}:odd"]})
     assert run(text={"filters": [f"{code}:odd"]})[1]["reused"]
     code.write_text(CODE + "# another version\n")
@@ -55,18 +55,18 @@ def test_an_edited_filter_makes_another_corpus(run, code: Path) -> None:
         run()
 
 
-def test_without_filters_a_corpus_is_what_it_was_before_there_were_any(run) -> None:
+def test_settings_without_filters_do_not_change_the_identity(run) -> None:
     assert "filters" not in run()[0].provenance["settings"]["text"]
 
 
-def test_a_filter_that_fails_makes_a_bad_record(run, code: Path) -> None:
+def test_document_whose_filter_fails_is_a_bad_record(run, code: Path) -> None:
     with pytest.raises(UserError, match=r"a/00\.txt: filter broken failed \(IndexError: .*mend the filter"):
         run(text={"filters": [f"{code}:broken"]})
     with pytest.raises(UserError, match=r"holds no text .*29 filter broken failed"):
         run(text={"filters": [f"{code}:broken"]}, on_bad_record="skip")
 
 
-def test_a_filter_that_is_not_there_is_one_message(run, settings_of, code: Path, tmp_path: Path) -> None:
+def test_missing_filter_gives_one_message(run, settings_of, code: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.py: there is no such file"):
         run(text={"filters": [f"{tmp_path}/none.py:odd"]})
     with pytest.raises(UserError, match="has no function even"):

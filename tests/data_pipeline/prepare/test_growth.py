@@ -47,7 +47,7 @@ def verified(corpus: Path) -> bool:
     return verify.run(parser.parse_args([str(corpus)]))["passed"]
 
 
-def test_what_is_there_is_kept_and_what_is_new_is_added(run, folder: Path, files_of, tmp_path: Path) -> None:
+def test_grown_corpus_keeps_earlier_files_and_adds_new_documents(run, folder: Path, files_of, tmp_path: Path) -> None:
     run()
     corpus, other = tmp_path / "corpus", tmp_path / "grown"
     before = files_of(corpus)
@@ -77,7 +77,7 @@ def test_what_is_there_is_kept_and_what_is_new_is_added(run, folder: Path, files
     assert verified(other)
 
 
-def test_it_holds_the_documents_of_a_corpus_prepared_anew_in_the_same_splits(run, folder, tmp_path) -> None:
+def test_grown_corpus_has_the_same_splits_as_a_new_one(run, folder, tmp_path) -> None:
     manifest = grown(run, folder, tmp_path)
     run("anew", tokenizer={"reuse": str(tmp_path / "corpus")})
     # Of two equal texts, the grown corpus keeps the earlier one, the new corpus the first by name.
@@ -92,7 +92,7 @@ def test_it_holds_the_documents_of_a_corpus_prepared_anew_in_the_same_splits(run
     assert len(keys) == len(set(keys)) == 42
 
 
-def test_a_corpus_may_be_continued_again_and_is_reused(run, folder: Path, tmp_path: Path) -> None:
+def test_grown_corpus_can_be_continued_again_and_is_reused(run, folder: Path, tmp_path: Path) -> None:
     first = grown(run, folder, tmp_path)
     (folder / "last.txt").write_text(text(99))
     second, found = run("twice", continues=str(tmp_path / "grown"))
@@ -105,7 +105,7 @@ def test_a_corpus_may_be_continued_again_and_is_reused(run, folder: Path, tmp_pa
         run("twice", continues=str(tmp_path / "corpus"))
 
 
-def test_a_file_of_records_may_grow_at_its_end(run, tmp_path: Path) -> None:
+def test_records_appended_to_a_file_are_added(run, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps({"text": text(i)}) + "\n" for i in range(20)))
     source = {"kind": "jsonl", "path": str(path)}
@@ -117,7 +117,7 @@ def test_a_file_of_records_may_grow_at_its_end(run, tmp_path: Path) -> None:
     assert verified(tmp_path / "grown")
 
 
-def test_what_cannot_be_continued_is_refused_and_says_why(run, folder: Path, tmp_path: Path) -> None:
+def test_corpus_that_cannot_be_continued_is_refused_with_the_reason(run, folder: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     run()
     with pytest.raises(UserError, match="nothing to add"):
@@ -139,7 +139,7 @@ def test_what_cannot_be_continued_is_refused_and_says_why(run, folder: Path, tmp
     assert not (tmp_path / "grown" / "manifest.json").exists()
 
 
-def test_a_run_on_the_earlier_corpus_reads_on_and_the_grown_one_is_told_from_it(run, folder, tmp_path) -> None:
+def test_run_resumes_on_the_earlier_corpus_but_not_on_the_grown_one(run, folder, tmp_path) -> None:
     def loader(name: str) -> Loader:
         config = parse(DataConfig, {"corpus": str(tmp_path / name)})
         return Loader(config, open_corpora(config), Share(length=64, rows=4, micro_rows=4), block=8, seed=0)
@@ -154,7 +154,7 @@ def test_a_run_on_the_earlier_corpus_reads_on_and_the_grown_one_is_told_from_it(
         loader("grown").check(state)
 
 
-def test_documents_of_the_earlier_corpus_come_first_and_draw_others_into_their_split() -> None:
+def test_new_documents_join_the_split_of_their_group_in_the_earlier_corpus() -> None:
     train, validation, test = (SPLITS.index(split) for split in ("train", "validation", "test"))
     table = np.zeros(5, TABLE)
     table["bytes"], table["chunk"] = 10, 0
@@ -172,7 +172,7 @@ def test_documents_of_the_earlier_corpus_come_first_and_draw_others_into_their_s
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_equal_ids_are_found_as_often_as_they_are_there(seed: int) -> None:
+def test_repeated_document_ids_are_found_as_often_as_they_occur(seed: int) -> None:
     rng = random.Random(seed)
     held = [(rng.randrange(6), rng.choice([1, 2])) for _ in range(12)]
     new = [rng.randrange(8) for _ in range(6)]

@@ -33,7 +33,7 @@ def identify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return of
 
 
-def test_content_counts_that_changed_anywhere_in_a_file_that_is_cut(identify, tmp_path: Path) -> None:
+def test_changed_content_anywhere_in_a_split_file_changes_the_identity(identify, tmp_path: Path) -> None:
     file = tmp_path / "texts/a.jsonl"
     before, text = identify(), file.read_text()
     for line in ("line 0", "line 9", "line 19"):
@@ -47,7 +47,7 @@ def test_content_counts_that_changed_anywhere_in_a_file_that_is_cut(identify, tm
     assert identify() == before
 
 
-def test_neither_the_tasks_nor_the_machine_count(identify, tmp_path: Path) -> None:
+def test_identity_does_not_depend_on_workers_part_size_or_output(identify, tmp_path: Path) -> None:
     before = identify()
     same = [identify(size=10_000), identify(size=1), identify(workers=3), identify(output=str(tmp_path / "else"))]
     assert same == [before] * 4
@@ -55,7 +55,7 @@ def test_neither_the_tasks_nor_the_machine_count(identify, tmp_path: Path) -> No
     check_same(same[0], before, tmp_path)
 
 
-def test_added_tokens_count_and_without_any_a_corpus_is_what_it_was(identify) -> None:
+def test_only_added_tokens_change_the_identity_of_tokenizer_settings(identify) -> None:
     before = identify()
     assert list(before["settings"]["tokenizer"]) == [
         "vocab_size", "model_type", "sample_bytes", "reuse", "bos", "eos", "pad"]  # fmt: skip
@@ -75,7 +75,7 @@ def test_added_tokens_count_and_without_any_a_corpus_is_what_it_was(identify) ->
         ({"source": {}}, {"source": {"content_sha256": "b"}}, "its source was not hashed, by an old version"),
     ],
 )
-def test_what_differs_is_said(found: dict, wanted: dict, told: str, tmp_path: Path) -> None:
+def test_error_names_the_settings_that_differ(found: dict, wanted: dict, told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         check_same(found, wanted, tmp_path)
     assert str(refused.value) == (
@@ -83,5 +83,5 @@ def test_what_differs_is_said(found: dict, wanted: dict, told: str, tmp_path: Pa
     )
 
 
-def test_names_and_sizes_of_an_old_version_do_not_count(tmp_path: Path) -> None:
+def test_listing_hash_of_an_old_version_is_ignored(tmp_path: Path) -> None:
     check_same({"source": {"listing_sha256": "a"}}, {"source": {"listing_sha256": None}}, tmp_path)

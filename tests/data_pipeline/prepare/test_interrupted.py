@@ -46,7 +46,7 @@ def kill_at(settings: dict, stage: str, share: float) -> None:
         ("encode", 1.0),
     ],
 )
-def test_killed_work_goes_on_to_the_same_bytes(
+def test_killed_preparation_continues_to_the_same_bytes(
     run, settings_of, files_of, tmp_path: Path, stage: str, share: float
 ) -> None:
     run("whole")
@@ -63,7 +63,7 @@ def test_killed_work_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("ending", ["tar", "tokens"])
-def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(
+def test_finished_shard_damaged_after_a_kill_is_written_again(
     run, settings_of, files_of, tmp_path: Path, ending: str
 ) -> None:
     run("whole")
@@ -76,9 +76,7 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
-def test_unfinished_work_with_other_settings_is_neither_used_nor_in_the_way(
-    run, settings_of, files_of, tmp_path: Path
-) -> None:
+def test_unfinished_work_with_other_settings_is_ignored(run, settings_of, files_of, tmp_path: Path) -> None:
     run("whole", seed=1, shard_bytes=20000)
     kill_at(settings_of("corpus"), "encode", 0.4)
     _, found = run("corpus", seed=1, shard_bytes=20000)
@@ -86,7 +84,7 @@ def test_unfinished_work_with_other_settings_is_neither_used_nor_in_the_way(
     assert files_of(tmp_path / "corpus") == files_of(tmp_path / "whole")
 
 
-def test_a_failed_first_attempt_does_not_block_the_next(run, folder: Path) -> None:
+def test_failed_preparation_does_not_block_the_next_one(run, folder: Path) -> None:
     (folder / "bad.txt").write_bytes(b"fine \xff not")
     with pytest.raises(UserError, match=r"bad\.txt: not UTF-8"):
         run()
@@ -94,7 +92,7 @@ def test_a_failed_first_attempt_does_not_block_the_next(run, folder: Path) -> No
     assert sum(manifest.documents(split) for split in manifest.splits) == 31
 
 
-def test_nothing_of_a_corpus_without_its_manifest_is_taken_over(run, files_of, tmp_path: Path) -> None:
+def test_files_of_a_corpus_without_manifest_are_not_reused(run, files_of, tmp_path: Path) -> None:
     run("whole", tokenizer={"vocab_size": 700})
     run("corpus")
     (tmp_path / "corpus" / MANIFEST).unlink()
@@ -102,7 +100,7 @@ def test_nothing_of_a_corpus_without_its_manifest_is_taken_over(run, files_of, t
     assert files_of(tmp_path / "corpus") == files_of(tmp_path / "whole")
 
 
-def test_leftovers_of_a_killed_writer_are_never_taken_for_whole(run, settings_of, files_of, tmp_path: Path) -> None:
+def test_partial_files_of_a_killed_writer_are_removed(run, settings_of, files_of, tmp_path: Path) -> None:
     """Incomplete files have another name, and are removed."""
     run("whole")
     kill_at(settings_of("killed"), "extract", 0.0)
@@ -116,7 +114,7 @@ def test_leftovers_of_a_killed_writer_are_never_taken_for_whole(run, settings_of
     assert files_of(corpus) == files_of(tmp_path / "whole") | {"download.partial": b"of another program"}
 
 
-def test_two_preparations_of_one_directory_do_not_mix(run, settings_of) -> None:
+def test_second_preparation_of_the_same_directory_is_refused(run, settings_of) -> None:
     problems = []
 
     def progress(stage: str, done: int, total: int) -> None:

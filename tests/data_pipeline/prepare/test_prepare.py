@@ -40,7 +40,7 @@ def stored(corpus: Path, split: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("together", [1, 1000, 1 << 22])
-def test_every_text_comes_back_from_the_shards(
+def test_shards_contain_every_text_exactly(
     run, folder: Path, tmp_path: Path, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assemble, "_TOGETHER", together)
@@ -53,7 +53,7 @@ def test_every_text_comes_back_from_the_shards(
     assert list(train) == sorted(train)
 
 
-def test_a_published_tokenizer_makes_the_corpus(run, folder: Path, tmp_path: Path) -> None:
+def test_corpus_is_prepared_with_a_published_tokenizer(run, folder: Path, tmp_path: Path) -> None:
     """A tokenizer.json without a padding token, like GPT-2's; another corpus then reuses it from this one."""
     published = tokenizers.Tokenizer(tokenizers.models.BPE())
     published.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,7 +81,7 @@ def test_a_published_tokenizer_makes_the_corpus(run, folder: Path, tmp_path: Pat
     assert again.tokenizer == found
 
 
-def test_the_manifest_counts_what_is_there(run, tmp_path: Path) -> None:
+def test_manifest_counts_equal_the_content_of_the_corpus(run, tmp_path: Path) -> None:
     manifest, _ = run()
     corpus = tmp_path / "corpus"
     keys = []
@@ -101,7 +101,7 @@ def test_the_manifest_counts_what_is_there(run, tmp_path: Path) -> None:
     assert manifest.licences == {"unknown": 30}
 
 
-def test_two_preparations_are_byte_identical_and_name_no_directory(run, files_of, tmp_path: Path) -> None:
+def test_two_preparations_are_byte_identical_and_contain_no_directory_name(run, files_of, tmp_path: Path) -> None:
     run("one")
     run("two")
     one = files_of(tmp_path / "one")
@@ -109,7 +109,7 @@ def test_two_preparations_are_byte_identical_and_name_no_directory(run, files_of
     assert not any(str(tmp_path).encode() in data for data in one.values())
 
 
-def test_the_same_settings_again_reuse_what_is_there(run, files_of, tmp_path: Path) -> None:
+def test_preparation_with_the_same_settings_reuses_the_corpus(run, files_of, tmp_path: Path) -> None:
     first, _ = run()
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "corpus").iterdir() if f.name != ".lock"}
     again, found = run()
@@ -119,7 +119,7 @@ def test_the_same_settings_again_reuse_what_is_there(run, files_of, tmp_path: Pa
 
 
 @pytest.mark.parametrize("lost", ["train-000001.tar", "train-000000.idx", "cut", "tokenizer.model"])
-def test_a_corpus_that_lost_a_file_is_not_called_prepared(run, files_of, tmp_path: Path, lost: str) -> None:
+def test_corpus_with_a_missing_or_cut_file_is_not_reused(run, files_of, tmp_path: Path, lost: str) -> None:
     first, _ = run()
     whole, corpus = files_of(tmp_path / "corpus"), tmp_path / "corpus"
     if lost == "cut":
@@ -159,7 +159,7 @@ def test_a_source_that_changed_since_is_refused(run, folder: Path) -> None:
         run()
 
 
-def test_a_source_edited_to_the_same_size_is_another_source(run, folder: Path) -> None:
+def test_edit_of_a_source_with_the_same_size_and_time_is_detected(run, folder: Path) -> None:
     run()
     file = folder / "a/00.txt"
     stat, data = file.stat(), file.read_bytes()
@@ -171,7 +171,7 @@ def test_a_source_edited_to_the_same_size_is_another_source(run, folder: Path) -
     assert run()[1]["reused"]
 
 
-def test_an_address_is_no_output(settings_of) -> None:
+def test_output_at_a_url_is_refused(settings_of) -> None:
     with pytest.raises(ConfigError, match=r"output: must be a path on this machine's .*bst data push DIRECTORY s3://"):
         parse(PrepareConfig, settings_of() | {"output": "s3://bucket/corpus"})
 
@@ -194,7 +194,9 @@ def test_bad_records_are_left_out_and_listed_up_to_a_limit(run, tmp_path: Path) 
         run("other", **settings, on_bad_record="skip", bad_record_limit=3)
 
 
-def test_what_cannot_be_read_or_written_is_one_message(run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_unreadable_source_or_unwritable_output_gives_one_message(
+    run, folder: Path, tmp_path: Path, monkeypatch
+) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="file/corpus: cannot be written: Not a directory; choose another output"):
         run("file/corpus")
@@ -218,7 +220,7 @@ def test_a_file_name_that_is_not_unicode_is_prepared(run, folder: Path, tmp_path
     assert "n\\xff.txt" in stored(tmp_path / "corpus", "train")
 
 
-def test_packed_data_under_another_name_is_called_that(run, folder: Path) -> None:
+def test_compressed_or_parquet_data_named_as_text_is_identified(run, folder: Path) -> None:
     (folder / "z.txt").write_bytes(gzip.compress(b"text"))
     with pytest.raises(UserError, match=r"z\.txt: gzip data, not text; let its name end in \.gz, and source\.pattern"):
         run()
@@ -230,7 +232,7 @@ def test_packed_data_under_another_name_is_called_that(run, folder: Path) -> Non
         run("other")
 
 
-def test_kept_metadata_stands_beside_the_tokens(run, tmp_path: Path) -> None:
+def test_kept_metadata_is_stored_with_the_tokens(run, tmp_path: Path) -> None:
     (tmp_path / "json").mkdir()
     rows = [json.dumps({"text": f"line {i} " + "x y z " * i, "meta": {"url": f"u{i}"}}) for i in range(60)]
     (tmp_path / "json/a.jsonl").write_text("\n".join(rows))
@@ -242,7 +244,7 @@ def test_kept_metadata_stands_beside_the_tokens(run, tmp_path: Path) -> None:
         assert sample["json"]["meta"] == {"meta.url": f"u{number}"}
 
 
-def test_adding_documents_moves_none_between_splits(run, folder: Path, tmp_path: Path) -> None:
+def test_adding_documents_moves_no_document_between_splits(run, folder: Path, tmp_path: Path) -> None:
     run("before")
     for i in range(20):
         (folder / f"0{i}.txt").write_text(f"an additional text {i} " * 20)
@@ -277,7 +279,7 @@ def test_another_corpus_tokenizer_can_be_reused(run, tmp_path: Path) -> None:
         run("third", tokenizer={"reuse": str(tmp_path / "first")})
 
 
-def test_a_source_that_gives_splits_keeps_them(run, tmp_path: Path) -> None:
+def test_splits_given_by_a_source_are_kept(run, tmp_path: Path) -> None:
     for split, books in {"train": 4, "validation": 2, "test": 1}.items():
         (tmp_path / "pg19" / split).mkdir(parents=True)
         for i in range(books):
@@ -291,7 +293,7 @@ def test_a_source_that_gives_splits_keeps_them(run, tmp_path: Path) -> None:
     assert list(stored(tmp_path / "corpus", "test")) == ["test/40.txt"]
 
 
-def test_normalising_is_done_only_when_asked(run, folder: Path, tmp_path: Path) -> None:
+def test_text_is_normalised_only_on_request(run, folder: Path, tmp_path: Path) -> None:
     (folder / "n.txt").write_bytes("a\r\nb\rc e\u0301".encode())
     run("plain", validation_fraction=0.0)
     assert stored(tmp_path / "plain", "train")["n.txt"] == "a\r\nb\rc e\u0301"
@@ -299,7 +301,7 @@ def test_normalising_is_done_only_when_asked(run, folder: Path, tmp_path: Path) 
     assert stored(tmp_path / "mended", "train")["n.txt"] == "a\nb\nc \u00e9"
 
 
-def test_the_sample_for_the_tokenizer_is_bounded_and_taken_evenly(tmp_path: Path) -> None:
+def test_tokenizer_sample_is_bounded_and_evenly_distributed(tmp_path: Path) -> None:
     """The sample is a third of the windows of a spool, in order, from every part of it."""
     from data_pipeline.prepare.spool import ChunkTask, extract_chunk, load_tables, read_windows
     from data_pipeline.prepare.text import TextConfig
@@ -325,7 +327,7 @@ def test_a_config_file_with_a_misspelt_source_setting_names_the_right_one(tmp_pa
         load(PrepareConfig, tmp_path / "d.yaml")
 
 
-def test_short_documents_are_packed_beside_the_tar_and_long_ones_are_not(run, folder: Path, tmp_path: Path) -> None:
+def test_packed_files_are_written_only_for_short_documents(run, folder: Path, tmp_path: Path) -> None:
     """The manifest, and so the corpus's identity, does not depend on whether packed files exist."""
     manifest, _ = run()
     for split, shards in manifest.splits.items():
@@ -341,11 +343,11 @@ def test_short_documents_are_packed_beside_the_tar_and_long_ones_are_not(run, fo
 
 
 @pytest.mark.parametrize("config", sorted(Path(__file__).parents[3].glob("launch/data/*.yaml")), ids=lambda p: p.stem)
-def test_the_configs_that_come_with_the_project_are_valid(config: Path) -> None:
+def test_configs_in_the_repository_are_valid(config: Path) -> None:
     assert load(PrepareConfig, config).source.kind == config.stem
 
 
-def test_what_was_left_out_is_listed(run, folder: Path, tmp_path: Path) -> None:
+def test_skipped_documents_are_listed_with_reasons(run, folder: Path, tmp_path: Path) -> None:
     (folder / "empty.txt").write_bytes(b"")
     (folder / "bad.txt").write_bytes(b"fine \xff not")
     manifest, _ = run(text={"undecodable": "skip"})
@@ -357,7 +359,7 @@ def test_what_was_left_out_is_listed(run, folder: Path, tmp_path: Path) -> None:
     assert manifest.provenance["left_out"] == {"empty": 1, "not UTF-8": 1}
 
 
-def test_document_ids_and_clusters_are_stable_names(run, tmp_path: Path) -> None:
+def test_document_ids_and_clusters_do_not_depend_on_seed_or_shards(run, tmp_path: Path) -> None:
     run("one", seed=0)
     run("two", seed=7, shard_bytes=1000000)
 

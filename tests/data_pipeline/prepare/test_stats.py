@@ -29,7 +29,7 @@ def test_runs_have_equal_hashes_exactly_when_they_are_equal(tokens: np.ndarray, 
 
 
 @given(lengths=st.lists(st.integers(1, 10**6), min_size=1, max_size=50).map(np.array))
-def test_the_histogram_counts_every_document_in_its_power_of_two(lengths: np.ndarray) -> None:
+def test_histogram_counts_documents_by_powers_of_two(lengths: np.ndarray) -> None:
     edges, counts = length_histogram(lengths)
     assert counts.sum() == len(lengths)
     for edge, count in zip(edges.tolist(), counts.tolist(), strict=False):
@@ -53,7 +53,7 @@ def planted(run, folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "second"
 
 
-def test_a_text_repeated_in_train_is_found(planted: Path) -> None:
+def test_validation_text_repeated_in_train_is_found(planted: Path) -> None:
     from data_pipeline.format.manifest import Manifest
 
     manifest = Manifest.read(planted)
@@ -67,7 +67,7 @@ def test_a_text_repeated_in_train_is_found(planted: Path) -> None:
     assert 0 < result.found < result.runs
 
 
-def test_the_padding_of_isolated_documents_is_told_by_the_block(run, tmp_path: Path, capsys) -> None:
+def test_stats_report_the_padding_of_isolated_documents_per_block_size(run, tmp_path: Path, capsys) -> None:
     run("corpus")
     assert main(["data", "stats", str(tmp_path / "corpus"), "--quick", "--json", str(tmp_path / "stats.json")]) == 0
     splits = [Corpus.open(str(tmp_path / "corpus"), split) for split in ("train", "validation")]
@@ -77,7 +77,7 @@ def test_the_padding_of_isolated_documents_is_told_by_the_block(run, tmp_path: P
     assert f"{told['256']:.1%} of 256" in capsys.readouterr().out
 
 
-def test_what_sequences_cut_is_counted_for_both_packings(run, tmp_path: Path, capsys) -> None:
+def test_stats_count_cut_documents_for_both_packings(run, tmp_path: Path, capsys) -> None:
     run("corpus")
     command = ["data", "stats", str(tmp_path / "corpus"), "--quick", "--length", "5000", "--json"]
     assert main([*command, str(tmp_path / "stats.json")]) == 0
@@ -89,7 +89,7 @@ def test_what_sequences_cut_is_counted_for_both_packings(run, tmp_path: Path, ca
     assert f"sequences cut {counts['stream']:,} (" in capsys.readouterr().out
 
 
-def test_a_sample_of_runs_is_the_same_part_of_train_and_validation(planted: Path, monkeypatch) -> None:
+def test_sample_of_runs_is_the_smallest_hashes(planted: Path, monkeypatch) -> None:
     from data_pipeline.format.manifest import Manifest
 
     outside = Manifest.read(planted).splits["validation"]
@@ -98,7 +98,7 @@ def test_a_sample_of_runs_is_the_same_part_of_train_and_validation(planted: Path
     assert sample_runs(planted, outside).tolist() == everything[:50].tolist()
 
 
-def test_short_documents_are_sampled_in_few_merges_and_to_the_same_runs(tmp_path: Path, monkeypatch) -> None:
+def test_sampling_short_documents_needs_few_merges(tmp_path: Path, monkeypatch) -> None:
     """Earlier, the whole sample was merged for every document, which never ended for a corpus of short documents."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 50, 40).astype("<u2") for _ in range(300)]

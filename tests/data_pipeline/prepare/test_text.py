@@ -26,7 +26,7 @@ def stored(content: str | bytes | np.ndarray, **settings) -> bytes | tuple[str, 
         (["nfc", "newlines"], "a\nb\nc \u00e9"),
     ],
 )
-def test_each_step_changes_what_it_says_and_nothing_else(steps: list[str], expected: str) -> None:
+def test_normalisation_steps_change_only_what_they_name(steps: list[str], expected: str) -> None:
     for content in ("a\r\nb\rc e\u0301", "a\r\nb\rc e\u0301".encode()):
         assert stored(content, normalise=steps).decode() == expected
 
@@ -40,20 +40,20 @@ def test_each_step_changes_what_it_says_and_nothing_else(steps: list[str], expec
         ("latin-1", "caf\u00e9".encode()),
     ],
 )
-def test_what_is_not_utf8_is_treated_as_the_settings_say(way: str, expected: object) -> None:
+def test_text_that_is_not_utf8_follows_the_undecodable_setting(way: str, expected: object) -> None:
     assert stored(LATIN, undecodable=way) == expected
 
 
-def test_compressed_data_is_named() -> None:
+def test_compressed_data_is_identified_by_format() -> None:
     assert stored(b"\x1f\x8b\x08\xff") == ("gzip data, not text", True)
 
 
-def test_nothing_is_stored_of_no_text_or_half_a_character() -> None:
+def test_empty_text_and_lone_surrogates_are_not_stored() -> None:
     assert stored("") == stored(b"") == ("empty", False)
     assert stored("a\ud800b") == ("not Unicode text: surrogates not allowed (character 1)", False)
 
 
-def test_ids_wait_as_four_bytes_each() -> None:
+def test_token_ids_are_stored_as_four_bytes_each() -> None:
     ids = np.array([0, 7, 70_000], np.int64)
     assert np.frombuffer(stored(ids), "<u4").tolist() == ids.tolist()
     assert stored(np.empty(0, np.uint16)) == b""

@@ -38,19 +38,19 @@ def together(text: bytes) -> list[int]:
 
 @settings(max_examples=400, deadline=None)
 @given(text=texts.filter(lambda text: not any(0xD800 <= ord(c) < 0xE000 for c in text)))
-def test_the_hashes_are_those_of_the_words_one_by_one(text: str) -> None:
+def test_hashes_equal_those_of_single_words(text: str) -> None:
     assert together(text.encode()) == one_by_one(text.encode())
     ascii_alone = text.encode("ascii", "ignore")
     assert together(ascii_alone) == one_by_one(ascii_alone)
 
 
 @pytest.mark.parametrize("length", range(1, 70))
-def test_words_of_every_length_have_their_crc(length: int) -> None:
+def test_word_hashes_are_crc32_for_every_length(length: int) -> None:
     words = [bytes([97 + (7 * i + k) % 26 for k in range(length)]) for i in range(5)]
     assert together(b" ".join(words)) == [zlib.crc32(word) for word in words]
 
 
-def test_real_text_has_the_words_that_the_expression_finds() -> None:
+def test_words_of_real_text_equal_those_of_the_regular_expression() -> None:
     text = (__doc__ + Path(re.__file__).read_text()).encode()
     assert together(text) == one_by_one(text)
     text += " – naïve 漢字".encode()

@@ -44,7 +44,7 @@ def bst(arguments: list[str], *launcher: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.ranks
-def test_any_number_of_processes_gives_the_same_bytes(settings_of, files_of, tmp_path: Path) -> None:
+def test_corpus_bytes_do_not_depend_on_the_number_of_workers(settings_of, files_of, tmp_path: Path) -> None:
     for workers in (1, 3):
         config = tmp_path / f"{workers}.yaml"
         config.write_text(yaml.safe_dump({**settings_of(f"with{workers}"), "workers": workers}))
@@ -91,7 +91,7 @@ with module.open_workers(2) as workers:
 
 
 @pytest.mark.ranks
-def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+def test_workers_exit_when_their_parent_is_killed(tmp_path: Path) -> None:
     """Otherwise they would continue to write while the restarted work runs."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     parent = subprocess.Popen([sys.executable, "-c", ORPHANS, __file__, str(tmp_path)], env=env)

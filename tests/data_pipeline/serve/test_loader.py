@@ -110,7 +110,7 @@ def test_rows_are_identical_for_every_number_of_ranks(
 
 
 @given(mode=MODES, start=st.integers(0, 30))
-def test_labels_are_the_stream_shifted_by_one(mode: str, start: int) -> None:
+def test_labels_are_the_inputs_shifted_by_one(mode: str, start: int) -> None:
     """With joined documents: within a slice, across slices of one row, and in streaming mode across steps."""
     rows = whole_rows(Memory(LENGTHS), range(start, start + 8), sp=2, mode=mode)
     inputs, labels, mask = rows[:, :, 0], rows[:, :, 1], rows[:, :, 2].astype(bool)
@@ -132,12 +132,12 @@ def test_streaming_rows_continue_their_documents() -> None:
     assert continued > 100  # of 240; the passes are short here
 
 
-def test_shuffled_rows_never_continue() -> None:
+def test_shuffled_rows_never_continue_the_previous_step() -> None:
     assert not any(batch.continues.any() for batch in loader(Memory(LENGTHS)).batches(3))
 
 
 @given(mode=MODES, lengths=st.lists(st.integers(1, 60), min_size=10, max_size=20), step=st.integers(0, 20))
-def test_isolated_documents_begin_at_blocks_and_are_marked(mode: str, lengths: list[int], step: int) -> None:
+def test_isolated_documents_start_at_block_boundaries_and_are_marked(mode: str, lengths: list[int], step: int) -> None:
     corpus = Memory([*lengths, 100])
     for batch in loader(corpus, mode, "isolated").batches(step):
         firsts = np.isin(batch.input_ids, corpus.begins)
@@ -152,7 +152,7 @@ def test_isolated_documents_begin_at_blocks_and_are_marked(mode: str, lengths: l
 
 @given(mode=MODES, packing=PACKINGS, lengths=st.lists(st.integers(1, 60), min_size=10, max_size=20),
        sp=st.sampled_from([1, 2]), step=st.integers(0, 20))  # fmt: skip
-def test_masked_documents_are_the_joined_stream_with_every_begin_marked(
+def test_masked_documents_are_the_joined_stream_with_document_starts(
     mode: str, packing: str, lengths: list[int], sp: int, step: int
 ) -> None:
     """The same tokens at the same positions; the same labels, except the first token of another document."""
@@ -174,7 +174,7 @@ def test_joined_batches_have_no_starts() -> None:
 
 
 @given(mode=MODES, documents=DOCUMENTS, sp=st.sampled_from([1, 2, 4]), step=st.integers(0, 40))
-def test_cuts_say_where_each_token_comes_from(mode: str, documents: str, sp: int, step: int) -> None:
+def test_cuts_give_the_origin_of_each_token(mode: str, documents: str, sp: int, step: int) -> None:
     corpus = Memory(LENGTHS)
     for rank in range(sp):
         begin = rank * 32 // sp
@@ -190,7 +190,7 @@ def test_cuts_say_where_each_token_comes_from(mode: str, documents: str, sp: int
 
 
 @pytest.mark.parametrize("mode", ["shuffled", "streaming"])
-def test_iteration_from_any_step_is_the_rest_of_the_whole(mode: str) -> None:
+def test_iteration_from_a_later_step_serves_the_same_batches(mode: str) -> None:
     whole = loader(Memory(LENGTHS), mode)
     rest = loader(Memory(LENGTHS), mode, start_step=7)
     for (step, batches), expected in zip(rest, range(7, 12), strict=False):
@@ -200,14 +200,14 @@ def test_iteration_from_any_step_is_the_rest_of_the_whole(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["shuffled", "streaming"])
-def test_resuming_reads_nothing_of_what_was_consumed(mode: str) -> None:
+def test_resuming_does_not_read_consumed_tokens(mode: str) -> None:
     corpus = Memory([500] * 200)
     served = loader(corpus, mode, start_step=400)
     next(iter(served))
     assert corpus.tokens_read <= 4 * (32 + 1)
 
 
-def test_the_first_step_is_located_alone_and_ever_more_with_those_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_steps_located_together_grows_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
     located: list[range] = []
     real = RowReader._locate
 
@@ -260,7 +260,7 @@ def test_a_mixture_draws_each_row_from_its_corpus_for_every_number_of_ranks(
     assert abs(sum(int(batch.corpora[0]) == 0 for batch in batches) - first) <= (first > 0)
 
 
-def test_weights_that_do_not_fit_are_refused() -> None:
+def test_invalid_weight_changes_are_refused() -> None:
     corpora = [{"corpus": "a", "weight": 1}, {"corpus": "b", "weight": 1}]
     for changes, message in (
         ([{"step": 5, "weights": [1]}], "1 weights at step 5 for 2 corpora"),
@@ -271,13 +271,13 @@ def test_weights_that_do_not_fit_are_refused() -> None:
             parse(DataConfig, {"corpus": corpora, "weight_changes": changes})
 
 
-def test_stored_tokens_are_the_inputs_and_the_last_label() -> None:
+def test_stored_tokens_contain_inputs_and_labels() -> None:
     served = loader(Memory(LENGTHS))
     for tokens, batch in zip(served.tokens(3), served.batches(3), strict=True):
         assert np.array_equal(tokens[:, :-1], batch.input_ids) and np.array_equal(tokens[:, 1:], batch.labels)
 
 
-def test_state_is_small_and_a_mismatch_names_what_differs() -> None:
+def test_state_is_small_and_mismatch_error_names_the_setting() -> None:
     served = loader(Memory(LENGTHS))
     state = json.loads(json.dumps(served.state(10**9)))
     assert len(json.dumps(state)) < 300
@@ -291,7 +291,7 @@ def test_state_is_small_and_a_mismatch_names_what_differs() -> None:
 
 
 @pytest.mark.parametrize("mode", ["shuffled", "streaming"])
-def test_a_run_keeps_the_version_of_the_order_that_it_began_with(mode: str) -> None:
+def test_resumed_run_keeps_its_order_version(mode: str) -> None:
     """The state is as written by version 1, with its hash of the weights; the rows are pinned."""
     corpora, settings = [Memory([170] * 8), Memory([90] * 14)], {"rows": 10, "weights": [3, 2], "mode": mode}
     resumed, fresh = loader(corpora, **settings), loader(corpora, **settings)
@@ -313,7 +313,7 @@ VERSION_1_ROWS = [1, 1, 0, 0, 0, 1, 0, 0, 1, 1]
 
 
 @given(mode=MODES)
-def test_what_comes_after_the_present_step_may_change(mode: str) -> None:
+def test_weights_may_change_only_after_the_current_step(mode: str) -> None:
     corpora = [Memory([170] * 8), Memory([90] * 14), Memory([80] * 14)]
     settings = {"rows": 10, "mode": mode}
     state = loader(corpora[:2], **settings, weights=[7, 3]).state(50)
@@ -334,7 +334,7 @@ def test_what_comes_after_the_present_step_may_change(mode: str) -> None:
 @pytest.mark.parametrize("dp", [1, 3])
 @settings(max_examples=15)
 @given(documents=DOCUMENTS, batches=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=3))
-def test_another_batch_goes_on_with_the_next_row(
+def test_changed_batch_size_continues_with_the_next_row(
     order: int, dp: int, documents: str, batches: list[tuple[int, int]]
 ) -> None:
     """Compared with steps of one row each, which read the series row by row."""
@@ -368,7 +368,7 @@ def test_another_batch_goes_on_with_the_next_row(
     stops=st.lists(st.integers(0, 14), max_size=2),
     changed=st.booleans(),
 )
-def test_planned_batches_are_those_of_any_stops_and_ranks(
+def test_planned_batch_sizes_do_not_depend_on_restarts_or_ranks(
     dp: int, documents: str, plan: list[tuple[int, int]], stops: list[int], changed: bool
 ) -> None:
     """Compared with steps of one row each, which read the series row by row; a weight changes during the run."""
@@ -406,7 +406,7 @@ def test_planned_batches_are_those_of_any_stops_and_ranks(
                                       np.concatenate(expected))  # fmt: skip
 
 
-def test_streaming_rows_keep_their_number() -> None:
+def test_changing_the_number_of_streaming_rows_is_refused() -> None:
     state = loader(Memory(LENGTHS), "streaming").state(5)
     with pytest.raises(UserError, match="6 rows per step from step 5 on: each streaming row reads its own part"):
         loader(Memory(LENGTHS), "streaming", rows=6).check(state)
@@ -434,12 +434,12 @@ def test_state_does_not_depend_on_the_number_of_ranks(dp: int, sp: int) -> None:
         ({"mode": "streaming", "rows": 64}, "64 rows, but only"),
     ],
 )
-def test_sizes_that_do_not_fit_are_one_clear_message(settings: dict[str, Any], message: str) -> None:
+def test_invalid_sizes_give_one_clear_message(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         loader(Memory(LENGTHS), **settings)
 
 
-def test_a_prepared_corpus_is_served_as_it_was_written(make_corpus: Any) -> None:
+def test_served_tokens_equal_the_prepared_corpus(make_corpus: Any) -> None:
     from_disk = Corpus.open(str(make_corpus([30_000, 12, 700, 9_000])))
     served = loader(from_disk, sequence_length=512, block=64)
     for step in range(3):
@@ -450,7 +450,7 @@ def test_a_prepared_corpus_is_served_as_it_was_written(make_corpus: Any) -> None
                 assert np.array_equal(batch.input_ids[0, place : place + count], expected)
 
 
-def test_corpora_of_different_tokenizers_do_not_mix(make_corpus: Any, tmp_path: Path) -> None:
+def test_corpora_with_different_tokenizers_are_refused(make_corpus: Any, tmp_path: Path) -> None:
     first, second = make_corpus([90], "first"), make_corpus([90], "second")
     manifest = second / "manifest.json"
     sha = json.loads(manifest.read_text())["tokenizer"]["sha256"]
@@ -463,7 +463,7 @@ def test_corpora_of_different_tokenizers_do_not_mix(make_corpus: Any, tmp_path: 
 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
 @pytest.mark.parametrize("sp", [1, 2])
-def test_slices_side_by_side_are_the_sequence(documents, sp):
+def test_concatenated_slices_equal_the_sequence(documents, sp):
     """Every rank's part of every slice, in order, equals the whole sequences that a single rank gets."""
     sizes = {"documents": documents, "micro_rows": 2}
     whole = loader(Memory(LENGTHS), **sizes).batches(3)
@@ -479,14 +479,14 @@ def test_slices_side_by_side_are_the_sequence(documents, sp):
                 assert np.array_equal(np.concatenate([getattr(part, name) for part in parts], axis=1), wanted)
 
 
-def test_tokens_of_slices_are_held_once_as_they_are_stored():
+def test_tokens_of_slices_are_held_once_in_memory():
     (slices,) = loader(Memory([5000]), sequence_length=4096, rows=1, slice_tokens=64).batches(0)
     held = sum(stored.tokens.nbytes for stored in slices._stored)
     assert held == 4 * (4096 + 64)  # four bytes per token; the label after each slice is the next one's first token
     assert slices[0] is not slices[0]  # created again at every access
 
 
-def test_slices_that_do_not_fit_are_refused():
+def test_invalid_slice_sizes_are_refused():
     for tokens, sp in ((24, 1), (4, 1), (8, 2)):
         with pytest.raises(UserError, match=f"slices of {tokens} tokens"):
             loader(Memory(LENGTHS), slice_tokens=tokens, sp=sp)

@@ -56,7 +56,7 @@ def strict(config: DataConfig) -> DataConfig:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_the_file_holds_the_tokens_of_the_tar_and_a_crc_of_each_8192(make_corpus: Any, dtype: str) -> None:
+def test_packed_file_has_the_tokens_and_a_crc_per_8192_tokens(make_corpus: Any, dtype: str) -> None:
     directory = make_corpus(drawn(1), dtype=dtype, shards=1)
     pack(directory)
     tokens = []
@@ -73,7 +73,7 @@ def test_the_file_holds_the_tokens_of_the_tar_and_a_crc_of_each_8192(make_corpus
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 @pytest.mark.parametrize("settings", [{}, {"documents": "isolated"}, {"mode": "streaming"}, {"packing": "best_fit"}])
-def test_batches_out_of_packed_files_are_those_out_of_tars(
+def test_batches_from_packed_files_equal_those_from_tars(
     make_corpus: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, settings: dict[str, str]
 ) -> None:
     one, other = (make_corpus(drawn(seed), name=f"c{seed}", shards=3, dtype=dtype) for seed in range(2))
@@ -90,7 +90,7 @@ def test_batches_out_of_packed_files_are_those_out_of_tars(
         assert same(served(config, since, **sizes), right)
 
 
-def test_a_corpus_may_have_packed_files_of_some_shards(make_corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_files_may_exist_for_only_some_shards(make_corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make_corpus(drawn(2), shards=4)
     config = DataConfig(corpus=str(directory), prefetch=0)
     expected = served(config)
@@ -103,7 +103,7 @@ def test_a_corpus_may_have_packed_files_of_some_shards(make_corpus: Any, monkeyp
 
 
 @pytest.mark.parametrize("byte", [0, 17_000, 50_001])
-def test_a_flipped_byte_is_named_once_and_the_tar_is_read_instead(
+def test_damaged_packed_file_is_reported_once_and_replaced_by_the_tar(
     make_corpus: Any, caplog: pytest.LogCaptureFixture, byte: int
 ) -> None:
     directory = make_corpus(SHORT)
@@ -120,7 +120,7 @@ def test_a_flipped_byte_is_named_once_and_the_tar_is_read_instead(
         assert f"read from {TAR} instead" in message
 
 
-def test_where_the_tar_is_damaged_too_that_is_an_error_or_left_out(make_corpus: Any) -> None:
+def test_damage_in_packed_file_and_tar_is_an_error_or_skipped(make_corpus: Any) -> None:
     directory = make_corpus(SHORT)
     config = DataConfig(corpus=str(directory), on_bad_shard="skip", prefetch=0)
     byte = int(ShardIndex.read(directory / "train-000000.idx").offsets[2]) + 1000
@@ -136,7 +136,9 @@ def test_where_the_tar_is_damaged_too_that_is_an_error_or_left_out(make_corpus: 
 
 
 @pytest.mark.parametrize("harm", ["tail", "cut", "longer", "empty", "of another shard", "missing"])
-def test_a_file_that_does_not_fit_is_not_used(make_corpus: Any, caplog: pytest.LogCaptureFixture, harm: str) -> None:
+def test_packed_file_that_does_not_match_its_shard_is_not_used(
+    make_corpus: Any, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
     directory = make_corpus(SHORT)
     config = DataConfig(corpus=str(directory), prefetch=0)
     expected = served(config)
@@ -157,7 +159,7 @@ def test_a_file_that_does_not_fit_is_not_used(make_corpus: Any, caplog: pytest.L
     assert [PACKED in message for message in caplog.messages] == [True] * (harm != "missing")
 
 
-def test_a_file_that_is_cut_while_it_is_mapped_is_left_for_its_tar(
+def test_packed_file_truncated_while_mapped_is_replaced_by_its_tar(
     make_corpus: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Access to mapped pages beyond its end would kill the process (SIGBUS)."""
@@ -175,7 +177,7 @@ def test_a_file_that_is_cut_while_it_is_mapped_is_left_for_its_tar(
     assert PACKED in message and "8192 bytes, expected" in message
 
 
-def test_damage_is_told_by_comparing_with_the_tar(make_corpus: Any) -> None:
+def test_packed_damage_is_located_by_comparison_with_the_tar(make_corpus: Any) -> None:
     directory = make_corpus(SHORT, shards=1)
     pack(directory)
     path, index = directory / PACKED, ShardIndex.read(directory / "train-000000.idx")

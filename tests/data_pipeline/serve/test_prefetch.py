@@ -17,7 +17,7 @@ def test_results_come_in_order_from_the_start(ahead: int, threads: int) -> None:
     prefetcher.close()
 
 
-def test_no_more_than_asked_is_computed_ahead() -> None:
+def test_number_of_prefetched_results_is_limited() -> None:
     computed: list[int] = []
     enough = threading.Event()
 
@@ -33,7 +33,7 @@ def test_no_more_than_asked_is_computed_ahead() -> None:
     prefetcher.close()
 
 
-def test_an_error_comes_where_its_result_would_have() -> None:
+def test_error_is_raised_at_the_position_of_its_result() -> None:
     def compute(number: int) -> float:
         return 1 / (2 - number)
 
@@ -43,7 +43,7 @@ def test_an_error_comes_where_its_result_would_have() -> None:
         next(results)
 
 
-def test_several_are_computed_at_a_time_and_still_come_in_order() -> None:
+def test_several_threads_return_results_in_order() -> None:
     """The first result is ready only after the next two have started."""
     begun = [threading.Event() for _ in range(8)]
 
@@ -59,7 +59,7 @@ def test_several_are_computed_at_a_time_and_still_come_in_order() -> None:
     prefetcher.close()
 
 
-def test_an_error_of_a_later_result_waits_for_its_turn() -> None:
+def test_error_of_a_later_result_is_raised_after_earlier_results() -> None:
     failed = threading.Event()
 
     def compute(number: int) -> int:
@@ -75,7 +75,7 @@ def test_an_error_of_a_later_result_waits_for_its_turn() -> None:
         next(results)
 
 
-def test_closing_wakes_a_caller_that_waits() -> None:
+def test_closing_wakes_a_waiting_caller() -> None:
     release, got = threading.Event(), []
     prefetcher = Prefetcher(lambda _: release.wait(60), 0, 2)
     waiting = threading.Thread(target=lambda: got.extend(prefetcher))

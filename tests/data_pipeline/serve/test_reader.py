@@ -52,7 +52,7 @@ def flip(path: Path, byte: int) -> int:
     return old
 
 
-def test_any_run_of_tokens_is_that_of_the_document(make_corpus: Any) -> None:
+def test_any_token_range_equals_that_of_the_document(make_corpus: Any) -> None:
     corpus = Corpus.open(str(make_corpus(LENGTHS)))
     for number, length in enumerate(LENGTHS):
         whole = (10 + (31 * number + np.arange(length)) % 380).astype("<u2")
@@ -67,7 +67,7 @@ def test_any_run_of_tokens_is_that_of_the_document(make_corpus: Any) -> None:
         corpus.tokens(1, 0, 13)
 
 
-def test_document_info_is_the_json_beside_the_tokens(make_corpus: Any) -> None:
+def test_document_info_is_read_from_the_json_of_the_shard(make_corpus: Any) -> None:
     corpus = Corpus.open(str(make_corpus(LENGTHS, shards=3)))
     assert [corpus.document_info(i)["path"] for i in range(len(LENGTHS))] == [f"d{i}" for i in range(len(LENGTHS))]
 
@@ -83,7 +83,7 @@ def test_a_flipped_byte_is_named_by_shard_member_and_byte(make_corpus: Any, plac
     assert message in str(caught.value)
 
 
-def test_larger_damage_is_named_by_its_block(make_corpus: Any) -> None:
+def test_damage_of_many_bytes_is_named_by_its_block(make_corpus: Any) -> None:
     directory = make_corpus(LENGTHS)
     begin = payload(directory, TAR, "00000000.tok.npy")
     for byte in range(begin + 20_000, begin + 20_100):
@@ -92,7 +92,7 @@ def test_larger_damage_is_named_by_its_block(make_corpus: Any) -> None:
         Corpus.open(str(directory)).document(0)
 
 
-def test_whole_blocks_of_a_damaged_document_are_still_read(make_corpus: Any) -> None:
+def test_intact_blocks_of_a_damaged_document_can_be_read(make_corpus: Any) -> None:
     directory = make_corpus(LENGTHS)
     expected = Corpus.open(str(directory)).document(0)
     flip(directory / TAR, payload(directory, TAR, "00000000.tok.npy") + 20_000)
@@ -103,7 +103,7 @@ def test_whole_blocks_of_a_damaged_document_are_still_read(make_corpus: Any) -> 
 
 
 @given(data=st.binary(min_size=1, max_size=300), place=st.integers(0, 299), change=st.integers(1, 255))
-def test_one_changed_byte_is_found_from_the_crc(data: bytes, place: int, change: int) -> None:
+def test_one_changed_byte_is_located_from_the_crc(data: bytes, place: int, change: int) -> None:
     place %= len(data)
     damaged = bytearray(data)
     damaged[place] ^= change
@@ -121,7 +121,9 @@ def test_one_changed_byte_is_found_from_the_crc(data: bytes, place: int, change:
         (lambda d: (d / "manifest.json").write_text("{"), "not a manifest"),
     ],
 )
-def test_what_is_missing_or_foreign_is_named_at_the_start(make_corpus: Any, damage: Any, message: str) -> None:
+def test_missing_or_foreign_files_are_named_when_a_corpus_is_opened(
+    make_corpus: Any, damage: Any, message: str
+) -> None:
     directory = make_corpus(LENGTHS)
     damage(directory)
     with pytest.raises(UserError, match=message):
@@ -136,7 +138,7 @@ def test_what_is_missing_or_foreign_is_named_at_the_start(make_corpus: Any, dama
         lambda idx: flip(idx, 70),
     ],
 )
-def test_a_damaged_index_is_made_again_from_its_tar_and_only_from_that(make_corpus: Any, damage: Any) -> None:
+def test_damaged_index_is_rebuilt_only_from_an_intact_tar(make_corpus: Any, damage: Any) -> None:
     directory = make_corpus(LENGTHS)
     expected = Corpus.open(str(directory)).document(0)
     damage(directory / "train-000000.idx")
@@ -146,7 +148,7 @@ def test_a_damaged_index_is_made_again_from_its_tar_and_only_from_that(make_corp
         Corpus.open(str(directory)).document(0)
 
 
-def test_a_read_error_of_the_disk_is_bad_data_and_no_crash(make_corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_read_error_is_bad_data_and_not_a_crash(make_corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unreadable page would kill a process that has mapped it; a failing read call gives one message."""
     directory = make_corpus(LENGTHS)
     corpus = Corpus.open(str(directory))
@@ -166,7 +168,9 @@ def test_a_read_error_of_the_disk_is_bad_data_and_no_crash(make_corpus: Any, mon
     assert all("Input/output error" in message for message in messages) and messages
 
 
-def test_a_shard_that_may_not_be_opened_is_never_skipped(make_corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_without_read_permission_is_an_error_and_never_skipped(
+    make_corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = make_corpus(LENGTHS)
     real = Path.open
 
@@ -180,7 +184,7 @@ def test_a_shard_that_may_not_be_opened_is_never_skipped(make_corpus: Any, monke
         whole_batch(directory, "skip", 1, lambda: None)
 
 
-def test_documents_of_more_than_32_bits_of_tokens_keep_their_length(
+def test_documents_of_more_than_2_to_32_tokens_keep_their_length(
     make_corpus: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = make_corpus(LENGTHS)
@@ -200,7 +204,7 @@ def test_documents_of_more_than_32_bits_of_tokens_keep_their_length(
         assert len(place) == 1
 
 
-def test_the_index_and_shard_of_another_corpus_do_not_pass_for_this_one(make_corpus: Any) -> None:
+def test_index_and_shard_of_another_corpus_are_refused(make_corpus: Any) -> None:
     directory, other = make_corpus(LENGTHS), make_corpus(LENGTHS, name="other", start=5)
     shutil.copy(other / TAR, directory / TAR)  # of the same size
     with pytest.raises(ShardError, match="are not what was written"):
@@ -210,7 +214,7 @@ def test_the_index_and_shard_of_another_corpus_do_not_pass_for_this_one(make_cor
         Corpus.open(str(directory)).document(0)
 
 
-def test_a_tar_cut_while_it_is_read_is_an_error_not_a_crash(make_corpus: Any) -> None:
+def test_tar_truncated_while_it_is_read_is_an_error_not_a_crash(make_corpus: Any) -> None:
     directory = make_corpus(LENGTHS)
     corpus = Corpus.open(str(directory))
     corpus.tokens(0, 0, 10)
@@ -219,7 +223,7 @@ def test_a_tar_cut_while_it_is_read_is_an_error_not_a_crash(make_corpus: Any) ->
         corpus.document(0)
 
 
-def test_a_missing_index_is_made_from_the_tar(make_corpus: Any) -> None:
+def test_missing_index_is_built_from_the_tar(make_corpus: Any) -> None:
     directory = make_corpus(LENGTHS)
     expected = Corpus.open(str(directory)).document(2)
     (directory / "train-000000.idx").unlink()
@@ -267,7 +271,7 @@ def add_extents(directory: Path) -> bytes:
     return data
 
 
-def test_extents_are_those_of_the_documents_and_damaged_ones_are_not_used(make_corpus: Any) -> None:
+def test_extents_equal_the_documents_and_damaged_extents_are_ignored(make_corpus: Any) -> None:
     directory = make_corpus(LENGTHS, shards=3)
     data = add_extents(directory)
     for block in (8, 64, 32_768, 24):
@@ -305,7 +309,7 @@ def test_a_split_that_is_empty_or_unknown_is_refused(make_corpus: Any) -> None:
         Corpus.open(directory, "test")
 
 
-def test_a_model_of_too_few_ids_is_refused(make_corpus: Any) -> None:
+def test_model_with_too_few_ids_is_refused(make_corpus: Any) -> None:
     corpus = Corpus.open(str(make_corpus(LENGTHS)))
     corpus.require_vocabulary(400)
     with pytest.raises(UserError, match="its tokenizer has 400 ids, the model only 399"):
@@ -329,7 +333,7 @@ def whole_batch(directory: Path, policy: str, sp: int, damaged: Any) -> tuple[np
     return inputs, masks.astype(bool), messages
 
 
-def test_skipping_leaves_just_the_damaged_block_out_of_the_loss_and_records_it(make_corpus: Any) -> None:
+def test_skipping_masks_only_the_damaged_block_and_records_it(make_corpus: Any) -> None:
     directory = make_corpus(LENGTHS)
     byte = payload(directory, TAR, "00000000.tok.npy") + 20_000
     good, good_mask, _ = whole_batch(directory, "stop", 1, lambda: None)
@@ -351,7 +355,7 @@ def test_skipping_a_missing_shard_serves_the_others(make_corpus: Any) -> None:
     assert messages == [f"{directory / TAR}: the shard is missing; copy it again, or prepare the corpus again"]
 
 
-def test_stopping_raises_in_the_loop_what_the_prefetch_thread_met(make_corpus: Any) -> None:
+def test_error_in_the_prefetch_thread_is_raised_in_the_loop(make_corpus: Any) -> None:
     directory = make_corpus(LENGTHS)
     config = DataConfig(corpus=str(directory))
     loader = Loader(config, open_corpora(config), Share(length=512, rows=2, micro_rows=2), block=64, seed=1)

@@ -52,7 +52,7 @@ def same(one: tuple[list[Any], list[str]], other: tuple[list[Any], list[str]]) -
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 @pytest.mark.parametrize("settings", [{}, {"documents": "isolated"}, {"mode": "streaming"}, {"packing": "best_fit"}])
-def test_rows_read_together_are_those_read_run_by_run(
+def test_rows_read_together_equal_rows_read_run_by_run(
     make_corpus: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, settings: dict[str, str]
 ) -> None:
     one, other = (str(make_corpus(drawn(seed), name=f"c{seed}", shards=3, dtype=dtype)) for seed in range(2))
@@ -70,7 +70,7 @@ def test_rows_read_together_are_those_read_run_by_run(
 
 
 @pytest.mark.parametrize("document, byte", [(0, 0), (2, 1799), (1, 17_000), (5, 9_999)])
-def test_damage_is_found_and_left_out_as_run_by_run(make_corpus: Any, document: int, byte: int) -> None:
+def test_damage_is_skipped_equally_in_both_ways_of_reading(make_corpus: Any, document: int, byte: int) -> None:
     """Damage in documents that rows contain completely and in documents that they cut, one of several blocks."""
     directory = make_corpus([300, 20_000, 900, 150, 40, 5000] * 2)
     config = DataConfig(corpus=str(directory), on_bad_shard="skip", prefetch=0)
@@ -88,7 +88,7 @@ def test_damage_is_found_and_left_out_as_run_by_run(make_corpus: Any, document: 
         served(config.model_copy(update={"on_bad_shard": "stop"}))
 
 
-def test_a_tar_cut_while_it_is_mapped_is_an_error_not_a_crash(make_corpus: Any) -> None:
+def test_tar_truncated_while_mapped_is_an_error_not_a_crash(make_corpus: Any) -> None:
     """Access to mapped pages beyond its end would kill the process (SIGBUS)."""
     directory = make_corpus([3000] * 600)
     config = DataConfig(corpus=str(directory), on_bad_shard="skip", prefetch=0)
@@ -101,7 +101,7 @@ def test_a_tar_cut_while_it_is_mapped_is_an_error_not_a_crash(make_corpus: Any) 
     assert loader.bad and all("cut short: it ends before" in message for message in loader.bad)
 
 
-def test_runs_are_collected_and_pages_that_cannot_be_read_are_noticed(tmp_path: Path) -> None:
+def test_collector_copies_runs_and_detects_unreadable_pages(tmp_path: Path) -> None:
     path, size, collector = tmp_path / "file", 3 << 20, Collector()
     data = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     path.write_bytes(data.tobytes())
@@ -118,7 +118,7 @@ def test_runs_are_collected_and_pages_that_cannot_be_read_are_noticed(tmp_path: 
         MappedFile(Path("/dev/null"))
 
 
-def test_what_was_collected_stays_as_long_as_anything_refers_to_it(tmp_path: Path) -> None:
+def test_collected_memory_is_not_reused_while_referenced(tmp_path: Path) -> None:
     path, collector = tmp_path / "file", Collector()
     path.write_bytes(bytes(range(256)) * 4096)
     file = MappedFile(path)

@@ -12,7 +12,7 @@ from data_pipeline.serve.spread import MASKED, Spread
 
 
 @given(rows=st.integers(1, 200), dp=st.integers(1, 200), most=st.integers(1, 9))
-def test_every_row_is_on_one_rank_in_order_and_all_ranks_compute_alike(rows: int, dp: int, most: int) -> None:
+def test_each_row_is_on_one_rank_and_ranks_have_equal_micro_batches(rows: int, dp: int, most: int) -> None:
     spread = Spread(rows, dp, most)
     ranks = [spread.of_micro_batches(rank) for rank in range(dp)]
     assert {(len(rank), *map(len, rank)) for rank in ranks} == {
@@ -31,18 +31,18 @@ def test_every_row_is_on_one_rank_in_order_and_all_ranks_compute_alike(rows: int
 
 
 @given(shares=st.integers(1, 20), dp=st.integers(1, 20), most=st.integers(1, 9))
-def test_nothing_is_masked_where_the_micro_batches_divide_the_rows(shares: int, dp: int, most: int) -> None:
+def test_no_rows_are_masked_if_micro_batches_divide_the_rows(shares: int, dp: int, most: int) -> None:
     spread = Spread(shares * dp * most, dp, most)
     assert (spread.micro_batches, spread.micro_rows, spread.masked, spread.imbalance_message()) == (shares, most, 0, "")
 
 
-def test_no_more_is_masked_than_must_be() -> None:
+def test_number_of_masked_rows_is_minimal() -> None:
     assert (Spread(6, 1, 4).micro_batches, Spread(6, 1, 4).micro_rows) == (2, 3)
     assert (Spread(8, 3, 4).micro_rows, Spread(8, 3, 4).masked) == (3, 1)
     assert (Spread(64, 512, 4).micro_batches, Spread(64, 512, 4).micro_rows) == (1, 1)
 
 
-def test_who_computes_in_vain_is_said() -> None:
+def test_masked_sequences_are_reported_per_rank() -> None:
     assert Spread(8, 5, 1).imbalance_message() == (
         "3 of 5 ranks have 2 sequences, 2 of 5 ranks have 1 sequence and 1 masked: 20% of the computation is wasted"
     )
@@ -57,7 +57,7 @@ def test_who_computes_in_vain_is_said() -> None:
 
 
 @given(rows=st.integers(1, 60), dp=st.integers(1, 12), most=st.integers(1, 9))
-def test_the_advice_is_the_nearest_that_masks_least(rows: int, dp: int, most: int) -> None:
+def test_advised_micro_batch_size_is_the_nearest_with_fewest_masked_rows(rows: int, dp: int, most: int) -> None:
     def masked(micro: int) -> int:
         per_rank = math.ceil(rows / dp)
         batches = math.ceil(per_rank / micro)

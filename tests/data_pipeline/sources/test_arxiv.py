@@ -16,7 +16,7 @@ MAIN = "\\documentclass{article}\n\\begin{document}\n\\input{sec/intro}\n\\inclu
 PAPER = {"paper.tex": MAIN.encode(), "sec/intro.tex": b"Intro % secret\n", "end.tex": b"End.", "fig.png": b"\x89PNG"}
 
 
-def test_a_bulk_archive_gives_a_document_a_paper(read_all, put, make_tar) -> None:
+def test_bulk_archive_gives_one_document_per_paper(read_all, put, make_tar) -> None:
     bulk = make_tar({
         "0704/0704.0001.gz": gzip.compress(make_tar(PAPER)),
         "0704/0704.0002.gz": gzip.compress(b"\\documentstyle{article} one file"),
@@ -36,7 +36,7 @@ def test_a_bulk_archive_gives_a_document_a_paper(read_all, put, make_tar) -> Non
     }
 
 
-def test_single_submissions_are_read_in_each_of_their_forms(read_all, put, make_tar) -> None:
+def test_single_submissions_are_read_in_every_file_format(read_all, put, make_tar) -> None:
     root = put({
         "a.tar.gz": make_tar(PAPER, "w:gz"), "b.gz": gzip.compress(b"\\documentclass{x} b"), "c.tex": "\\bye c",
     })  # fmt: skip
@@ -45,7 +45,7 @@ def test_single_submissions_are_read_in_each_of_their_forms(read_all, put, make_
     assert "Intro % secret" in documents[0].content
 
 
-def test_a_member_that_leads_out_of_its_archive_is_skipped_by_name(read_all, put, make_tar) -> None:
+def test_archive_members_with_unsafe_paths_are_skipped_and_named(read_all, put, make_tar) -> None:
     paper = make_tar(
         {"../../etc/x.tex": b"\\documentclass{x}", "link.tex": "-> /etc/passwd", "ok.tex": b"\\documentclass{x}"}
     )
@@ -58,7 +58,7 @@ def test_a_member_that_leads_out_of_its_archive_is_skipped_by_name(read_all, put
 
 
 @pytest.mark.parametrize("cut", [100, 700])
-def test_a_truncated_archive_is_named(read_all, put, make_tar, cut: int) -> None:
+def test_truncated_archive_is_refused_by_name(read_all, put, make_tar, cut: int) -> None:
     whole = make_tar({"0704/0704.0001.gz": gzip.compress(make_tar(PAPER))})
     with pytest.raises(UserError, match=r"arXiv_src\.tar.*damaged or cut short"):
         read_all("arxiv", path=put({"arXiv_src.tar": whole[:cut]}))
@@ -77,11 +77,11 @@ def test_a_truncated_archive_is_named(read_all, put, make_tar, cut: int) -> None
         ({"a.tex": "\\documentclass{x}", "b.tex": "\\documentclass{x} longer"}, "b.tex"),
     ],
 )
-def test_the_main_file_is_found(files: dict[str, str], main: str | None) -> None:
+def test_main_file_of_a_paper_is_found(files: dict[str, str], main: str | None) -> None:
     assert find_main_file(files) == main
 
 
-def test_inputs_are_put_in_place_in_depth_and_circles_end() -> None:
+def test_nested_inputs_are_inserted_and_cycles_are_broken() -> None:
     files = {
         "d/m.tex": "\\input a and \\input{./b} \\input{missing}",
         "d/a.tex": "A\\input{b}",
@@ -90,7 +90,7 @@ def test_inputs_are_put_in_place_in_depth_and_circles_end() -> None:
     assert paper_text("d/m.tex", files, "strip") == "AB\\input{a} and \\input{./b} \\input{missing}"
 
 
-def test_a_paper_is_never_longer_than_its_files_however_they_input_each_other() -> None:
+def test_each_input_file_is_inserted_at_most_once() -> None:
     files = {f"{i}.tex": f"<{i}>\\input{{{i + 1}}}\\input{{{i + 1}}}" for i in range(2000)} | {"2000.tex": "end"}
     text = paper_text("0.tex", files, "strip")
     assert all(text.count(f"<{i}>") == 1 for i in range(2000))
@@ -98,7 +98,7 @@ def test_a_paper_is_never_longer_than_its_files_however_they_input_each_other() 
 
 
 @pytest.mark.parametrize("comments", ["keep", "strip"])
-def test_what_is_commented_or_verbatim_is_no_command(comments: str) -> None:
+def test_commands_in_comments_or_verbatim_text_are_ignored(comments: str) -> None:
     files = {
         "m.tex": "a\n% \\input{x}\n\\verb|\\input{x}|\n% \\end{document}\n"
         "\\verb|\\end{document}| b \\includegraphics{x}",
@@ -136,11 +136,11 @@ def test_what_is_commented_or_verbatim_is_no_command(comments: str) -> None:
         ("\\\\%c\n\\\\\\% kept", "\\\\%\n\\\\\\% kept"),
     ],
 )
-def test_comments_are_stripped_and_nothing_else(text: str, stripped: str) -> None:
+def test_stripping_removes_only_comments(text: str, stripped: str) -> None:
     assert strip_comments(text) == stripped
 
 
-def test_a_declared_encoding_is_used_when_the_bytes_are_not_utf8() -> None:
+def test_declared_encoding_is_used_for_bytes_that_are_not_utf8() -> None:
     head = b"\\usepackage[latin1]{inputenc} "
     assert decode_tex(head + b"\xe9") == head.decode() + "é"
     assert decode_tex(head + "é".encode()) == head.decode() + "é"
@@ -152,12 +152,12 @@ SIGNS = ["\\verb|", "|", "%", "\n", "a ", "\\url{", "}", "{", "\\\\", "\\", "\\b
 
 
 @given(st.lists(st.sampled_from(SIGNS)))
-def test_the_tokens_of_any_text_are_all_of_it(pieces: list[str]) -> None:
+def test_tex_tokens_joined_equal_the_text(pieces: list[str]) -> None:
     text = "".join(pieces)
     assert "".join(token.text for token in tokens(text)) == text
 
 
-def test_one_bad_paper_in_a_bulk_archive_is_named_and_the_others_are_read(put, make_tar) -> None:
+def test_damaged_paper_in_a_bulk_archive_is_named_and_others_are_read(put, make_tar) -> None:
     papers = {f"07/{i}.gz": gzip.compress(b"\\documentclass{x} %d" % i) for i in range(3)}
     papers["07/1.gz"] = papers["07/1.gz"][:-6]
     source = Arxiv(path=put({"a.tar": make_tar(papers)}))

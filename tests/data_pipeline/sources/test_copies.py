@@ -58,7 +58,7 @@ def read(kind: str, **settings: Any) -> tuple[dict[str, Any], dict[str, str]]:
     return documents, {each.path: each.reason for each in found if isinstance(each, Skipped)}
 
 
-def test_what_is_wanted_is_copied_once_and_again_when_it_changes(store, tmp_path: Path, monkeypatch) -> None:
+def test_selected_files_are_copied_once_and_again_after_changes(store, tmp_path: Path, monkeypatch) -> None:
     files = {"a.txt": b"A", "b/c.txt": b"C", "b/no.md": b"no"}
     address, copied, real = store(files), [], copies._copy_one
     monkeypatch.setattr(copies, "_copy_one", lambda *args: copied.append(args[1].name) or real(*args))
@@ -77,7 +77,7 @@ def test_what_is_wanted_is_copied_once_and_again_when_it_changes(store, tmp_path
     assert copied == ["a.txt"]
 
 
-def test_one_file_and_files_that_belong_together(store, tmp_path: Path) -> None:
+def test_single_remote_file_and_source_with_metadata_are_read(store, tmp_path: Path) -> None:
     line = json.dumps({"text": "x"}).encode()
     address = store({"x.jsonl.gz": gzip.compress(line), "y.jsonl": line})
     assert read("jsonl", path=f"{address}/x.jsonl.gz")[0] == {"x.jsonl.gz:1": "x"}
@@ -88,7 +88,7 @@ def test_one_file_and_files_that_belong_together(store, tmp_path: Path) -> None:
     )
 
 
-def test_what_is_not_there_or_would_lie_elsewhere_is_one_message(store, tmp_path: Path, monkeypatch) -> None:
+def test_missing_or_unsafe_remote_files_give_one_message(store, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"memory://nowhere: nothing is there; source\.path must be"):
         read("folder", path="memory://nowhere")
     with pytest.raises(UserError, match=r"no usable file there \(left out: 1 ending \.csv, 1 ending \.md\)"):
@@ -100,7 +100,7 @@ def test_what_is_not_there_or_would_lie_elsewhere_is_one_message(store, tmp_path
         parse(PrepareConfig, {"source": {"kind": "folder", "path": "https://h/x?sig=abc"}, "output": "x"})
 
 
-def test_a_corpus_from_a_store_is_that_of_the_directory(
+def test_corpus_from_an_object_store_equals_one_from_a_directory(
     s3_endpoint: Callable[[], dict[str, Any]], put: Callable[..., Path], tmp_path: Path, monkeypatch
 ) -> None:
     words = random.Random(0).choices([f"w{n}" for n in range(900)], k=1200)
@@ -134,7 +134,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_files_of_a_web_server_are_read(server: str, tmp_path: Path, monkeypatch) -> None:
+def test_files_on_a_web_server_are_read_and_copied_once(server: str, tmp_path: Path, monkeypatch) -> None:
     line = json.dumps({"text": "x" * 100}).encode() + b"\n"
     (tmp_path / "www/a.jsonl.gz").write_bytes(gzip.compress(line))
     (tmp_path / "www/texts/b.txt").write_bytes(b"B")
@@ -149,7 +149,7 @@ def test_files_of_a_web_server_are_read(server: str, tmp_path: Path, monkeypatch
         read("jsonl", path=f"{server}/nowhere.jsonl")
 
 
-def test_a_server_that_does_not_answer_is_not_called_empty(monkeypatch) -> None:
+def test_unreachable_server_is_not_reported_as_empty(monkeypatch) -> None:
     monkeypatch.setattr(RemoteStorage, "_pause", lambda *_: None)
     with pytest.raises(UserError, match=r"not read in 6 attempts; the last: Client.*Cannot connect to host"):
         read("jsonl", path="http://127.0.0.1:1/a.jsonl")

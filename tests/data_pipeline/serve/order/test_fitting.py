@@ -58,7 +58,7 @@ def cut_one_by_one(sizes: list[int], length: int, room: int) -> list[bool]:
 
 
 @given(st.lists(st.integers(0, 40), max_size=25), st.integers(1, 16), st.data())
-def test_what_fills_a_sequence_comes_first_and_else_the_next_in_turn(sizes: list[int], length: int, data) -> None:
+def test_best_fit_equals_a_slow_reference_implementation(sizes: list[int], length: int, data) -> None:
     room = data.draw(st.integers(1, length))
     order = best_fit(np.array(sizes, np.int64), length, room)
     assert order.tolist() == slow_best_fit(sizes, length, room)
@@ -66,7 +66,7 @@ def test_what_fills_a_sequence_comes_first_and_else_the_next_in_turn(sizes: list
     assert cut(np.array(ordered, np.int64), length, room).tolist() == cut_one_by_one(ordered, length, room)
 
 
-def test_few_of_many_documents_are_cut() -> None:
+def test_best_fit_cuts_few_documents() -> None:
     """Lengths like web text: log-normal with a median of 400 tokens, in sequences of 2,048."""
     sizes = np.minimum(np.random.default_rng(0).lognormal(6, 1, 20_000), 50_000).astype(np.int64) + 1
     fits = int((sizes <= 2048).sum())
@@ -77,7 +77,7 @@ def test_few_of_many_documents_are_cut() -> None:
 
 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
-def test_whole_documents_lie_in_one_row_in_every_window(documents: str, monkeypatch) -> None:
+def test_best_fit_splits_few_documents_across_rows_in_every_window(documents: str, monkeypatch) -> None:
     """Windows may begin inside a sequence, which the packing must take into account."""
     monkeypatch.setattr(windows, "WINDOW_TOKENS", 4_000)
     monkeypatch.setattr(windows, "_DOCUMENT", 1)
@@ -98,7 +98,7 @@ def test_whole_documents_lie_in_one_row_in_every_window(documents: str, monkeypa
     assert parts["best_fit"] < parts["stream"] / 5
 
 
-def test_the_order_is_promised_and_told_from_the_stream() -> None:
+def test_best_fit_order_is_pinned_and_cannot_resume_as_stream() -> None:
     corpus = Memory([7, 30, 12, 25, 18, 3, 20, 14, 9, 31] * 6)
     served = loader(corpus, packing="best_fit")
     rows = [batch.input_ids for step in range(10) for batch in served.batches(step)]

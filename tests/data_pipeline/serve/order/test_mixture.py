@@ -19,7 +19,7 @@ WEIGHTS = st.lists(
 
 
 @given(weights=WEIGHTS, seed=st.integers(0, 9), positions=st.integers(0, 10**12))
-def test_shares_are_kept_at_every_position_for_ever(weights: list[float], seed: int, positions: int) -> None:
+def test_counts_match_the_weights_at_every_position(weights: list[float], seed: int, positions: int) -> None:
     """Compared with exact fractions: the difference never exceeds the depth of the tree of divisions."""
     exact = [
         Fraction(w) * positions / sum(Fraction(each) for each in whole_weights(weights)) for w in whole_weights(weights)
@@ -29,7 +29,7 @@ def test_shares_are_kept_at_every_position_for_ever(weights: list[float], seed: 
     assert all(abs(int(count) - share) <= 3 for count, share in zip(counts, exact, strict=True))
 
 
-def test_a_small_weight_gets_its_share() -> None:
+def test_corpus_with_a_small_weight_gets_its_share() -> None:
     counts = Dealer([0.9985, 0.0015], "test", 0).counts(10_000_000)
     assert abs(counts[1] - 15_000) <= 1
     counts = Dealer([1.0, 0.0000001], "test", 0).counts(10**9)
@@ -45,7 +45,7 @@ def test_only_the_proportion_of_weights_matters() -> None:
 
 
 @given(weights=WEIGHTS, seed=st.integers(0, 9), begin=st.integers(0, 10**9))
-def test_where_a_position_goes_is_what_the_counts_say(weights: list[float], seed: int, begin: int) -> None:
+def test_located_corpus_and_index_match_the_counts(weights: list[float], seed: int, begin: int) -> None:
     dealer = Dealer(weights, "test", seed)
     corpora, indices = dealer.locate(np.arange(begin, begin + 50))
     for place, (corpus, index) in enumerate(zip(corpora.tolist(), indices.tolist(), strict=True), start=begin):
@@ -55,7 +55,7 @@ def test_where_a_position_goes_is_what_the_counts_say(weights: list[float], seed
 
 
 @given(data=st.data(), seed=st.integers(0, 9))
-def test_each_corpus_is_drawn_from_in_order_without_gaps_through_every_change(data: st.DataObject, seed: int) -> None:
+def test_each_corpus_is_read_in_order_without_gaps_across_weight_changes(data: st.DataObject, seed: int) -> None:
     count = data.draw(st.integers(1, 4))
     weights = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.5]), min_size=count, max_size=count).filter(any)
     starts = [0, *sorted(data.draw(st.sets(st.integers(1, 4000), max_size=3)))]
@@ -69,7 +69,7 @@ def test_each_corpus_is_drawn_from_in_order_without_gaps_through_every_change(da
 
 
 @given(begin=st.integers(0, 6000), count=st.integers(1, 3000))
-def test_any_stretch_is_that_part_of_the_whole(begin: int, count: int) -> None:
+def test_any_range_equals_that_part_of_the_whole_order(begin: int, count: int) -> None:
     mixture = Mixture([(0, [1, 2]), (1500, [3, 0]), (1501, [1, 1])], seed=4)
     whole = mixture.locate(np.arange(9000))
     part = mixture.locate(np.arange(begin, begin + count))
@@ -77,7 +77,7 @@ def test_any_stretch_is_that_part_of_the_whole(begin: int, count: int) -> None:
         assert np.array_equal(found, expected[begin : begin + count])
 
 
-def test_a_corpus_of_weight_0_changes_nothing() -> None:
+def test_corpus_of_weight_0_does_not_change_the_order() -> None:
     with_it, without = (Mixture([(0, weights)], seed=3) for weights in ([0.6, 0.3, 0.1, 0.0], [0.6, 0.3, 0.1]))
     for found, expected in zip(with_it.locate(np.arange(500)), without.locate(np.arange(500)), strict=True):
         assert np.array_equal(found, expected)

@@ -11,12 +11,12 @@ from data_pipeline.serve.order.permutation import KEY_VERSION, Permutation, key_
 
 
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
-def test_every_value_comes_exactly_once(n: int, seed: int, epoch: int) -> None:
+def test_permutation_contains_every_value_exactly_once(n: int, seed: int, epoch: int) -> None:
     assert sorted(Permutation(n, "documents", seed, epoch).all().tolist()) == list(range(n))
 
 
 @given(n=st.integers(1, 2**40), data=st.data())
-def test_a_position_alone_and_among_others_gives_the_same_value(n: int, data: st.DataObject) -> None:
+def test_value_does_not_depend_on_positions_computed_together(n: int, data: st.DataObject) -> None:
     positions = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20))
     permutation = Permutation(n, "sequences", 7)
     together = permutation(np.array(positions))
@@ -45,7 +45,7 @@ def feistel_in_python(n: int, position: int, keys: list[int]) -> int:
 
 
 @given(n=st.integers(1, 2**50), data=st.data(), seed=st.integers(0, 100))
-def test_the_arithmetic_is_that_of_plain_integers(n: int, data: st.DataObject, seed: int) -> None:
+def test_permutation_equals_a_python_integer_implementation(n: int, data: st.DataObject, seed: int) -> None:
     position = data.draw(st.integers(0, n - 1))
     keys = key_words("documents", seed, count=6).tolist()
     assert int(Permutation(n, "documents", seed)(np.array([position]))[0]) == feistel_in_python(n, position, keys)
@@ -88,7 +88,7 @@ def test_the_permutations_are_pinned() -> None:
 
 
 @pytest.mark.parametrize("n", [4096, 100_003])
-def test_neighbours_are_scattered(n: int) -> None:
+def test_neighbouring_positions_get_uncorrelated_values(n: int) -> None:
     """On a 32 x 32 grid, the points (position, value) and (value, next value) are as uniform as random ones."""
     values = Permutation(n, "documents", 5).all()
     for x, y in ((np.arange(n), values), (values[:-1], values[1:])):

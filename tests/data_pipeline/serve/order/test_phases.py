@@ -62,7 +62,7 @@ def walked(drawn: Any, schedule: Any, rows: int, steps: int, joined: bool) -> li
 
 @settings(max_examples=60, deadline=None)
 @given(drawn=corpora(), schedule=schedules, joined=st.booleans())
-def test_every_step_serves_what_a_walk_through_the_stream_does(drawn: Any, schedule: Any, joined: bool) -> None:
+def test_steps_equal_a_walk_through_the_stream(drawn: Any, schedule: Any, joined: bool) -> None:
     steps = schedule[1][-1][0] + 6
     own = served(Memory(*drawn), schedule, documents="joined" if joined else "isolated")
     for step, wanted in enumerate(walked(drawn, schedule, 3, steps, joined)):
@@ -156,7 +156,7 @@ def test_a_resumed_run_reads_every_token_once_or_is_refused(
 
 
 @pytest.mark.parametrize("mode", ["shuffled", "streaming"])
-def test_resuming_and_sharing_sequences_change_nothing(mode: str) -> None:
+def test_rows_do_not_depend_on_resuming_or_sequence_parallelism(mode: str) -> None:
     memory, schedule = Memory([70, 300, 9, 40, 800, 33] * 6), (32, [(5, 64), (9, 16)])
     whole = served(memory, schedule, mode=mode, documents="masked", rows=4)
     for step in (4, 5, 6, 9, 12):
@@ -174,7 +174,7 @@ def test_resuming_and_sharing_sequences_change_nothing(mode: str) -> None:
             assert np.array_equal(np.concatenate([np.concatenate(each, 1) for each in parts]), rows)
 
 
-def test_a_change_is_refused_inside_of_what_is_shuffled_and_says_from_where_it_can_be() -> None:
+def test_length_change_inside_a_shuffled_window_is_refused() -> None:
     memory = Memory([LENGTH] * 300, [2] * 150)  # 50 windows of 6 sequences, 3 to a step
     plain = served(memory, (LENGTH, []))
     for at, allowed in ((7, 8), (8, 8)):
@@ -192,7 +192,7 @@ def test_a_change_is_refused_inside_of_what_is_shuffled_and_says_from_where_it_c
         served(memory, (LENGTH, [])).check(planned.state(5) | {"begun": [[0, 9999]]} | {"step": 7})
 
 
-def test_a_corpus_that_is_left_within_what_is_shuffled_is_named_as_what_forbids_a_change() -> None:
+def test_length_change_error_names_the_corpus_without_weight() -> None:
     memories = [Memory([LENGTH] * 300, [2] * 150) for _ in range(2)]
     ends = {"weights": [1.0, 1.0], "weight_changes": [{"step": 3, "weights": [1.0, 0.0]}]}
     state = served(memories, (LENGTH, []), **ends).state(5)
@@ -207,7 +207,7 @@ def test_a_corpus_that_is_left_within_what_is_shuffled_is_named_as_what_forbids_
         served(memories, (LENGTH, [(first - 1, 64)]), **again).check(state)
 
 
-def test_lengths_that_do_not_fit_are_refused() -> None:
+def test_invalid_sequence_lengths_are_refused() -> None:
     memory = Memory([500])
     for schedule, said in (
         ((32, [(3, 36)]), "sequence length 36 is not a multiple of block x sp"),

@@ -46,7 +46,7 @@ def streams(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, list[float]]], 
 
 
 @given(streams())
-def test_streaming_reads_no_sequence_twice_in_a_pass_and_leaves_none_behind(drawn: Any) -> None:
+def test_streaming_reads_each_sequence_once_per_pass(drawn: Any) -> None:
     sequences, _, rows, _ = drawn
     steps = 160
     plan = Streaming(*drawn)
@@ -65,7 +65,7 @@ LATE = ([9, 3], [(0, [0.03, 0.0]), (1, [0.03, 0.0]), (4, [0.0, 0.03]), (5, [0.03
 
 @example(LATE)
 @given(streams())
-def test_streaming_says_truly_whether_a_row_continues(drawn: Any) -> None:
+def test_streaming_continues_flag_is_correct(drawn: Any) -> None:
     before, plan, rows = None, Streaming(*drawn), drawn[2]
     for assigned in assignments(plan, rows, 120):
         for row, each in enumerate(assigned):
@@ -76,7 +76,7 @@ def test_streaming_says_truly_whether_a_row_continues(drawn: Any) -> None:
 
 
 @pytest.mark.parametrize(("sequences", "rows", "cuts"), [([100], 4, 4 * 4), ([1000, 1000], 4, None)])
-def test_streaming_rows_seldom_stop(sequences: list[int], rows: int, cuts: int | None) -> None:
+def test_streaming_rows_are_rarely_interrupted(sequences: list[int], rows: int, cuts: int | None) -> None:
     """Rows stop once per stretch, and at the end of a pass."""
     plan = Streaming(sequences, [(0, [1.0] * len(sequences))], rows, 0)
     steps = 100 if cuts else 1000
@@ -86,13 +86,13 @@ def test_streaming_rows_seldom_stop(sequences: list[int], rows: int, cuts: int |
 
 @given(weights=st.lists(st.sampled_from([0.0, 0.0015, 0.05, 0.1, 0.85, 7.0]), min_size=2, max_size=5).filter(any),
        rows=st.sampled_from([4, 16, 24]), step=st.integers(0, 10**9))  # fmt: skip
-def test_streaming_shares_are_the_weights_however_few_rows_there_are(weights, rows, step) -> None:
+def test_streaming_shares_equal_the_weights_for_any_number_of_rows(weights, rows, step) -> None:
     plan = Streaming([10**6] * len(weights), [(0, weights)], rows, 0)
     exact = np.array(weights) / sum(weights) * rows * step
     assert np.abs(plan.consumed(step) - exact).max() <= 3 * 256  # three rows of one stretch
 
 
-def test_sixteen_rows_give_their_corpora_85_and_10_and_5_percent() -> None:
+def test_sixteen_streaming_rows_match_weights_of_85_10_and_5_percent() -> None:
     plan = Streaming([100_000] * 3, [(0, [0.85, 0.10, 0.05])], 16, 0)
     corpus = plan.assign(range(0, 256 * 100, 64), range(16)).corpus
     assert np.bincount(corpus) / len(corpus) == pytest.approx([0.85, 0.10, 0.05], abs=0.002)
@@ -130,7 +130,7 @@ def lane_streams(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, list[float
 
 
 @given(lane_streams())
-def test_lanes_reads_no_sequence_twice_in_a_pass_and_leaves_none_behind(drawn: Any) -> None:
+def test_lanes_read_each_sequence_once_per_pass(drawn: Any) -> None:
     sequences, segments, rows = drawn
     read = [each[:3] for step in assignments(LaneStreaming(*drawn), rows, 120) for each in step]
     assert max(Counter(read).values()) == 1
@@ -143,7 +143,7 @@ def test_lanes_reads_no_sequence_twice_in_a_pass_and_leaves_none_behind(drawn: A
 
 
 @given(lane_streams())
-def test_lanes_says_truly_whether_a_row_continues(drawn: Any) -> None:
+def test_lanes_continues_flag_is_correct(drawn: Any) -> None:
     _, segments, rows = drawn
     cuts = {step for step, _ in segments}
     before = None
@@ -156,14 +156,14 @@ def test_lanes_says_truly_whether_a_row_continues(drawn: Any) -> None:
 
 
 @given(sequences=st.integers(5, 2000), rows=st.integers(1, 5), step=st.integers(0, 10**7))
-def test_lanes_rows_stay_within_a_step_of_each_other(sequences: int, rows: int, step: int) -> None:
+def test_rows_of_lanes_differ_by_at_most_one_pass(sequences: int, rows: int, step: int) -> None:
     """Over any number of passes, no row reads more than one sequence more of the corpus than another."""
     epochs = [each.epoch for each in assigned_in(LaneStreaming([sequences], [(0, [1.0])], rows), step, rows)]
     assert max(epochs) - min(epochs) <= 1
 
 
 @given(lane_streams(), st.integers(0, 119))
-def test_lanes_deals_rows_by_the_weights(drawn: Any, step: int) -> None:
+def test_lanes_assign_rows_according_to_the_weights(drawn: Any, step: int) -> None:
     sequences, segments, rows = drawn
     weights = [weights for start, weights in segments if start <= step][-1]
     dealt = Counter(each.corpus for each in assigned_in(LaneStreaming(*drawn), step, rows))
@@ -182,14 +182,14 @@ def test_shuffled_reads_each_sequence_once_a_pass(sequences: list[int], rows: in
         assert all(epochs[epoch] == total for epoch in sorted(epochs)[:-1])
 
 
-def test_a_step_runs_on_into_the_next_pass() -> None:
+def test_one_step_can_contain_two_passes() -> None:
     plan = shuffled([5], [(0, [1.0])], BatchSizes.of(3), seed=0)
     assert [[each.epoch for each in step] for step in assignments(plan, 3, 4)] == [
         [0, 0, 0], [0, 0, 1], [1, 1, 1], [1, 2, 2],
     ]  # fmt: skip
 
 
-def test_some_rows_of_some_steps_are_those_of_all() -> None:
+def test_assignment_of_some_rows_equals_part_of_the_whole() -> None:
     for plan in (
         shuffled([50, 70], [(0, [1, 2])], BatchSizes.of(8), 1),
         Streaming([50, 70], [(0, [1, 2])], 8, 1),
@@ -200,7 +200,7 @@ def test_some_rows_of_some_steps_are_those_of_all() -> None:
             assert found.tolist() == expected.reshape(40, 8)[9:14, 2:5].reshape(-1).tolist()
 
 
-def test_streaming_refuses_what_would_leave_rows_or_corpora_without_text() -> None:
+def test_streaming_refuses_more_rows_than_sequences_and_too_small_weights() -> None:
     with pytest.raises(UserError, match="8 rows, but only 7 sequences"):
         Streaming([7], [(0, [1.0])], 8, 0)
     with pytest.raises(UserError, match="8 rows, but only 7 sequences"):

@@ -11,7 +11,7 @@ from data_pipeline.serve.order.sizes import BatchSizes
 
 
 @given(changes=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=4), first=st.integers(1, 9))
-def test_every_step_begins_where_the_one_before_has_ended(changes: list[tuple[int, int]], first: int) -> None:
+def test_each_step_starts_where_the_previous_one_ended(changes: list[tuple[int, int]], first: int) -> None:
     sizes, step, rows = BatchSizes.of(first), 0, {0: first}
     for later, count in changes:
         step += later
@@ -26,7 +26,7 @@ def test_every_step_begins_where_the_one_before_has_ended(changes: list[tuple[in
     assert sizes.rows == own
 
 
-def test_a_number_that_stays_is_no_change() -> None:
+def test_unchanged_number_of_rows_is_not_recorded_as_change() -> None:
     assert BatchSizes.of(4).then(7, 4) == BatchSizes.of(4)
     assert BatchSizes.of(4).state() == {"rows": 4}
     assert BatchSizes.of(4).then(7, 6).then(7, 5).changes == ((0, 4), (7, 5))

@@ -26,7 +26,7 @@ def spelled_out(lengths: list[int], block: int | None, seed: int) -> list[tuple[
 
 @given(lengths=LENGTHS, block=st.sampled_from([None, 1, 4, 7]), seed=st.integers(0, 9),
        at_once=st.sampled_from([1, 4, 1 << 18]), data=st.data())  # fmt: skip
-def test_pieces_are_what_the_stream_spelled_out_holds(
+def test_pieces_equal_the_explicit_stream(
     lengths: list[int], block: int | None, seed: int, at_once: int, data: st.DataObject
 ) -> None:
     whole = spelled_out(lengths, block, seed)
@@ -55,14 +55,14 @@ def test_the_last_token_of_a_joined_pass_is_a_label_only() -> None:
     assert inputs(104, 8) == 104
 
 
-def test_passes_have_their_own_order() -> None:
+def test_each_pass_has_another_order() -> None:
     lengths = np.full(100, 3, np.uint32)
     first, second = (TokenStream(lengths, None, ("documents", 0, epoch)).pieces([0], 300) for epoch in (0, 1))
     assert sorted(first.document) == sorted(second.document)
     assert (first.document != second.document).any()
 
 
-def test_joined_sets_of_runs_are_in_the_order_of_rows() -> None:
+def test_joined_pieces_are_sorted_by_row() -> None:
     lengths = np.array([5, 5], np.uint32)
     streams = [TokenStream(lengths, None, ("documents", seed)) for seed in (1, 2)]
     parts = [(np.array([0, 2]), streams[0].pieces([0, 5], 4)), (np.array([1]), streams[1].pieces([3], 4))]

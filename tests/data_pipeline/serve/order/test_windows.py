@@ -83,7 +83,7 @@ def corpora(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 @settings(max_examples=60)
 @given(drawn=corpora(), mode=st.sampled_from(["shuffled", "streaming"]), joined=st.booleans())
-def test_what_is_read_is_the_whole_pass_spelled_out(drawn: Any, mode: str, joined: bool) -> None:
+def test_rows_equal_the_explicit_list_of_a_pass(drawn: Any, mode: str, joined: bool) -> None:
     lengths, shards = drawn
     corpus, rows = Memory(lengths, shards), 3
     served = loader(corpus, mode, "joined" if joined else "isolated", rows=rows, seed=SEED)
@@ -125,7 +125,7 @@ def test_every_shard_is_in_one_window_of_a_pass(drawn: Any, epoch: int) -> None:
     assert windows.begins[0] == 0 and windows.begins[-1] == sizes.tokens.sum()
 
 
-def test_windows_are_about_as_large_as_wanted_however_long_the_documents_are() -> None:
+def test_window_size_does_not_depend_on_document_length() -> None:
     for tokens, documents in ((300 * 40, 40), (12_000, 1)):  # many short documents, few long ones
         sizes = ShardSizes(*(np.full(1000, each) for each in (documents, tokens, tokens)))
         windows = Windows(sizes, (0, 0, 0))
@@ -135,7 +135,7 @@ def test_windows_are_about_as_large_as_wanted_however_long_the_documents_are() -
         assert (shards * weight <= 6 * DOCUMENT + weight).all()
 
 
-def test_a_small_corpus_is_one_window_in_the_order_of_version_2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_corpus_is_read_in_the_order_of_version_2(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [37, 1, 5, 150, 64, 2, 90, 33, 16, 71, 3, 48]
     monkeypatch.setattr(windows_module, "WINDOW_TOKENS", 10 * len(lengths) * DOCUMENT)
     for mode in ("shuffled", "streaming"):
@@ -149,7 +149,7 @@ def test_a_small_corpus_is_one_window_in_the_order_of_version_2(monkeypatch: pyt
                     assert np.array_equal(found.continues, expected.continues)
 
 
-def test_reading_stays_near_and_opens_each_window_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_opens_each_window_once_per_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group of 64 sequences, located together, covers nine windows of about six documents; a pass has forty."""
     monkeypatch.setattr(rows_module, "_TOGETHER", 64)
     corpus = Memory([40] * 240, [4] * 60)
@@ -166,7 +166,7 @@ def test_reading_stays_near_and_opens_each_window_once(monkeypatch: pytest.Monke
     assert len(first_pass) == len(set(first_pass)) >= 40
 
 
-def test_a_window_that_could_not_be_opened_is_tried_again() -> None:
+def test_opening_a_window_is_retried_after_a_failure() -> None:
     corpus = Memory([40] * 240, [4] * 60)
     windows, cache = Windows(corpus.shard_sizes(None), (SEED, 0, 0)), WindowCache(corpus, None)
     real, corpus.shard_lengths = corpus.shard_lengths, lambda shards: 1 / 0
@@ -176,7 +176,7 @@ def test_a_window_that_could_not_be_opened_is_tried_again() -> None:
     assert cache.get(0, windows, 0, 1).total == windows.begins[1]
 
 
-def test_the_last_windows_stay_open_and_of_others_the_shards_are_released() -> None:
+def test_recent_windows_stay_open_and_shards_of_others_are_released() -> None:
     corpus = Memory([40] * 240, [4] * 60)
     released: set[int] = set()
     corpus.release = released.update  # type: ignore[method-assign]
@@ -190,7 +190,7 @@ def test_the_last_windows_stay_open_and_of_others_the_shards_are_released() -> N
     assert [cache.get(0, windows, number, 9) for number in range(10)] == more
 
 
-def test_the_store_is_told_of_a_window_and_the_next_when_it_is_first_read() -> None:
+def test_first_read_of_a_window_prefetches_it_and_the_next() -> None:
     corpus = Memory([40] * 240, [4] * 60)
     told: list[tuple[list[int], list[int]]] = []
     corpus.fetch_ahead = lambda *shards: told.append(shards)  # type: ignore[method-assign]
@@ -230,7 +230,7 @@ def test_order_version_3_is_pinned() -> None:
     assert firsts == GOLDEN_FIRSTS
 
 
-def test_the_size_of_a_window_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_window_size_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert (windows_module.WINDOW_TOKENS, windows_module._DOCUMENT) == (2**30, 2**11)
 
