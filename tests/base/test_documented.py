@@ -52,18 +52,18 @@ def local() -> type[BaseModel]:
 
 
 @pytest.mark.parametrize("cls", [Told, Told.Inner, Heir, local()], ids=lambda cls: cls.__qualname__)
-def test_it_is_what_pydantic_reads(cls):
+def test_field_documentation_equals_that_of_pydantic(cls):
     expected = {name: " ".join(field.description.split()) for name, field in cls.model_fields.items()
                 if field.description}  # fmt: skip
     assert {name: text for name, text in documentation(cls).items() if text} == expected
     assert expected
 
 
-def test_a_class_without_source_says_nothing():
+def test_class_without_source_has_no_documentation():
     made = type("Made", (Config,), {"__module__": "builtins"})
     assert documentation(made) == {}
 
 
 @pytest.mark.parametrize("cls", [Recipe, *SOURCES.values()], ids=lambda cls: cls.__name__)
-def test_every_setting_says_what_it_is(cls):
+def test_every_setting_has_a_description(cls):
     assert [name for name, *_, text in fields(cls) if not text] == []

@@ -15,7 +15,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*"))
 
 
-def test_a_file_appears_whole_in_folders_that_are_made(tmp_path):
+def test_write_creates_folders_and_complete_files(tmp_path):
     path = tmp_path / "a" / "b" / "file.json"
     write_text(path, "café")
     assert path.read_bytes() == "café".encode()
@@ -24,7 +24,7 @@ def test_a_file_appears_whole_in_folders_that_are_made(tmp_path):
     assert names(tmp_path) == ["a", "b", "file.json"]
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_file(path) as file:
@@ -33,7 +33,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert (path.read_text(), names(tmp_path)) == ("old", ["file"])
 
 
-def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+def test_atomic_directory_appears_complete_or_not_at_all(tmp_path):
     with pytest.raises(ValueError), atomic_directory(tmp_path / "folder") as partial:
         (partial / "a").write_text("a")
         raise ValueError
@@ -48,7 +48,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     assert names(tmp_path) == ["a", "folder", "sub"]
 
 
-def test_a_directory_that_cannot_get_its_name_is_an_error(tmp_path):
+def test_failed_rename_of_a_directory_is_an_error(tmp_path):
     (tmp_path / "folder").write_text("a file is there")
     with pytest.raises(NotADirectoryError), atomic_directory(tmp_path / "folder"):
         pass
@@ -59,19 +59,19 @@ def test_a_directory_that_cannot_get_its_name_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk quota is used up")]
 )
-def test_a_full_disk_is_a_message_that_names_the_file(tmp_path, number, said):
+def test_full_disk_error_names_the_file(tmp_path, number, said):
     with pytest.raises(StorageError) as told, atomic_file(tmp_path / "file"):
         raise OSError(number, "as the system says it")
     assert str(told.value).startswith(f"{tmp_path / 'file'}: {said}; nothing half-written was kept")
     assert names(tmp_path) == []
 
 
-def test_another_error_of_the_system_stays_what_it_is(tmp_path):
+def test_other_system_errors_keep_their_type(tmp_path):
     with pytest.raises(PermissionError), atomic_file(tmp_path / "file"):
         raise OSError(errno.EACCES, "no")
 
 
-def test_only_leavings_of_these_writers_are_removed(tmp_path):
+def test_only_partial_files_of_atomic_writers_are_removed(tmp_path):
     for name in ("a.0123abcd.partial", "deep/b.00000000.partial", "other.partial", "c.0123abcd.partial.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")

@@ -23,7 +23,7 @@ def handed_out(tmp_path, monkeypatch):
     return set_to
 
 
-def test_a_free_port_is_none_that_the_kernel_hands_out(handed_out):
+def test_free_port_is_outside_the_ephemeral_range_of_the_kernel(handed_out):
     """Otherwise another connection could get the port before the rank listens on it."""
     handed_out("10100\t60999\n")
     found = {free_port() for _ in range(300)}
@@ -31,7 +31,7 @@ def test_a_free_port_is_none_that_the_kernel_hands_out(handed_out):
     assert len(found) > 50, "two that ask at the same time are to get different ones"
 
 
-def test_a_port_on_which_somebody_listens_is_not_free(handed_out, monkeypatch):
+def test_port_in_use_is_not_returned_as_free(handed_out, monkeypatch):
     handed_out("32768\t60999\n")
     taken, other = free_port(), free_port()
     waiting = [taken, taken, other]
@@ -41,7 +41,7 @@ def test_a_port_on_which_somebody_listens_is_not_free(handed_out, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["1024 65535\n", "", None])
-def test_where_the_kernel_hands_out_every_port_it_chooses(handed_out, monkeypatch, text):
+def test_kernel_chooses_if_every_port_is_ephemeral(handed_out, monkeypatch, text):
     handed_out(text)
     monkeypatch.setattr(host.secrets, "choice", lambda ports: pytest.fail("there is none to choose from"))
     with socket.create_server(("", free_port())):
@@ -52,6 +52,6 @@ def test_where_the_kernel_hands_out_every_port_it_chooses(handed_out, monkeypatc
     ("address", "written"),
     [("node-01", "node-01:80"), ("10.0.0.1", "10.0.0.1:80"), ("fd00::1", "[fd00::1]:80"), ("::1", "[::1]:80")],
 )
-def test_an_ipv6_address_is_in_brackets_where_a_port_follows(address, written):
+def test_ipv6_address_with_port_is_in_brackets(address, written):
     assert with_port(address, 80) == written
     assert without_brackets(written.rpartition(":")[0]) == address

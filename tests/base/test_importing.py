@@ -23,7 +23,7 @@ def thawed():
     gc.enable()
 
 
-def test_what_is_made_within_stays_and_what_is_made_after_it_is_collected():
+def test_only_objects_made_during_the_import_are_not_collected():
     with uncollected():
         assert not gc.isenabled()
         within = weakref.ref(Cycle())
@@ -34,7 +34,7 @@ def test_what_is_made_within_stays_and_what_is_made_after_it_is_collected():
     assert after() is None
 
 
-def test_only_what_is_there_the_first_time_stays():
+def test_objects_made_between_two_imports_are_collected():
     with uncollected():
         pass
     later = weakref.ref(Cycle())
@@ -44,7 +44,7 @@ def test_only_what_is_there_the_first_time_stays():
     assert later() is None
 
 
-def test_within_another_the_outer_one_decides():
+def test_nested_use_ends_with_the_outer_one():
     with uncollected():
         with uncollected():
             pass
@@ -52,7 +52,7 @@ def test_within_another_the_outer_one_decides():
     assert gc.isenabled()
 
 
-def test_it_collects_again_after_an_import_that_fails():
+def test_garbage_collector_is_enabled_again_after_a_failed_import():
     with pytest.raises(ImportError), uncollected():
         raise ImportError
     assert gc.isenabled()

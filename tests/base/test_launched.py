@@ -25,7 +25,7 @@ from bst_base.launched import copies, require_single_process
         ({"PMIX_RANK": "5"}, 6),
     ],
 )
-def test_copies(environ, count):
+def test_number_of_started_copies_is_detected_and_refused(environ, count):
     assert copies(environ)[0] == count
     if count > 1:
         with pytest.raises(UserError, match="and each would train: start one"):
@@ -41,7 +41,7 @@ COMMANDS = {
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_srun_starts_several_times_is_refused(command):
+def test_commands_started_several_times_by_srun_are_refused(command):
     srun = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | srun
     done = subprocess.run([sys.executable, *COMMANDS[command]], env=environ, capture_output=True, text=True)

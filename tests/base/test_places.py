@@ -38,7 +38,7 @@ def written(place: Path, **data) -> Path:
     return place / "file.yaml"
 
 
-def test_a_relative_path_is_meant_from_the_folder_of_its_file(tmp_path, elsewhere):
+def test_relative_paths_start_from_the_folder_of_their_file(tmp_path, elsewhere):
     own = tmp_path / "own"
     found = load(Places, written(own, folder="a/b", source=[{"where": "c"}, {"where": "s3://d/e"}], word="f"))
     assert (found.folder, found.source[0].where, found.source[1].where) == (own / "a/b", str(own / "c"), "s3://d/e")
@@ -47,11 +47,11 @@ def test_a_relative_path_is_meant_from_the_folder_of_its_file(tmp_path, elsewher
 
 
 @pytest.mark.parametrize("address", ["https://a/b", "pipe:cat x/{}", "/data/x", "~/x"])
-def test_addresses_and_absolute_paths_stay_as_they_are(address, tmp_path, elsewhere):
+def test_urls_and_absolute_paths_are_not_changed(address, tmp_path, elsewhere):
     assert load(Places, written(tmp_path / "own", source=address)).source == address
 
 
-def test_an_override_is_meant_from_the_working_directory(tmp_path, elsewhere):
+def test_paths_in_overrides_start_from_the_working_directory(tmp_path, elsewhere):
     file = written(tmp_path / "own", folder="a")
     assert load(Places, file, ["folder=b", "source=c"]).folder == elsewhere / "b"
 
@@ -63,7 +63,7 @@ def recipe(tmp_path: Path, settings) -> Path:
     return written(tmp_path / "own", **settings)
 
 
-def test_a_recipe_is_the_same_run_wherever_it_is_started(recipe, tmp_path, monkeypatch):
+def test_recipe_does_not_depend_on_the_working_directory(recipe, tmp_path, monkeypatch):
     found = []
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -73,7 +73,7 @@ def test_a_recipe_is_the_same_run_wherever_it_is_started(recipe, tmp_path, monke
     assert {Path(one.data.corpus).resolve() for one in found} == {tmp_path / "corpora" / "texts"}
 
 
-def test_the_recipe_in_a_run_directory_means_what_it_meant_at_the_start(recipe, tmp_path, elsewhere):
+def test_stored_recipe_keeps_the_meaning_of_its_paths(recipe, tmp_path, elsewhere):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / RECIPE).write_text(dump(load_recipe(recipe)))
     assert Path(read_recipe(tmp_path / "run").data.corpus).resolve() == tmp_path / "corpora" / "texts"
@@ -86,13 +86,13 @@ def test_an_override_of_another_place_is_stored_as_an_absolute_path(recipe, tmp_
     assert changed.model_dump(mode="json")["data"]["corpus"] == str(elsewhere / "mine")
 
 
-def test_a_stored_recipe_that_names_no_folder_is_meant_from_the_working_directory(recipe, tmp_path, elsewhere):
+def test_stored_recipe_without_paths_from_uses_the_working_directory(recipe, tmp_path, elsewhere):
     (tmp_path / "run").mkdir()
     lines = dump(load_recipe(recipe)).splitlines(keepends=True)
     (tmp_path / "run" / RECIPE).write_text("".join(line for line in lines if not line.startswith("paths_from")))
     assert read_recipe(tmp_path / "run").data.corpus == str(elsewhere / "../corpora/texts")
 
 
-def test_a_recipe_can_name_the_folder_itself(recipe, tmp_path, elsewhere, settings):
+def test_recipe_can_set_paths_from(recipe, tmp_path, elsewhere, settings):
     recipe = written(tmp_path / "own", **settings, paths_from="..")
     assert Path(load_recipe(recipe).data.corpus).resolve() == tmp_path.parent / "corpora" / "texts"

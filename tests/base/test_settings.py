@@ -50,17 +50,17 @@ def path(tmp_path):
     return file
 
 
-def test_overrides_are_yaml_and_win(path):
+def test_overrides_are_yaml_and_replace_settings(path):
     read = load(Outer, path, ["steps=7", "inner.rate=2e-4"])
     assert (read.name, read.steps, read.inner.rate) == ("a", 7, 2e-4)
 
 
-def test_an_override_makes_the_section_that_it_is_in():
+def test_override_creates_its_missing_section():
     for before in ({}, {"inner": None}, {"inner": {"rate": 1}}):
         assert overridden(before, ["inner.rate=2"]) == {"inner": {"rate": 2}}
 
 
-def test_what_is_written_reads_back_equal(path, tmp_path):
+def test_written_settings_read_back_equal(path, tmp_path):
     read = load(Outer, path)
     (tmp_path / "copy.yaml").write_text(dump(read))
     assert load(Outer, tmp_path / "copy.yaml") == read
@@ -96,7 +96,7 @@ def test_every_problem_is_listed(path):
 
 
 @pytest.mark.parametrize(("text", "message"), [("- 1\n", "expected settings"), ("a: [", "not readable as YAML")])
-def test_a_file_that_is_no_settings_is_refused(tmp_path, text, message):
+def test_file_without_settings_is_refused(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load(Outer, tmp_path / "x.yaml")
@@ -139,7 +139,7 @@ def test_a_key_given_twice_is_refused_with_both_lines(tmp_path, text, lines):
         ("0.0.1", "0.0.1"), ("1_000.5", 1000.5), ("only", "only"), ("yesterday", "yesterday"), ("e5", "e5"),
     ],
 )  # fmt: skip
-def test_plain_values_mean_what_a_person_reads(written, meant):
+def test_plain_yaml_values_are_read_as_expected(written, meant):
     found = read_yaml(written)
     assert found == meant and type(found) is type(meant)
     assert read_yaml(write_yaml({"x": meant}))["x"] == meant
@@ -155,7 +155,7 @@ def test_plain_values_mean_what_a_person_reads(written, meant):
         ("-007.5", "begins with a zero"),
     ],
 )
-def test_what_could_be_misread_is_refused(written, message):
+def test_ambiguous_yaml_values_are_refused(written, message):
     with pytest.raises(SettingsError) as caught:
         read_yaml(written)
     assert message in str(caught.value)
@@ -166,7 +166,7 @@ PLAIN_TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]))
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | PLAIN_TEXT,
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN_TEXT, inner)))  # fmt: skip
-def test_whatever_is_written_is_read_back(value):
+def test_any_value_written_as_yaml_reads_back_equal(value):
     assert read_yaml(write_yaml(value)) == value
 
 
@@ -193,7 +193,7 @@ def test_a_hint_never_names_the_key_that_was_given(path):
     assert "did you mean 'shape.radius'" not in str(caught.value)
 
 
-def test_of_several_keys_of_that_name_elsewhere_the_first_is_meant(path):
+def test_hint_names_the_first_of_several_matching_keys(path):
     class Both(Config):
         first: Inner = Inner()
         second: Inner = Inner()
@@ -202,10 +202,10 @@ def test_of_several_keys_of_that_name_elsewhere_the_first_is_meant(path):
         parse(Both, {"rates": 1})
 
 
-def test_what_is_no_text_at_all_is_refused_as_well():
+def test_control_characters_in_yaml_are_refused():
     with pytest.raises(SettingsError, match="special characters are not allowed"):
         read_yaml("a: \x00")
 
 
-def test_settings_are_written_in_their_order_and_as_people_write_them():
+def test_yaml_is_written_in_order_and_readable():
     assert write_yaml({"b": "café", "a": 1}) == "b: café\na: 1\n"

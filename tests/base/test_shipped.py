@@ -24,7 +24,7 @@ def test_shipped_files_are_found_by_name_and_by_their_path_from_anywhere(given, 
     assert find(given, folder) == root() / found
 
 
-def test_a_file_of_ones_own_goes_before_a_shipped_one(tmp_path, monkeypatch):
+def test_local_file_has_priority_over_a_shipped_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()  # a folder of that name is no recipe
     assert find("demo", RECIPES).is_relative_to(root())
@@ -32,7 +32,7 @@ def test_a_file_of_ones_own_goes_before_a_shipped_one(tmp_path, monkeypatch):
     assert find("zero2.json", STRATEGIES).resolve() == tmp_path / "zero2.json"
 
 
-def test_what_is_not_there_is_said_with_the_places_and_the_nearest_name(tmp_path, monkeypatch):
+def test_missing_file_error_names_searched_paths_and_nearest_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NoSuchFileError, match=f"^dmeo.yaml: no .* mean 'demo'.* looked at {tmp_path}/dmeo.yaml"):
         find("dmeo.yaml", RECIPES)
@@ -45,7 +45,7 @@ def test_every_shipped_file_has_a_name():
     assert {"demo", "bst-7b", "ablations/ssm"} <= set(names(RECIPES))
 
 
-def test_paths_are_meant_from_the_files_folder_and_in_launch_from_the_folder_that_holds_it(tmp_path, monkeypatch):
+def test_base_folder_of_paths_is_found_for_own_and_shipped_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert base_of(tmp_path / "own" / "recipes" / "own.yaml") == tmp_path / "own" / "recipes"
     assert base_of(tmp_path / "own/launch/recipes/paper/own.yaml") == tmp_path / "own"

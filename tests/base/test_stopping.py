@@ -10,7 +10,7 @@ from bst_base.stopping import deferred_interrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_remembered_and_the_second_ends_the_work(number):
+def test_first_signal_is_recorded_and_second_interrupts(number):
     before = signal.getsignal(number)
     with deferred_interrupt() as stop_requested:
         assert not stop_requested()
@@ -21,7 +21,7 @@ def test_the_first_signal_is_remembered_and_the_second_ends_the_work(number):
     assert signal.getsignal(number) is before
 
 
-def test_another_thread_than_the_main_one_is_left_alone():
+def test_signal_handling_is_skipped_outside_the_main_thread():
     found = []
 
     def work() -> None:

@@ -35,7 +35,7 @@ def table(tmp_path):
     return path
 
 
-def test_a_known_law_is_found_and_the_rows_held_out_are_predicted(table, tmp_path, capsys):
+def test_law_fit_recovers_a_known_law_and_predicts_held_out_rows(table, tmp_path, capsys):
     words = ["--n", "params", "--d", "tok", "--loss", "nll", "--width", "d_model", "--depth", "layers", "--run", "name",
              "--held-out", "split=large", "--draws", "8"]  # fmt: skip
     report, picture = tmp_path / "r.json", tmp_path / "laws.png"
@@ -96,7 +96,7 @@ def test_an_additive_law_of_width_and_depth_has_the_published_exponents(tmp_path
     )
 
 
-def test_models_trained_far_beyond_the_best_number_of_tokens_predict_larger_ones(tmp_path):
+def test_overtrained_models_predict_larger_models(tmp_path):
     """Data of Gadre et al. 2024 (arXiv 2403.08540), RedPajama: up to 640 tokens per parameter.
 
     Their own law misses the second and third held-out model by 0.71 % and 0.73 % (output of their notebook).
@@ -114,7 +114,7 @@ def test_models_trained_far_beyond_the_best_number_of_tokens_predict_larger_ones
         assert one["predicted"]["value"] == pytest.approx(one["observed"], rel=0.013)
 
 
-def test_json_lines_are_read_as_a_csv_is(table, tmp_path):
+def test_json_lines_give_the_same_fit_as_csv(table, tmp_path):
     with table.open() as file:
         rows = list(csv.DictReader(file))
     path = tmp_path / "points.jsonl"
@@ -136,7 +136,7 @@ def test_json_lines_are_read_as_a_csv_is(table, tmp_path):
         ('{"n": 1, "d": 2, "l": 3}\n{"n": 1, "d": 2}', "line 2, column l: '' is not a number above 0"),
     ],
 )
-def test_json_lines_that_cannot_be_read_are_one_message(tmp_path, capsys, text, message):
+def test_unreadable_json_lines_give_one_message(tmp_path, capsys, text, message):
     path = tmp_path / "points.jsonl"
     path.write_text(text)
     assert main(["law", "fit", str(path), "--n", "n", "--d", "d", "--loss", "l"]) == 2
@@ -152,7 +152,7 @@ def test_json_lines_that_cannot_be_read_are_one_message(tmp_path, capsys, text, 
         (["--n", "params", "--d", "tok", "--loss", "nll", "--where", "split=none"], "no row is left to fit"),
     ],
 )
-def test_what_cannot_be_read_is_one_message(table, capsys, words, message):
+def test_unreadable_tables_give_one_message(table, capsys, words, message):
     assert main(["law", "fit", str(table), *words]) == 2
     assert message in capsys.readouterr().err
 

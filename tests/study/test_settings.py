@@ -16,18 +16,18 @@ KINDS = {"sweep": SweepConfig, "experiment": ExperimentConfig}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_page_in_docs_is_what_the_command_prints(kind, capsys):
+def test_settings_page_in_docs_equals_the_command_output(kind, capsys):
     assert main([kind, "settings", "--markdown"]) == 0
     said = f"settings have changed: bst {kind} settings --markdown > docs/{kind}-settings.md"
     assert (DOCS / f"{kind}-settings.md").read_text() == capsys.readouterr().out, said
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_setting_says_what_it_means(kind):
+def test_every_setting_has_a_meaning(kind):
     assert [name for name, _, _, meaning in fields(KINDS[kind]) if not meaning] == []
 
 
-def test_a_section_is_printed_alone_and_an_unknown_one_names_those_there_are(capsys):
+def test_one_section_can_be_printed_and_unknown_sections_are_refused(capsys):
     assert main(["sweep", "settings", "rules"]) == 0
     told = capsys.readouterr().out
     assert "rules.warmup_fraction" in told and "budget" not in told

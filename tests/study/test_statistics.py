@@ -22,19 +22,19 @@ def test_standard_error_agrees_with_a_bootstrap_over_documents():
     assert ratio(bits, size).standard_error == pytest.approx(bootstrap, rel=0.08)
 
 
-def test_equal_sizes_give_the_textbook_error_of_a_mean():
+def test_equal_document_sizes_give_the_usual_standard_error():
     bits = np.array([1.0, 2.0, 4.0, 9.0])
     expected = bits.std(ddof=1) / math.sqrt(4)
     assert ratio(bits, np.ones(4)).standard_error == pytest.approx(expected, rel=1e-12)
     assert ratio(bits, np.ones(4)).degrees == 3
 
 
-def test_one_document_has_no_error_to_tell():
+def test_one_document_has_no_standard_error():
     assert ratio(np.array([6.0]), np.array([3])) == Estimate(2.0, None)
     assert str(Estimate(2.0, None)) == "2.0000"
 
 
-def test_intervals_and_p_values_are_those_of_the_tables_of_students_t():
+def test_intervals_and_p_values_use_students_t_distribution():
     five = mean([1.0, 2.0, 4.0, 4.0, 9.0])
     assert (five.value, five.degrees, five.observations) == (4.0, 4, 5)
     assert five.standard_error == pytest.approx(math.sqrt((9 + 4 + 0 + 0 + 25) / 4 / 5))
@@ -60,7 +60,7 @@ def test_equality_is_shown_by_two_one_sided_tests():
     assert [equality(Estimate(0.0, 1.0, 4), margin) for margin in (2.131, 2.132)] == ["undecided", "equal"]
 
 
-def test_huge_numbers_are_printed_by_their_power_of_ten():
+def test_huge_numbers_are_printed_in_scientific_notation():
     assert Estimate(1954405542.44, 664831679.94).text(2) == "2.0e+09 ± 6.6e+08"
     assert Estimate(9_999_999.0, None).text(2) == "9,999,999.00"
     assert Estimate(-3.2e10, None).text(4, sign=True) == "-3.2e+10"
@@ -93,7 +93,7 @@ class Found:
     none: Estimate | None = None
 
 
-def test_a_report_has_an_estimate_as_two_entries_and_leaves_out_what_is_not_known():
+def test_report_has_two_entries_per_estimate_and_omits_none():
     part = Part(Estimate(2.5, 0.5))
     entry = {"loss": 2.5, "loss_standard_error": 0.5}
     assert entries(Found("run", [part, Part(Estimate(1.0, None))], {"a": part})) == {

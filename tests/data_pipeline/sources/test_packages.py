@@ -135,7 +135,7 @@ def test_latex_sources_are_read_plain_and_gzipped(read_all, put) -> None:
     assert documents[0].group == "latex/a"
 
 
-def test_linux_gives_a_document_a_directory(read_all, put, make_tar) -> None:
+def test_linux_source_gives_one_document_per_directory(read_all, put, make_tar) -> None:
     tree = make_tar({
         "linux-source-6.1/README": b"top", "linux-source-6.1/kernel/b.c": b"b", "linux-source-6.1/kernel/a.c": b"a",
         "linux-source-6.1/kernel/sub/Makefile": b"m", "linux-source-6.1/kernel/l.c": "-> a.c",

@@ -21,7 +21,7 @@ def test_numbers_are_words_in_base_26():
     assert len({word(i) for i in range(2000)}) == 2000
 
 
-def test_documents_are_the_tasks_rows_in_parts_that_are_read_on_their_own(read_all):
+def test_synthetic_documents_equal_task_rows_and_parts_are_independent(read_all):
     documents, skipped = read_all("synthetic", task=COPY, words=40, documents=2500)
     assert (len(documents), skipped) == (2500, {})
     assert len({d.path for d in documents}) == len({d.content for d in documents}) == 2500
@@ -37,7 +37,7 @@ def test_documents_are_the_tasks_rows_in_parts_that_are_read_on_their_own(read_a
     assert other.content != documents[0].content
 
 
-def test_documents_never_change():
+def test_synthetic_documents_are_pinned():
     """For this version of the tasks, so that a corpus made of them can be reproduced."""
     first = next(source(task={"task": "associative-recall", "pairs": 2, "keys": 4, "symbols": 4}, words=12).read(
         source().listing().parts[0]))  # fmt: skip
@@ -53,11 +53,11 @@ def test_documents_never_change():
         ({"documents": 0}, "documents"),
     ],
 )
-def test_settings_that_make_no_documents_are_refused(changes, message):
+def test_invalid_synthetic_settings_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         source(**changes)
 
 
-def test_a_corpus_of_them_is_settings_like_any_other():
+def test_synthetic_source_can_be_set_in_prepare_settings():
     made = parse(PrepareConfig, {"source": {"kind": "synthetic", "task": COPY, "words": 40}, "output": "x"})
     assert made.model_dump(mode="json")["source"]["task"] == COPY

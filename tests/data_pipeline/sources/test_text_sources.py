@@ -36,7 +36,7 @@ def test_compressed_files_of_a_folder_are_read(read_all, put) -> None:
     assert [d.content for d in read_all("folder", path=root / "a.txt.gz")[0]] == [b"A"]
 
 
-def test_links_that_lead_out_of_a_folder_are_listed_and_not_followed(read_all, put, tmp_path: Path) -> None:
+def test_links_outside_the_folder_are_listed_and_not_followed(read_all, put, tmp_path: Path) -> None:
     root = put({"a.txt": "A", "d/b.txt": "B"})
     (tmp_path / "secret.txt").write_text("secret")
     (root / "leak.txt").symlink_to(tmp_path / "secret.txt")
@@ -54,7 +54,7 @@ def test_links_that_lead_out_of_a_folder_are_listed_and_not_followed(read_all, p
 
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "webdataset", "arxiv", "github", "stdlib", "pg19"])
-def test_a_directory_that_cannot_be_read_is_not_passed_in_silence(kind, read_all, put, make_tar, monkeypatch) -> None:
+def test_unreadable_directory_is_an_error(kind, read_all, put, make_tar, monkeypatch) -> None:
     files = {"train/a.txt": "A", "a.jsonl": '{"text": "x"}', "a.tar": make_tar({"0.txt": b"0"}), "a.tex": "\\TeX",
              "repository/x.py": "x", "abc.py": "x"}  # fmt: skip
     root = put(files | {"repository/closed/y": "y"})
@@ -70,7 +70,7 @@ def test_a_directory_that_cannot_be_read_is_not_passed_in_silence(kind, read_all
         read_all(kind, path=root)
 
 
-def test_a_file_that_cannot_be_looked_at_is_not_passed_in_silence(read_all, put, monkeypatch) -> None:
+def test_file_that_cannot_be_inspected_is_an_error(read_all, put, monkeypatch) -> None:
     real = tree._not_taken
 
     def not_taken(entry, path, root):
@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_looked_at_is_not_passed_in_silence(read_all, put,
         read_all("folder", path=put({"d/a.txt": "A", "d/bad.txt": "B"}))
 
 
-def test_own_splits_are_kept(read_all, put) -> None:
+def test_splits_of_the_source_are_kept(read_all, put) -> None:
     root = put({"train/a.txt": "A", "dev/b.txt": "B", "test/c.txt": "C"})
     found = {d.path: d.split for d in read_all("folder", path=root, own_splits=True)[0]}
     assert found == {"train/a.txt": "train", "dev/b.txt": "validation", "test/c.txt": "test"}
@@ -96,7 +96,7 @@ def test_own_splits_are_kept(read_all, put) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "parquet", "webdataset", "pg19", "arxiv", "github"])
-def test_a_source_that_is_missing_or_empty_says_what_it_expected(kind: str, tmp_path: Path) -> None:
+def test_missing_or_empty_source_error_says_what_was_expected(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such .*directory; source\.path must be"):
         SOURCES[kind](path=tmp_path / "nowhere").listing()
     with pytest.raises(UserError, match=r"no .* there.*source\.path must be"):
@@ -104,7 +104,7 @@ def test_a_source_that_is_missing_or_empty_says_what_it_expected(kind: str, tmp_
 
 
 @pytest.mark.parametrize("kind", ["github", "stdlib"])
-def test_an_address_is_refused_where_a_path_is_meant(kind: str) -> None:
+def test_url_is_refused_for_sources_that_need_a_path(kind: str) -> None:
     with pytest.raises(ConfigError, match="path: must be a path on this machine's file systems; copy s3:// data first"):
         parse(SOURCES[kind], {"path": "s3://bucket/text"})
 
@@ -159,7 +159,7 @@ def test_damaged_json_lines_are_named(read_all, put, name: str, data: bytes, mes
         read_all("jsonl", path=put({name: data}))
 
 
-def test_a_webdataset_gives_the_text_member_of_every_sample(read_all, put, make_tar) -> None:
+def test_webdataset_text_member_of_each_sample_is_read(read_all, put, make_tar) -> None:
     samples = {
         "s/0.v1.txt": b"dots",
         "s/0.jpg": b"\xff",
@@ -187,7 +187,7 @@ def test_text_members_of_a_webdataset_may_be_compressed(read_all, put, make_tar)
     assert [d.content for d in documents] == [b"zero", b"one", b"two"]
 
 
-def test_a_webdataset_of_json_gives_a_field(read_all, put, make_tar) -> None:
+def test_webdataset_json_field_is_read(read_all, put, make_tar) -> None:
     root = put({"a.tar": make_tar({"0.json": b'{"body": "text"}'})})
     documents, _ = read_all("webdataset", path=root, member="json", text_field="body")
     assert documents[0].content == "text"
@@ -217,7 +217,7 @@ def test_pg19_keeps_its_splits_and_titles(read_all, put) -> None:
         read_all("pg19", path=root)
 
 
-def test_a_standard_library_gives_modules_and_packages(read_all, put) -> None:
+def test_standard_library_gives_one_document_per_module_or_package(read_all, put) -> None:
     root = put({
         "abc.py": "abc", "json/__init__.py": "init", "json/tool.py": "tool", "json/__pycache__/x.py": "no",
         "test/test_abc.py": "t", "test/data/bad.py": b"\xe9", "test/data/good.py": "g", "site-packages/p.py": "no",
@@ -238,7 +238,7 @@ def test_a_standard_library_in_the_home_directory_is_read(read_all, put, monkeyp
     assert [d.content for d in read_all("stdlib", path="~")[0]] == ["abc"]
 
 
-def test_this_interpreters_library_is_several_megabytes_of_documents(read_all) -> None:
+def test_default_stdlib_source_is_the_library_of_this_interpreter(read_all) -> None:
     """The default is the base interpreter's library, also in a virtual environment."""
     source = SOURCES["stdlib"]()
     assert source.path == Path(sysconfig.get_path("stdlib"))
@@ -249,7 +249,7 @@ def test_this_interpreters_library_is_several_megabytes_of_documents(read_all) -
     assert source.provenance()["python"] == sys.version.split()[0].rstrip("+")
 
 
-def test_records_have_nested_and_joined_fields_filters_and_metadata(read_all, put) -> None:
+def test_nested_fields_joined_fields_filters_and_metadata_of_records(read_all, put) -> None:
     rows = [
         {"title": "A", "body": {"text": "one"}, "meta": {"lang": "en", "url": "u"}, "split": "train"},
         {"title": None, "body": {"text": "two"}, "meta": {"lang": "de"}, "split": "dev"},
@@ -265,7 +265,7 @@ def test_records_have_nested_and_joined_fields_filters_and_metadata(read_all, pu
     assert skipped == {"a.jsonl:3": "filter meta.lang"}
 
 
-def test_a_large_json_file_is_many_parts_whose_lines_are_read_once(put, monkeypatch) -> None:
+def test_each_line_of_a_split_json_file_is_read_once(put, monkeypatch) -> None:
     monkeypatch.setattr(jsonl, "_RANGE", 50)
     for ending in (b"\n", b""):
         rows = [{"text": "x" * (i % 90)} for i in range(200)]
@@ -278,7 +278,7 @@ def test_a_large_json_file_is_many_parts_whose_lines_are_read_once(put, monkeypa
         assert len({d.path for d in found}) == 200
 
 
-def test_documents_keep_their_names_when_their_file_grows_into_several_parts(read_all, put, monkeypatch) -> None:
+def test_document_names_do_not_change_when_a_file_grows(read_all, put, monkeypatch) -> None:
     """A corpus that continues an earlier one finds the earlier documents by their names and texts."""
     monkeypatch.setattr(jsonl, "_RANGE", 500)
     rows = [{"text": f"text {i}"} for i in range(100)]
@@ -301,7 +301,7 @@ ROWS = [{"text": f"text {i}", "meta": {"lang": "en" if i % 3 else "de"}, "n": i,
 
 
 @pytest.mark.parametrize("form", ["parquet", "arrow stream", "arrow file"])
-def test_tables_are_read_in_each_of_their_forms(read_all, tmp_path: Path, form: str) -> None:
+def test_parquet_and_arrow_tables_are_read(read_all, tmp_path: Path, form: str) -> None:
     table, root = pyarrow.Table.from_pylist(ROWS), tmp_path / "tables"
     root.mkdir()
     if form == "parquet":
@@ -321,6 +321,6 @@ def test_tables_are_read_in_each_of_their_forms(read_all, tmp_path: Path, form: 
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_a_damaged_table_is_named(read_all, put, name: str) -> None:
+def test_damaged_table_is_refused_by_name(read_all, put, name: str) -> None:
     with pytest.raises(UserError, match=rf"{name}: damaged or cut short"):
         read_all("parquet", path=put({name: b"PAR1 not a table"}))

@@ -34,7 +34,7 @@ def ids_of(documents: list) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(("code", "dtype"), [(8, "<u2"), (4, "<i4"), (5, "<i8"), (1, "u1")])
-def test_documents_of_megatron(read_all, tmp_path: Path, code: int, dtype: str) -> None:
+def test_megatron_documents_are_read(read_all, tmp_path: Path, code: int, dtype: str) -> None:
     write_megatron(tmp_path / "a/x", [[[1, 2, 3, 99]], [[4], [5, 6]], [[]], [[99]], [[7, 99, 8, 99]]], code, dtype)
     write_megatron(tmp_path / "b", [[[9, 9]]], code, dtype)
     (tmp_path / "orphan.bin").write_bytes(b"12")
@@ -44,7 +44,7 @@ def test_documents_of_megatron(read_all, tmp_path: Path, code: int, dtype: str) 
     assert ids_of(read_all("megatron", path=tmp_path / "b.idx", **IDS)[0]) == {"b:0": [9, 9]}
 
 
-def test_large_files_are_many_parts_of_the_same_documents(read_all, tmp_path: Path, monkeypatch) -> None:
+def test_splitting_large_id_files_does_not_change_the_documents(read_all, tmp_path: Path, monkeypatch) -> None:
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 99, rng.integers(1, 60)).tolist() for _ in range(200)]
     write_megatron(tmp_path / "m/x", [[each] for each in documents])
@@ -60,7 +60,7 @@ def test_large_files_are_many_parts_of_the_same_documents(read_all, tmp_path: Pa
     assert [each.content.tolist() for each in read_all("nanogpt", path=tmp_path / "x.bin", **IDS)[0]] == documents
 
 
-def test_flat_files_with_and_without_a_header(read_all, tmp_path: Path) -> None:
+def test_flat_id_files_are_read_with_and_without_a_header(read_all, tmp_path: Path) -> None:
     def llm_c(magic: int, version: int, dtype: str, ids: list[int]) -> bytes:
         header = np.zeros(256, "<i4")
         header[:3] = magic, version, len(ids)
@@ -81,7 +81,7 @@ def test_flat_files_with_and_without_a_header(read_all, tmp_path: Path) -> None:
     assert ids_of(found) == {"olmo.npy:0": [70000], "olmo.npy:2": [3]}
 
 
-def test_damaged_files_of_ids_are_named(read_all, tmp_path: Path) -> None:
+def test_damaged_id_files_are_refused_by_name(read_all, tmp_path: Path) -> None:
     write_megatron(tmp_path / "x", [[[1, 2, 3]], [[4]]])
     idx, binary = (tmp_path / "x.idx").read_bytes(), (tmp_path / "x.bin").read_bytes()
     for name, data, message in [
@@ -107,7 +107,7 @@ def test_damaged_files_of_ids_are_named(read_all, tmp_path: Path) -> None:
         read_all("nanogpt", path=tmp_path / "z.bin", **IDS)
 
 
-def test_no_more_ids_are_read_than_are_asked_for(tmp_path: Path) -> None:
+def test_id_reader_stays_within_its_range(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(np.arange(10, dtype="<u2").tobytes())
     ids = nanogpt._Ids(tmp_path / "x.bin", np.dtype("<u2"), 4, 7)  # of the ten, 2 to 8
     assert [ids.read(place, 3).tolist() for place in (0, 5, 7)] == [[2, 3, 4], [7, 8], []]

@@ -37,7 +37,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_command_puts_a_corpus_into_an_s3_store_that_is_then_read(
+def test_push_command_uploads_a_readable_corpus_to_s3(
     make_corpus: Any, s3_endpoint: Callable[[], dict[str, Any]], monkeypatch, capsys
 ) -> None:
     directory, server = make_corpus(LENGTHS), s3_endpoint()
@@ -55,7 +55,7 @@ def test_the_command_puts_a_corpus_into_an_s3_store_that_is_then_read(
     assert "0 files sent, 0.0 MB, 6 were there already" in capsys.readouterr().out
 
 
-def test_a_push_that_broke_off_is_no_corpus_and_goes_on(make_corpus: Any, tmp_path: Path, monkeypatch) -> None:
+def test_interrupted_push_leaves_no_corpus_and_can_continue(make_corpus: Any, tmp_path: Path, monkeypatch) -> None:
     directory, there = make_corpus(LENGTHS), tmp_path / "there"
     put, sent = pushing._Target.put, []
 
@@ -78,7 +78,7 @@ def test_a_push_that_broke_off_is_no_corpus_and_goes_on(make_corpus: Any, tmp_pa
     assert files(there) == files(directory)
 
 
-def test_damage_and_another_corpus_are_refused(make_corpus: Any, tmp_path: Path) -> None:
+def test_push_of_a_damaged_or_other_corpus_is_refused(make_corpus: Any, tmp_path: Path) -> None:
     one, other = make_corpus(LENGTHS), make_corpus(LENGTHS[:3], name="other")
     there = tmp_path / "there"
     tar = one / "train-000001.tar"
@@ -96,7 +96,7 @@ def test_damage_and_another_corpus_are_refused(make_corpus: Any, tmp_path: Path)
     assert files(there) == files(one)
 
 
-def test_of_a_corpus_that_has_grown_the_new_files_alone_are_sent_when_asked(make_corpus: Any, tmp_path: Path) -> None:
+def test_push_of_a_grown_corpus_sends_only_new_files(make_corpus: Any, tmp_path: Path) -> None:
     first = make_corpus(LENGTHS[:3], shards=1)
     grown = make_corpus(LENGTHS[:3], name="grown", shards=1)
     (grown / "added.extents").write_bytes(b"a file that only the grown one has")

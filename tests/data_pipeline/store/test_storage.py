@@ -51,13 +51,13 @@ def assert_same_documents(found: Corpus, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_http_gives_what_the_directory_holds(make_corpus: Any, serve: Any, tmp_path: Path, cached: bool) -> None:
+def test_documents_over_http_equal_those_of_the_directory(make_corpus: Any, serve: Any, tmp_path: Path, cached: bool) -> None:
     directory = make_corpus(LENGTHS)
     config = StorageConfig(**FAST, cache_dir=tmp_path / "cache" if cached else None)
     assert_same_documents(Corpus.open(serve(directory).url, "train", config), directory)
 
 
-def test_a_range_is_all_that_is_read(make_corpus: Any, serve: Any) -> None:
+def test_only_the_needed_byte_range_is_requested(make_corpus: Any, serve: Any) -> None:
     server = serve(make_corpus(LENGTHS))
     corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
     server.requests.clear()
@@ -70,7 +70,7 @@ def test_a_range_is_all_that_is_read(make_corpus: Any, serve: Any) -> None:
 
 @pytest.mark.parametrize("fault", ["503", "stall", "drop"])
 @pytest.mark.parametrize("cached", [False, True])
-def test_faults_that_pass_are_overcome(make_corpus: Any, serve: Any, tmp_path: Path, fault: str, cached: bool) -> None:
+def test_temporary_faults_are_retried(make_corpus: Any, serve: Any, tmp_path: Path, fault: str, cached: bool) -> None:
     directory = make_corpus(LENGTHS)
     server = serve(directory)
     for file in ("manifest.json", "train-000000.idx", TAR):
@@ -80,7 +80,7 @@ def test_faults_that_pass_are_overcome(make_corpus: Any, serve: Any, tmp_path: P
     assert not any(server.faults.values())
 
 
-def test_a_byte_changed_on_the_way_is_read_again(make_corpus: Any, serve: Any) -> None:
+def test_byte_changed_in_transfer_is_read_again(make_corpus: Any, serve: Any) -> None:
     directory = make_corpus(LENGTHS)
     server = serve(directory)
     corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
@@ -89,7 +89,7 @@ def test_a_byte_changed_on_the_way_is_read_again(make_corpus: Any, serve: Any) -
 
 
 @pytest.mark.parametrize("fault", ["503", "stall", "drop"])
-def test_a_fault_that_stays_is_an_error_that_names_the_file(make_corpus: Any, serve: Any, fault: str) -> None:
+def test_permanent_fault_is_an_error_with_the_file_name(make_corpus: Any, serve: Any, fault: str) -> None:
     server = serve(make_corpus(LENGTHS))
     corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
     server.faults[TAR] = [fault] * 4
@@ -97,7 +97,7 @@ def test_a_fault_that_stays_is_an_error_that_names_the_file(make_corpus: Any, se
         corpus.document(0)
 
 
-def test_a_byte_that_stays_changed_is_named(make_corpus: Any, serve: Any) -> None:
+def test_byte_that_is_changed_twice_is_an_error(make_corpus: Any, serve: Any) -> None:
     server = serve(make_corpus(LENGTHS))
     corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
     server.faults[TAR] = ["flip", "", "flip"]  # between the two attempts, the member's name is read
@@ -105,7 +105,7 @@ def test_a_byte_that_stays_changed_is_named(make_corpus: Any, serve: Any) -> Non
         corpus.tokens(0, 0, 10)
 
 
-def test_a_shard_missing_on_the_server_is_not_asked_for_again(make_corpus: Any, serve: Any) -> None:
+def test_missing_shard_on_the_server_is_requested_only_once(make_corpus: Any, serve: Any) -> None:
     directory = make_corpus(LENGTHS)
     server = serve(directory)
     corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
@@ -115,7 +115,7 @@ def test_a_shard_missing_on_the_server_is_not_asked_for_again(make_corpus: Any, 
     assert sum(name == TAR for name, _ in server.requests) == 1
 
 
-def test_a_server_without_ranges_is_told_apart(make_corpus: Any, serve: Any) -> None:
+def test_server_without_range_requests_is_refused_without_a_cache(make_corpus: Any, serve: Any) -> None:
     server = serve(make_corpus(LENGTHS))
     corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
     server.faults[TAR] = ["whole"]
@@ -123,7 +123,7 @@ def test_a_server_without_ranges_is_told_apart(make_corpus: Any, serve: Any) -> 
         corpus.tokens(0, 0, 10)
 
 
-def test_a_server_without_ranges_fills_the_cache(make_corpus: Any, serve: Any, tmp_path: Path, monkeypatch) -> None:
+def test_server_without_range_requests_works_with_a_cache(make_corpus: Any, serve: Any, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(remote, "_CHUNK", 10_000)
     directory = make_corpus(LENGTHS)
     server = serve(directory)
@@ -133,7 +133,7 @@ def test_a_server_without_ranges_fills_the_cache(make_corpus: Any, serve: Any, t
     assert_same_documents(Corpus.open(server.url, "train", config), directory)
 
 
-def test_a_trickle_is_given_up_and_a_stalled_read_can_be_interrupted(make_corpus: Any, serve: Any) -> None:
+def test_slow_read_reaches_the_deadline_and_stalled_read_can_be_interrupted(make_corpus: Any, serve: Any) -> None:
     server = serve(make_corpus(LENGTHS))
     config = StorageConfig(attempts=1, timeout_s=60, deadline_s=0.3)
     corpus = Corpus.open(server.url, "train", config)
@@ -146,7 +146,7 @@ def test_a_trickle_is_given_up_and_a_stalled_read_can_be_interrupted(make_corpus
         corpus.document(0)
 
 
-def test_a_wait_between_attempts_can_be_interrupted(make_corpus: Any, serve: Any) -> None:
+def test_wait_between_retries_can_be_interrupted(make_corpus: Any, serve: Any) -> None:
     server = serve(make_corpus(LENGTHS))
     corpus = Corpus.open(server.url, "train", StorageConfig(attempts=3, backoff_s=1000))
     server.faults[TAR] = ["503"]
@@ -166,7 +166,7 @@ def told() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_told_to_stop_the_loader_leaves_its_wait_with_a_blank_step(
+def test_interrupted_loader_returns_a_blank_step(
     make_corpus: Any, serve: Any, told: None, prefetch: int
 ) -> None:
     server = serve(make_corpus(LENGTHS))
@@ -186,7 +186,7 @@ def test_told_to_stop_the_loader_leaves_its_wait_with_a_blank_step(
         assert all((getattr(blank, each) == getattr(batch, each)).all() for each in ("rows", "corpora", "continues"))
 
 
-def test_waits_for_commands_other_processes_and_clients_that_block_are_left_too(
+def test_waits_for_commands_locks_and_blocking_clients_can_be_interrupted(
     make_corpus: Any, told: None, tmp_path: Path
 ) -> None:
     directory, config = make_corpus(LENGTHS), StorageConfig(allow_pipe=True, cache_dir=tmp_path / "cache")
@@ -217,13 +217,13 @@ def test_waits_for_commands_other_processes_and_clients_that_block_are_left_too(
         Corpus.open("blocking://books", "train", StorageConfig(attempts=1, deadline_s=0.3))
 
 
-def test_a_command_that_writes_nothing_is_given_up(tmp_path: Path) -> None:
+def test_pipe_command_without_output_times_out(tmp_path: Path) -> None:
     config = StorageConfig(allow_pipe=True, cache_dir=tmp_path, timeout_s=0.3)
     with pytest.raises(StorageError, match=r"wrote nothing for 0\.3 s"):
         Corpus.open("pipe:sleep 1000; cat {}", "train", config)
 
 
-def test_missing_credentials_are_not_asked_for_again(make_corpus: Any, serve: Any, monkeypatch) -> None:
+def test_missing_credentials_are_not_retried(make_corpus: Any, serve: Any, monkeypatch) -> None:
     corpus = Corpus.open(serve(make_corpus(LENGTHS)).url, "train", StorageConfig(attempts=6, backoff_s=1000))
     asked = []
 
@@ -249,7 +249,7 @@ def test_secrets_are_refused_in_plain_text_and_read_from_the_environment(monkeyp
     assert "hidden" not in dump(config)
 
 
-def test_secrets_of_an_address_are_read_from_the_environment_and_shown_nowhere(
+def test_secrets_in_urls_come_from_the_environment_and_are_never_shown(
     make_corpus: Any, serve: Any, monkeypatch, caplog
 ) -> None:
     for url in (
@@ -278,7 +278,7 @@ def test_secrets_of_an_address_are_read_from_the_environment_and_shown_nowhere(
     assert "trying again" in said and "hid/den" not in said and "hid%2Fden" not in said
 
 
-def test_no_corpus_and_no_server_are_one_clear_message(tmp_path: Path, serve: Any) -> None:
+def test_missing_corpus_or_server_gives_one_clear_message(tmp_path: Path, serve: Any) -> None:
     with pytest.raises(UserError, match="no prepared corpus there"):
         Corpus.open(serve(tmp_path).url, "train", StorageConfig(**FAST))
     with pytest.raises(StorageError, match=r"manifest\.json: not read in 4 attempts"):
@@ -287,7 +287,7 @@ def test_no_corpus_and_no_server_are_one_clear_message(tmp_path: Path, serve: An
         Corpus.open("nosuch://x")
 
 
-def test_the_cache_fetches_once_and_only_what_is_used(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
+def test_cache_fetches_only_used_files_and_only_once(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
     server = serve(make_corpus(LENGTHS))
     config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
     for _ in range(2):
@@ -300,7 +300,7 @@ def test_the_cache_fetches_once_and_only_what_is_used(make_corpus: Any, serve: A
 
 
 @pytest.mark.parametrize("fault", ["flip", "drop"])
-def test_the_cache_never_keeps_what_is_not_whole(make_corpus: Any, serve: Any, tmp_path: Path, fault: str) -> None:
+def test_cache_keeps_no_damaged_or_incomplete_file(make_corpus: Any, serve: Any, tmp_path: Path, fault: str) -> None:
     server = serve(make_corpus(LENGTHS))
     config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
     corpus = Corpus.open(server.url, "train", config)
@@ -313,7 +313,7 @@ def test_the_cache_never_keeps_what_is_not_whole(make_corpus: Any, serve: Any, t
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "remove before it is opened"])
-def test_a_cached_copy_that_goes_bad_is_fetched_again(
+def test_damaged_cached_copy_is_fetched_again(
     make_corpus: Any, serve: Any, tmp_path: Path, damage: str
 ) -> None:
     directory = make_corpus(LENGTHS)
@@ -337,7 +337,7 @@ def test_a_cached_copy_that_goes_bad_is_fetched_again(
     assert_same_documents(Corpus.open(server.url, "train", config), directory)
 
 
-def test_processes_and_threads_fetch_a_file_once(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
+def test_concurrent_threads_fetch_a_file_only_once(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
     server = serve(make_corpus(LENGTHS))
     config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
     corpora = [Corpus.open(server.url, "train", config) for _ in range(4)]
@@ -349,7 +349,7 @@ def test_processes_and_threads_fetch_a_file_once(make_corpus: Any, serve: Any, t
     assert [name for name, _ in server.requests].count(TAR) == 1
 
 
-def test_a_full_disk_while_caching_is_named_and_leaves_nothing(
+def test_full_disk_while_caching_is_reported_and_leaves_no_file(
     make_corpus: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/dev/full replaces the unfinished copy, so that writing fails as on a full disk."""
@@ -371,7 +371,7 @@ def cached_bytes(cache: Path) -> int:
     return sum(file.stat().st_size for file in cache.iterdir() if not file.name.endswith(".lock"))
 
 
-def test_a_limited_cache_drops_what_was_used_longest_ago(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
+def test_limited_cache_removes_the_least_recently_used_files(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
     directory = make_corpus([5000] * 12, shards=12)
     server, cache = serve(directory), tmp_path / "cache"
     shard = (directory / TAR).stat().st_size
@@ -392,7 +392,7 @@ def test_a_limited_cache_drops_what_was_used_longest_ago(make_corpus: Any, serve
     assert_same_documents(corpus, directory)  # what was dropped is fetched again
 
 
-def test_a_copy_in_use_outlives_an_older_one(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
+def test_recently_used_copy_is_kept_before_an_older_one(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
     directory = make_corpus([5000] * 4, shards=4)
     cache, shard = tmp_path / "cache", (directory / TAR).stat().st_size
     config = StorageConfig(**FAST, cache_dir=cache, cache_bytes=int(3.7 * shard))
@@ -403,7 +403,7 @@ def test_a_copy_in_use_outlives_an_older_one(make_corpus: Any, serve: Any, tmp_p
     assert not list(cache.glob("*-000001.tar"))
 
 
-def test_a_failed_fetch_gives_its_room_back(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
+def test_failed_fetch_releases_its_reserved_cache_space(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
     directory = make_corpus([5000] * 4, shards=4)
     server, cache = serve(directory), tmp_path / "cache"
     corpus = Corpus.open(server.url, "train", StorageConfig(**FAST, cache_dir=cache, cache_bytes=10**6))
@@ -424,7 +424,7 @@ def wait_for(cache: Path, count: int) -> None:
     raise AssertionError(f"{len(list(cache.glob('*.tar')))} shards, not {count}")
 
 
-def test_windows_are_fetched_ahead_and_a_limit_too_small_for_one_is_refused(
+def test_windows_are_prefetched_and_too_small_cache_limit_is_refused(
     make_corpus: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(windows, "WINDOW_TOKENS", 30_000)  # six shards
@@ -469,7 +469,7 @@ def test_pipe_addresses_are_refused_unless_allowed(make_corpus: Any, tmp_path: P
         Corpus.open("pipe:exit 3; {}", "train", config)
 
 
-def test_a_manifest_may_not_name_files_elsewhere(make_corpus: Any) -> None:
+def test_manifest_with_file_names_outside_the_corpus_is_refused(make_corpus: Any) -> None:
     directory = make_corpus(LENGTHS)
     manifest = directory / "manifest.json"
     manifest.write_text(manifest.read_text().replace(f'"{TAR}"', '"../../etc/passwd"'))
@@ -477,7 +477,7 @@ def test_a_manifest_may_not_name_files_elsewhere(make_corpus: Any) -> None:
         Corpus.open(str(directory))
 
 
-def test_an_fsspec_store_without_a_network(make_corpus: Any) -> None:
+def test_corpus_is_read_from_an_fsspec_memory_store(make_corpus: Any) -> None:
     directory = make_corpus(LENGTHS)
     memory = fsspec.filesystem("memory")
     memory.put(str(directory), "/books", recursive=True)
@@ -487,7 +487,7 @@ def test_an_fsspec_store_without_a_network(make_corpus: Any) -> None:
         memory.rm("/books", recursive=True)
 
 
-def test_an_s3_store(make_corpus: Any, s3_endpoint: Callable[[], dict[str, Any]], monkeypatch) -> None:
+def test_corpus_is_read_from_s3(make_corpus: Any, s3_endpoint: Callable[[], dict[str, Any]], monkeypatch) -> None:
     directory = make_corpus(LENGTHS)
     options = s3_endpoint()
     store = fsspec.filesystem("s3", **options)
@@ -503,7 +503,7 @@ def test_an_s3_store(make_corpus: Any, s3_endpoint: Callable[[], dict[str, Any]]
 
 
 @pytest.mark.parametrize("scheme", ["http", "s3"])
-def test_clients_are_told_how_many_requests_go_out_at_a_time(scheme: str) -> None:
+def test_client_options_allow_the_number_of_concurrent_requests(scheme: str) -> None:
     options = remote._options(scheme, StorageConfig())
     if scheme == "s3":
         assert options["config_kwargs"]["max_pool_connections"] == REQUESTS
@@ -516,7 +516,7 @@ def test_clients_are_told_how_many_requests_go_out_at_a_time(scheme: str) -> Non
     assert asyncio.run(limit()) == 0
 
 
-def test_as_many_reads_are_under_way_as_a_fast_trainer_needs(make_corpus: Any) -> None:
+def test_loader_keeps_enough_reads_in_flight(make_corpus: Any) -> None:
     """No read returns before 74 are in flight: 500,000 tokens/s need that many at 40 ms and 272 tokens per read."""
     directory = make_corpus([20] * 4000)
     under_way, enough = itertools.count(1), threading.Event()
@@ -545,7 +545,7 @@ def test_a_misspelt_key_of_the_storage_settings_is_named() -> None:
         parse(StorageConfig, {"cachedir": "x"})
 
 
-def test_a_loader_over_http_serves_what_one_over_the_directory_does(make_corpus: Any, serve: Any) -> None:
+def test_loader_over_http_equals_loader_over_a_directory(make_corpus: Any, serve: Any) -> None:
     directory = make_corpus(LENGTHS)
     server = serve(directory)
     server.faults[TAR] = ["503", "drop"]

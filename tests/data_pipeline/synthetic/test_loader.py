@@ -28,7 +28,7 @@ def joined(batches, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("dp", "sp"), [(2, 1), (1, 2), (2, 4), (3, 2), (9, 1)])
-def test_ranks_and_slices_make_up_the_same_global_batch(dp, sp):
+def test_global_batch_does_not_depend_on_ranks_or_slices(dp, sp):
     for name in ("input_ids", "labels", "loss_mask", "distance"):
         whole = joined(loader().batches(7), name)
         parts = [
@@ -53,14 +53,14 @@ def test_changed_batch_size_continues_with_the_next_row():
         loader(rows=5, row_tokens=128).check(loader(rows=8, row_tokens=128).state(3))
 
 
-def test_labels_are_the_tokens_after_the_inputs_and_count_where_they_have_a_distance():
+def test_labels_are_next_tokens_and_are_masked_without_a_distance():
     for batch in loader().batches(0):
         assert (batch.labels[:, :-1] == batch.input_ids[:, 1:]).all()
         assert (batch.loss_mask == (batch.distance > 0)).all()
         assert batch.loss_mask.any()
 
 
-def test_iteration_from_a_step_on_serves_what_a_whole_one_serves_there():
+def test_iteration_from_a_later_step_equals_the_whole_iteration():
     every = loader(prefetch=2)
     late = loader(start_step=3)
     try:
@@ -75,7 +75,7 @@ def test_iteration_from_a_step_on_serves_what_a_whole_one_serves_there():
         late.close()
 
 
-def test_no_row_comes_twice_and_seeds_and_splits_have_rows_of_their_own():
+def test_rows_are_unique_across_steps_seeds_and_splits():
     rows = [row.tobytes() for which in ({}, {"seed": 2}, {"split": "validation"}) for step in range(20)
             for row in joined(loader(**which).batches(step), "input_ids")]  # fmt: skip
     assert len(set(rows)) == len(rows) == 480
@@ -97,7 +97,7 @@ def test_checkpoint_of_another_series_is_refused(changes, message):
         loader(**changes).check(state)
 
 
-def test_sequences_of_a_row_follow_each_other_from_step_to_step():
+def test_row_is_continued_over_several_steps():
     """Rows of 64 read over four steps equal rows of 64 read at once, with labels that cross sequences."""
     for series in (0, 3):
         pieces = [loader(length=16, row_tokens=64).batches(4 * series + piece) for piece in range(4)]
@@ -107,13 +107,13 @@ def test_sequences_of_a_row_follow_each_other_from_step_to_step():
         assert [joined(batches, "continues").tolist() for batches in pieces] == [[p > 0] * 8 for p in range(4)]
 
 
-def test_a_checkpoint_knows_over_how_many_steps_a_row_is_read():
+def test_checkpoint_with_other_steps_per_row_is_refused():
     with pytest.raises(UserError, match="row_steps: 2 then, 4 now"):
         loader(length=16, row_tokens=64).check(loader(length=16, row_tokens=32).state(4))
 
 
 @pytest.mark.parametrize("sp", [1, 2])
-def test_slices_side_by_side_are_the_row(sp):
+def test_concatenated_slices_equal_the_row(sp):
     whole = loader().batches(7)
     ranks = [loader(slice_tokens=16, sp_rank=rank, sp=sp).batches(7) for rank in range(sp)]
     for index, batch in enumerate(whole):

@@ -148,7 +148,7 @@ READERS = {
      make("in-context-recall", noise=0.4), make("in-context-recall", longest=3, noise=0.2, span=32)],
     ids=lambda task: task.model_dump_json(exclude_defaults=True)[9:60],
 )  # fmt: skip
-def test_what_counts_is_what_a_reader_of_the_row_can_tell(task):
+def test_counted_labels_equal_those_of_a_literal_reader(task):
     for number in range(50):
         row = draw(task, "train", 3, number, LENGTH)
         tokens = row.tokens.tolist()
@@ -166,7 +166,7 @@ def test_first_word_of_a_copy_is_uniform():
     assert (np.abs(counts - 12000 / 9) < 5 * math.sqrt(12000 / 9)).all()
 
 
-def test_needle_stands_everywhere_before_its_question_and_at_the_distance_asked_for():
+def test_needle_occurs_at_every_position_and_at_the_requested_distance():
     places = [draw(make("needle"), "train", 0, n, 15).tokens.tolist().index(5) for n in range(400)]
     assert sorted(set(places)) == list(range(9))  # 16 tokens: the question and digits are the last four
     fixed = [draw(make("needle", distance=6), "train", 0, n, 15).tokens.tolist() for n in range(200)]
@@ -174,7 +174,7 @@ def test_needle_stands_everywhere_before_its_question_and_at_the_distance_asked_
     assert sorted({row.index(5) for row in fixed}) == list(range(7))
 
 
-def test_latent_unigram_is_an_urn():
+def test_latent_unigram_rows_equal_an_urn_model():
     """The rows equal those of a literal urn model with the same random numbers: a token is new or repeats one."""
     task = make("latent-unigram")
     for number in range(20):
@@ -191,7 +191,7 @@ def test_latent_unigram_is_an_urn():
 
 
 @pytest.mark.parametrize(("symbols", "concentration"), [(2, 1.0), (3, 0.3), (4, 2.5)])
-def test_best_loss_of_latent_unigram_is_the_entropy_of_all_rows(symbols, concentration):
+def test_best_loss_of_latent_unigram_equals_enumeration(symbols, concentration):
     """By enumeration: the probability of each short row by the chain rule, and the mean cost of each token."""
     task, length = make("latent-unigram", symbols=symbols, concentration=concentration), 6
     costs = np.zeros(length)
@@ -204,7 +204,7 @@ def test_best_loss_of_latent_unigram_is_the_entropy_of_all_rows(symbols, concent
     assert task.best_loss(0, 0) == pytest.approx(task.chance_loss)
 
 
-def test_a_count_of_the_past_reaches_the_best_loss_and_nothing_beats_it():
+def test_predictor_from_counts_reaches_the_best_loss():
     task, rows, length = make("latent-unigram", symbols=8, concentration=0.5), 400, 128
     tokens = np.stack([draw(task, "train", 0, number, length).tokens for number in range(rows)])
     counts = np.cumsum(np.eye(8)[tokens], axis=1)[:, :-1]  # of each symbol before places 1, 2, ...
@@ -224,7 +224,7 @@ def test_a_count_of_the_past_reaches_the_best_loss_and_nothing_beats_it():
         ("needle", {"distance": 62}, 64, "the key and its question need 65 inputs"),
     ],
 )
-def test_rows_that_cannot_be_drawn_are_told_why(task, changes, length, message):
+def test_impossible_row_settings_give_the_reason(task, changes, length, message):
     assert message in make(task, **changes).problem(length)
 
 
@@ -248,7 +248,7 @@ def test_shortest_rows_can_be_drawn(task, changes, length):
         ("needle", {"distance": 3}, "at least 4, or the key meets its question"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(task, changes, message):
+def test_contradictory_task_settings_are_refused(task, changes, message):
     with pytest.raises((ValidationError, ValueError), match=message):
         make(task, **changes)
 
@@ -264,7 +264,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_rows_are_the_ones_they_have_always_been(name):
+def test_task_rows_are_pinned(name):
     """A change needs a new TASK_VERSION, because checkpoints depend on the following rows."""
     rows = [
         draw(make(name), split, 5, number, LENGTH).tokens for split in ("train", "validation") for number in range(9)

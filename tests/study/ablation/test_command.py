@@ -13,7 +13,7 @@ from bst_dist.study.ablation.command import plan
 from bst_dist.study.evaluation.trained import Trained, open_run
 
 
-def test_the_command_reports_draws_and_agrees_with_bst_eval(make_run, tmp_path, capsys):
+def test_ablate_command_reports_plots_and_agrees_with_eval(make_run, tmp_path, capsys):
     run_dir, path = make_run(), tmp_path / "report.json"
     assert main(["ablate", str(run_dir), "--tokens", "100000", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
@@ -36,7 +36,7 @@ def test_the_command_reports_draws_and_agrees_with_bst_eval(make_run, tmp_path, 
     assert "own-block" in said
 
 
-def test_limits_and_choices(make_run, tmp_path):
+def test_ablate_options_limit_documents_tokens_and_interventions(make_run, tmp_path):
     run_dir, path = make_run(documents="isolated"), tmp_path / "report.json"
     arguments = ["--interventions", "zero", "noise", "--layers", "1", "--documents", "3", "--tokens", "20"]
     assert main(["ablate", str(run_dir), *arguments, "--out", str(tmp_path / "a.pdf"), "--json", str(path)]) == 0
@@ -48,7 +48,7 @@ def test_limits_and_choices(make_run, tmp_path):
     assert (tmp_path / "a.pdf").read_bytes()[:4] == b"%PDF"
 
 
-def test_what_does_not_apply_is_left_out_with_the_reason(make_run, make_model):
+def test_inapplicable_interventions_are_left_out_with_the_reason(make_run, make_model):
     trained = open_run(make_run())
     settings = dict(trained.recipe.model)
 
@@ -81,7 +81,7 @@ def test_what_does_not_apply_is_left_out_with_the_reason(make_run, make_model):
     (["--documents", "0"], "--documents 0: read at least one"),
     (["--checkpoint", "3"], "no checkpoint of step 3; there are: 4"),
 ])  # fmt: skip
-def test_what_is_wrong_is_said_in_one_message(make_run, capsys, arguments, said):
+def test_invalid_ablate_options_give_one_message(make_run, capsys, arguments, said):
     arguments = [f"--layers={arguments[1]}"] if arguments[1] == "-1" else arguments
     assert main(["ablate", str(make_run()), *arguments]) == 2
     error = capsys.readouterr().err
@@ -89,7 +89,7 @@ def test_what_is_wrong_is_said_in_one_message(make_run, capsys, arguments, said)
     assert "Traceback" not in error
 
 
-def test_a_run_without_a_checkpoint_and_a_corpus_of_another_tokenizer(make_run, capsys):
+def test_missing_checkpoint_and_other_tokenizer_are_refused(make_run, capsys):
     assert main(["ablate", str(make_run(steps=()))]) == 2
     assert "checkpoint" in capsys.readouterr().err
     run_dir = make_run("other")
@@ -98,7 +98,7 @@ def test_a_run_without_a_checkpoint_and_a_corpus_of_another_tokenizer(make_run, 
     assert "its tokenizer" in capsys.readouterr().err
 
 
-def test_a_model_in_which_nothing_applies_says_why(make_run, capsys):
+def test_ablation_without_applicable_interventions_is_refused(make_run, capsys):
     assert main(["ablate", str(make_run()), "--interventions", "no-cross", "--layers", "1", "--tokens", "9"]) == 0
     capsys.readouterr()
     run_dir = make_run("ssm")
@@ -108,7 +108,7 @@ def test_a_model_in_which_nothing_applies_says_why(make_run, capsys):
     assert "zero in layers 0, 1 (bst-no-cross: no context states)" in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_the_interventions_that_were_done(make_run, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_the_finished_interventions(make_run, tmp_path, monkeypatch, capsys):
     run_dir, path, real = make_run(), tmp_path / "report.json", measure.increase
     monkeypatch.setattr(measure, "increase", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args))
     assert main(["ablate", str(run_dir), "--documents", "2", "--json", str(path)]) == 130

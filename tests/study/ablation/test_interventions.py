@@ -97,7 +97,7 @@ def with_context_by_hand(model, intervention, layers):
     ("SH", {"context": {"variant": "SH", "attend": "previous"}}),
 ], ids=lambda value: value if isinstance(value, str) else "-".join(value) or "s4d")  # fmt: skip
 @pytest.mark.parametrize("layers", [[1], [1, 2]], ids=["one layer", "all layers"])
-def test_changed_states_are_those_of_a_model_changed_by_hand(make_model, intervention, variant, changes, layers):
+def test_interventions_on_context_states_equal_an_explicit_model_change(make_model, intervention, variant, changes, layers):
     model = make_model(variant=variant, **changes)
     untouched = whole(model)
     expected = whole(with_context_by_hand(model, intervention, layers))
@@ -127,7 +127,7 @@ def attention_by_hand(attention, u, block_only):
 
 
 @pytest.mark.parametrize("mixer", ["bst", "sliding", "transformer-xl", "full"])
-def test_the_window_is_cut_to_the_own_block(make_model, mixer):
+def test_own_block_intervention_limits_attention_to_the_block(make_model, mixer):
     sections = {"transformer_xl": {"window": 2 * BLOCK}, "full": {"longest": LENGTH}}
     model = make_model(mixer, **sections)
     by_hand = copy.deepcopy(model)
@@ -141,7 +141,7 @@ def test_the_window_is_cut_to_the_own_block(make_model, mixer):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["no-self", "no-cross"])
-def test_a_part_that_gives_zero_has_no_column_in_the_output(make_model, variant, kind):
+def test_removed_attention_part_equals_zero_output_columns(make_model, variant, kind):
     model = make_model(variant=variant)
     by_hand = copy.deepcopy(model)
     for layer in (1, 2):
@@ -152,7 +152,7 @@ def test_a_part_that_gives_zero_has_no_column_in_the_output(make_model, variant,
 
 
 @pytest.mark.parametrize(("variant", "changes"), [*((v, {}) for v in VARIANTS), ("SH", HYENA), ("MF", HYENA)])
-def test_an_ssm_that_forgets_knows_its_own_block_only(make_model, variant, changes):
+def test_forget_intervention_resets_the_ssm_at_each_block(make_model, variant, changes):
     model = make_model(variant=variant, **changes)
     by_hand = copy.deepcopy(model)
     for layer in (1, 2):
@@ -172,7 +172,7 @@ def test_an_ssm_that_forgets_knows_its_own_block_only(make_model, variant, chang
 
 @pytest.mark.parametrize("intervention", [Intervention("zero"), Intervention("noise", 0.5), Intervention("replace", 1)],
                          ids=str)  # fmt: skip
-def test_what_a_block_recurrent_state_shows_is_changed_and_not_what_it_hands_on(make_model, intervention):
+def test_block_recurrent_intervention_changes_only_the_state_that_is_read(make_model, intervention):
     model = make_model("block-recurrent", block_recurrent={"states": 3})
     by_hand = copy.deepcopy(model)
     for layer in (1, 2):
@@ -192,7 +192,7 @@ def test_what_a_block_recurrent_state_shows_is_changed_and_not_what_it_hands_on(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("intervention", CONTEXT + CUTS, ids=str)
-def test_no_token_knows_of_later_ones(make_model, intervention, variant):
+def test_interventions_keep_the_model_causal(make_model, intervention, variant):
     model = make_model(variant=variant)
     with intervened(model, intervention, [1, 2]):
         before = whole(model)
@@ -205,7 +205,7 @@ def test_no_token_knows_of_later_ones(make_model, intervention, variant):
 
 
 @pytest.mark.parametrize("mixer", list(MIXERS))
-def test_afterwards_the_model_is_what_it_was(make_model, mixer):
+def test_model_is_unchanged_after_an_intervention(make_model, mixer):
     model = make_model(mixer)
     before, attributes = whole(model), {name: set(vars(m)) for name, m in model.named_modules()}
     for intervention in defaults():
@@ -217,7 +217,7 @@ def test_afterwards_the_model_is_what_it_was(make_model, mixer):
     assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
 
 
-def test_what_applies_to_which_model(make_model):
+def test_applicable_interventions_of_each_mixer(make_model):
     def kinds(mixer, **changes):
         layer = make_model(mixer, **changes).layers[1].mixer
         return {name for name in interventions.KINDS if obstacle(layer, name) is None}
@@ -231,7 +231,7 @@ def test_what_applies_to_which_model(make_model):
     assert kinds("bst-joint") == everything - own - {"no-cross"}
 
 
-def test_an_intervention_reads_as_it_is_written():
+def test_interventions_are_parsed_and_printed():
     assert [str(one) for one in defaults()] == [
         "zero", "shuffle:16", "delay:1", "delay:4", "noise:0.3", "noise:1", "replace:1", "forget", "no-cross",
         "own-block", "no-self",

@@ -31,7 +31,7 @@ def literal(model, tokens, begin) -> np.ndarray:
 
 
 @pytest.mark.parametrize("begin", [END, None], ids=["joined", "isolated"])
-def test_increases_are_the_paired_ones_of_whole_documents(make_model, in_memory, begin):
+def test_increases_equal_paired_losses_of_whole_documents(make_model, in_memory, begin):
     model, corpus = make_model(), in_memory(LENGTHS, 19)
     untouched, found = ablate(model, text_of(corpus, begin), PLANNED, slice_length=2 * BLOCK)
     documents = [tokens for tokens in corpus.documents if begin is not None or len(tokens) > 1]
@@ -62,7 +62,7 @@ def numbers(estimate) -> tuple[float, float]:
     return estimate.value, estimate.standard_error
 
 
-def test_slices_batches_and_limits_do_not_change_what_a_token_costs(make_model, in_memory, monkeypatch):
+def test_losses_do_not_depend_on_slices_batches_or_limits(make_model, in_memory, monkeypatch):
     model, corpus = make_model(variant="MF"), in_memory(LENGTHS, 19)
     _, whole = ablate(model, text_of(corpus), PLANNED, slice_length=128)
     monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", 8)
@@ -75,7 +75,7 @@ def test_slices_batches_and_limits_do_not_change_what_a_token_costs(make_model, 
         np.testing.assert_allclose(numbers(one.in_document[0]), numbers(beginning.loss), rtol=1e-8, atol=1e-14)
 
 
-def test_documents_that_are_left_out_are_no_samples(make_model, in_memory):
+def test_skipped_documents_are_not_samples(make_model, in_memory):
     model = make_model()
     some = [21, 0, 70, 0, 8]
     _, found = ablate(model, text_of(in_memory([21, 30, 70, 9, 8], 19), lengths=some), PLANNED, slice_length=BLOCK)
@@ -87,7 +87,7 @@ def test_documents_that_are_left_out_are_no_samples(make_model, in_memory):
         np.testing.assert_allclose(numbers(one.loss), numbers(other.loss), rtol=1e-9)
 
 
-def test_a_long_document_needs_no_more_than_a_slice(make_model, in_memory):
+def test_long_document_is_read_in_slices(make_model, in_memory):
     model, corpus, done = make_model(), in_memory([1000], 19), []
     planned = [(Intervention("shuffle", 3), (1, 2))]
     ablate(model, text_of(corpus, lengths=[1000]), planned, slice_length=32, progress=done.append)
@@ -95,7 +95,7 @@ def test_a_long_document_needs_no_more_than_a_slice(make_model, in_memory):
     assert done[-1] == 2000 and done == sorted(done)
 
 
-def test_places():
+def test_bins_of_positions_in_document_and_block():
     assert document_bins(70, 8).tolist() == [0, 8, 16, 32, 64, 128]
     assert block_bins(128).tolist() == list(range(0, 129, 8))
     assert block_bins(8).tolist() == list(range(9))

@@ -49,7 +49,7 @@ def compared(*runs):
     return compare({str(number): outline(run_dir) for number, run_dir in enumerate(runs)}).report()
 
 
-def test_differences_are_paired_by_step_and_evaluation_where_the_text_is_the_same(pair):
+def test_differences_are_paired_for_steps_with_equal_text(pair):
     first, second = compared(*pair)["runs"]
     assert "train_difference_nats" not in first
     assert second["train_difference_steps"] == [1, 4]
@@ -61,13 +61,13 @@ def test_differences_are_paired_by_step_and_evaluation_where_the_text_is_the_sam
     assert not [key for key in second if key.startswith("validation_difference") and "error" in key]
 
 
-def test_other_text_is_never_paired_even_where_a_step_has_as_many_bytes_by_chance(pair, make_run):
+def test_steps_with_other_text_are_not_paired_despite_equal_bytes(pair, make_run):
     odd = make_run("odd")
     write(odd, [train(1, 4.0, 20.0), train(2, 4.0, 30.0), train(3, 4.0, 40.0), evaluation(4, [1.0, 1.0, 1.0], 51.0)])
     assert not [key for key in compared(pair[0], odd)["runs"][1] if "difference" in key]
 
 
-def test_figures_are_those_of_the_metrics(pair):
+def test_compared_figures_equal_those_of_the_metrics_file(pair):
     _, second = compared(*pair)["runs"]
     assert (second["step"], second["tokens"]) == (6, 60)
     assert second["train_loss_nats"] == pytest.approx(sum([4.5, 4.0, 4.25, 3.25, 3.0, 2.5]) / 6)
@@ -94,7 +94,7 @@ def test_only_fields_that_differ_are_shown_with_all_values(pair, make_run):
     }  # fmt: skip
 
 
-def test_the_report_of_eval_on_the_last_step_is_found(pair):
+def test_eval_report_of_the_last_step_is_used(pair):
     corpora = [{"corpus": "corpora/a", "documents": 7, "bits_per_byte": 2.25, "bits_per_byte_standard_error": 0.125}]
     report = {"command": "bst eval", "step": 4, "split": "validation", "context_tokens": None, "corpora": corpora}
     (pair[0] / "reports").mkdir()
@@ -106,7 +106,7 @@ def test_the_report_of_eval_on_the_last_step_is_found(pair):
     assert "scored" not in second
 
 
-def test_corpora_have_rows_of_their_own_and_none_is_dropped(pair, capsys):
+def test_each_evaluated_corpus_has_its_own_row(pair, capsys):
     """The first run was evaluated on two corpora, the second on one of them and on a third."""
     report = {"command": "bst eval", "split": "validation", "context_tokens": None}
     for run_dir, step, names in zip(pair, (4, 6), (("a", "b"), ("b", "c")), strict=True):
@@ -124,7 +124,7 @@ def test_corpora_have_rows_of_their_own_and_none_is_dropped(pair, capsys):
     assert second["scored_difference"]["b"]["bits_per_byte"] == pytest.approx(2 / 30 / math.log(2))
 
 
-def test_notes_are_counted_from_1_on_whichever_are_there(pair, capsys):
+def test_footnotes_are_numbered_consecutively_from_1(pair, capsys):
     for run_dir in pair:
         write(run_dir, [])
         corpora = [{"corpus": "/data/a", "documents": 1, "document_nats": [3.0], "document_bytes": [10],
@@ -138,7 +138,7 @@ def test_notes_are_counted_from_1_on_whichever_are_there(pair, capsys):
     assert not set("³⁴⁵") & set(out)
 
 
-def test_documents_are_paired_when_they_are_the_same(pair):
+def test_documents_are_paired_only_if_they_are_equal(pair):
     report = {"command": "bst eval", "split": "validation", "context_tokens": None}
     nats, bytes_ = np.array([[3.0, 8.0, 5.0], [2.5, 7.5, 5.5]]), [10, 20, 30]
     for run_dir, step, scored in zip(pair, (4, 6), nats.tolist(), strict=True):
@@ -168,7 +168,7 @@ def test_documents_are_paired_when_they_are_the_same(pair):
         (None, None, "broken off"),
     ],
 )
-def test_where_a_run_stands(pair, outcome, beat_age_s, status):
+def test_status_of_a_run_is_derived_from_its_files(pair, outcome, beat_age_s, status):
     run_dir = pair[0]
     if outcome:
         (run_dir / OUTCOME).write_text(json.dumps(outcome))
@@ -179,7 +179,7 @@ def test_where_a_run_stands(pair, outcome, beat_age_s, status):
     assert outline(run_dir).standing.status == status
 
 
-def test_runs_of_any_kind_and_length_are_shown_without_a_traceback(pair, make_run, tmp_path, capsys):
+def test_compare_accepts_runs_of_any_kind_and_length(pair, make_run, tmp_path, capsys):
     odd = tmp_path / "odd"
     odd.mkdir()
     (odd / RECIPE).write_text("task: listops\nwidth: 3\n")
@@ -201,12 +201,12 @@ def test_the_curves_are_drawn_over_tokens_and_time(pair, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("extra", [[], ["--plot", "x.png"]])
-def test_a_directory_without_a_run_is_one_message(pair, tmp_path, capsys, extra):
+def test_directory_without_a_run_gives_one_message(pair, tmp_path, capsys, extra):
     assert main(["compare", str(pair[0]), str(tmp_path), *extra]) == 2
     assert f"{tmp_path}: no run there" in capsys.readouterr().err
 
 
-def test_one_run_is_too_few(pair, capsys):
+def test_compare_needs_two_runs(pair, capsys):
     assert main(["compare", str(pair[0]), str(pair[0])]) == 2
     assert main(["compare", str(pair[0]), "--equal"]) == 2
     assert "two runs" in capsys.readouterr().err

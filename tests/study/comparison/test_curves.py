@@ -32,7 +32,7 @@ def test_smoothing_keeps_a_straight_line_straight():
     assert len(tokens) == 300 - 6
 
 
-def test_each_run_has_a_look_of_its_own():
+def test_each_run_has_its_own_colour_and_line_style():
     runs = {f"run{i}": Result(Path(), [line(1), line(2)]) for i in range(9)}
     legend = draw(runs).axes[0].get_legend()
     looks = {(handle.get_color(), handle.get_linestyle()) for handle in legend.legend_handles[:9]}
@@ -40,7 +40,7 @@ def test_each_run_has_a_look_of_its_own():
     assert [text.get_text() for text in legend.get_texts()] == [*runs, "training", "validation"]
 
 
-def test_runs_are_named_by_what_tells_them_apart(make_run):
+def test_runs_with_equal_names_get_longer_names(make_run):
     one, other = make_run("a/run"), make_run("b/run")
     assert list(read_runs([one, other])) == ["a/run", "b/run"]
     assert list(read_runs([one])) == ["run"]
@@ -53,7 +53,7 @@ def test_a_file_is_written_in_the_format_asked_for(make_run, tmp_path, suffix):
     assert out.read_bytes()[:4] in (b"\x89PNG", b"%PDF")
 
 
-def test_what_cannot_be_drawn_is_refused(make_run, tmp_path, capsys):
+def test_runs_without_metrics_and_unknown_formats_are_refused(make_run, tmp_path, capsys):
     assert main(["plot", str(tmp_path)]) == 2
     assert "nothing to draw" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):

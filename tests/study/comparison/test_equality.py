@@ -28,7 +28,7 @@ def test_equal_runs_pass_with_differences_of_zero(make_run, capsys, tmp_path):
     assert "equal to the last bit" in capsys.readouterr().out
 
 
-def test_one_bit_of_one_weight_is_seen(make_run, capsys):
+def test_one_changed_bit_of_a_weight_is_detected(make_run, capsys):
     one, other = make_run("one"), make_run("other")
     path = directory(other, 4) / shard_file(WEIGHTS, 0)
     weights = load_file(path)
@@ -47,7 +47,7 @@ def test_one_bit_of_one_weight_is_seen(make_run, capsys):
 
 
 @pytest.mark.parametrize("value", [1.0000001, float("nan")])
-def test_a_loss_that_differs_at_any_step_fails(make_run, value):
+def test_different_loss_at_one_step_makes_runs_unequal(make_run, value):
     one, other = make_run("one"), make_run("other")
     edit_metrics(other, lambda lines: [lines[0] | {"loss_nats": value}, *lines[1:]])
     found = equality(one, other)
@@ -55,7 +55,7 @@ def test_a_loss_that_differs_at_any_step_fails(make_run, value):
 
 
 @pytest.mark.parametrize("name", ["gradient_norm", "learning_rate", "bits_per_byte", "tokens"])
-def test_every_computed_quantity_is_compared_and_may_not_be_missing_in_one(make_run, name):
+def test_every_quantity_is_compared_and_must_exist_in_both_runs(make_run, name):
     one, other = make_run("one"), make_run("other")
     edit_metrics(one, lambda lines: [line | {name: 1.0} for line in lines])
     edit_metrics(other, lambda lines: [line | {name: 1.0} for line in lines])
@@ -68,7 +68,7 @@ def test_every_computed_quantity_is_compared_and_may_not_be_missing_in_one(make_
         assert not equality(first, second).passed
 
 
-def test_an_evaluation_more_where_a_run_was_stopped_is_no_difference(make_run):
+def test_extra_evaluation_of_a_stopped_run_is_ignored(make_run):
     one, other = make_run("one"), make_run("other")
     edit_metrics(other, lambda lines: [*lines, lines[-1] | {"step": 2}])
     assert equality(one, other).passed
@@ -87,16 +87,16 @@ def test_runs_of_unequal_length_are_refused(make_run):
         equality(one, other)
 
 
-def test_runs_that_ended_elsewhere_are_refused(make_run):
+def test_runs_with_different_last_checkpoints_are_refused(make_run):
     with pytest.raises(UserError, match="the runs are at different steps"):
         equality(make_run("one"), make_run("other", steps=(3,)))
 
 
-def test_models_of_other_seeds_differ(make_run):
+def test_runs_with_different_seeds_are_not_equal(make_run):
     assert not equality(make_run("one"), make_run("other", seed=1)).passed
 
 
-def test_the_first_step_that_only_one_of_them_has_is_named(make_run):
+def test_error_names_the_first_step_missing_in_one_run(make_run):
     one, other = make_run("one"), make_run("other")
     edit_metrics(other, lambda lines: [*lines, *(lines[0] | {"step": step} for step in range(40, 4, -1))])
     with pytest.raises(UserError, match=r"only one of them has step 5$"):

@@ -27,6 +27,6 @@ def outline(bytes_per_step):
         ([20, 21, 99, 98], []),  # half of them is not a majority
     ],
 )
-def test_steps_are_paired_where_most_of_them_have_read_the_same(other, expected):
+def test_steps_are_paired_if_most_of_them_read_equal_data(other, expected):
     pairs = by_step(outline([20, 21, 22, 23, 24]), outline(other))
     assert [one["step"] for one, _ in pairs] == expected

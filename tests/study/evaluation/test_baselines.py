@@ -36,7 +36,7 @@ def model():
 
 
 @pytest.mark.parametrize("text", [b"", b"abra", b"banana", b"zz\x80ab", bytes(range(256))])
-def test_bits_are_those_of_the_definition(model, text):
+def test_bits_of_the_order_2_model_equal_the_definition(model, text):
     padded = (END, END, *text, END)
     expected = -sum(math.log2(witten_bell(TRAINING, padded[i - 2 : i], padded[i])) for i in range(2, len(padded)))
     assert model.bits(text) == pytest.approx(expected, rel=1e-12)
@@ -47,7 +47,7 @@ def test_probabilities_after_any_context_sum_to_one(context):
     assert sum(witten_bell(TRAINING, context, symbol) for symbol in range(257)) == pytest.approx(1)
 
 
-def test_text_like_the_training_text_costs_less(model):
+def test_text_similar_to_training_text_costs_fewer_bits(model):
     assert model.bits(b"abrabanana") < model.bits(b"qrxvtzwkjp")
 
 
@@ -70,18 +70,18 @@ def test_xz_is_one_stream_over_all_documents():
 
 
 @pytest.mark.skipif(shutil.which("xz") is None, reason="the xz program is not installed")
-def test_xz_is_what_the_xz_program_makes():
+def test_xz_size_equals_that_of_the_xz_program():
     data = b"".join(b"line %d\n" % i for i in range(5000))
     made = subprocess.run(["xz", "-9", "-c"], input=data, capture_output=True, check=True).stdout
     assert abs(xz_bytes([data]) - len(made)) <= 16
 
 
-def test_texts_come_back_from_their_tokens_to_the_byte(corpus, texts):
+def test_texts_are_decoded_exactly_from_their_tokens(corpus, texts):
     stored = [text for split in ("train", "validation") for text in read_texts(Corpus.open(str(corpus), split))]
     assert sorted(stored) == sorted(text.encode() for text in texts.values())
 
 
-def test_the_command_reports_both(corpus, tmp_path):
+def test_baselines_command_reports_xz_and_order_2(corpus, tmp_path):
     path = tmp_path / "report.json"
     assert main(["baselines", str(corpus), "--json", str(path)]) == 0
     report = json.loads(path.read_text())

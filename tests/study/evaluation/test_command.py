@@ -23,13 +23,13 @@ def test_options_of_another_evaluation_are_refused(make_run, capsys, options, re
     assert reason in capsys.readouterr().err
 
 
-def test_what_is_no_list_of_lengths_is_refused(make_run, capsys):
+def test_invalid_list_of_lengths_is_refused(make_run, capsys):
     with pytest.raises(SystemExit):
         main(["eval", str(make_run()), "--lengths", "8,x"])
     assert "'8,x' is not a list of lengths like 512,4096" in capsys.readouterr().err
 
 
-def test_reports_are_kept_in_the_run_directory_and_one_question_does_not_replace_another(make_run, corpus):
+def test_each_kind_of_evaluation_keeps_its_own_report(make_run, corpus):
     run_dir = make_run()
     for options in ([], [], ["--context", "8"], ["--lengths", "8,16"], ["--corpus", str(corpus)]):
         assert main(["eval", str(run_dir), *options]) == 0

@@ -48,7 +48,7 @@ def test_another_corpus_of_the_same_tokenizer_is_read(make_run, make_corpus, cor
     assert own.storage.where == str(corpus)
 
 
-def test_a_run_whose_corpus_is_gone_says_where_it_looked_and_reads_another_place(make_run, corpus, tmp_path):
+def test_missing_corpus_error_names_its_path_and_another_path_works(make_run, corpus, tmp_path):
     run_dir = make_run()
     moved = tmp_path / "moved"
     shutil.copytree(corpus, moved)
@@ -69,7 +69,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(make_run, make_corpus, co
         open_text(trained, "validation", other)
 
 
-def test_a_corpus_that_was_prepared_again_since_is_noticed(make_run, corpus):
+def test_corpus_prepared_again_with_another_tokenizer_is_refused(make_run, corpus):
     run_dir = make_run()
     record(run_dir, Corpus.open(str(corpus)).manifest.tokenizer.sha256)
     assert open_text(open_run(run_dir), "validation")

@@ -16,7 +16,7 @@ def generate(run_dir, *arguments):
 
 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
-def test_text_begins_with_the_prompt_and_is_what_the_report_says(make_run, documents, capsys, tmp_path):
+def test_printed_text_is_the_prompt_and_the_reported_continuation(make_run, documents, capsys, tmp_path):
     path = tmp_path / "report.json"
     assert generate(make_run(documents=documents), "--prompt", "naïve 😀", "--json", path) == 0
     out, err = capsys.readouterr()
@@ -26,7 +26,7 @@ def test_text_begins_with_the_prompt_and_is_what_the_report_says(make_run, docum
     assert f"{text['tokens']} tokens" in err
 
 
-def test_the_seed_decides_the_text(make_run, capsys):
+def test_generated_text_depends_on_the_seed(make_run, capsys):
     run_dir, texts = make_run(), []
     for seed in ("1", "1", "2"):
         assert generate(run_dir, "--seed", seed) == 0
@@ -38,7 +38,7 @@ def test_the_seed_decides_the_text(make_run, capsys):
     ("p.txt", ["for x", "", "return 12"]),
     ("p.jsonl", ['"for x"', '{"prompt": "return 12", "id": 7}']),
 ])  # fmt: skip
-def test_many_prompts_give_a_line_of_json_a_sample_however_they_are_batched(make_run, name, lines, capsys, tmp_path):
+def test_prompts_give_one_json_line_per_sample_for_any_batch_size(make_run, name, lines, capsys, tmp_path):
     run_dir, path, found = make_run(), tmp_path / name, []
     path.write_text("\n".join(lines))
     for batch in (1, 3, 32):
@@ -68,7 +68,7 @@ def test_text_ends_at_a_stop_text_or_a_stop_token(make_run, tmp_path):
     assert written(*every)["tokens"] == 1
 
 
-def test_a_model_of_isolated_documents_asks_for_a_prompt(make_run, capsys):
+def test_model_of_isolated_documents_needs_a_prompt(make_run, capsys):
     assert generate(make_run(documents="isolated")) == 2
     assert "--prompt is empty" in capsys.readouterr().err
 
@@ -86,14 +86,14 @@ def test_settings_out_of_range_are_named(make_run, argument, value, capsys):
     (b"", "holds no prompt"), (b"{}", "line 1: expected a string"), (b'"a"\n[', "line 2: not JSON"),
     (b"\xff", "cannot be read"),
 ])  # fmt: skip
-def test_a_file_of_prompts_that_cannot_be_used_is_refused(make_run, content, message, tmp_path, capsys):
+def test_invalid_prompt_files_are_refused(make_run, content, message, tmp_path, capsys):
     path = tmp_path / "p.jsonl"
     path.write_bytes(content)
     assert generate(make_run(), "--prompts", path) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_prompt_that_is_no_text_is_refused(make_run, capsys):
+def test_prompt_that_is_not_unicode_is_refused(make_run, capsys):
     assert generate(make_run(), "--prompt", "ab\udcff") == 2
     assert "--prompt is not Unicode text (character 2 is '\\udcff')" in capsys.readouterr().err
 
@@ -113,7 +113,7 @@ def test_prompts_are_read_from_standard_input(make_run, capsys, monkeypatch, tmp
     assert capsys.readouterr().out == expected
 
 
-def test_an_interactive_session_continues_each_line_and_loads_the_model_once(make_run, capsys, monkeypatch):
+def test_interactive_mode_continues_each_line_with_one_model_load(make_run, capsys, monkeypatch):
     run_dir, opened = make_run(), []
     for prompt in ("for x", "return 12"):
         assert generate(run_dir, "--prompt", prompt) == 0

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("name", ["BST MF", "BST SH hyena"])
-def test_streaming_gives_the_losses_of_reading_at_once(corpus, name, monkeypatch, capsys):
+def test_streamed_losses_equal_those_of_one_pass(corpus, name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(streaming_65k, "LENGTH", 1024)
     monkeypatch.setattr(streaming_65k, "SLICE", 256)
@@ -24,7 +24,7 @@ def test_streaming_gives_the_losses_of_reading_at_once(corpus, name, monkeypatch
     assert float(streamed) == pytest.approx(float(at_once), rel=1e-5)
 
 
-def test_what_a_token_carries_does_not_grow(make_run, monkeypatch, capsys):
+def test_carried_state_does_not_grow_during_generation(make_run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["long_generation.py", str(make_run()), "--tokens", "96", "--every", "32"])
     long_generation.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -11,7 +11,7 @@ from bst_dist.study.evaluation.memory import PeakMemory
 MIB = 2**20
 
 
-def test_the_peak_is_of_what_came_after_and_is_forgotten_by_the_next():
+def test_peak_memory_counts_only_use_after_its_creation():
     cpu = torch.device("cpu")
     before = PeakMemory(cpu).bytes()
     first = PeakMemory(cpu)
@@ -25,6 +25,6 @@ def test_the_peak_is_of_what_came_after_and_is_forgotten_by_the_next():
     assert PeakMemory(cpu).bytes() - before < 32 * MIB
 
 
-def test_a_system_that_does_not_tell_is_no_error(tmp_path, monkeypatch):
+def test_unavailable_peak_memory_is_not_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CLEAR", tmp_path / "none" / "clear_refs")
     assert PeakMemory(torch.device("cpu")).bytes() is None

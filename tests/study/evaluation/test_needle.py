@@ -58,7 +58,7 @@ def maker(corpus):
 
 
 @pytest.mark.parametrize("begin", [3, None])
-def test_a_reader_that_copies_finds_every_key_and_none_that_is_not_there(maker, begin):
+def test_copying_reader_finds_only_keys_that_are_present(maker, begin):
     for depth in DEPTHS:
         rows = [maker.row(number, 160, depth) for number in range(3)]
         place = read(Reader(copies), rows, begin, 64, "fp32", depth)
@@ -69,7 +69,7 @@ def test_a_reader_that_copies_finds_every_key_and_none_that_is_not_there(maker, 
     assert (without.keys.value, without.distance) == (0.0, 0.0)
 
 
-def test_rows_hold_the_key_where_they_say(maker):
+def test_rows_contain_the_key_at_the_stated_distance(maker):
     keys = set()
     for number in range(4):
         distances = []
@@ -93,7 +93,7 @@ def test_rows_hold_the_key_where_they_say(maker):
         maker.row(0, 16, 0.5)
 
 
-def test_only_the_key_counts_whatever_stands_before_a_row(maker):
+def test_only_tokens_of_the_key_are_scored(maker):
     rows = [maker.row(number, 100, 0.5) for number in range(2)]
     for begin in (7, None):
         (batch,) = batches(rows, begin, 8)
@@ -103,7 +103,7 @@ def test_only_the_key_counts_whatever_stands_before_a_row(maker):
             assert inputs.tolist() == [*([] if begin is None else [begin]), *row.tokens[: row.first].tolist()]
 
 
-def test_the_command_reports_every_place_and_a_model_that_knows_nothing_is_near_none(make_run, tmp_path, capsys):
+def test_needle_command_reports_every_place_and_untrained_model_finds_none(make_run, tmp_path, capsys):
     run_dir, path = make_run(), tmp_path / "report.json"
     assert main(["eval", str(run_dir), "--needle", "96,128", "--rows", "2", "--json", str(path)]) == 0
     report = json.loads(path.read_text())

@@ -35,7 +35,7 @@ def literal_nats(run_dir, documents) -> list[float]:
     return nats
 
 
-def test_reported_figures_are_those_of_whole_documents(make_run, corpus, tmp_path):
+def test_reported_figures_equal_those_of_whole_documents(make_run, corpus, tmp_path):
     run_dir, path = make_run(), tmp_path / "report.json"
     assert main(["eval", str(run_dir), "--json", str(path)]) == 0
     (report,) = json.loads(path.read_text())["corpora"]
@@ -56,7 +56,7 @@ def test_reported_figures_are_those_of_whole_documents(make_run, corpus, tmp_pat
 
 
 @pytest.mark.parametrize("documents", ["isolated", "masked"])
-def test_documents_that_see_no_other_are_scored_alone(make_run, corpus, tmp_path, documents):
+def test_isolated_and_masked_documents_are_scored_separately(make_run, corpus, tmp_path, documents):
     """The reference computes each document in a separate row, in double precision, with a uniform first token."""
     run_dir, path = make_run(documents=documents), tmp_path / "report.json"
     assert main(["eval", str(run_dir), "--json", str(path)]) == 0
@@ -72,12 +72,12 @@ def test_documents_that_see_no_other_are_scored_alone(make_run, corpus, tmp_path
     assert report["loss_nats_per_token"] == pytest.approx(nats / report["tokens"], rel=1e-5)
 
 
-def test_a_context_that_is_no_whole_blocks_is_refused(make_run, capsys):
+def test_context_that_is_not_a_multiple_of_the_block_is_refused(make_run, capsys):
     assert main(["eval", str(make_run()), "--context", "12"]) == 2
     assert "--context 12 is not a multiple of the model's block, 8" in capsys.readouterr().err
 
 
-def test_less_context_makes_another_figure(make_run, tmp_path):
+def test_shorter_context_changes_the_loss(make_run, tmp_path):
     run_dir = make_run()
     for context in ("8", "32"):
         assert main(["eval", str(run_dir), "--context", context, "--json", str(tmp_path / context)]) == 0
@@ -87,7 +87,7 @@ def test_less_context_makes_another_figure(make_run, tmp_path):
     assert short["corpora"][0]["loss_nats_per_token"] != long["corpora"][0]["loss_nats_per_token"]
 
 
-def test_what_a_filter_sees_of_a_document_is_said(make_run, capsys):
+def test_eval_states_the_length_of_explicit_filters(make_run, capsys):
     run_dir = make_run()
     assert main(["eval", str(run_dir)]) == 0
     assert "context the whole document; " in " ".join(capsys.readouterr().out.split())
@@ -101,7 +101,7 @@ def test_what_a_filter_sees_of_a_document_is_said(make_run, capsys):
     )
 
 
-def test_batch_size_and_precision_are_obeyed_and_said(make_run, tmp_path, capsys):
+def test_batch_size_and_precision_are_used_and_reported(make_run, tmp_path, capsys):
     run_dir, found = make_run(), {}
     for options in ([], ["--batch-size", "1"], ["--precision", "bf16"]):
         assert main(["eval", str(run_dir), *options, "--json", str(tmp_path / "report.json")]) == 0
@@ -118,7 +118,7 @@ def test_batch_size_and_precision_are_obeyed_and_said(make_run, tmp_path, capsys
     assert "--batch-size 0: at least 1" in capsys.readouterr().err
 
 
-def test_ctrl_c_reports_the_documents_that_were_read(make_run, monkeypatch, capsys):
+def test_ctrl_c_reports_the_finished_documents(make_run, monkeypatch, capsys):
     run_dir = make_run()
 
     def forward(*args):
@@ -150,7 +150,7 @@ def test_ctrl_c_reports_the_documents_that_were_read(make_run, monkeypatch, caps
 
 
 @pytest.mark.ranks
-def test_several_ranks_find_what_one_does(make_run, tmp_path):
+def test_evaluation_does_not_depend_on_the_number_of_ranks(make_run, tmp_path):
     run_dir, found = make_run(), {}
     program = [str(BST), "eval", str(run_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

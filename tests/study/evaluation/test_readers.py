@@ -19,7 +19,7 @@ def launched(monkeypatch):
         monkeypatch.setenv(name, str(value))
 
 
-def test_the_process_group_is_left_at_the_end(launched):
+def test_process_group_is_destroyed_at_the_end(launched):
     """Otherwise the process sometimes aborts, because a gloo thread frees a tensor while the interpreter exits."""
     with joined() as readers:
         assert distributed.is_initialized()
@@ -27,7 +27,7 @@ def test_the_process_group_is_left_at_the_end(launched):
     assert not distributed.is_initialized()
 
 
-def test_the_process_group_is_left_after_an_error(launched):
+def test_process_group_is_destroyed_after_an_error(launched):
     with pytest.raises(UserError), joined():
         raise UserError("no such checkpoint")
     assert not distributed.is_initialized()

@@ -30,7 +30,7 @@ def literal(model, tokens, begin, context=None):
 
 @pytest.mark.parametrize("variant", ["SH", "MH", "MF"])
 @pytest.mark.parametrize(("begin", "context"), [(END, None), (None, None), (END, 16)])
-def test_streamed_documents_cost_what_they_cost_one_by_one(make_model, in_memory, variant, begin, context):
+def test_streamed_scores_equal_those_of_single_documents(make_model, in_memory, variant, begin, context):
     model, corpus = make_model(variant=variant), in_memory(LENGTHS, 19)
     got = score(model, corpus, corpus.lengths, np.arange(19), begin=begin, context=context, slice_length=16)
     expected = [literal(model, tokens, begin, context) for tokens in corpus.documents]
@@ -71,7 +71,7 @@ def test_context_cuts_documents_into_streams_that_cover_them():
 
 
 @pytest.mark.parametrize("begin", [END, None])
-def test_the_sums_of_all_readers_are_the_whole(make_model, in_memory, begin):
+def test_sum_over_readers_equals_the_whole_score(make_model, in_memory, begin):
     model, corpus = make_model(), in_memory(LENGTHS, 19)
     whole = score(model, corpus, corpus.lengths, np.arange(19), begin=begin, slice_length=16)
     shares = [
@@ -83,7 +83,7 @@ def test_the_sums_of_all_readers_are_the_whole(make_model, in_memory, begin):
         np.testing.assert_allclose(sum(getattr(share, name) for share in shares), getattr(whole, name), rtol=1e-9)
 
 
-def test_rows_bound_a_forward_pass(make_model, in_memory):
+def test_number_of_rows_per_forward_pass_is_limited(make_model, in_memory):
     model, corpus = make_model(), in_memory([20] * 7, 19)
     seen = [
         len(part.streams)
@@ -95,7 +95,7 @@ def test_rows_bound_a_forward_pass(make_model, in_memory):
 
 
 @pytest.mark.parametrize("begin", [END, None])
-def test_a_stop_leaves_documents_whole_or_short_of_their_length(make_model, in_memory, begin):
+def test_documents_finished_before_a_stop_have_exact_scores(make_model, in_memory, begin):
     model, corpus, asked = make_model(), in_memory(LENGTHS, 19), []
 
     def stopped() -> bool:

@@ -17,7 +17,7 @@ def test_the_newest_checkpoint_is_opened_and_an_older_one_on_request(make_run):
     assert not torch.equal(open_run(run_dir).model.embedding.weight, open_run(run_dir, 2).model.embedding.weight)
 
 
-def test_step_zero_is_the_model_that_the_seed_makes(make_run):
+def test_step_zero_is_the_initial_model_of_the_seed(make_run):
     trained = open_run(make_run(), 0)
     torch.manual_seed(trained.recipe.seed)
     expected = LanguageModel(trained.recipe.model)
@@ -25,7 +25,7 @@ def test_step_zero_is_the_model_that_the_seed_makes(make_run):
         assert torch.equal(parameter, expected.state_dict()[name]), name
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(make_run):
+def test_damaged_newest_checkpoint_is_skipped(make_run):
     run_dir = make_run(steps=(2, 4))
     path = directory(run_dir, 4) / shard_file(WEIGHTS, 0)
     path.write_bytes(path.read_bytes()[:-1])
@@ -34,7 +34,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(make_run):
         open_run(run_dir, 4)
 
 
-def test_a_missing_checkpoint_is_refused_with_those_that_exist(make_run):
+def test_missing_checkpoint_error_lists_the_existing_ones(make_run):
     with pytest.raises(UserError, match="no checkpoint of step 3; there are: 4, 2"):
         open_run(make_run(steps=(2, 4)), 3)
 
@@ -44,7 +44,7 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
         open_run(tmp_path)
 
 
-def test_of_a_checkpoint_only_the_weights_are_read(make_run):
+def test_only_the_weights_of_a_checkpoint_are_read(make_run):
     run_dir = make_run()
     path = directory(run_dir, 4) / MANIFEST
     manifest = json.loads(path.read_text())
