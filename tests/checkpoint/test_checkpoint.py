@@ -32,7 +32,7 @@ def write(run_dir: Path, step: int) -> Path:
     return path
 
 
-def test_files_record_what_lies_on_the_disk(tmp_path):
+def test_manifest_records_size_and_sha256_of_each_file(tmp_path):
     path = write(tmp_path, 1)
     records = json.loads((path / MANIFEST).read_text())["files"]
     for name, record in records.items():
@@ -52,7 +52,7 @@ def test_files_record_what_lies_on_the_disk(tmp_path):
     ],
     ids=["missing", "cut", "flipped", "no manifest", "broken manifest"],
 )
-def test_newest_valid_passes_over_a_damaged_one(tmp_path, hurt, said):
+def test_newest_valid_skips_a_damaged_checkpoint(tmp_path, hurt, said):
     older, newer = write(tmp_path, 10), write(tmp_path, 20)
     assert newest_valid(tmp_path) == newer
     hurt(newer)
@@ -63,7 +63,7 @@ def test_newest_valid_passes_over_a_damaged_one(tmp_path, hurt, said):
         newest_valid(tmp_path)
 
 
-def test_a_checkpoint_of_an_older_format_is_refused_and_not_passed_over(tmp_path):
+def test_a_checkpoint_of_an_older_format_is_refused_and_not_skipped(tmp_path):
     """Starting from step 0 beside it would repeat all steps of the run."""
     path = write(tmp_path, 1)
     (path / MANIFEST).write_text(json.dumps({"format": FORMAT - 1}))
@@ -72,7 +72,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_and_not_passed_over(tmp_path
     assert path.exists()
 
 
-def test_readers_who_share_a_checkpoint_find_all_that_one_finds(tmp_path):
+def test_checking_a_checkpoint_in_two_parts_finds_the_same_damage(tmp_path):
     path = write(tmp_path, 1)
     flip(path / "b.pt")
     flip(path / "a.pt")

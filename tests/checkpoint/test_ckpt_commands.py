@@ -106,14 +106,14 @@ def test_verify_names_the_file(run_dir, capsys):
     assert ckpt("verify", run_dir, "--step", 30)[0] == 0
 
 
-def test_gc_only_says_what_it_would_do(run_dir, tmp_path):
+def test_gc_without_delete_only_lists_removals(run_dir, tmp_path):
     status, report = ckpt("gc", run_dir, report=tmp_path / "r.json")
     assert status == 0
     assert set(report["removals"]) == {"step-00000040", "step-00000020", "step-00000010"}
     assert steps(run_dir) == [40, 30, 20, 10]
 
 
-def test_gc_keeps_what_is_pinned_and_what_other_settings_keep(run_dir):
+def test_gc_keeps_pinned_checkpoints_and_applies_given_settings(run_dir):
     ckpt("pin", run_dir, "--step", 10)
     ckpt("pin", run_dir, "--step", 20)
     ckpt("pin", run_dir, "--step", 20, "--remove")
@@ -125,20 +125,20 @@ def test_gc_keeps_what_is_pinned_and_what_other_settings_keep(run_dir):
     assert steps(run_dir) == [30, 10]
 
 
-def test_gc_counts_no_damaged_one(run_dir):
+def test_gc_does_not_count_a_damaged_checkpoint_as_newest(run_dir):
     flip(directory(run_dir, 30) / "weights-00000.safetensors")
     assert ckpt("gc", run_dir, "--delete")[0] == 0
     assert steps(run_dir) == [20]
 
 
-def test_gc_removes_nothing_while_none_is_valid(run_dir):
+def test_gc_removes_nothing_when_no_full_checkpoint_is_valid(run_dir):
     for step in (10, 20, 30):
         flip(directory(run_dir, step) / "weights-00000.safetensors")
     assert ckpt("gc", run_dir, "--delete")[0] == 0
     assert steps(run_dir) == [40, 30, 20, 10]
 
 
-def test_gc_leaves_alone_what_may_be_being_written(run_dir):
+def test_gc_keeps_recent_partial_directories(run_dir):
     partial = run_dir / "checkpoints" / "step-00000050.partial"
     partial.mkdir()
     ckpt("gc", run_dir, "--delete")
@@ -150,7 +150,7 @@ def test_gc_leaves_alone_what_may_be_being_written(run_dir):
 
 
 @pytest.mark.parametrize("limit", [None, 10_000])
-def test_converted_weights_are_the_models(run_dir, tmp_path, limit):
+def test_converted_weights_equal_the_checkpoint(run_dir, tmp_path, limit):
     options = ["--file-size", limit] if limit else []
     assert ckpt("convert", run_dir, tmp_path / "out", "--step", 30, "--dtype", "bf16", *options)[0] == 0
     files = sorted((tmp_path / "out").glob("*.safetensors"))

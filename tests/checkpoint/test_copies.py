@@ -40,7 +40,7 @@ def earlier(run: Path, step: int) -> None:
     shutil.copytree(directory(run, 4), directory(run, step))
 
 
-def test_a_run_comes_back_byte_for_byte(older, url, tmp_path):
+def test_push_and_pull_restore_a_run_byte_for_byte(older, url, tmp_path):
     assert push(older, url) == 0
     assert pull(url, tmp_path / "back") == 0
     there = contents(older)
@@ -48,7 +48,7 @@ def test_a_run_comes_back_byte_for_byte(older, url, tmp_path):
 
 
 @pytest.mark.ranks
-def test_a_run_that_was_brought_back_goes_on(bst, older, url, tmp_path):
+def test_a_pulled_run_can_be_resumed(bst, older, url, tmp_path):
     assert push(older, url) == 0
     shutil.rmtree(older)
     assert pull(url, older) == 0
@@ -57,7 +57,7 @@ def test_a_run_that_was_brought_back_goes_on(bst, older, url, tmp_path):
     assert "resumed from step 4" in done.stdout
 
 
-def test_the_same_through_s3(older, s3_endpoint, tmp_path, monkeypatch):
+def test_push_and_pull_work_with_s3(older, s3_endpoint, tmp_path, monkeypatch):
     server = s3_endpoint()
     monkeypatch.setenv("AWS_ENDPOINT_URL", server["endpoint_url"])
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", server["key"])
@@ -70,7 +70,7 @@ def test_the_same_through_s3(older, s3_endpoint, tmp_path, monkeypatch):
     assert contents(directory(tmp_path / "back", 4)) == contents(directory(older, 4))
 
 
-def test_a_push_that_broke_off_is_no_checkpoint_and_the_next_completes_it(older, url, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_push_leaves_no_checkpoint_and_can_be_repeated(older, url, tmp_path, monkeypatch, capsys):
     put, sent = RunCopy._put, []
 
     def fails(self, path, name):
@@ -90,7 +90,7 @@ def test_a_push_that_broke_off_is_no_checkpoint_and_the_next_completes_it(older,
     assert pull(url, tmp_path / "back") == 0
 
 
-def test_a_manifest_is_sent_after_all_other_files(older, url, monkeypatch):
+def test_the_manifest_is_sent_after_all_other_files(older, url, monkeypatch):
     sent, put = [], RunCopy._put
     monkeypatch.setattr(RunCopy, "_put", lambda self, path, name: (put(self, path, name), sent.append(name))[0])
     RunCopy(url).put_checkpoint(directory(older, 4))
@@ -101,7 +101,7 @@ def manifest_of(run: Path) -> dict:
     return json.loads((directory(run, 4) / "manifest.json").read_text())
 
 
-def test_damage_is_neither_sent_nor_taken(older, url, tmp_path, capsys):
+def test_damaged_checkpoints_are_neither_pushed_nor_pulled(older, url, tmp_path, capsys):
     assert push(older, url) == 0
     weights = tmp_path / "store" / "demo" / STEP / "weights-00001.safetensors"
     flip(weights)
@@ -114,7 +114,7 @@ def test_damage_is_neither_sent_nor_taken(older, url, tmp_path, capsys):
     assert RunCopy(f"{url}-2").steps() == []
 
 
-def test_only_the_newest_and_pinned_ones_are_kept_there(older, url, capsys):
+def test_the_copy_keeps_only_newest_and_pinned_checkpoints(older, url, capsys):
     for step in (1, 2, 3):
         earlier(older, step)
         if step == 1:
@@ -132,7 +132,7 @@ def test_a_second_push_sends_nothing(older, url, capsys):
     assert "sent" not in capsys.readouterr().out
 
 
-def test_a_watch_ends_with_the_run(older, url, monkeypatch):
+def test_push_watch_ends_when_the_run_finishes(older, url, monkeypatch):
     """Each new checkpoint is sent while the run continues, and the last one when it has finished."""
     naps = []
 
@@ -148,7 +148,7 @@ def test_a_watch_ends_with_the_run(older, url, monkeypatch):
     assert RunCopy(url).steps() == [6, 5]
 
 
-def test_a_checkpoint_that_the_run_removes_meanwhile_is_left_for_the_newest(older, url, monkeypatch, capsys):
+def test_push_continues_with_the_newest_if_a_checkpoint_is_removed(older, url, monkeypatch, capsys):
     put = RunCopy._put
 
     def removed(self, path, name):
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_is_left_for_the_newest(olde
     assert "checkpoint 4 was removed by the run" in capsys.readouterr().out
 
 
-def test_another_run_is_not_written_to(older, url, tmp_path, capsys):
+def test_pull_refuses_the_directory_of_another_run(older, url, tmp_path, capsys):
     assert push(older, url) == 0
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "recipe.yaml").write_text("name: other\n")
@@ -173,23 +173,23 @@ def test_another_run_is_not_written_to(older, url, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["--watch", "--step", "4"], ["--keep", "0"]])
-def test_what_cannot_be_meant_is_refused(older, url, arguments, capsys):
+def test_invalid_push_options_are_refused(older, url, arguments, capsys):
     assert push(older, url, *arguments) == 2
     assert capsys.readouterr().err
 
 
-def test_a_path_is_no_address(older, tmp_path):
+def test_a_local_path_is_refused_as_address(older, tmp_path):
     with pytest.raises(UserError, match="not an address"):
         RunCopy(str(tmp_path))
 
 
-def test_what_the_store_refuses_names_the_file(older, tmp_path, capsys):
+def test_storage_errors_name_the_file(older, tmp_path, capsys):
     (tmp_path / "store").write_text("in the way")
     assert push(older, f"file://{tmp_path}/store/demo") == 74
     assert "store/demo" in capsys.readouterr().err
 
 
-def test_a_pulled_checkpoint_is_whole(older, url, tmp_path):
+def test_pull_fetches_the_complete_checkpoint_of_a_step(older, url, tmp_path):
     push(older, url)
     assert pull(url, tmp_path / "back", "--step", "4") == 0
     assert damage(directory(tmp_path / "back", 4)) == []

@@ -150,7 +150,7 @@ WORKS = {"checkpoints": save, "a file": write_file, "a directory": write_directo
 
 
 @pytest.mark.parametrize("work", WORKS.values(), ids=WORKS)
-def test_nothing_can_be_lost_in_a_crash_and_every_sync_is_needed_for_that(tmp_path, work):
+def test_no_data_is_lost_in_a_crash_and_every_fsync_is_needed(tmp_path, work):
     (tmp_path / "root").mkdir()
     events = recorded(work, tmp_path / "root")
     assert violations(events) == []
@@ -180,7 +180,7 @@ def test_every_kind_of_file_of_a_checkpoint_is_synced(tmp_path):
 
 
 @pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTSUP])
-def test_a_mount_that_does_not_sync_directories_is_told_of_once(tmp_path, monkeypatch, caplog, refusal):
+def test_a_mount_without_directory_fsync_is_reported_once(tmp_path, monkeypatch, caplog, refusal):
     def fsync(descriptor: int) -> None:
         if opened(descriptor).is_dir():
             raise OSError(refusal, os.strerror(refusal))
@@ -194,7 +194,7 @@ def test_a_mount_that_does_not_sync_directories_is_told_of_once(tmp_path, monkey
     assert caplog.text.count("this mount does not sync directories") == 1
 
 
-def test_a_directory_that_cannot_be_synced_for_another_reason_is_an_error(tmp_path, monkeypatch):
+def test_other_errors_of_a_directory_fsync_are_raised(tmp_path, monkeypatch):
     def fsync(_: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 

@@ -89,7 +89,7 @@ def loads_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Snapshots, "load", load)
 
 
-def test_a_run_goes_on_under_any_layout(go, tmp_path, loads_are_exact, capfd):
+def test_a_run_resumes_under_any_layout(go, tmp_path, loads_are_exact, capfd):
     go("whole", (1, 1, 1), len(HOPS))
     for done, layout in enumerate(HOPS):
         go("hops", layout, done + 1)
@@ -102,7 +102,7 @@ def test_a_run_goes_on_under_any_layout(go, tmp_path, loads_are_exact, capfd):
     assert "layout changed: from 1 rank (dp 1 x sp 1, ZeRO-0) to 2 ranks (dp 1 x sp 2, ZeRO-1), new seeds" in said
 
 
-def test_rows_take_what_they_carry_to_other_ranks(go, tmp_path):
+def test_carried_state_moves_with_its_rows_to_other_ranks(go, tmp_path):
     streaming = ("data.mode=streaming", "train.carry=true")
     go("whole", (1, 1, 1), 8, *streaming, "train.micro_sequences=2")
     for done, (layout, micro) in enumerate([((1, 1, 1), 4), ((2, 2, 2), 2), ((3, 1, 3), 2), ((1, 1, 1), 2)]):
@@ -110,7 +110,7 @@ def test_rows_take_what_they_carry_to_other_ranks(go, tmp_path):
     assert torch.allclose(losses(tmp_path / "hops"), losses(tmp_path / "whole"), rtol=2e-6)
 
 
-def test_masked_documents_are_the_same_under_any_layout(go, tmp_path, capfd):
+def test_losses_with_masked_documents_are_equal_under_any_layout(go, tmp_path, capfd):
     longer = ("train.sequence_length=256",)  # documents begin in it
     masked = (*longer, "data.documents=masked", "data.packing=best_fit")
     go("whole", (1, 1, 1), 3, *masked)
@@ -124,7 +124,7 @@ def test_masked_documents_are_the_same_under_any_layout(go, tmp_path, capfd):
     assert said.count("\ndocs   joined, packing: stream\n") == 1
 
 
-def test_muon_s_momentum_goes_along_and_nothing_else_is_stored_of_a_matrix(go, tmp_path):
+def test_muon_momentum_survives_layout_changes_and_is_the_only_matrix_state(go, tmp_path):
     muon = ("optimizer.kind=muon", "optimizer.learning_rate=3e-3", "schedule.warmup_steps=0")
     go("whole", (1, 1, 1), len(HOPS), *muon)
     for done, layout in enumerate(HOPS):
@@ -144,7 +144,7 @@ def test_muon_s_momentum_goes_along_and_nothing_else_is_stored_of_a_matrix(go, t
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_a_stopped_run_with_muon_goes_on_with_the_same_bits(go, tmp_path, stage):
+def test_a_resumed_muon_run_is_bitwise_equal(go, tmp_path, stage):
     muon = ("optimizer.kind=muon", "train.gradient_clipping=0.1")
     go("whole", (2, 1, stage), 4, *muon)
     for until in (1, 3, 4):
@@ -154,7 +154,7 @@ def test_a_stopped_run_with_muon_goes_on_with_the_same_bits(go, tmp_path, stage)
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
-def test_an_optimizer_does_not_become_another(go, tmp_path):
+def test_changing_the_optimizer_kind_on_resume_is_refused(go, tmp_path):
     go("run", (1, 1, 1), 1)
     with pytest.raises(AssertionError, match=r"optimizer\.kind: 'adamw', 'muon'"):
         go("run", (1, 1, 1), 2, "optimizer.kind=muon")

@@ -89,7 +89,7 @@ def opened(counts: Counts) -> list[str]:
 
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("world", [1, 3, 8])
-def test_the_index_says_what_the_headers_of_the_files_say(tmp_path, world, stage):
+def test_the_index_equals_the_headers_of_the_files(tmp_path, world, stage):
     path = save(tmp_path, world, stage)
     manifest = read_manifest(path)
     index = Index.of(manifest[INDEX])
@@ -123,7 +123,7 @@ HOPS = [((6, 1), (3, 1)), ((3, 1), (7, 3)), ((4, 3), (8, 1)), ((8, 3), (5, 3)), 
 
 
 @pytest.mark.parametrize(("before", "after"), HOPS)
-def test_another_layout_reads_what_it_needs_and_no_header(tmp_path, before, after):
+def test_another_layout_reads_only_the_needed_bytes_and_no_headers(tmp_path, before, after):
     path = save(tmp_path, *before)
     manifest = read_manifest(path)
     load(tmp_path, *after)  # warm up: the first load also imports modules
@@ -151,7 +151,7 @@ def overlap(one: Fragment, other: Fragment) -> bool:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_the_same_layout_opens_the_same_few_files_whatever_the_number_of_ranks(tmp_path, stage):
+def test_the_same_layout_opens_few_files_for_any_number_of_ranks(tmp_path, stage):
     most = set()
     for world in (2, 12):
         save(tmp_path / str(world), world, stage)
@@ -161,7 +161,7 @@ def test_the_same_layout_opens_the_same_few_files_whatever_the_number_of_ranks(t
     assert len(opened(ranks[0])) <= 8
 
 
-def test_a_checkpoint_without_an_index_is_read_by_its_headers(tmp_path):
+def test_a_checkpoint_without_an_index_is_read_from_its_headers(tmp_path):
     path = save(tmp_path, 4, 3)
     manifest = read_manifest(path)
     del manifest[INDEX]
@@ -170,7 +170,7 @@ def test_a_checkpoint_without_an_index_is_read_by_its_headers(tmp_path):
     assert all(len(opened(rank)) > 2 * 4 for rank in ranks)
 
 
-def test_the_manifest_grows_with_parameters_and_ranks_and_not_with_their_product(tmp_path):
+def test_manifest_size_is_linear_in_parameters_plus_ranks(tmp_path):
     shapes = {f"layer {number}": (64, 3) for number in range(200)}
     spreads = []
     for ranks in (8, 64):
@@ -188,7 +188,7 @@ def pieces(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int, stage: int
     return [Piece(name, shapes[name], *run) for name, run in runs.items() if run[1]]
 
 
-def test_runs_that_do_not_make_up_a_parameter_are_refused():
+def test_pieces_that_do_not_cover_a_parameter_are_refused():
     runs = [Piece("a", (10,), 0, 4), Piece("a", (10,), 5, 5)]
     with pytest.raises(RuntimeError, match="a: rank 1 holds its elements from 5 on, the ranks before it only up to 4"):
         World(2).run(lambda ranks: agreed(ranks, {"a": (10,)}, [runs[ranks.rank]]))
@@ -196,7 +196,7 @@ def test_runs_that_do_not_make_up_a_parameter_are_refused():
         World(2).run(lambda ranks: agreed(ranks, {"a": (10,)}, runs[:1] if ranks.first else []))
 
 
-def test_holders_are_those_whose_runs_overlap():
+def test_holders_are_the_ranks_with_overlapping_elements():
     chance = random.Random(0)
     for _ in range(300):
         ranks, numel = chance.randint(1, 6), chance.randint(1, 20)
@@ -214,7 +214,7 @@ def test_holders_are_those_whose_runs_overlap():
         assert all(not runs[rank][1] for rank in found - wanted)
 
 
-def test_every_tensor_is_read_whole_by_opening_each_file_once(tmp_path):
+def test_reading_all_tensors_opens_each_file_once(tmp_path):
     path = save(tmp_path, 5, 3)
     weights, counts = open_shards(path, WEIGHTS), Counts()
     with Counting(counts):
@@ -228,9 +228,7 @@ def test_every_tensor_is_read_whole_by_opening_each_file_once(tmp_path):
 
 @pytest.mark.parametrize("file_size", [1e9, 1e3])
 @pytest.mark.parametrize(("at_a_time", "rounds"), [(2**30, 1), (4 * 37 * 8, 2), (1, 5)])
-def test_weights_for_other_programs_take_few_opens_and_bounded_memory(
-    tmp_path, monkeypatch, at_a_time, rounds, file_size
-):
+def test_exporting_weights_in_parts_opens_few_files(tmp_path, monkeypatch, at_a_time, rounds, file_size):
     weights, counts = open_shards(save(tmp_path, 4, 3), WEIGHTS), Counts()
     monkeypatch.setattr(exporting, "AT_A_TIME", at_a_time)
     with Counting(counts):

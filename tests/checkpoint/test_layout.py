@@ -31,7 +31,7 @@ LAYOUTS = [(1, 1, 1), (1, 1, 8), (2, 1, 3), (2, 2, 4), (3, 1, 1), (4, 2, 1), (6,
 
 @pytest.mark.parametrize("saved", LAYOUTS, ids=str)
 @pytest.mark.parametrize("now", LAYOUTS, ids=str)
-def test_every_rank_gets_what_it_would_have_carried(saved, now):
+def test_every_rank_gets_the_carried_state_of_its_rows(saved, now):
     world, sp, micro = now
     for rank in range(world):
         rows = Rows(SEQUENCES, micro, Mesh(world, rank, sp))
@@ -57,10 +57,10 @@ def test_only_the_ranks_that_hold_the_rows_are_read():
     assert read == [4, 6]
 
 
-def test_nothing_carried_stays_nothing():
+def test_redistributing_no_carried_state_gives_none():
     assert redistribute(Rows(SEQUENCES, 2, Mesh(2, 0)), Layout(4, 1, 3), lambda _: []) == []
 
 
-def test_a_layout_as_people_read_it():
+def test_layout_text_names_ranks_dp_sp_and_stage():
     assert str(Layout(4, 2, 3)) == "4 ranks (dp 2 x sp 2, ZeRO-3)"
     assert str(Layout(1, 1, 0)) == "1 rank (dp 1 x sp 1, ZeRO-0)"

@@ -46,14 +46,14 @@ BST = Path(sys.executable).with_name("bst")
 # Neighbours
 
 
-def test_the_same_local_rank_of_the_next_node_keeps_a_ranks_copy():
+def test_a_copy_is_kept_by_the_same_local_rank_of_the_next_node():
     assert keepers(["a", "a", "b", "b", "c", "c"]) == [2, 3, 4, 5, 0, 1]
     assert keepers(["b", "a", "b", "a"]) == [1, 0, 3, 2]  # ranks of a node are not consecutive
     assert keepers(["a"] * 4) == [None] * 4
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=7))
-def test_nobody_keeps_two_copies_nor_one_of_its_own_node(sizes):
+def test_no_rank_keeps_two_copies_or_one_of_its_own_node(sizes):
     nodes = [str(node) for node, size in enumerate(sizes) for _ in range(size)]
     found = keepers(nodes)
     kept = [keeper for keeper in found if keeper is not None]
@@ -102,7 +102,7 @@ def lend(ranks: Any, roots: list[Path]) -> tuple[list[int], str | None]:
 
 
 @pytest.mark.ranks
-def test_a_node_without_its_copy_has_it_from_the_one_that_kept_it(on_ranks, tmp_path):
+def test_a_lost_copy_is_fetched_from_the_node_that_keeps_it(on_ranks, tmp_path):
     for taken, damaged in on_ranks(2, lend, [tmp_path / "a", tmp_path / "b"]):
         assert taken == ([1], None)
         assert damaged.startswith("rank 1's: damaged on ")
@@ -131,7 +131,7 @@ def test_a_copy_is_read_as_it_was_written(tmp_path):
         assert into.tolist() == [1.0 + place, 2.0 + place, 3.0 + place]
 
 
-def test_a_copy_that_is_torn_or_changed_anywhere_is_not_trusted(tmp_path):
+def test_a_truncated_or_changed_copy_is_rejected(tmp_path):
     path = tmp_path / "rank-00000"
     write(path)
     whole = path.read_bytes()
@@ -225,7 +225,7 @@ def at(step: int, skipped: int = 0) -> Position:
     return Position(step, step, {}, [], skipped)
 
 
-def test_the_newest_of_the_last_two_is_taken_when_no_checkpoint_is_newer(tmp_path):
+def test_the_newest_local_copy_is_used_unless_a_checkpoint_is_newer(tmp_path):
     first = Run(tmp_path)
     first.train(1, 2, 3)
     assert first.there() == [2, 3]
@@ -236,7 +236,7 @@ def test_the_newest_of_the_last_two_is_taken_when_no_checkpoint_is_newer(tmp_pat
     assert Run(tmp_path, 4).find() is None
 
 
-def test_a_copy_that_others_cannot_go_with_is_passed_by(tmp_path):
+def test_copies_that_do_not_match_the_run_are_not_used(tmp_path):
     run = Run(tmp_path)
     run.train(1, 2)
     run.there()
@@ -256,7 +256,7 @@ def test_a_copy_that_others_cannot_go_with_is_passed_by(tmp_path):
     assert "step 2 are not used: rank 0's: damaged on" in torn.ranks.said[0]
 
 
-def test_copies_are_kept_until_the_next_ones_are_there_and_then_removed(tmp_path):
+def test_copies_are_kept_until_newer_copies_or_checkpoints_exist(tmp_path):
     run = Run(tmp_path)
     run.train(1, 2, 3)
     run.there()
@@ -273,7 +273,7 @@ def test_copies_are_kept_until_the_next_ones_are_there_and_then_removed(tmp_path
     assert not again.copies.root.exists()
 
 
-def test_a_run_that_begins_anew_or_wants_no_copies_removes_those_of_before(tmp_path):
+def test_a_fresh_start_or_disabled_copies_remove_old_copies(tmp_path):
     for otherwise in ({"resume": False}, {"local_every": 0}):
         run = Run(tmp_path)
         run.train(1)
@@ -294,7 +294,7 @@ def test_a_copied_run_directory_has_no_local_copies(tmp_path):
     assert run.there() == [1]
 
 
-def test_a_start_that_was_thought_dead_removes_no_copy_of_its_successor(tmp_path):
+def test_a_replaced_start_removes_no_copy_of_its_successor(tmp_path):
     dead, successor = Run(tmp_path, 1), Run(tmp_path, 2)
     successor.train(5)
     successor.there()
@@ -302,7 +302,7 @@ def test_a_start_that_was_thought_dead_removes_no_copy_of_its_successor(tmp_path
     assert dead.there() == [4, 5, 5]
 
 
-def test_a_roll_back_leaves_no_copy(tmp_path):
+def test_a_roll_back_removes_local_copies(tmp_path):
     run = Run(tmp_path)
     run.train(1, 2)
     run.copies.drop()
@@ -311,7 +311,7 @@ def test_a_roll_back_leaves_no_copy(tmp_path):
     assert run.there() == [1]
 
 
-def test_a_checkpoint_that_was_not_committed_is_written_from_its_copy(tmp_path, monkeypatch):
+def test_an_uncommitted_checkpoint_is_written_from_its_local_copy(tmp_path, monkeypatch):
     settings = {"every": 4, "weights_every": 6, "keep_last": 9}
     run = Run(tmp_path, **settings)
     monkeypatch.setattr(type(run.snapshots), "pending", property(lambda self: 4))  # its writing takes long
@@ -330,7 +330,7 @@ def test_a_checkpoint_that_was_not_committed_is_written_from_its_copy(tmp_path, 
     assert whole.snapshots.load(checkpoint) == at(4)
 
 
-def test_a_start_that_ends_where_it_resumed_has_a_checkpoint_there(tmp_path):
+def test_a_start_that_takes_no_step_still_writes_a_checkpoint(tmp_path):
     run = Run(tmp_path)
     run.train(1, 2)
     run.there()
@@ -340,7 +340,7 @@ def test_a_start_that_ends_where_it_resumed_has_a_checkpoint_there(tmp_path):
     assert [step_of(path) for path in committed(tmp_path / "run")] == [2]
 
 
-def test_a_full_directory_ends_the_copies_and_nothing_else(tmp_path, monkeypatch):
+def test_a_full_directory_stops_local_copies_but_not_training(tmp_path, monkeypatch):
     run = Run(tmp_path)
     run.train(1)
     run.there()
@@ -352,7 +352,7 @@ def test_a_full_directory_ends_the_copies_and_nothing_else(tmp_path, monkeypatch
     assert not run.copies.root.exists()
 
 
-def test_without_room_for_all_copies_there_are_none(tmp_path, monkeypatch):
+def test_without_room_for_all_copies_none_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: Room(1700))
     run = Run(tmp_path)
     assert not run.copies.on
@@ -367,7 +367,7 @@ class Room:
         self.free = free
 
 
-def test_what_was_reported_is_synced_before_a_copy_is_there(tmp_path, monkeypatch):
+def test_metrics_are_synced_before_a_copy_is_written(tmp_path, monkeypatch):
     run, synced = Run(tmp_path), []
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / FILE).write_text("{}\n")
@@ -384,7 +384,7 @@ def test_what_was_reported_is_synced_before_a_copy_is_there(tmp_path, monkeypatc
 
 @pytest.mark.ranks
 @pytest.mark.long
-def test_a_rank_that_is_killed_costs_no_step_and_no_checkpoint_is_read(tmp_path, settings):
+def test_a_run_with_killed_ranks_resumes_from_local_copies(tmp_path, settings):
     """There is no checkpoint before the end, so the run can only resume from local copies."""
     memory = tmp_path / "memory"
     settings["train"] |= {"steps": 60}
@@ -447,13 +447,13 @@ def pid_of(launched: subprocess.Popen[bytes], rank: int) -> int:
     raise AssertionError(f"there is no rank {rank}")
 
 
-def test_a_key_names_its_directory():
+def test_a_key_is_read_back_from_its_text():
     assert Key.of(str(Key(3, 12, 4))) == Key(3, 12, 4)
     assert Key.of("step-00000012") is None
     assert max(Key(0, 12, 4), Key(3, 8, 2)) == Key(3, 8, 2)  # newer: more steps were skipped in a roll-back
 
 
-def test_the_last_step_has_a_checkpoint_and_no_copy(tmp_path):
+def test_the_last_step_writes_no_local_copy(tmp_path):
     run = Run(tmp_path)
     (_,), (take,) = run.copies.callbacks(lambda step: at(step), Evaluated())
     take.after_step(Report(1), last=False)

@@ -22,7 +22,7 @@ DATA = Path(__file__).parent / "data" / "format-2"
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [2, 1])
-def test_a_run_of_an_older_version_goes_on(bst, older, ranks):
+def test_a_run_of_an_older_version_can_be_resumed(bst, older, ranks):
     done = bst("train", "run/recipe.yaml", "--resume", "--ranks", ranks, "--run-dir", "run")
     assert done.returncode == 0, done.stdout
     assert "resumed from step 4" in done.stdout

@@ -66,7 +66,7 @@ def test_groups_keep_their_hyperparameters_through_a_resume_in_every_stage(recip
         assert all(tuple(group["betas"]) == (0.9, 0.95) for group in groups)
 
 
-def test_newest_valid_checkpoint_is_taken_and_the_reason_told(go, assert_same_run, tmp_path, capfd):
+def test_newest_valid_checkpoint_is_used_and_damage_is_reported(go, assert_same_run, tmp_path, capfd):
     go("whole")
     go("parts", until=4)
     damaged = directory(tmp_path / "parts", 4) / "weights-00000.safetensors"
@@ -83,7 +83,7 @@ def test_newest_valid_checkpoint_is_taken_and_the_reason_told(go, assert_same_ru
 
 
 @pytest.mark.parametrize("moment", ["write", "_commit"], ids=["while writing", "before the commit"])
-def test_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(go, assert_same_run, tmp_path, monkeypatch, moment):
+def test_a_kill_during_a_save_leaves_the_previous_checkpoint(go, assert_same_run, tmp_path, monkeypatch, moment):
     original = getattr(saving, moment)
 
     def killed(*args: Any) -> Any:
@@ -102,7 +102,7 @@ def test_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(go, assert_sa
     assert not list((tmp_path / "parts" / "checkpoints").glob("*.partial"))
 
 
-def test_manifest_names_every_file_and_what_the_run_is(go, tmp_path):
+def test_manifest_lists_every_file_and_describes_the_run(go, tmp_path):
     go("run", world=2, until=2)
     checkpoint = newest_valid(tmp_path / "run")
     manifest = read_manifest(checkpoint)

@@ -42,7 +42,7 @@ def held(run_dir: Path, step: int) -> CheckpointEntry:
     ],
     ids=["default", "one", "best", "every", "at"],
 )
-def test_what_stays(tmp_path, settings, stay):
+def test_retention_settings_decide_which_checkpoints_stay(tmp_path, settings, stay):
     losses = {20: 3.0, 30: 1.0, 40: 2.0, 60: 2.5}
     for step in range(10, 90, 10):
         hold(tmp_path, step, losses.get(step))
@@ -52,7 +52,7 @@ def test_what_stays(tmp_path, settings, stay):
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(stay)
 
 
-def test_a_pinned_one_stays(tmp_path):
+def test_a_pinned_checkpoint_stays(tmp_path):
     for step in (10, 20, 30):
         path = hold(tmp_path, step)
         if step == 10:
@@ -61,7 +61,7 @@ def test_a_pinned_one_stays(tmp_path):
     assert steps(tmp_path) == [30, 10]
 
 
-def test_one_of_the_weights_alone_is_none_of_the_newest(tmp_path):
+def test_a_weights_only_checkpoint_does_not_count_as_newest(tmp_path):
     for step in (10, 20):
         hold(tmp_path, step)
     hold(tmp_path, 30, full=False)
@@ -69,7 +69,7 @@ def test_one_of_the_weights_alone_is_none_of_the_newest(tmp_path):
     assert steps(tmp_path) == [30, 20, 10]
 
 
-def test_a_full_one_at_a_step_of_weights_keeps_only_those(tmp_path):
+def test_an_old_full_checkpoint_at_a_weights_step_keeps_only_weights(tmp_path):
     for step in (10, 20, 30):
         hold(tmp_path, step)
     retain(tmp_path, CheckpointConfig(keep_last=1, weights_every=10))
@@ -77,7 +77,7 @@ def test_a_full_one_at_a_step_of_weights_keeps_only_those(tmp_path):
     assert {path.name for path in directory(tmp_path, 10).iterdir()} == {MANIFEST, "weights-00000.safetensors"}
 
 
-def test_thinning_that_was_broken_off_is_completed(tmp_path):
+def test_interrupted_removal_of_optimizer_files_is_completed(tmp_path):
     for step in (10, 20):
         hold(tmp_path, step)
     (directory(tmp_path, 10) / MANIFEST).write_text(
@@ -87,7 +87,7 @@ def test_thinning_that_was_broken_off_is_completed(tmp_path):
     assert {path.name for path in directory(tmp_path, 10).iterdir()} == {MANIFEST, "weights-00000.safetensors"}
 
 
-def test_what_cannot_be_read_counts_as_none_and_is_left_alone(tmp_path):
+def test_an_unreadable_checkpoint_is_neither_counted_nor_removed(tmp_path):
     for step in (10, 20, 30):
         hold(tmp_path, step)
     (directory(tmp_path, 30) / MANIFEST).write_text("{")
@@ -95,7 +95,7 @@ def test_what_cannot_be_read_counts_as_none_and_is_left_alone(tmp_path):
     assert steps(tmp_path) == [30, 20]
 
 
-def test_reasons_are_told(tmp_path):
+def test_reasons_for_keeping_are_reported(tmp_path):
     hold(tmp_path, 10, loss=1.0)
     hold(tmp_path, 20, loss=2.0)
     config = CheckpointConfig(every=10, keep_last=1, keep_every=20, at=(10,))
@@ -106,7 +106,7 @@ def test_reasons_are_told(tmp_path):
     ("constant_until", "kept"),
     [(None, [60, 50]), (60, [60, 50]), (59, [60, 50]), (40, [60, 50, 40]), (39, [60, 50, 30]), (9, [60, 50])],
 )
-def test_the_last_one_before_the_decay_stays_once_the_decay_has_begun(tmp_path, constant_until, kept):
+def test_the_last_checkpoint_before_the_decay_is_kept(tmp_path, constant_until, kept):
     for step in range(10, 70, 10):
         hold(tmp_path, step, full=step != 20)
     retain(tmp_path, CheckpointConfig(), constant_until)
@@ -116,7 +116,7 @@ def test_the_last_one_before_the_decay_stays_once_the_decay_has_begun(tmp_path, 
         assert found[kept[2]] == ["before decay"]
 
 
-def test_where_the_guard_would_roll_back_to_is_among_the_newest(tmp_path):
+def test_the_roll_back_target_of_the_guard_counts_as_newest(tmp_path):
     """The guard rolls back only to scheduled checkpoints; a checkpoint after a signal may be newer."""
     hold(tmp_path, 20, loss=2.0)
     hold(tmp_path, 25, loss=2.0)
@@ -124,7 +124,7 @@ def test_where_the_guard_would_roll_back_to_is_among_the_newest(tmp_path):
     assert kept == {25: ["newest"], 20: ["newest"]}
 
 
-def test_what_cannot_be_looked_at_is_a_line_and_tried_again_later(tmp_path, monkeypatch, caplog):
+def test_storage_errors_in_retention_are_only_logged(tmp_path, monkeypatch, caplog):
     def retain(*_) -> None:
         raise StorageError("node-02 cannot read manifest.json: Input/output error")
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_looked_at_is_a_line_and_tried_again_later(tmp_path, monk
     ]
 
 
-def test_those_of_steps_that_are_taken_again_lose_their_names(tmp_path):
+def test_checkpoints_of_repeated_steps_are_marked_as_deleted(tmp_path):
     for step in (10, 20, 30):
         hold(tmp_path, step)
     retention.abandon(tmp_path, 20)
@@ -143,14 +143,14 @@ def test_those_of_steps_that_are_taken_again_lose_their_names(tmp_path):
     assert [path.name for path in leftovers(tmp_path)] == ["step-00000030.deleted"]
 
 
-def test_a_damaged_one_is_set_aside_beside_earlier_ones_of_its_step(tmp_path):
+def test_damaged_checkpoints_of_one_step_get_different_names(tmp_path):
     for _ in range(3):
         retention.set_aside(hold(tmp_path, 10))
     found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert found == ["step-00000010.2.damaged", "step-00000010.3.damaged", "step-00000010.damaged"]
 
 
-def test_leavings_are_found_and_removed(tmp_path):
+def test_leftovers_are_found_and_removed(tmp_path):
     hold(tmp_path, 10)
     for name in ("step-00000020.partial", "step-00000005.deleted"):
         (tmp_path / "checkpoints" / name).mkdir()

@@ -15,7 +15,7 @@ def draw() -> tuple[float, ...]:
     return (*normal, random.random(), np.random.random(), torch.rand(()).item())
 
 
-def test_restored_generators_draw_what_would_have_come(tmp_path):
+def test_restored_generators_continue_the_same_sequence(tmp_path):
     rng.seed_all(1, rank=0)
     draw()
     torch.save(rng.capture(CPU), tmp_path / "state.pt")

@@ -115,7 +115,7 @@ def resume(run_dir: Path, numel: int = 100, **settings: Any) -> int:
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, background):
+def test_a_checkpoint_holds_the_state_at_the_time_of_the_request(tmp_path, background):
     state = Tensors()
     run = snapshots(tmp_path, state, background=background)
     for step in (3, 5):
@@ -137,7 +137,7 @@ class OnDevice(Tensor):
         return self.as_subclass(Tensor)
 
 
-def test_without_a_copy_an_accelerators_tensors_are_written_all_the_same(tmp_path):
+def test_device_tensors_are_written_without_a_background_copy(tmp_path):
     state = Tensors()
     for values in state.values.values():
         values |= {kind: tensor.as_subclass(OnDevice) for kind, tensor in values.items()}
@@ -146,7 +146,7 @@ def test_without_a_copy_an_accelerators_tensors_are_written_all_the_same(tmp_pat
     assert resume(tmp_path) == 3
 
 
-def test_nothing_is_committed_before_all_is_written(tmp_path, monkeypatch):
+def test_a_checkpoint_is_committed_only_after_all_files_are_written(tmp_path, monkeypatch):
     state, held_up = Tensors(), []
     run = snapshots(tmp_path, state)
     original = saving.write
@@ -184,7 +184,7 @@ def test_training_does_not_wait_for_the_commit(tmp_path, monkeypatch):
     assert run.finish().path == directory(tmp_path, 1)
 
 
-def test_a_run_that_ends_has_removed_what_is_not_kept(tmp_path, monkeypatch):
+def test_old_checkpoints_are_removed_before_the_run_ends(tmp_path, monkeypatch):
     state, original = Tensors(), retention.remove_leftovers
     run = snapshots(tmp_path, state, keep_last=1)
 
@@ -198,7 +198,7 @@ def test_a_run_that_ends_has_removed_what_is_not_kept(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_is_told_of(tmp_path, monkeypatch, caplog):
+def test_a_failed_removal_of_an_old_checkpoint_is_logged(tmp_path, monkeypatch, caplog):
     def refuse(path: Path) -> None:
         raise OSError(errno.EACCES, "Permission denied", str(path))
 
@@ -209,7 +209,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told_of(tmp_path, monkeypat
     assert "step-00000001.deleted: an old checkpoint could not be removed: Permission denied" in caplog.text
 
 
-def test_one_of_the_weights_alone_is_a_third_and_is_passed_over(tmp_path):
+def test_a_weights_only_checkpoint_is_a_third_as_large_and_not_resumed(tmp_path):
     state = Tensors(numel=100_000)
     run = snapshots(tmp_path, state, weights_every=1)
     full = save(run, state, 1)
@@ -221,7 +221,7 @@ def test_one_of_the_weights_alone_is_a_third_and_is_passed_over(tmp_path):
         run.load(thin.path)
 
 
-def test_a_checkpoint_of_a_step_takes_the_place_of_one_of_its_weights(tmp_path):
+def test_a_full_checkpoint_replaces_weights_only_of_the_same_step(tmp_path):
     state = Tensors()
     run = snapshots(tmp_path, state, weights_every=1)
     save(run, state, 1, full=False)
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         snapshots(tmp_path, Tensors(numel=50)).load(directory(tmp_path, 1))
 
 
-def test_newest_waits_for_what_is_under_way(tmp_path):
+def test_newest_waits_for_a_pending_save(tmp_path):
     state = Tensors()
     run = snapshots(tmp_path, state)
     assert run.start(position(1)) is None
@@ -291,7 +291,7 @@ def go_on(run_dir: Path, count: int, said: int) -> None:
 
 
 @pytest.mark.long
-def test_killed_at_any_change_to_the_disk_it_resumes_right(tmp_path):
+def test_a_kill_at_any_disk_change_is_resumed_correctly(tmp_path):
     count, survived, told = 0, 0, 0
     while survived < 2:  # two runs in which `count` exceeds the number of changes
         count += 1
@@ -321,7 +321,7 @@ def test_killed_at_any_change_to_the_disk_it_resumes_right(tmp_path):
 # No disk space
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_writing(tmp_path, monkeypatch):
     state = Tensors()
     run = snapshots(tmp_path, state)
     save(run, state, 1)
@@ -347,7 +347,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.ranks
-def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(small_disk, monkeypatch):
+def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint(small_disk, monkeypatch):
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))  # passes the check
     state = Tensors(numel=50_000)  # 1.2 MB
@@ -381,7 +381,7 @@ def after_steps(run_dir: Path, until: int, said: list[str], **settings: Any) -> 
         callback.after_step(SimpleNamespace(step=step), last=step == until)
 
 
-def test_a_run_goes_on_without_a_checkpoint_but_does_not_end_without_one(tmp_path, full_disk):
+def test_a_failed_checkpoint_ends_the_run_only_at_the_last_step(tmp_path, full_disk):
     said: list[str] = []
     with pytest.raises(StorageError, match=r"no checkpoint of step 5: rank 0: .* cannot write there: No space"):
         after_steps(tmp_path, 5, said, every=2)
@@ -391,14 +391,14 @@ def test_a_run_goes_on_without_a_checkpoint_but_does_not_end_without_one(tmp_pat
     assert "the run continues" in said[0]
 
 
-def test_a_run_stops_after_so_many_checkpoints_in_a_row_that_could_not_be_written(tmp_path, full_disk):
+def test_a_run_stops_after_consecutive_checkpoint_failures(tmp_path, full_disk):
     said: list[str] = []
     with pytest.raises(StorageError, match=r"(?s)no checkpoint of step 4: .*2 in a row \(checkpoint.failures\)"):
         after_steps(tmp_path, 9, said, every=2, failures=2)
     assert len(said) == 1
 
 
-def test_a_checkpoint_that_is_written_ends_the_row(tmp_path, monkeypatch):
+def test_a_written_checkpoint_resets_the_failure_count(tmp_path, monkeypatch):
     original, done = saving.write, []
 
     def write(*args: Any) -> None:
@@ -415,7 +415,7 @@ def test_a_checkpoint_that_is_written_ends_the_row(tmp_path, monkeypatch):
     ]
 
 
-def test_the_copys_memory_is_little_more_than_what_is_copied():
+def test_copy_blocks_are_little_larger_than_the_copied_data():
     for count in (1, 1 << 18, 7_000_000, 3 * (1 << 28) + 5, 21_000_000_000):
         sizes = copying.block_sizes(count)
         assert count <= sum(sizes) < count + (1 << 18)
@@ -423,7 +423,7 @@ def test_the_copys_memory_is_little_more_than_what_is_copied():
     assert copying.block_sizes(-3) == []
 
 
-def test_a_copy_over_several_blocks_is_written_as_one(tmp_path, monkeypatch):
+def test_a_copy_in_several_blocks_is_written_correctly(tmp_path, monkeypatch):
     monkeypatch.setattr(copying, "block_sizes", lambda count: [64] * -(-count // 64))
     state = Tensors(numel=150)
     assert isinstance(save(snapshots(tmp_path, state), state, 1), Saved)
@@ -446,13 +446,13 @@ def test_a_disk_without_room_for_one_checkpoint_is_found_before_the_first_step(t
         snapshots(tmp_path, Tensors()).rehearse()
 
 
-def test_checkpoints_are_taken_when_due(tmp_path):
+def test_checkpoints_are_written_at_the_configured_steps(tmp_path):
     after_steps(tmp_path, 7, [], every=3, at=(2,), weights_every=5, keep_last=9)
     full = {step_of(path): (path / "optimizer-00000.safetensors").exists() for path in committed(tmp_path)}
     assert full == {7: True, 6: True, 5: False, 3: True, 2: True}
 
 
-def test_going_on_under_the_same_layout_opens_few_files(tmp_path, monkeypatch):
+def test_resuming_under_the_same_layout_opens_few_files(tmp_path, monkeypatch):
     """The checkpoint is of 64 ranks and has no index; this rank wrote the first files."""
     state = Tensors()
     run = snapshots(tmp_path, state)

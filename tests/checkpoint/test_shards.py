@@ -34,7 +34,7 @@ def write_spread(folder, world: int) -> list:
     return paths
 
 
-def test_what_one_rank_wrote_is_an_ordinary_safetensors_file(tmp_path):
+def test_the_file_of_a_single_rank_is_ordinary_safetensors(tmp_path):
     (path,) = write_spread(tmp_path, 1)
     found = load_file(path)
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == TENSORS
@@ -42,7 +42,7 @@ def test_what_one_rank_wrote_is_an_ordinary_safetensors_file(tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_any_run_of_elements_is_read_back_from_any_division(tmp_path, world):
+def test_any_element_range_is_read_from_any_number_of_shards(tmp_path, world):
     shards = Shards(Headers(write_spread(tmp_path, world)))
     assert shards.shapes == TENSORS
     for name, tensor in tensors().items():
@@ -54,7 +54,7 @@ def test_any_run_of_elements_is_read_back_from_any_division(tmp_path, world):
                 assert torch.equal(into, tensor.flatten()[begin:end])
 
 
-def test_a_missing_shard_is_noticed(tmp_path):
+def test_a_missing_shard_is_reported(tmp_path):
     shards = Shards(Headers(write_spread(tmp_path, 3)[:2]))
     with pytest.raises(ShardError, match="a: 7 of its elements 0 to 15 are in the shards"):
         shards.whole("a")
@@ -63,13 +63,13 @@ def test_a_missing_shard_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 100], ids=["empty", "no header", "noise"])
-def test_a_file_that_is_no_shard(tmp_path, content):
+def test_a_file_that_is_not_a_shard_is_refused(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ShardError, match="x: not a shard"):
         Headers([tmp_path / "x"])
 
 
-def test_a_shard_that_was_cut_off(tmp_path):
+def test_a_truncated_shard_is_refused(tmp_path):
     (path,) = write_spread(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ShardError, match=r"ends in the middle of c\.d"):
@@ -87,7 +87,7 @@ def opens(monkeypatch) -> list[str]:
     return names
 
 
-def test_a_rank_that_reads_what_it_wrote_opens_no_other_file(tmp_path, monkeypatch):
+def test_a_rank_opens_only_its_own_file_to_read_its_data(tmp_path, monkeypatch):
     paths = write_spread(tmp_path, 3)
     held = load_file(paths[1])
     names = opens(monkeypatch)
@@ -100,7 +100,7 @@ def test_a_rank_that_reads_what_it_wrote_opens_no_other_file(tmp_path, monkeypat
     assert names == ["1.safetensors"] * 2  # its header, its values
 
 
-def test_what_the_likely_file_has_not_is_found_in_the_others(tmp_path):
+def test_tensors_missing_in_the_likely_file_are_found_in_others(tmp_path):
     paths = write_spread(tmp_path, 3)
     shards = Shards(Headers(paths, likely=paths[2]))
     assert torch.equal(shards.whole("a"), tensors()["a"])

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("local_every", [0, 1])
-def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path, local_every):
+def test_a_repeatedly_killed_run_equals_an_uninterrupted_one(tmp_path, local_every):
     path = Path(__file__).with_name("soak.py")
     spec = importlib.util.spec_from_file_location("soak", path)
     soak = sys.modules["soak"] = importlib.util.module_from_spec(spec)

@@ -60,7 +60,7 @@ def test_a_file_that_may_not_be_read_is_named_with_its_host(bst, older):
 
 
 @needs_root
-def test_checkpoints_that_may_not_be_listed_are_not_taken_for_none(bst, older):
+def test_checkpoints_that_may_not_be_listed_are_not_treated_as_missing(bst, older):
     (older / "checkpoints").chmod(0)
     done = bst(*RESUME, under=PLAIN_USER)
     assert done.returncode == UNREADABLE, done.stdout
@@ -69,7 +69,7 @@ def test_checkpoints_that_may_not_be_listed_are_not_taken_for_none(bst, older):
 
 
 @needs_root
-def test_files_that_one_host_of_two_does_not_see_are_not_taken_for_lost(older):
+def test_files_that_one_host_of_two_does_not_see_are_not_treated_as_lost(older):
     before = tree(older)
     master = f"127.0.0.1:{free_port()}"
     bst = str(Path(sys.executable).with_name("bst"))
@@ -88,7 +88,7 @@ def test_files_that_one_host_of_two_does_not_see_are_not_taken_for_lost(older):
     assert tree(older) == before
 
 
-def test_bad_checkpoints_are_named_and_from_zero_loses_nothing(bst, older):
+def test_bad_checkpoints_are_named_and_from_zero_keeps_old_metrics(bst, older):
     path = directory(older, 4) / "weights-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     what = "checksum mismatch in rank 1's file weights-00001.safetensors"

@@ -120,7 +120,7 @@ ORDERS = sorted(set(itertools.permutations("aaabbb")))
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_every_order_of_what_happened_meanwhile_is_understood(stop):
+def test_events_while_the_launcher_is_stopped_are_handled_in_any_order(stop):
     for order in ORDERS:
         stage = Stage(stop)
         stage.meanwhile = lambda stage=stage, order=order: happenings(stage, order, 0.5)
@@ -131,7 +131,7 @@ def test_every_order_of_what_happened_meanwhile_is_understood(stop):
 
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("away_s", [1.0, 4.9, 5.0, 5.1, 6.0, 1e6])
-def test_hosts_that_kept_talking_are_not_blamed_for_a_stop_of_any_length(stop, away_s, monkeypatch):
+def test_hosts_that_kept_sending_are_not_lost_after_a_launcher_stop(stop, away_s, monkeypatch):
     monkeypatch.setattr(f"{__name__}.AWAY_S", away_s)
     stage = Stage(stop)
 
@@ -150,7 +150,7 @@ def test_hosts_that_kept_talking_are_not_blamed_for_a_stop_of_any_length(stop, a
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_hosts_that_were_nearly_given_up_are_heard_before_they_are(stop):
+def test_pending_messages_are_read_before_a_host_is_declared_lost(stop):
     stage = Stage(stop)
     stage.stop_at = stage.beating + int(10 * LOST_S) - 2  # silent for 4.8 s
     stage.meanwhile = lambda: happenings(stage, ("a", "b", "a", "b"), 0.5)
@@ -158,7 +158,7 @@ def test_hosts_that_were_nearly_given_up_are_heard_before_they_are(stop):
     assert (ended.status, ended.lost) == (RESUBMIT, {})
 
 
-def test_what_was_said_before_a_connection_ended_counts_though_sending_failed_first(monkeypatch):
+def test_messages_received_before_a_failed_send_still_count(monkeypatch):
     stage = Stage("before judging")
 
     def meanwhile() -> None:
@@ -173,7 +173,7 @@ def test_what_was_said_before_a_connection_ended_counts_though_sending_failed_fi
 
 
 @pytest.mark.parametrize("first", ["failure", "alone"])
-def test_what_came_first_is_the_cause_though_all_is_read_at_once_and_the_clocks_differ(first):
+def test_the_earliest_event_is_the_cause_although_clocks_differ(first):
     """Either rank 1 fails and rank 0 aborts because of it, or both fail because of a kill."""
     stage = Stage("in the wait")
 
@@ -203,7 +203,7 @@ def test_what_came_first_is_the_cause_though_all_is_read_at_once_and_the_clocks_
         assert "not all ranks stopped with a checkpoint in time" in ended.explain({})
 
 
-def test_a_host_that_falls_silent_is_lost_after_as_long_as_this_process_has_listened():
+def test_a_silent_host_is_lost_after_the_timeout():
     stage = Stage()
     say = stage.say
     stage.say = lambda host, kind, **fields: say(host, kind, **fields) if host == "a" or stage.turns < 20 else None
@@ -212,7 +212,7 @@ def test_a_host_that_falls_silent_is_lost_after_as_long_as_this_process_has_list
     assert ended.lost["b"] == f"silent for {LOST_S:.0f} s"
 
 
-def test_time_away_is_no_silence_though_nothing_has_come_meanwhile():
+def test_time_of_suspension_does_not_count_as_silence_of_a_host():
     """For example after the whole machine was suspended, network included."""
     now = 100.0
     hearing = ListeningClock(lambda: now)
@@ -223,7 +223,7 @@ def test_time_away_is_no_silence_though_nothing_has_come_meanwhile():
     assert hearing.silent_s("a") == MOST_S
 
 
-def test_a_clock_that_runs_apart_is_followed():
+def test_a_drifting_host_clock_is_followed():
     now = 100.0
     hearing = ListeningClock(lambda: now)
     assert hearing.when("a", 7.0) == now  # its clock is not known yet
@@ -235,7 +235,7 @@ def test_a_clock_that_runs_apart_is_followed():
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-def test_an_agent_left_alone_stops_its_ranks_and_waits_to_be_asked_what_became_of_them(stubborn):
+def test_an_agent_without_launcher_stops_its_ranks_and_keeps_running(stubborn):
     """Tests the agent, with a process as rank: one that stops on SIGTERM, and one that does not."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         own = Channel(socket.create_connection(server.getsockname()))

@@ -28,7 +28,7 @@ def test_a_device_that_computes_wrongly_is_found(monkeypatch):
     assert not collective.multiplies(torch.device("cpu"))
 
 
-def test_ranks_that_can_talk_end_in_order():
+def test_ranks_that_can_communicate_exit_with_status_0():
     share = Share(0, 2, 2, "127.0.0.1", free_port())
     command = [sys.executable, "-m", "bst_dist.cluster.collective"]
     ranks = [subprocess.Popen(command, env={**os.environ, **share.environment(rank)}) for rank in range(2)]
@@ -36,7 +36,7 @@ def test_ranks_that_can_talk_end_in_order():
 
 
 @pytest.mark.parametrize(("words", "statuses"), [([], [0, 0, 1]), (["--any-speed"], [0, 0, 0])])
-def test_a_device_that_is_slow_among_the_others_is_named(words, statuses):
+def test_a_device_much_slower_than_the_median_is_named(words, statuses):
     share = Share(0, 3, 3, "127.0.0.1", free_port())
     program = """
 import os, sys
@@ -54,7 +54,7 @@ sys.exit(collective.main())
     assert not any("speed" in one for one in said[:2])
 
 
-def test_products_are_timed_until_the_clock_has_risen(monkeypatch):
+def test_products_are_timed_after_the_warm_up_time(monkeypatch):
     monkeypatch.setattr(collective, "is_timed", lambda device: False)
     now = iter([0.0, *(float(number) for number in range(100))])
     monkeypatch.setattr(collective.time, "monotonic", lambda: next(now))

@@ -109,7 +109,7 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_what_ranks_say_arrives_and_so_do_their_statuses(job, capfd):
+def test_output_and_exit_statuses_of_ranks_arrive(job, capfd):
     ended = job.run("print('rank', rank, 'é'); print('last', end='', file=sys.stderr)")
     assert (ended.statuses, ended.status) == ({0: 0, 1: 0, 2: 0}, 0)
     said = capfd.readouterr()
@@ -117,26 +117,26 @@ def test_what_ranks_say_arrives_and_so_do_their_statuses(job, capfd):
     assert said.err.splitlines() == ["last"] * 3
 
 
-def test_a_rank_that_fails_takes_the_others_along(job):
+def test_a_failed_rank_ends_the_other_ranks(job):
     ended = job.run("time.sleep(60) if rank != 1 else sys.exit(3)")
     assert (ended.statuses, ended.status) == ({1: 3}, 3)
     job.require_nothing_left()
 
 
-def test_a_stop_is_passed_on_and_what_the_ranks_make_of_it_comes_back(job):
+def test_a_stop_signal_reaches_the_ranks_and_their_status_is_returned(job):
     job.meanwhile(lambda: job.stop_signals.append(signal.SIGUSR1))
     ended = job.run("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)")
     assert (ended.status, ended.stop_signal) == (75, signal.SIGUSR1)
 
 
-def test_a_second_stop_waits_for_nobody(job):
+def test_a_second_stop_kills_the_ranks_at_once(job):
     job.meanwhile(lambda: job.stop_signals.extend([15, 15]))
     ended = job.run("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)")
     assert ended.status == 128 + signal.SIGTERM
     job.require_nothing_left()
 
 
-def test_told_twice_it_waits_for_no_answer(job):
+def test_two_stop_signals_end_the_wait_for_an_answer(job):
     with job.controller as controller:
         assert controller.call() == {}
         job.stop_signals.extend([2, 2])
@@ -152,7 +152,7 @@ def test_a_host_whose_agent_is_killed_is_lost_and_so_are_its_ranks(job):
     job.require_nothing_left()
 
 
-def test_a_silent_host_is_given_up_and_nothing_is_started_before_its_lease_is_over(tmp_path):
+def test_a_silent_host_is_lost_only_after_its_lease_has_ended(tmp_path):
     job, stopped = Job(tmp_path, replace(OPTIONS, lost_after_s=LOST_S)), []
 
     def freeze() -> None:
@@ -184,7 +184,7 @@ STRANGE = {
 }
 
 
-def test_no_stranger_gets_in_or_disturbs_the_job(job):
+def test_unknown_connections_are_closed_and_do_not_disturb_the_job(job):
     """Whatever connects to the port, before the agents and during the job."""
     address = ("127.0.0.1", job.controller._gateway.port)
     strangers = {}
@@ -207,7 +207,7 @@ def test_no_stranger_gets_in_or_disturbs_the_job(job):
             one.close()
 
 
-def test_a_hello_in_pieces_is_taken(monkeypatch):
+def test_a_hello_in_pieces_is_accepted_but_not_a_replayed_one(monkeypatch):
     """As it may arrive over a real network: one byte per segment."""
     with selectors.DefaultSelector() as selector:
         welcomed = {}
@@ -231,7 +231,7 @@ def test_a_hello_in_pieces_is_taken(monkeypatch):
         gateway.close()
 
 
-def test_an_agent_serves_nobody_who_does_not_know_its_secret():
+def test_an_agent_refuses_a_controller_without_its_secret():
     with socket.create_server(("127.0.0.1", 0)) as impostor:
 
         def answer() -> None:
@@ -254,7 +254,7 @@ def test_no_secret_is_in_any_command_line(job):
     assert not any(secret in word for secret in secrets for line in lines for word in line)
 
 
-def test_hosts_that_do_not_call_back_are_named_with_what_the_launcher_said(monkeypatch):
+def test_hosts_that_do_not_call_back_are_named_with_the_launcher_output(monkeypatch):
     monkeypatch.setitem(launchers.LAUNCHERS, "here", lambda *_: ["sh", "-c", "echo b: no route to it >&2; exit 1"])
     with Controller(HOSTS, OPTIONS) as controller:
         missing = controller.call()
@@ -262,7 +262,7 @@ def test_hosts_that_do_not_call_back_are_named_with_what_the_launcher_said(monke
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
-def test_hosts_may_be_reached_by_ipv6_alone_and_by_given_ports(tmp_path):
+def test_hosts_can_be_reached_by_ipv6_and_given_ports(tmp_path):
     port = free_port()
     job = Job(tmp_path, replace(OPTIONS, address="::1", port=port, master_port=4711))
     ended = job.run("sys.exit((os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) != ('::1', '4711'))")
@@ -270,12 +270,12 @@ def test_hosts_may_be_reached_by_ipv6_alone_and_by_given_ports(tmp_path):
     assert f"--controller ::1:{port}" in " ".join(job.controller.command)
 
 
-def test_a_port_that_is_taken_is_an_error_of_the_user():
+def test_a_port_in_use_is_refused():
     with socket.create_server(("", 0)) as taken, pytest.raises(HostError, match=r"--port .* cannot listen"):
         Controller(HOSTS, replace(OPTIONS, port=taken.getsockname()[1]))
 
 
-def test_an_agent_that_cannot_call_back_says_so_itself(monkeypatch):
+def test_an_agent_that_cannot_connect_reports_it_in_its_output(monkeypatch):
     """As behind a firewall: the agents have started, but only their output reaches this machine."""
     here = launchers.LAUNCHERS["here"]
 
@@ -295,7 +295,7 @@ def test_an_agent_that_cannot_call_back_says_so_itself(monkeypatch):
     assert time.monotonic() - begun < 1800  # an agent that reported this is not waited for
 
 
-def test_what_an_agent_cannot_do_is_said_and_not_only_that_it_is_gone(job):
+def test_an_agent_error_is_reported_with_its_cause(job):
     with job.controller as controller:
         assert controller.call() == {}
         placed = shares(HOSTS, 3, "127.0.0.1", 1)

@@ -35,18 +35,18 @@ def recipe(sequences: int, sp: int = 1, micro: int = 1, rows: int = 0) -> Recipe
         (recipe(8, micro=4), 8, (8, 1)),  # micro-batches of four do not limit the ranks
     ],
 )
-def test_the_most_ranks_that_have_a_part_in_the_batch(made, most, found):
+def test_the_largest_useful_number_of_ranks_is_chosen(made, most, found):
     shape = choose(made, most)
     assert (shape.world, shape.sp) == found
 
 
-def test_ranks_that_compute_in_vain_are_named():
+def test_unequal_work_of_ranks_is_reported():
     assert choose(recipe(512), 504).imbalance.startswith("8 of 504 ranks have 2 sequences, 496 of 504 ranks have 1")
     assert choose(recipe(64, sp=4), 15).imbalance.startswith("1 of 3 groups of 4 ranks has 22 sequences, 2 of 3 groups")
     assert choose(recipe(512), 512).imbalance == ""
 
 
-def test_a_host_too_many_is_no_reason_to_refuse():
+def test_a_spare_host_is_accepted():
     """65 hosts of 8 slots for a batch of 512 sequences: one is a spare, and replaces the first host that is lost."""
     hosts = [Host(f"n{i}", 8) for i in range(65)]
     assert usable(recipe(512), 65 * 8) == 512
@@ -55,7 +55,7 @@ def test_a_host_too_many_is_no_reason_to_refuse():
     assert usable(recipe(64, sp=4), 3) == 3  # the later check of the recipe explains the error
 
 
-def test_hosts_are_filled_in_order_and_what_is_too_much_stays_idle():
+def test_hosts_are_filled_in_order_and_spare_slots_stay_idle():
     hosts = [Host("a", 4), Host("b", 4), Host("c", 1)]
     placed = shares(hosts, 6, "address", 1)
     assert idle(hosts, placed) == "2 slots of b, 1 slot of c"

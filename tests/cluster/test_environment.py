@@ -13,7 +13,7 @@ from bst_dist.cluster.environment import EnvironmentFileError, handed_on, kept_b
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_what_concerns_the_ranks_is_handed_on(tmp_path):
+def test_only_variables_that_concern_the_ranks_are_passed_on(tmp_path):
     concerns = {"NCCL_DEBUG": "WARN", "AWS_REGION": "x", "CUDA_LAUNCH_BLOCKING": "1", "LD_LIBRARY_PATH": "/opt/lib"}
     other = {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "RANK": "3", "SLURM_PROCID": "1"}
     assert handed_on(concerns | other, [tmp_path]) == concerns
@@ -36,21 +36,21 @@ def test_what_concerns_the_ranks_is_handed_on(tmp_path):
         ("A=/new:$LD_LIBRARY_PATH", "/new:/old"),
     ],
 )
-def test_the_file_is_read_as_deepspeed_s_launcher_reads_it(tmp_path, line, value):
+def test_the_environment_file_is_read_as_by_the_deepspeed_launcher(tmp_path, line, value):
     path = tmp_path / ".deepspeed_env"
     path.write_text(f"# variables\n\n{line}\n")
     assert read_file(path, {"LD_LIBRARY_PATH": "/old"}) == {"A": value}
 
 
 @pytest.mark.parametrize("line", ["A", "2A=1", "A='open", "some words = 1"])
-def test_a_line_that_sets_nothing_is_named(tmp_path, line):
+def test_an_invalid_line_of_the_file_is_named(tmp_path, line):
     path = tmp_path / ".deepspeed_env"
     path.write_text(f"B=1\n{line}\n")
     with pytest.raises(EnvironmentFileError, match=":2: "):
         read_file(path)
 
 
-def test_the_file_stands_behind_what_is_set_for_this_start(tmp_path):
+def test_set_variables_take_precedence_over_the_file(tmp_path):
     (tmp_path / "other").write_text("NCCL_DEBUG=INFO\nMY_OWN=1\n")
     found = handed_on({"NCCL_DEBUG": "WARN", "DS_ENV_FILE": "other"}, [tmp_path])
     assert found == {"NCCL_DEBUG": "WARN", "MY_OWN": "1", "DS_ENV_FILE": "other"}
@@ -60,7 +60,7 @@ def test_secrets_are_not_shown():
     assert shown({"AWS_SECRET_ACCESS_KEY": "abc", "A": "1"}) == "A=1 AWS_SECRET_ACCESS_KEY=..."
 
 
-def test_a_launching_host_without_accelerator_does_not_make_the_ranks_compute_on_the_cpu(recipe, tmp_path):
+def test_ds_accelerator_of_the_launching_host_is_not_passed_on(recipe, tmp_path):
     """Runs the whole command in a separate process: variables set by imports must not be passed to the ranks."""
     (tmp_path / "hosts").write_text("node-01 slots=2\n")
     program = (

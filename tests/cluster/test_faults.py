@@ -67,9 +67,7 @@ def bytes_of(line: dict[str, float]) -> float:
 
 
 @pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
-def test_a_host_that_loses_its_power_is_missed_and_the_run_ends_on_the_others(
-    launch, small, network, tmp_path, undisturbed, launcher
-):
+def test_a_host_that_loses_its_power_is_left_out_of_the_run(launch, small, network, tmp_path, undisturbed, launcher):
     victim = network.hosts[0]  # the host of rank 0, to which all ranks connect
     script = [f"launch/cluster/{launcher}.sh", small, "HOSTFILE", str(tmp_path / "run")]
     started = launch(*SOON, command=script)
@@ -84,7 +82,7 @@ def test_a_host_that_loses_its_power_is_missed_and_the_run_ends_on_the_others(
     require_same_data(tmp_path / "run", undisturbed)
 
 
-def test_a_network_cut_for_good_ends_the_ranks_on_both_sides(launch, small, network, tmp_path):
+def test_a_permanent_network_cut_ends_the_ranks_on_both_sides(launch, small, network, tmp_path):
     victim = network.hosts[2]
     started = launch(small, "--run-dir", str(tmp_path / "run"), *SOON)
     started.until(MIDWAY)
@@ -97,7 +95,7 @@ def test_a_network_cut_for_good_ends_the_ranks_on_both_sides(launch, small, netw
     assert f"lost {victim}: silent for" in started.said
 
 
-def test_a_network_cut_for_a_moment_goes_unnoticed(launch, small, network, tmp_path, undisturbed):
+def test_a_short_network_cut_has_no_effect(launch, small, network, tmp_path, undisturbed):
     started = launch(small, "--run-dir", str(tmp_path / "run"), *SOON)
     started.until(MIDWAY)
     network.cut(network.hosts[1])
@@ -109,7 +107,7 @@ def test_a_network_cut_for_a_moment_goes_unnoticed(launch, small, network, tmp_p
 
 
 @pytest.mark.parametrize("jump_s", [7200, -7200])
-def test_a_clock_that_jumps_goes_unnoticed(launch, small, network, tmp_path, undisturbed, jump_s):
+def test_a_clock_that_jumps_has_no_effect(launch, small, network, tmp_path, undisturbed, jump_s):
     host = network.hosts[1]
     network.power_off(host)
     network.power_on(host, clock_ahead_s=0)
@@ -126,9 +124,7 @@ def test_a_clock_that_jumps_goes_unnoticed(launch, small, network, tmp_path, und
     require_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_been(
-    launch, small, network, tmp_path, undisturbed
-):
+def test_a_killed_rank_is_named_and_the_restarted_run_is_equal(launch, small, network, tmp_path, undisturbed):
     started = launch(small, "--run-dir", str(tmp_path / "run"), "--max-restarts", "1", *SOON)
     started.until(MIDWAY)
     network.kill(network.ranks(network.hosts[1]))
@@ -138,7 +134,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_been(
     require_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_host_that_comes_back_empty_has_its_state_from_its_neighbour(launch, small, network, tmp_path, undisturbed):
+def test_a_host_that_restarts_empty_gets_its_state_from_a_neighbour(launch, small, network, tmp_path, undisturbed):
     """Shared storage has no checkpoint, so the lost host's rank resumes from the copy on a neighbour."""
     memory, victim = tmp_path / "memory", network.hosts[1]
     memory.mkdir()
@@ -161,7 +157,7 @@ def test_a_host_that_comes_back_empty_has_its_state_from_its_neighbour(launch, s
     require_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_launcher_whose_output_nobody_takes_disturbs_nobody(launch, small, network, tmp_path, undisturbed):
+def test_a_launcher_whose_output_is_not_read_does_not_block_the_run(launch, small, network, tmp_path, undisturbed):
     """As after Ctrl-S: the pipe is full from the first line on, for longer than the timeout of a silent host."""
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
@@ -177,9 +173,7 @@ def test_a_launcher_whose_output_nobody_takes_disturbs_nobody(launch, small, net
     require_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_launcher_that_is_stopped_for_long_finds_a_checkpoint_and_goes_on(
-    launch, small, network, tmp_path, undisturbed
-):
+def test_a_launcher_that_is_stopped_for_long_restarts_from_a_checkpoint(launch, small, network, tmp_path, undisturbed):
     """The ranks are suspended until they get the signal, so that the run cannot finish before."""
     limits = ("--lost-after", "20", "--grace", "60")
     started = launch(small, "--run-dir", str(tmp_path / "run"), "--max-restarts", "1", *limits)

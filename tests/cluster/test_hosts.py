@@ -8,7 +8,7 @@ from bst_dist.cluster import hosts
 from bst_dist.cluster.hosts import Host, HostError, read_hostfile, slurm_hosts
 
 
-def test_a_hostfile_keeps_its_order_and_passes_over_comments(tmp_path):
+def test_a_hostfile_keeps_its_order_and_skips_comments(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# the rack at the window\nnode-02 slots=8\n\n  node-01   slots=4  # half of it\n")
     assert read_hostfile(path) == [Host("node-02", 8), Host("node-01", 4)]
@@ -26,7 +26,7 @@ def test_a_hostfile_keeps_its_order_and_passes_over_comments(tmp_path):
         ("node-01 devices=4,5", Host("node-01", 2, "4,5")),
     ],
 )
-def test_other_forms_of_a_host_are_understood(tmp_path, text, host):
+def test_other_formats_of_a_host_are_accepted(tmp_path, text, host):
     (tmp_path / "hosts").write_text(text)
     assert read_hostfile(tmp_path / "hosts") == [host]
 
@@ -40,7 +40,7 @@ def test_other_forms_of_a_host_are_understood(tmp_path, text, host):
         ("n1", "n1", "n1"),
     ],
 )
-def test_a_host_has_a_name_for_ssh_for_the_network_and_for_slurm(name, address, node):
+def test_a_host_name_gives_its_address_and_slurm_node(name, address, node):
     assert (Host(name, 1).address, Host(name, 1).node) == (address, node)
 
 
@@ -62,13 +62,13 @@ def test_a_bad_line_is_named(tmp_path, text, said):
         read_hostfile(tmp_path / "hosts")
 
 
-def test_a_missing_hostfile_is_an_error_of_the_user(tmp_path):
+def test_a_missing_hostfile_is_reported(tmp_path):
     with pytest.raises(HostError, match="cannot be read"):
         read_hostfile(tmp_path / "none")
 
 
 @pytest.mark.parametrize(("tasks", "slots"), [("8(x3)", [8, 8, 8]), ("2,1(x2)", [2, 1, 1]), ("4(x2),1", [4, 4, 1])])
-def test_slurm_says_how_many_tasks_each_node_has(tasks, slots):
+def test_slurm_task_counts_give_the_slots_per_node(tasks, slots):
     assert hosts._slurm_slots(tasks, 3) == slots
 
 
@@ -77,7 +77,7 @@ def test_slurm_says_how_many_tasks_each_node_has(tasks, slots):
     [({}, [1, 4]), ({"SLURM_GPUS_PER_NODE": "8"}, [8, 4]), ({"SLURM_GPUS_PER_NODE": "h100:2"}, [2, 4]),
      ({"SLURM_GPUS_ON_NODE": "2"}, [2, 4]), ({"SLURM_GPUS_PER_NODE": "0"}, [1, 4])],
 )  # fmt: skip
-def test_one_task_with_several_accelerators_is_a_rank_for_each(asked_for, slots, tmp_path, monkeypatch):
+def test_one_slurm_task_gets_a_rank_per_accelerator(asked_for, slots, tmp_path, monkeypatch):
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho n1; echo n2\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -85,6 +85,6 @@ def test_one_task_with_several_accelerators_is_a_rank_for_each(asked_for, slots,
     assert found == [Host("n1", slots[0]), Host("n2", slots[1])]
 
 
-def test_outside_an_allocation_there_are_no_hosts():
+def test_slurm_hosts_outside_an_allocation_are_refused():
     with pytest.raises(HostError, match="sbatch"):
         slurm_hosts({})

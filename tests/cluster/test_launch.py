@@ -11,7 +11,7 @@ from bst_dist.faults.status import USER_ERROR
 from bst_dist.train.rundir import read_outcome
 
 
-def test_a_dry_run_says_what_would_be_run_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_shows_the_commands_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
     (tmp_path / "hosts").write_text("node-01 slots=2\nnode-02 slots=4\n")
     monkeypatch.setenv("PATH", str(tmp_path))  # not even pdsh is needed
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
@@ -30,14 +30,14 @@ def test_a_dry_run_says_what_would_be_run_and_writes_nothing(recipe, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
-def test_a_launcher_that_is_not_installed_is_an_error_of_the_user(recipe, tmp_path, capsys, monkeypatch):
+def test_a_launcher_that_is_not_installed_is_a_user_error(recipe, tmp_path, capsys, monkeypatch):
     (tmp_path / "hosts").write_text("node-01 slots=2\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["launch", str(recipe(6)), "--hostfile", str(tmp_path / "hosts"), "--check"]) == USER_ERROR
     assert "pdsh is not on the PATH" in capsys.readouterr().err
 
 
-def test_a_dry_run_needs_no_run_directory_and_shows_what_is_in_vain(recipe, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_needs_no_run_directory_and_shows_idle_slots(recipe, tmp_path, capsys, monkeypatch):
     (tmp_path / "hosts").write_text("node-01 slots=4\nnode-02 slots=4\n")  # six sequences per step
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
@@ -51,7 +51,7 @@ def test_a_dry_run_needs_no_run_directory_and_shows_what_is_in_vain(recipe, tmp_
 
 
 @pytest.mark.parametrize("wrong", [["--until", "-5"], ["--max-restarts", "-1"], ["--lost-after", "0"], ["--port", "0"]])
-def test_numbers_out_of_range_are_refused_where_they_are_read(wrong, capsys):
+def test_launch_options_out_of_range_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["launch", "recipe.yaml", *wrong])
     assert ended.value.code == 2
@@ -59,7 +59,7 @@ def test_numbers_out_of_range_are_refused_where_they_are_read(wrong, capsys):
 
 
 @pytest.mark.parametrize("wrong", [["--ranks", "-1"], ["--ranks", "0"], ["--until", "-5"], ["--grace", "-1"]])
-def test_so_they_are_by_bst_train(wrong, capsys):
+def test_train_options_out_of_range_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         main(["train", "recipe.yaml", *wrong])
     assert f"argument {wrong[0]}" in capsys.readouterr().err
@@ -83,7 +83,7 @@ def test_hosts_that_cannot_be_reached_are_all_named(launch, recipe, network, tmp
 
 
 @pytest.mark.cluster
-def test_a_run_directory_that_is_not_shared_is_found_and_a_wrong_clock_is_told(launch, recipe, network, tmp_path):
+def test_a_run_directory_that_is_not_shared_and_a_wrong_clock_are_reported(launch, recipe, network, tmp_path):
     odd, shared = network.hosts[1], tmp_path / "shared"
     shared.mkdir()
     network.power_off(odd)
@@ -102,7 +102,7 @@ def test_a_run_directory_that_is_not_shared_is_found_and_a_wrong_clock_is_told(l
 
 
 @pytest.mark.cluster
-def test_a_run_over_three_hosts_leaves_a_run_directory_and_nothing_else(launch, recipe, network, tmp_path):
+def test_a_run_on_three_hosts_leaves_only_its_run_directory(launch, recipe, network, tmp_path):
     run_dir: Path = tmp_path / "run"
     started = launch(str(recipe(6)), "--run-dir", str(run_dir), "--json", str(tmp_path / "report.json"))
     assert started.status() == 0, started.said

@@ -19,19 +19,19 @@ def line(launcher: str, hosts=PLAIN) -> list[str]:
     return LAUNCHERS[launcher](hosts, Path("/some where/100%"), ["python", "-m", "agent"])
 
 
-def test_agents_know_themselves_by_their_place_and_under_slurm_by_their_node():
+def test_agents_are_identified_by_position_and_under_slurm_by_node():
     assert keys("pdsh", HOSTS) == {"0": "node-01", "1": "me@node-02.example.org"}
     assert keys("slurm", HOSTS) == {"node-01": "node-01", "node-02": "me@node-02.example.org"}
     assert "--nodelist=node-01,node-02" in line("slurm", HOSTS)
     assert line("pdsh", HOSTS)[-1] == "cd '/some where/100%%' && exec python -m agent --key %n"
 
 
-def test_agents_are_bound_to_no_core():
+def test_agents_are_not_bound_to_cores():
     assert line("openmpi")[line("openmpi").index("--bind-to") + 1] == "none"
     assert "--cpu-bind=none" in line("slurm")
 
 
-def test_options_of_the_batch_job_do_not_get_to_the_step_of_the_agents():
+def test_batch_job_options_are_not_passed_to_the_agents_step():
     job = {"SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/slurm.conf", "PATH": "/bin"}
     options = {"SRUN_CPUS_PER_TASK": "1", "SLURM_GPUS_PER_TASK": "1", "SLURM_NTASKS_PER_NODE": "8",
                "SLURM_CPU_BIND": "cores", "SLURM_LABELIO": "1", "SLURM_PROCID": "0"}  # fmt: skip
@@ -53,7 +53,7 @@ def test_the_agents_get_the_accelerators_of_all_ranks_of_a_node(monkeypatch, ask
     ("launcher", "variable"),
     [("pdsh", "PDSH_SSH_ARGS_APPEND"), ("openmpi", "OMPI_MCA_plm_rsh_args"), ("mpich", "HYDRA_LAUNCHER_EXTRA_ARGS")],
 )
-def test_the_ssh_of_the_preflight_is_the_launcher_s(launcher, variable):
+def test_preflight_uses_the_same_ssh_options_as_the_launcher(launcher, variable):
     given = {variable: "-F /my/config", "HOME": "/root"}
     own = ssh(launcher, 2222, given)
     assert own[0] == "ssh"
@@ -63,7 +63,7 @@ def test_the_ssh_of_the_preflight_is_the_launcher_s(launcher, variable):
     assert "-p" not in ssh(launcher, None, given)
 
 
-def test_mpich_calls_back_by_the_address_that_leads_to_the_first_host():
+def test_mpich_uses_the_local_address_that_reaches_the_first_host():
     """If no route to that host is known, it uses this machine's name."""
     words = line("mpich", [Host("127.0.0.1", 1), Host("host.invalid", 1)])
     assert words[words.index("-localhost") + 1] == "127.0.0.1"
@@ -71,12 +71,12 @@ def test_mpich_calls_back_by_the_address_that_leads_to_the_first_host():
 
 
 @pytest.mark.parametrize("launcher", ["openmpi", "mpich"])
-def test_mpi_takes_no_user_in_a_host_s_name(launcher):
+def test_mpi_launchers_refuse_hosts_with_a_user_name(launcher):
     with pytest.raises(UserError, match="me@node-02"):
         line(launcher, HOSTS)
 
 
-def test_a_launcher_that_is_not_installed_is_an_error_of_the_user(monkeypatch, tmp_path):
+def test_a_launcher_that_is_not_installed_is_a_user_error(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="pdsh is not on the PATH"):
         launchers.require("pdsh")

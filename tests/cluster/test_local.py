@@ -68,7 +68,7 @@ def alive(pid: int) -> bool:
         ("time.sleep(600) if rank else sys.exit(2)", 2, 0, 0.3),
     ],
 )
-def test_status_is_that_of_the_rank_to_blame(tmp_path, monkeypatch, then, status, culprit, settle_s):
+def test_exit_status_is_that_of_the_culprit_rank(tmp_path, monkeypatch, then, status, culprit, settle_s):
     """`settle_s`: time to wait for the other ranks' statuses; if all arrive, the wait is shorter."""
     monkeypatch.setattr(verdict, "SETTLE_S", settle_s)
     ended = run(tmp_path, then)
@@ -77,7 +77,7 @@ def test_status_is_that_of_the_rank_to_blame(tmp_path, monkeypatch, then, status
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize(("on_sigterm", "status"), [("lambda *_: sys.exit(75)", 75), ("signal.SIG_DFL", None)])
-def test_a_signal_stops_the_ranks_and_what_they_made_of_it_is_the_status(tmp_path, number, on_sigterm, status):
+def test_a_signal_stops_the_ranks_and_their_status_is_returned(tmp_path, number, on_sigterm, status):
     def send() -> None:
         while not started(tmp_path):
             time.sleep(0.02)
@@ -89,7 +89,7 @@ def test_a_signal_stops_the_ranks_and_what_they_made_of_it_is_the_status(tmp_pat
     assert not ended.worth_a_restart
 
 
-def test_ranks_that_do_not_stop_are_killed_when_the_grace_is_over(tmp_path):
+def test_ranks_that_do_not_stop_are_killed_after_the_grace_period(tmp_path):
     def send() -> None:
         while not started(tmp_path):
             time.sleep(0.02)
@@ -102,7 +102,7 @@ def test_ranks_that_do_not_stop_are_killed_when_the_grace_is_over(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
-def test_a_further_ctrl_c_ends_the_ranks_at_once_and_no_other_signal_does(tmp_path, monkeypatch, number):
+def test_only_a_second_ctrl_c_kills_the_ranks_at_once(tmp_path, monkeypatch, number):
     """With a clock that the test sets.
 
     A signal soon after the first counts as a copy of it. Slurm sends SIGTERM again, seconds after the first, to ranks
@@ -146,7 +146,7 @@ def test_a_further_ctrl_c_ends_the_ranks_at_once_and_no_other_signal_does(tmp_pa
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, "1"), (2, "1"), (7, "3"), (8, "4")])
-def test_what_ranks_print_is_printed_and_they_share_the_cores(capfd, monkeypatch, cores, threads):
+def test_rank_output_is_printed_and_cores_are_shared(capfd, monkeypatch, cores, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     program = "import os; print(os.environ['OMP_NUM_THREADS'])"
@@ -154,7 +154,7 @@ def test_what_ranks_print_is_printed_and_they_share_the_cores(capfd, monkeypatch
     assert capfd.readouterr().out.split() == [threads] * 2
 
 
-def test_who_ignores_the_end_of_a_terminal_goes_on_ignoring_it():
+def test_an_ignored_sighup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with processes.catch_stop_signals() as stop_signals:
@@ -178,7 +178,7 @@ def test_ranks_die_with_the_process_that_started_them(tmp_path):
         time.sleep(0.05)
 
 
-def test_a_rank_that_has_said_its_last_word_is_not_waited_for(tmp_path):
+def test_a_rank_that_reported_its_final_status_is_not_waited_for(tmp_path):
     """For example a rank that ends while one of its threads hangs in the kernel, which still shows it as running."""
     program = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     program += "int(os.environ['RANK']) or os.write(int(os.environ['BST_LAST_WORD']), b'70\\n'); time.sleep(600)"
@@ -188,7 +188,7 @@ def test_a_rank_that_has_said_its_last_word_is_not_waited_for(tmp_path):
     assert time.monotonic() - begun < 300  # not the rank's ten minutes
 
 
-def test_a_last_word_counts_whoever_asks_first():
+def test_a_final_status_is_kept_whoever_reads_it_first():
     """Both `running` and `poll` read the pipe; a status that `running` has read must not be lost."""
     program = "import os, time; os.write(int(os.environ['BST_LAST_WORD']), b'70\\n'); time.sleep(600)"
     ranks = LocalRanks([sys.executable, "-c", program], Share(0, 1, 1, "127.0.0.1", 1), os.environ)

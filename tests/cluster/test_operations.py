@@ -12,7 +12,7 @@ TABLE = (TESTS.parent / "docs" / "operations.md").read_text().partition("## Faul
 ROWS = [line.split("|") for line in TABLE.splitlines() if line.startswith("| ") and not line.startswith("| ---")][1:]
 
 
-def test_the_table_was_found():
+def test_the_table_of_faults_is_found_with_six_columns():
     assert len(ROWS) >= 40
     assert {len(row) for row in ROWS} == {6}, "a row has too many columns, or too few"
 

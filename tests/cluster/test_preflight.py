@@ -38,7 +38,7 @@ def judged(*changes: dict[str, Any]) -> list[list[str]]:
     return [one.problems for one in checked_hosts(*changes)]
 
 
-def test_nothing_is_wrong_with_sound_hosts():
+def test_healthy_hosts_have_no_problems():
     assert judged() == [[], [], []]
 
 
@@ -58,7 +58,7 @@ def test_nothing_is_wrong_with_sound_hosts():
         ({"ranks": [4711]}, "ranks of an earlier start still train in this run directory (processes 4711)"),
     ],
 )
-def test_the_odd_host_is_the_culprit_even_when_it_is_the_first(change, said):
+def test_the_host_that_differs_is_reported_even_if_it_is_first(change, said):
     first, *others = judged(change)
     assert len(first) == 1
     assert said in first[0]
@@ -78,7 +78,7 @@ def test_the_odd_host_is_the_culprit_even_when_it_is_the_first(change, said):
         ("memory", {"memory_errors": {"3": 2}}),
     ],
 )
-def test_what_is_accepted_by_name_keeps_nobody_from_starting_and_is_shown(check, change, capsys):
+def test_accepted_problems_do_not_prevent_a_start_and_are_shown(check, change, capsys):
     first, *others = checked_hosts(change, accepted=[check])
     assert [one.problems for one in (first, *others)] == [[], [], []]
     show([first])
@@ -87,14 +87,14 @@ def test_what_is_accepted_by_name_keeps_nobody_from_starting_and_is_shown(check,
 
 
 @pytest.mark.parametrize(("clock", "said"), [(300.0, "300.0 s ahead"), (-3.0, "3.0 s behind")])
-def test_a_clock_that_is_wrong_is_a_warning(clock, said):
+def test_a_wrong_clock_is_a_warning(clock, said):
     found = checked_hosts(clocks=(0.01, clock, -0.01))
     assert [one.problems for one in found] == [[], [], []]
     assert [bool(one.warnings) for one in found] == [False, True, False]
     assert said in found[1].warnings[0]
 
 
-def test_accelerators_that_no_slot_uses_are_a_warning():
+def test_unused_accelerators_are_a_warning():
     """Example: a Slurm job with one task on a node with many accelerators would silently train on one."""
     (first, *_) = checked_hosts({"devices": [f"nvidia{i}" for i in range(16)]})
     assert first.warnings == ["16 accelerators, but 8 slots: the others are not used"]
@@ -108,7 +108,7 @@ def test_accelerators_that_no_slot_uses_are_a_warning():
         ("sleep 60", {}),
     ],
 )
-def test_memory_errors_are_what_nvidia_smi_counts(tmp_path, monkeypatch, script, found):
+def test_memory_errors_are_read_from_nvidia_smi(tmp_path, monkeypatch, script, found):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -116,7 +116,7 @@ def test_memory_errors_are_what_nvidia_smi_counts(tmp_path, monkeypatch, script,
     assert memory_errors() == found
 
 
-def test_a_host_that_gives_no_answer_is_unfit():
+def test_a_host_without_answer_is_refused():
     checked = [Checked(Host("n0", 1), answer=copy.deepcopy(SOUND), clock_offset_s=0.0), Checked(Host("n1", 1))]
     judge(checked, "job", 0)
     assert checked[0].problems == []
@@ -126,14 +126,14 @@ def test_a_host_that_gives_no_answer_is_unfit():
         require(checked)
 
 
-def test_every_host_has_its_line(capsys):
+def test_every_host_is_shown_on_one_line(capsys):
     show([Checked(Host("n0", 8), answer=SOUND, clock_offset_s=0.001), Checked(Host("n1", 1), ["it [burns]"])])
     said = capsys.readouterr().out.splitlines()
     assert said[0] == ("n0  8 slots  python 3.11.7, torch 2.13.0, deepspeed 0.19.8, clock +0.001 s, 1.0 TB free")
     assert said[1] == "n1  1 slot  it [burns]"
 
 
-def test_a_probe_sees_the_mark_of_another_and_takes_nothing_for_granted(tmp_path):
+def test_a_probe_sees_the_mark_of_another_and_leaves_no_files(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: small")
     run_dir = tmp_path / "runs" / "first"

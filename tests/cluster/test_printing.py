@@ -33,14 +33,14 @@ def start(tmp_path, last_s: float, then: str = "") -> tuple[subprocess.Popen, in
     return process, read
 
 
-def test_a_pipe_that_nobody_reads_stops_nothing(tmp_path):
+def test_an_unread_output_pipe_does_not_block_the_program(tmp_path):
     process, read = start(tmp_path, last_s=0.2)
     assert process.wait(120) == 0  # the end of the program does not wait forever either
     assert (tmp_path / "done").exists()
     os.close(read)
 
 
-def test_what_was_left_out_is_said_when_the_output_takes_something_again(tmp_path):
+def test_omitted_lines_are_counted_when_the_output_is_read_again(tmp_path):
     process, read = start(tmp_path, last_s=120, then="import time; time.sleep(1)")
     deadline = time.monotonic() + 120
     while not (tmp_path / "done").exists():
@@ -61,7 +61,7 @@ def test_what_was_left_out_is_said_when_the_output_takes_something_again(tmp_pat
     assert expected == 20_001
 
 
-def test_all_is_printed_in_order_when_somebody_reads(tmp_path):
+def test_output_that_is_read_is_complete_and_in_order(tmp_path):
     program = "from bst_dist.cluster.printing import unhurried_output\n@unhurried_output()\ndef main():\n"
     program += "    for n in range(3000): print(n)\nmain(); print('after')\n"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

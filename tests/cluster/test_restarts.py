@@ -24,7 +24,7 @@ def reach(run_dir: Path, step: int, saved: int | None = None) -> None:
         (directory(run_dir, saved) / MANIFEST).write_text("{}")
 
 
-def test_a_new_checkpoint_gives_all_restarts_back(tmp_path):
+def test_a_new_checkpoint_resets_the_restart_count(tmp_path):
     restarts = Restarts(tmp_path, most=2)
     for number in range(1, 6):  # many failures, each after some progress
         reach(tmp_path, 10 * number + 3, saved=10 * number)
@@ -37,7 +37,7 @@ def test_a_new_checkpoint_gives_all_restarts_back(tmp_path):
     assert restarts.total == 6
 
 
-def test_the_first_checkpoint_counts_even_that_of_step_1(tmp_path):
+def test_a_first_checkpoint_at_step_1_resets_the_restart_count(tmp_path):
     restarts = Restarts(tmp_path, most=1)
     assert restarts.refuse(LOST) is None
     reach(tmp_path, 1, saved=1)
@@ -45,20 +45,20 @@ def test_the_first_checkpoint_counts_even_that_of_step_1(tmp_path):
     assert restarts.refuse(LOST) == "1 restarts without a new checkpoint (--max-restarts)"
 
 
-def test_two_failures_after_the_same_step_are_enough(tmp_path):
+def test_two_failures_after_the_same_step_end_the_restarts(tmp_path):
     restarts = Restarts(tmp_path, most=100)
     reach(tmp_path, 7, saved=5)
     assert restarts.refuse(KILLED) is None
     assert restarts.refuse(Ended(1, {0: 1})) == "failed twice after step 7: another restart would fail the same way"
 
 
-def test_lost_hosts_may_be_lost_at_the_same_step(tmp_path):
+def test_hosts_may_be_lost_repeatedly_at_the_same_step(tmp_path):
     restarts = Restarts(tmp_path, most=3)
     assert [restarts.refuse(LOST) for _ in range(3)] == [None] * 3
     assert restarts.refuse(LOST)
 
 
-def test_a_file_system_that_fails_is_waited_for_and_no_fault_of_the_step(tmp_path):
+def test_a_file_system_that_fails_is_waited_for_and_retried(tmp_path):
     restarts = Restarts(tmp_path, most=3)
     reach(tmp_path, 7, saved=5)
     for _ in range(3):
@@ -67,7 +67,7 @@ def test_a_file_system_that_fails_is_waited_for_and_no_fault_of_the_step(tmp_pat
     assert restarts.refuse(UNREADABLE) == "3 restarts without a new checkpoint (--max-restarts)"
 
 
-def test_where_no_host_was_fit_nothing_has_failed_a_second_time(tmp_path):
+def test_an_attempt_that_started_nothing_is_not_a_second_failure(tmp_path):
     restarts = Restarts(tmp_path, most=3)
     reach(tmp_path, 7, saved=5)
     assert restarts.refuse(KILLED) is None
@@ -75,7 +75,7 @@ def test_where_no_host_was_fit_nothing_has_failed_a_second_time(tmp_path):
     assert restarts.refuse(KILLED) is None
 
 
-def test_waits_grow_while_nothing_is_gained(tmp_path):
+def test_waits_grow_while_there_is_no_progress(tmp_path):
     restarts, waits = Restarts(tmp_path, most=8), []
     while restarts.refuse(LOST) is None:
         waits.append(restarts.wait_s)
@@ -83,9 +83,9 @@ def test_waits_grow_while_nothing_is_gained(tmp_path):
 
 
 @pytest.mark.parametrize("ended", [REFUSED, Ended(1, {0: 0}), Ended(1, {0: 75}), Ended(1, {0: -9}, stop_signal=15)])
-def test_what_would_end_the_same_way_or_was_wanted_is_not_started_again(tmp_path, ended):
+def test_permanent_errors_and_requested_stops_are_not_restarted(tmp_path, ended):
     assert Restarts(tmp_path, most=5).refuse(ended) == ""
 
 
-def test_without_restarts_nothing_is_said(tmp_path):
+def test_zero_allowed_restarts_refuse_without_a_message(tmp_path):
     assert Restarts(tmp_path, most=0).refuse(KILLED) == ""

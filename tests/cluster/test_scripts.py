@@ -24,19 +24,19 @@ SCRIPTS = sorted((ROOT / "launch/cluster").glob("*.s*"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_bash(script):
+def test_scripts_are_valid_bash(script):
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_image_s_recipe_is_sound():
+def test_the_dockerfile_passes_hadolint():
     """The Dockerfile is only linted, because images cannot be built here."""
     done = subprocess.run([Path(sys.executable).with_name("hadolint"), ROOT / "launch/cluster/Dockerfile"],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_image_is_the_one_that_kubernetes_starts():
+def test_the_dockerfile_matches_the_kubernetes_manifest():
     job = list(yaml.safe_load_all((ROOT / "launch/cluster/kubernetes.yaml").read_text()))[1]["spec"]
     (container,) = job["template"]["spec"]["containers"]
     text = (ROOT / "launch/cluster/Dockerfile").read_text()
@@ -55,7 +55,7 @@ def test_the_kubernetes_manifest_is_valid():
         kubernetes_validate.validate(document, "1.31", strict=True)
 
 
-def test_the_kubernetes_pods_agree_on_how_many_they_are():
+def test_the_kubernetes_pod_count_matches_the_launch_command():
     job = list(yaml.safe_load_all((ROOT / "launch/cluster/kubernetes.yaml").read_text()))[1]["spec"]
     (container,) = job["template"]["spec"]["containers"]
     parser = argparse.ArgumentParser()
@@ -121,7 +121,7 @@ def ipv6_alone(network):
 
 
 @pytest.mark.cluster
-def test_hosts_that_know_ipv6_alone_train(launch, recipe, network, ipv6_alone, tmp_path):
+def test_ipv6_only_hosts_train_together(launch, recipe, network, ipv6_alone, tmp_path):
     bst, run_dir = str(Path(sys.executable).with_name("bst")), tmp_path / "run"
     command = [bst, "train", str(recipe(6)), "--run-dir", str(run_dir), "--nodes", "2", "--ranks", "1",
                "--master", f"[{ipv6_alone[0]}]:29500"]  # fmt: skip

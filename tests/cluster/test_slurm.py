@@ -169,7 +169,7 @@ def slurm(network, tmp_path_factory) -> Iterator[Slurm]:
 SCRIPT = "launch/cluster/slurm.sbatch"
 
 
-def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_its_end(slurm, recipe, tmp_path):
+def test_a_job_that_is_told_to_stop_is_requeued_and_finishes(slurm, recipe, tmp_path):
     log = tmp_path / "log"
     job = slurm.submit(SCRIPT, str(recipe(60)), "schedule.warmup_steps=3", log=log)
     slurm.until(lambda: log.exists() and "step-00000020:" in log.read_text(), 120, log)
@@ -214,7 +214,7 @@ with Controller(hosts, LaunchOptions("slurm", Path.cwd())) as controller:
     ],
     ids=["a-device-a-task", "one-task"],
 )
-def test_what_a_job_asks_for_a_task_is_not_what_all_ranks_of_a_node_get(slurm, tmp_path, options):
+def test_per_task_job_options_do_not_limit_the_ranks_of_a_node(slurm, tmp_path, options):
     """Two ranks per node; both see both devices and every core, and differ in LOCAL_RANK."""
     log, script, look = tmp_path / "log", tmp_path / "job.sh", tmp_path / "look.py"
     look.write_text(LOOK)
@@ -243,7 +243,7 @@ echo "first start: $?"
 """
 
 
-def test_a_second_srun_on_one_run_directory_is_refused_and_told_of_the_first(slurm, recipe, network, tmp_path):
+def test_a_second_srun_on_one_run_directory_is_refused(slurm, recipe, network, tmp_path):
     """Both without `bst launch`: srun starts the ranks, and sets their rank in environment variables."""
     log, script, run = tmp_path / "log", tmp_path / "job.sh", tmp_path / "run"
     script.write_text(DIRECT.format(root=ROOT, address=network.hosts[0], python=sys.executable, recipe=recipe(100_000),

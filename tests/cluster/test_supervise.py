@@ -48,7 +48,7 @@ def rehearse(tmp_path: Path, status: int, accepted: list[str], stop_signals: Seq
     return stub.command
 
 
-def test_ranks_that_cannot_add_are_named_and_nothing_is_started(tmp_path):
+def test_ranks_that_fail_the_collective_check_prevent_the_start(tmp_path):
     rehearse(tmp_path, 0, [])
     with pytest.raises(PreflightError, match="rank 1 on b ended with status 1"):
         rehearse(tmp_path, 1, [])
@@ -56,18 +56,18 @@ def test_ranks_that_cannot_add_are_named_and_nothing_is_started(tmp_path):
         rehearse(tmp_path, 1, ["speed"])
 
 
-def test_what_is_accepted_by_name_is_no_reason_against_a_start(tmp_path):
+def test_an_accepted_check_does_not_prevent_the_start(tmp_path):
     rehearse(tmp_path, 1, ["sum"])
     assert "--any-speed" in rehearse(tmp_path, 0, ["speed"])
     assert "--any-speed" not in rehearse(tmp_path, 0, ["sum"])
 
 
-def test_a_signal_meanwhile_starts_nothing_whatever_is_accepted(tmp_path):
+def test_a_stop_signal_during_the_check_prevents_the_start(tmp_path):
     with pytest.raises(PreflightError):
         rehearse(tmp_path, 75, ["sum"], stop_signals=[15])
 
 
-def test_a_run_waits_for_hosts_that_are_not_fit_yet(tmp_path, monkeypatch):
+def test_a_run_waits_for_hosts_that_are_not_ready_yet(tmp_path, monkeypatch):
     """A rank is killed; then no host is ready, then one is lost before its ranks start; the third restart succeeds."""
     (tmp_path / FILE).write_text(json.dumps({"kind": "train", "step": 7}) + "\n")
     job, options = Job(None, None, {}, None), LaunchOptions("pdsh", tmp_path)

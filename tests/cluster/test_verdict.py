@@ -21,7 +21,7 @@ from bst_dist.faults.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
         ({0: 0, 1: 3}, 3, 1, True),
     ],
 )
-def test_status_culprit_and_restart(statuses, status, culprit, again):
+def test_rank_statuses_decide_exit_status_culprit_and_restart(statuses, status, culprit, again):
     ended = Ended(3, statuses)
     assert (ended.status, ended.culprit, ended.worth_a_restart) == (status, culprit, again)
 
@@ -41,7 +41,7 @@ def test_status_culprit_and_restart(statuses, status, culprit, again):
         ({0: 70, 1: 1}, {0: 0.0, 1: 0.5}, FAILED, 1, True),
     ],
 )
-def test_the_first_failure_is_to_blame(statuses, when, status, culprit, again):
+def test_the_first_failure_is_the_culprit(statuses, when, status, culprit, again):
     ended = Ended(3, statuses, when)
     assert (ended.status, ended.culprit, ended.worth_a_restart) == (status, culprit, again)
 
@@ -50,7 +50,7 @@ def test_the_first_failure_is_to_blame(statuses, when, status, culprit, again):
     ("statuses", "settle_s"),
     [({0: 1}, 6.0), ({0: 1, 1: -9}, 1.0), ({0: -11}, 1.0), ({0: -6}, 6.0), ({0: 1, 1: -6}, 6.0), ({0: 0, 1: 75}, 6.0)],
 )
-def test_the_others_are_waited_for_unless_a_rank_was_killed(statuses, settle_s):
+def test_other_ranks_are_waited_for_unless_a_rank_was_killed(statuses, settle_s):
     """A rank that aborts (SIGABRT) has usually lost another rank, which may still report the cause."""
     assert Ended(3, statuses).settle_s == settle_s
 
@@ -70,20 +70,20 @@ def test_one_rank_or_host_that_fails_fails_the_job(ended, failed):
     assert ended.failed == failed
 
 
-def test_ranks_that_stopped_because_nobody_watched_them_are_worth_a_restart():
+def test_ranks_that_stopped_without_a_launcher_are_restarted():
     ended = Ended(2, {0: 75, 1: 75}, left_alone={"node-02": LeftAlone(31.0, 5.0)})
     assert (ended.status, ended.worth_a_restart) == (RESUBMIT, True)
     assert "node-02 got no sign of life from this process for 31 s" in ended.explain({})
     assert not Ended(2, {0: 75, 1: 75}, left_alone={"node-02": LeftAlone(31.0, 5.0)}, stop_signal=15).worth_a_restart
 
 
-def test_a_lost_host_is_to_blame_whatever_the_ranks_say():
+def test_a_lost_host_is_the_cause_whatever_the_ranks_report():
     ended = Ended(3, {0: 1, 1: 1}, lost={"node-03": "silent for 30 s"})
     assert (ended.status, ended.worth_a_restart) == (FAILED, True)
     assert ended.explain({}) == "lost node-03: silent for 30 s"
 
 
-def test_nothing_is_started_again_that_was_told_to_stop():
+def test_a_job_that_was_told_to_stop_is_not_restarted():
     assert not Ended(2, {0: -9}, stop_signal=15).worth_a_restart
     unfinished = Ended(2, {0: 75}, stop_signal=15)
     assert (unfinished.status, unfinished.worth_a_restart) == (128 + 15, False)

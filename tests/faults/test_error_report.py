@@ -30,7 +30,7 @@ def board(monkeypatch):
     (1, "no space on /a", "no such corpus\n"),
     (1, None, "no such corpus\n"),
 ])  # fmt: skip
-def test_what_rank_0_says_too_it_says_alone(board, monkeypatch, capsys, rank, first, said):
+def test_an_error_that_rank_0_also_has_is_printed_once(board, monkeypatch, capsys, rank, first, said):
     monkeypatch.setenv("RANK", str(rank))
     if first:
         board.put(KEY, first)
@@ -42,7 +42,7 @@ def test_what_rank_0_says_too_it_says_alone(board, monkeypatch, capsys, rank, fi
 
 
 @pytest.mark.parametrize(("rank", "peer_gone"), [(1, False), (1, True), (0, True)])
-def test_who_is_told_to_stop_while_it_waits_is_silent(board, monkeypatch, capsys, rank, peer_gone):
+def test_a_rank_told_to_stop_while_waiting_prints_no_error(board, monkeypatch, capsys, rank, peer_gone):
     """The launcher ends it because another rank has failed, and prints that rank."""
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr(error_report, "WAIT_S", 60.0)
@@ -52,7 +52,7 @@ def test_who_is_told_to_stop_while_it_waits_is_silent(board, monkeypatch, capsys
     assert capsys.readouterr().err == ""
 
 
-def test_who_fails_after_it_was_told_to_stop_is_heard(board, monkeypatch, capsys):
+def test_a_rank_that_fails_after_a_stop_signal_prints_its_error(board, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     notice = Notice()
     notice.take(signal.SIGTERM)
@@ -60,7 +60,7 @@ def test_who_fails_after_it_was_told_to_stop_is_heard(board, monkeypatch, capsys
     assert "no space on /a" in capsys.readouterr().err
 
 
-def test_a_board_that_is_gone_keeps_nobody_silent(board, monkeypatch, capsys):
+def test_errors_are_printed_when_reading_the_board_fails(board, monkeypatch, capsys):
     def gone(keys):
         raise RuntimeError("Connection reset by peer")
 
@@ -70,7 +70,7 @@ def test_a_board_that_is_gone_keeps_nobody_silent(board, monkeypatch, capsys):
     assert "no such corpus" in capsys.readouterr().err
 
 
-def test_rank_0_is_heard_where_it_can_leave_no_word(board, monkeypatch, capsys):
+def test_rank_0_prints_its_error_when_writing_the_board_fails(board, monkeypatch, capsys):
     def gone(key, text):
         raise RuntimeError("Broken pipe")
 
@@ -80,7 +80,7 @@ def test_rank_0_is_heard_where_it_can_leave_no_word(board, monkeypatch, capsys):
     assert capsys.readouterr().err == "bst train: no such corpus\n"
 
 
-def test_errors_of_a_lost_rank_are_told_from_others():
+def test_errors_of_a_lost_rank_are_distinguished_from_others():
     from torch.distributed import DistBackendError
 
     assert lost_peer(RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:2000"))

@@ -78,7 +78,7 @@ def recipe(recipe_file) -> Path:
 
 
 @pytest.mark.long
-def test_the_watchdog_names_the_file_system_and_ends_a_run_that_goes_on_later(recipe, disk):
+def test_the_watchdog_names_the_file_system_and_ends_a_resumable_run(recipe, disk):
     trainer = Trainer(recipe, disk)
     trainer.until_it_has_a_checkpoint()
     freeze(disk)

@@ -41,7 +41,7 @@ def fill(disk: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_disk_that_fills_up_while_it_trains(bst, disk):
+def test_a_disk_that_fills_up_while_training_ends_a_resumable_run(bst, disk):
     command = [Path(sys.executable).with_name("bst"), *LONG]
     run = disk / "run"
     trainer = subprocess.Popen(command, cwd=disk.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -29,7 +29,7 @@ def guard(losses: list[float] = (), **settings: Any) -> Guard:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_no_number_stops_by_default_and_is_entered_in_the_ledger(value):
+def test_a_non_finite_value_stops_by_default_and_is_recorded(value):
     judge = guard()
     with pytest.raises(DivergedError, match=r"the loss is -?(nan|inf) in step 4"):
         judge.loss(value, step=4, skipped=0, rate=1e-3)
@@ -52,7 +52,7 @@ def test_a_spike_is_a_loss_far_above_the_median_of_the_window():
     assert guard([3.0] * 8, spike="skip").loss(3.0 + 1e-3, 9, 0, 1.0) is None  # and nothing deviates
 
 
-def test_only_so_many_steps_within_so_much_data_are_passed_over():
+def test_skipped_steps_are_limited_within_a_window_of_data():
     judge = guard(non_finite="skip", most=2, within=10)
     for step in (0, 5, 11):  # the first is outside of the limit when the third comes
         assert judge.loss(math.nan, step, 0, 1.0).action == "skip"
@@ -64,14 +64,14 @@ def test_only_so_many_steps_within_so_much_data_are_passed_over():
     assert str(RollBack(entry)) == "the loss is nan in step 3"
 
 
-def test_entries_are_counted_by_the_data_that_they_are_about():
+def test_ledger_entries_are_counted_by_their_data_step():
     """Step 5 was taken twice, the second time with the seventh step's data. Only bad steps count."""
     found = Ledger([Entry(5, 0, "a", "skip"), Entry(5, 2, "b", "skip"), Entry(5, 2, "c", ledger.CHANGE)])
     assert [found.lately(8, within) for within in (1, 2, 3)] == [1, 1, 2]
     assert found.lately(7, 10) == 1
 
 
-def test_a_ledger_keeps_what_is_behind_a_checkpoint_and_drops_what_is_beyond(tmp_path):
+def test_a_ledger_drops_entries_newer_than_the_checkpoint(tmp_path):
     entries = [Entry(2, 0, "a", "skip"), Entry(6, 0, "b", "roll-back", 4), Entry(5, 2, "c", "skip")]
     (tmp_path / ledger.FILE).touch()
     Ledger(entries, tmp_path / ledger.FILE)
@@ -167,7 +167,7 @@ def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, assert_sa
 
 
 @pytest.mark.ranks
-def test_by_default_the_run_stops_and_its_checkpoints_are_spared(go, tmp_path):
+def test_a_diverged_run_stops_by_default_and_keeps_its_checkpoints(go, tmp_path):
     with pytest.raises(AssertionError, match="DivergedError: the loss is nan in step 4"):
         go("run", "loss", (4,))
     assert newest_valid(tmp_path / "run").name == "step-00000004"
@@ -176,7 +176,7 @@ def test_by_default_the_run_stops_and_its_checkpoints_are_spared(go, tmp_path):
 
 
 @pytest.mark.ranks
-def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(go, tmp_path):
+def test_a_roll_back_without_a_checkpoint_stops_the_run(go, tmp_path):
     with pytest.raises(
         AssertionError, match="DivergedError: the loss is nan in step 1, and there is no checkpoint yet"
     ):

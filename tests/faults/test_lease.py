@@ -36,7 +36,7 @@ def held_elsewhere(run_dir: Path, epoch: int = 4, **about: Any) -> Path:
     return path
 
 
-def test_a_second_start_is_refused_and_told_of_the_first(tmp_path, monkeypatch):
+def test_a_second_start_is_refused_and_names_the_first(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     first = acquire(tmp_path)
     with pytest.raises(LeaseError, match=rf"process {os.getpid()} on .* \(Slurm job 4711, since .*epoch 1"):
@@ -45,7 +45,7 @@ def test_a_second_start_is_refused_and_told_of_the_first(tmp_path, monkeypatch):
     assert acquire(tmp_path).epoch == 2
 
 
-def test_a_dead_process_of_this_machine_is_succeeded_at_once(tmp_path):
+def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path):
     code = "import sys; from bst_dist.faults.lease import *; from pathlib import Path; acquire(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", f"{code}; os._exit(9)", str(tmp_path)], check=False)
     said: list[str] = []
@@ -61,14 +61,14 @@ def test_a_start_elsewhere_is_dead_when_its_counter_stands_still(tmp_path):
     assert len(list((tmp_path / LEASE).glob("*.json"))) == 1
 
 
-def test_a_start_elsewhere_whose_counter_moves_is_left_alone(tmp_path, monkeypatch):
+def test_a_start_elsewhere_whose_counter_moves_is_not_replaced(tmp_path, monkeypatch):
     path = held_elsewhere(tmp_path)
     monkeypatch.setattr(lease.time, "sleep", lambda _: path.write_text(path.read_text().replace("1}", "2}")))
     with pytest.raises(LeaseError, match="node-03"):
         acquire(tmp_path, silence_s=1e9)
 
 
-def test_of_two_that_succeed_a_dead_one_only_one_does(tmp_path, monkeypatch):
+def test_only_one_of_two_starts_replaces_a_dead_one(tmp_path, monkeypatch):
     held_elsewhere(tmp_path)
     winners = []
 
@@ -84,7 +84,7 @@ def test_of_two_that_succeed_a_dead_one_only_one_does(tmp_path, monkeypatch):
     assert winners[0].epoch == 5
 
 
-def test_a_start_that_was_thought_dead_learns_of_its_successor(tmp_path):
+def test_a_replaced_start_learns_of_its_successor(tmp_path):
     lost: list[str] = []
     old = acquire(tmp_path, lost.append)
     held_elsewhere(tmp_path / "other", epoch=2).rename(tmp_path / LEASE / "epoch-00000002.json")

@@ -16,7 +16,7 @@ from bst_dist.faults.status import RESUBMIT
 from bst_dist.train.rundir import read_outcome
 
 
-def test_what_leads_nowhere_is_no_error_and_all_else_is_as_it_was():
+def test_writing_to_a_closed_pipe_is_ignored():
     reading, writing = os.pipe()
     stream = IgnoreWriteErrors(os.fdopen(writing, "w"))
     print("heard", file=stream, flush=True)

@@ -52,9 +52,7 @@ def tell(rank: int) -> None:
 
 
 @pytest.mark.ranks
-def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninterrupted_one(
-    go, tmp_path, monkeypatch, assert_same_run
-):
+def test_a_run_stopped_repeatedly_by_signals_equals_the_uninterrupted_one(go, tmp_path, monkeypatch, assert_same_run):
     run = tmp_path / "parts"
     originals = {"setting up": building.peak_flops, "training": Trainer._accumulate}
     originals |= {"evaluating": evaluation._by_block, "saving": snapshot.Snapshots.start}
@@ -103,7 +101,7 @@ def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninter
     assert_same_run(run, tmp_path / "whole")
 
 
-def test_the_end_of_a_terminal_is_a_stop_unless_it_is_ignored():
+def test_sighup_is_a_stop_signal_unless_it_is_ignored():
     """nohup ignores SIGHUP. The other signals are always handled."""
     before = signal.getsignal(signal.SIGHUP)
     try:
@@ -115,7 +113,7 @@ def test_the_end_of_a_terminal_is_a_stop_unless_it_is_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_that_comes_later_is_a_further_one(monkeypatch):
+def test_a_signal_after_the_copy_interval_counts_as_a_second_one(monkeypatch):
     now = [5.0]
     monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now[0]))
     notice, found = signals.Notice(), []
@@ -154,7 +152,7 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without an instruction
 """
 
 
-def test_a_further_ctrl_c_ends_a_rank_at_once_and_no_other_signal_does():
+def test_only_a_second_ctrl_c_ends_a_rank_at_once():
     """With a clock that the test sets.
 
     A SIGINT soon after the first signal counts as a copy of it, because launchers send copies. Slurm's second SIGTERM
@@ -174,7 +172,7 @@ def test_a_further_ctrl_c_ends_a_rank_at_once_and_no_other_signal_does():
     assert process.communicate()[0] == ""
 
 
-def test_a_rank_ends_with_the_launcher_of_deepspeed_that_started_it(tmp_path):
+def test_a_rank_ends_when_its_deepspeed_launcher_dies(tmp_path):
     rank = "from bst_dist.faults import signals; import time; signals.listen(); print(1, flush=True); time.sleep(600)"
     launcher = (
         "import subprocess, sys\n"

@@ -98,9 +98,7 @@ def test_ranks_that_wait_for_a_stalled_server_save_the_last_complete_step(recipe
 
 
 @pytest.mark.parametrize(("name", "before"), [("manifest.json", 2), ("validation-000000.tar", 0)])
-def test_a_server_that_stalls_before_the_first_step_is_left_with_a_status_to_start_again(
-    recipe, server, tmp_path, name, before
-):
+def test_a_server_stall_before_the_first_step_gives_the_resubmit_status(recipe, server, tmp_path, name, before):
     """`before`: number of reads of the file by `bst train` itself, before ranks exist."""
     server.faults[name] = [""] * before + STALLED
     training = Training(recipe, tmp_path / "run")
@@ -120,7 +118,7 @@ def test_a_server_that_stalls_before_the_first_step_is_left_with_a_status_to_sta
     ],
     ids=["dp", "sp"],
 )
-def test_a_rank_without_data_costs_the_others_that_step_and_the_run_nothing_else(
+def test_a_run_stopped_while_one_rank_lacks_data_resumes_exactly(
     recipe_file, on_ranks, unmeasured, tmp_path, monkeypatch, assert_same_run, changes: dict[str, Any]
 ):
     """The waiting rank must take part in the others' collectives. The resumed run equals one without a stop."""
