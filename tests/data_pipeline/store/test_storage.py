@@ -51,7 +51,9 @@ def assert_same_documents(found: Corpus, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_documents_over_http_equal_those_of_the_directory(make_corpus: Any, serve: Any, tmp_path: Path, cached: bool) -> None:
+def test_documents_over_http_equal_those_of_the_directory(
+    make_corpus: Any, serve: Any, tmp_path: Path, cached: bool
+) -> None:
     directory = make_corpus(LENGTHS)
     config = StorageConfig(**FAST, cache_dir=tmp_path / "cache" if cached else None)
     assert_same_documents(Corpus.open(serve(directory).url, "train", config), directory)
@@ -123,7 +125,9 @@ def test_server_without_range_requests_is_refused_without_a_cache(make_corpus: A
         corpus.tokens(0, 0, 10)
 
 
-def test_server_without_range_requests_works_with_a_cache(make_corpus: Any, serve: Any, tmp_path: Path, monkeypatch) -> None:
+def test_server_without_range_requests_works_with_a_cache(
+    make_corpus: Any, serve: Any, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(remote, "_CHUNK", 10_000)
     directory = make_corpus(LENGTHS)
     server = serve(directory)
@@ -166,9 +170,7 @@ def told() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_interrupted_loader_returns_a_blank_step(
-    make_corpus: Any, serve: Any, told: None, prefetch: int
-) -> None:
+def test_interrupted_loader_returns_a_blank_step(make_corpus: Any, serve: Any, told: None, prefetch: int) -> None:
     server = serve(make_corpus(LENGTHS))
     storage = {"timeout_s": 1000, "deadline_s": 1000}
     config = parse(DataConfig, {"corpus": server.url, "storage": storage, "prefetch": prefetch})
@@ -313,9 +315,7 @@ def test_cache_keeps_no_damaged_or_incomplete_file(make_corpus: Any, serve: Any,
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "remove before it is opened"])
-def test_damaged_cached_copy_is_fetched_again(
-    make_corpus: Any, serve: Any, tmp_path: Path, damage: str
-) -> None:
+def test_damaged_cached_copy_is_fetched_again(make_corpus: Any, serve: Any, tmp_path: Path, damage: str) -> None:
     directory = make_corpus(LENGTHS)
     config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
     server = serve(directory)

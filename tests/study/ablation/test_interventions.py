@@ -97,7 +97,9 @@ def with_context_by_hand(model, intervention, layers):
     ("SH", {"context": {"variant": "SH", "attend": "previous"}}),
 ], ids=lambda value: value if isinstance(value, str) else "-".join(value) or "s4d")  # fmt: skip
 @pytest.mark.parametrize("layers", [[1], [1, 2]], ids=["one layer", "all layers"])
-def test_interventions_on_context_states_equal_an_explicit_model_change(make_model, intervention, variant, changes, layers):
+def test_interventions_on_context_states_equal_an_explicit_model_change(
+    make_model, intervention, variant, changes, layers
+):
     model = make_model(variant=variant, **changes)
     untouched = whole(model)
     expected = whole(with_context_by_hand(model, intervention, layers))
