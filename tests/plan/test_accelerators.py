@@ -18,9 +18,9 @@ from bst_dist.plan.accelerators import accelerators, of_device
         ("AMD Instinct MI300X", "mi300x-192gb"),
     ],
 )
-def test_a_device_is_found_by_its_driver_s_name(driver, name):
+def test_device_is_found_by_its_driver_name(driver, name):
     assert of_device(driver) == accelerators()[name]
 
 
-def test_a_device_that_nobody_knows_is_none():
+def test_unknown_device_gives_none():
     assert of_device("Quadro 600") is None

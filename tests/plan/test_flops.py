@@ -20,7 +20,7 @@ def config(mixer, variant, **context):
 
 
 @pytest.mark.parametrize("case", [("sliding", "SH"), ("bst", "SH"), ("bst", "MH"), ("bst", "MF")])
-def test_forward_terms_equal_the_counter(case):
+def test_forward_flops_equal_those_of_the_torch_counter(case):
     model, length, rows = LanguageModel(config(*case)), 128, 64
     ids = torch.zeros(rows, length, dtype=torch.long)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -21,7 +21,7 @@ def busy_cores():
         program.wait()
 
 
-def test_other_programs_do_not_hide_that_bf16_is_slow(busy_cores, monkeypatch):
+def test_slow_bf16_is_detected_independently_of_cpu_load(busy_cores, monkeypatch):
     """Simulates a CPU on which a product in bf16 takes as long as twenty in fp32."""
     single = torch.randn(128, 128)
 

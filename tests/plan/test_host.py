@@ -28,7 +28,7 @@ def planned(request: Request, nodes: int = 1) -> dict[str, float]:
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_the_plan_has_what_a_run_reserves(recipe_file, tmp_path, on_ranks, monkeypatch, stage):
+def test_planned_host_memory_equals_that_of_a_run(recipe_file, tmp_path, on_ranks, monkeypatch, stage):
     average = ["train.average.decay=0.9"] if stage == 1 else []
     changes = [f"deepspeed=ds_configs/zero{stage}.json", "checkpoint.local_every=1",
                f"checkpoint.local_directory={tmp_path / 'local'}", *average]  # fmt: skip
@@ -60,7 +60,7 @@ def test_the_plan_has_what_a_run_reserves(recipe_file, tmp_path, on_ranks, monke
     assert WORLD * sum(found.values()) == pytest.approx(taken, rel=PADDING)
 
 
-def test_a_neighbour_s_copies_count_and_nothing_is_counted_that_is_off(recipe_file, tmp_path):
+def test_planned_host_memory_counts_neighbour_copies_and_no_disabled_features(recipe_file, tmp_path):
     def of(*changes: str, nodes: int = 1) -> dict[str, float]:
         return planned(Request(recipe_file(), list(changes), tmp_path / "run", False, None), nodes)
 

@@ -18,7 +18,7 @@ from tests.plan.test_search import SETTINGS
 UNCOMPILED = parse(Recipe, SETTINGS | {"compile": False})
 
 
-def test_views_and_allocations_launch_nothing():
+def test_views_and_allocations_launch_no_kernels():
     with FakeTensorMode(), LiveBytes() as live:
         x, weight = torch.empty(4, 6), torch.empty(6, 6, requires_grad=True)
         y = torch.relu((x.view(2, 2, 6).transpose(0, 1).flatten(0, 1) @ weight)[:2])  # a copy, a product, a ReLU
@@ -32,7 +32,7 @@ def plan(recipe: Recipe, rows: int = 16, stage: int = 0, policy: str = "none"):
     return planner, planner.candidate(stage, 1, rows, policy)
 
 
-def test_a_step_of_a_small_model_takes_as_long_as_its_launches():
+def test_step_time_of_a_small_model_equals_its_launch_time():
     planner, way = plan(UNCOMPILED)
     layers, around = operations(planner.activations, planner.model.mixers(), way.work)
     assert way.speed.launches > way.speed.compute + way.speed.memory
@@ -42,13 +42,13 @@ def test_a_step_of_a_small_model_takes_as_long_as_its_launches():
 
 
 @pytest.mark.parametrize("policy", ["none", "selective"])
-def test_compiled_layers_launch_less(policy):
+def test_compiled_layers_launch_fewer_kernels(policy):
     planner, way = plan(parse(Recipe, SETTINGS), policy=policy)
     layers, around = operations(planner.activations, planner.model.mixers(), way.work)
     assert way.speed.total == pytest.approx(LAUNCH_S * (layers / COMPILED_FEWER + around), rel=0.01)
 
 
-def test_what_a_run_would_not_compile_the_plan_does_not_either():
+def test_plan_does_not_compile_what_a_run_does_not_compile():
     train = SETTINGS["train"] | {"carry": True}
     carried = SETTINGS | {"train": train, "data": {"corpus": "none", "mode": "streaming"}}
     planner, way = plan(parse(Recipe, carried))
@@ -57,7 +57,7 @@ def test_what_a_run_would_not_compile_the_plan_does_not_either():
 
 
 @pytest.mark.parametrize(("policy", "compiled"), [("none", False), ("selective", True), ("every-layer", True)])
-def test_zero3_gathers_a_layer_as_a_whole_where_a_run_would_compile_it(policy, compiled, monkeypatch):
+def test_zero3_gathers_compiled_layers_as_a_whole(policy, compiled, monkeypatch):
     monkeypatch.setattr(search, "memory", lambda sizes, *others: given.append(sizes) or memory(sizes, *others))
     given = []
     planner = Planner(parse(Recipe, SETTINGS), Cluster(1, 2, accelerator("h100-80gb")))
@@ -68,14 +68,14 @@ def test_zero3_gathers_a_layer_as_a_whole_where_a_run_would_compile_it(policy, c
     assert way.speed.launches == pytest.approx(LAUNCH_S * (layers / fewer + around), rel=0.05)
 
 
-def test_a_layer_that_is_run_again_launches_its_forward_pass_twice():
+def test_recomputed_layer_launches_its_forward_pass_twice():
     planner, way = plan(UNCOMPILED, rows=1)
     again = planner.candidate(0, 1, 1, "every-layer")
     layers, rerun = (operations(planner.activations, planner.model.mixers(), one.work)[0] for one in (way, again))
     assert 1.2 * layers < rerun < 1.6 * layers
 
 
-def test_in_a_large_model_launches_hide_behind_the_computation():
+def test_launches_of_a_large_model_overlap_with_computation():
     model = SETTINGS["model"] | {"width": 2048, "heads": 16, "ffn": 8192, "block": 512}
     train = {"steps": 1, "sequence_length": 4096, "sequences": 16}
     _, way = plan(parse(Recipe, SETTINGS | {"model": model, "train": train}), rows=8)

@@ -46,7 +46,7 @@ def planned_s(nodes: int, per_node: int) -> float:
     return Planner(parse(Recipe, SETTINGS), Cluster(nodes, per_node, H100)).as_written().speed.total
 
 
-def test_the_factor_is_the_median_step_by_the_planned_one(run):
+def test_calibration_factor_is_median_step_time_over_planned_time(run):
     seconds = [60.0, 30.0, *(1 + n / 10 for n in range(11))]  # two warm-up steps, then a median of 1.5
     measured = measure(run((0, 8, 2, seconds)), H100)
     assert (measured.cluster.nodes, measured.cluster.per_node, measured.steps) == (2, 4, 11)
@@ -54,13 +54,13 @@ def test_the_factor_is_the_median_step_by_the_planned_one(run):
     assert measured.slower == pytest.approx(1.5 / planned_s(2, 4))
 
 
-def test_the_latest_start_with_enough_steps_counts(run):
+def test_latest_start_with_enough_steps_is_used(run):
     enough = WARM_UP_STEPS + FEWEST_STEPS
     measured = measure(run((0, 2, 1, 20 * [9.0]), (20, 4, 1, enough * [2.0]), (20 + enough, 8, 1, 3 * [5.0])), H100)
     assert (measured.cluster.world, measured.seconds[0], measured.steps) == (4, 2.0, FEWEST_STEPS)
 
 
-def test_steps_of_a_later_batch_are_left_out(run):
+def test_steps_after_a_batch_change_are_left_out(run):
     train = SETTINGS["train"] | {"sequence_changes": [{"step": 20, "sequences": 32}]}
     measured = measure(run((0, 1, 1, 20 * [1.0] + 50 * [2.0]), train=train), H100)
     assert (measured.seconds[0], measured.steps) == (1.0, 18)
@@ -70,7 +70,7 @@ def test_steps_of_a_later_batch_are_left_out(run):
     "device, gpu, refused",
     [("cpu", "h100-80gb", "ran on cpu, not on NVIDIA H100"), (None, "h100-80gb", None), ("cpu", "own", None)],
 )
-def test_a_run_on_another_device_is_refused_where_that_is_known(run, device, gpu, refused, capsys):
+def test_run_on_another_known_device_is_refused(run, device, gpu, refused, capsys):
     made = run((0, 1, 1, 20 * [1.0]), device=device)
     own = made.parent / "own.yaml"
     fields = [f"{key}: {value}" for key, value in H100.model_dump().items() if key not in ("device", "title", "source")]
@@ -86,7 +86,7 @@ def test_a_run_of_few_steps_is_refused(run):
         measure(run((0, 1, 1, 11 * [1.0])), H100)
 
 
-def test_the_plan_of_the_run_itself_takes_the_seconds_that_it_took(run, capsys, tmp_path):
+def test_calibrated_plan_of_a_run_equals_its_measured_time(run, capsys, tmp_path):
     made, report = run((0, 1, 1, 20 * [3.5])), tmp_path / "plan.json"
     way = Planner(parse(Recipe, SETTINGS), Cluster(1, 1, H100)).as_written()
     asked = ["plan", str(made / "recipe.yaml"), "--gpus-per-node", "1", "--json", str(report)]

@@ -61,7 +61,7 @@ def build(settings):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_terms_equal_what_one_more_sequence_costs(name):
+def test_flops_terms_equal_the_cost_of_one_more_sequence(name):
     """Tables and filters are made once per batch, so the difference between two batch sizes leaves them out.
 
     FFTs, which the counter does not know, have their own term.
@@ -72,7 +72,7 @@ def test_terms_equal_what_one_more_sequence_costs(name):
     assert found / LENGTH == pytest.approx(sum(terms.values()) - terms.get("fft", 0), rel=1e-9)
 
 
-def test_fused_full_attention_is_counted_as_the_causal_half_in_tiles():
+def test_fused_full_attention_counts_causal_tiles_only():
     fused, tiled = (build({"mixer": "full", "attention": {"position": p}}) for p in ("rope", "t5"))
     terms = forward_flops(fused.config, LENGTH)
     assert terms == forward_flops(tiled.config, LENGTH)

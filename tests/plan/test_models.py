@@ -35,7 +35,7 @@ def test_counts_equal_those_of_the_built_model(name):
     assert found.state_bytes == sum(x.numel() * x.element_size() for x in past.after.values())
 
 
-def test_known_sizes():
+def test_model_sizes_equal_the_equations():
     """By the equations, a sliding mixer has 4 D² plus H scales and the biases, a feed-forward network 2 D M."""
     d, h, m, layers, vocabulary = 32, 4, 48, 4, 50
     found = entry("sliding", MODELS["sliding window"], LENGTH)
@@ -51,14 +51,14 @@ def test_known_sizes():
     assert bst.state_bytes - found.state_bytes == 2 * ds * n * 4
 
 
-def test_a_gate_is_a_third_matrix_in_every_layer():
+def test_gate_adds_a_third_ffn_matrix_per_layer():
     d, m, layers = 32, 48, 4
     plain, gated = (entry("", CONFIG.model_copy(update={"activation": name}), LENGTH) for name in ("relu", "swiglu"))
     assert gated.total_parameters - plain.total_parameters == layers * d * m
     assert gated.total_forward_flops_per_token - plain.total_forward_flops_per_token == layers * 2 * d * m
 
 
-def test_a_head_of_its_own_is_counted_with_the_embedding():
+def test_untied_head_is_counted_with_the_embedding():
     tied, own = (entry("", CONFIG.model_copy(update={"tied": tied}), LENGTH) for tied in (True, False))
     assert own.parameters["embedding"] == 2 * tied.parameters["embedding"] == 2 * 50 * 32
     assert own.total_parameters == sum(
@@ -67,7 +67,7 @@ def test_a_head_of_its_own_is_counted_with_the_embedding():
     assert own.total_forward_flops_per_token == tied.total_forward_flops_per_token
 
 
-def test_shared_keys_and_values_are_fewer_parameters_and_a_smaller_past():
+def test_shared_keys_and_values_reduce_parameters_and_state():
     d, layers, window = 32, 4, 32
     plain, shared = (
         entry("", CONFIG.model_copy(update={"attention": AttentionConfig(kv_heads=heads)}), LENGTH) for heads in (4, 1)
@@ -83,7 +83,7 @@ def test_half_precision_halves_keys_and_values_but_not_the_recurrent_state():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
-def test_a_paper_recipe_is_named_as_its_file_and_says_its_size(path):
+def test_paper_recipe_has_the_name_of_its_file_and_states_its_size(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     counted = entry(recipe.name, recipe.model, recipe.train.sequence_length).total_parameters
@@ -122,7 +122,7 @@ def test_the_command_lists_the_recipe_first_and_every_model(tmp_path, capsys):
     assert '"name": "small-bst-sh"' in report.read_text().split('"models"')[1].split("}")[0]
 
 
-def test_nothing_is_left_out_of_the_walk():
+def test_norm_parameters_are_counted_completely():
     model = LanguageModel(MODELS["Block-Recurrent"])
     counted = entry("", MODELS["Block-Recurrent"], LENGTH).parameters
     norms = [m for m in model.modules() if isinstance(m, nn.RMSNorm)]

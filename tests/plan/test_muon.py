@@ -19,13 +19,13 @@ from bst_dist.plan.traffic import MOMENTUM
 SMALL = {"width": 64, "heads": 2, "ffn": 96, "block": 8, "depth": 2, "vocab_size": 29, "mixer": "bst"}
 
 
-def test_equal_matrices_in_equal_parts_are_shared_out_evenly():
+def test_equal_matrices_are_divided_evenly_over_ranks():
     """Each of 4 ranks owns 3 of 12 matrices, receives three quarters of them, sends as much, and then the same back."""
     found = busiest((100,) * 12, (7.0,) * 12, stage=3, world=4)
     assert (found.flops, found.updated, found.sent) == (3 * 7.0, 300, 2 * 2 * 3 * 75)
 
 
-def test_borders_cut_few_matrices_of_a_flat_share():
+def test_rank_boundaries_split_few_matrices():
     """Three matrices of 10 elements on two ranks: the cut is in the middle of the second, which rank 0 owns."""
     found = busiest((10,) * 3, (5.0,) * 3, stage=1, world=2)
     assert (found.flops, found.updated, found.sent) == (10.0, 15, 2 * 5)
@@ -33,7 +33,7 @@ def test_borders_cut_few_matrices_of_a_flat_share():
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_a_matrix_has_one_moment_and_everything_else_two(stage):
+def test_muon_has_one_moment_per_matrix(stage):
     model = LanguageModel(ModelConfig(**SMALL))
     adam, muon = (Sizes.of(model, muon=muon) for muon in (False, True))
     matrices = sum(weight.numel() for weight, _ in model.hidden_matrices())
@@ -44,7 +44,7 @@ def test_a_matrix_has_one_moment_and_everything_else_two(stage):
     assert replace(other, moments=one.moments, updating=one.updating) == one
 
 
-def test_a_plan_counts_the_exchanges_and_the_products():
+def test_plan_counts_muon_communication_and_flops():
     train = {"steps": 10, "sequence_length": 64, "sequences": 8}
     settings = {"name": "small", "model": SMALL, "data": {"corpus": "none", "documents": "joined"}, "train": train}
     ways = {}

@@ -34,13 +34,13 @@ def recipe_file(tmp_path):
     return str(path)
 
 
-def test_with_memory_to_spare_nothing_is_run_again_and_no_sequence_is_shared():
+def test_plan_with_enough_memory_uses_no_recomputation_or_sequence_parallelism():
     best = Planner(parse(Recipe, SETTINGS), Cluster(1, 4, device(80))).best()
     assert (best.work.checkpointing.policy, best.work.slice.sp, best.fits) == ("none", 1, True)
     assert best.work.slice.rows * best.work.accumulation * 4 == 16
 
 
-def test_with_less_memory_the_plan_gives_up_speed_and_still_fits(monkeypatch):
+def test_plan_with_less_memory_is_slower_and_fits(monkeypatch):
     monkeypatch.setattr("bst_dist.plan.search.RESERVED_BYTES", 0)
     planner = Planner(parse(Recipe, SETTINGS), Cluster(1, 1, device(80)))
     roomy, tight = (planner.candidate(0, 1, 1, policy) for policy in ("none", "every-layer"))
@@ -51,13 +51,13 @@ def test_with_less_memory_the_plan_gives_up_speed_and_still_fits(monkeypatch):
     assert best.speed.total > planner.best().speed.total  # with all the memory
 
 
-def test_more_ranks_than_sequences_share_them():
+def test_more_ranks_than_sequences_use_sequence_parallelism():
     best = Planner(parse(Recipe, SETTINGS), Cluster(4, 8, device(80))).best()
     assert best.work.slice.sp == 2
     assert sum(best.between.values()) > 0
 
 
-def test_ranks_that_do_not_divide_the_sequences_compute_some_in_vain(recipe_file, capsys, tmp_path):
+def test_uneven_ranks_compute_masked_sequences(recipe_file, capsys, tmp_path):
     planner = Planner(parse(Recipe, SETTINGS), Cluster(1, 3, device(80)))
     best = planner.best()
     rows = best.work.slice.rows * best.work.accumulation  # the 16 rows are spread as 6, 5 and 5
@@ -75,7 +75,7 @@ def test_ranks_that_do_not_divide_the_sequences_compute_some_in_vain(recipe_file
     assert "1 of 3 ranks has 6 sequences, 2 of 3 ranks have 5 sequences and 1 masked: 11% of the computation" in said
 
 
-def test_the_command_prints_a_command_that_the_trainer_takes(recipe_file, capsys, tmp_path):
+def test_plan_command_prints_valid_training_options(recipe_file, capsys, tmp_path):
     assert main(["plan", recipe_file, "--gpus-per-node", "2", "--json", str(tmp_path / "plan.json")]) == 0
     report = json.loads((tmp_path / "plan.json").read_text())
     assert report["fits"]
@@ -83,7 +83,7 @@ def test_the_command_prints_a_command_that_the_trainer_takes(recipe_file, capsys
     assert "sp: 1" in dump(parse(Recipe, SETTINGS | {"parallel": {"sp": report["sp"]}}))
 
 
-def test_ctrl_c_prints_the_lines_of_a_table_that_are_done(recipe_file, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_prints_the_finished_lines_of_a_table(recipe_file, tmp_path, monkeypatch, capsys):
     real = Planner.best
     monkeypatch.setattr(Planner, "best", lambda self: os.kill(os.getpid(), signal.SIGINT) or real(self))
     command = ["plan", recipe_file, "--nodes", "1,2", "--json", str(tmp_path / "plan.json"), "--gpus-per-node", "2"]
@@ -93,7 +93,7 @@ def test_ctrl_c_prints_the_lines_of_a_table_that_are_done(recipe_file, tmp_path,
     assert "stopped: 1 of 2 are planned" in capsys.readouterr().err
 
 
-def test_a_table_keeps_the_tokens_of_a_step(recipe_file, tmp_path):
+def test_table_keeps_the_tokens_per_step_constant(recipe_file, tmp_path):
     command = ["plan", recipe_file, "--nodes", "1,2", "--lengths", "256,1024", "--json", str(tmp_path / "plan.json")]
     assert main([*command, "--gpus-per-node", "2"]) == 0
     plans = json.loads((tmp_path / "plan.json").read_text())["plans"]
@@ -116,14 +116,14 @@ def test_a_table_keeps_the_tokens_of_a_step(recipe_file, tmp_path):
         (["--accelerators", "missing.yaml"], "missing.yaml: no such file"),
     ],
 )
-def test_what_cannot_be_is_one_message(recipe_file, capsys, arguments, said):
+def test_invalid_plan_options_give_one_message(recipe_file, capsys, arguments, said):
     assert main(["plan", recipe_file, *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
 
 
-def test_users_add_devices_of_their_own(recipe_file, tmp_path, capsys):
+def test_users_can_define_devices(recipe_file, tmp_path, capsys):
     fields = {"title": "Ours", "memory_gb": 96, "bf16_tflops": 500, "fp32_tflops": 50, "memory_gbs": 2000,
               "in_node_gbs": 100, "between_nodes_gbs": 25, "source": "measured"}  # fmt: skip
     own = tmp_path / "own.yaml"

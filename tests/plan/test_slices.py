@@ -45,7 +45,7 @@ def found() -> list[Size]:
     {"mixer": "ssm"}, {"mixer": "transformer-xl", "transformer_xl": {"window": 64}},
     {"ssm": {"kernel": "hyena", "length": 100}},
 ])  # fmt: skip
-def test_an_edge_has_the_bytes_that_a_model_leaves(changes):
+def test_planned_edge_bytes_equal_the_carried_state(changes):
     settings = {name: value for name, value in (MODEL | changes).items() if name != "ssm" or "ssm" in changes}
     config = parse(ModelConfig, settings)
     left = LanguageModel(config).carry()
@@ -54,7 +54,7 @@ def test_an_edge_has_the_bytes_that_a_model_leaves(changes):
     assert Activations(config, bf16=False).edge(2) == sum(value.nbytes for value in left.after.values())
 
 
-def test_smaller_slices_take_less_memory_but_for_their_edges(found):
+def test_smaller_slices_need_less_memory_except_edges(found):
     assert [size.slices for size in found] == [1, 2, 4]
     assert [size.edges_bytes for size in found] == [(size.slices - 1) * planner().activations.edge(1) for size in found]
     on_disk = [size.by_place["disk"].needed for size in found[1:]]
@@ -65,12 +65,12 @@ def test_smaller_slices_take_less_memory_but_for_their_edges(found):
     assert last["host"].memory.host == found[-1].edges_bytes
 
 
-def test_with_memory_to_spare_a_sequence_is_best_not_cut(found):
+def test_sequences_are_not_sliced_if_memory_is_sufficient(found):
     size, place = best(found)
     assert (size.slices, place) == (1, "device")
 
 
-def test_a_step_in_slices_runs_layers_forward_once_more_and_zero_stages_send_as_they_do():
+def test_slices_add_one_forward_pass_and_zero_traffic_per_stage():
     whole, cut = (planner(2, sequences=2).candidate(1, 1, 1, "none", slices) for slices in (1, 4))
     assert cut.speed.compute == pytest.approx(whole.speed.compute)
     head = 1 - planner().flops["head"] / sum(planner().flops.values())
@@ -82,7 +82,7 @@ def test_a_step_in_slices_runs_layers_forward_once_more_and_zero_stages_send_as_
     assert sent[3][1] > 2 * sent[3][0]  # gathered in every pass; small parameters are kept whole
 
 
-def test_weights_that_are_gathered_once_are_sent_once_whatever_the_slices():
+def test_weights_gathered_once_are_sent_once_for_any_slices():
     def sent(stage: int | str, slices: int) -> tuple[float, float]:
         traffic = planner(2, sequences=2).candidate(stage, 1, 1, "none", slices).traffic
         return traffic[GATHER], traffic[SCATTER]
@@ -92,7 +92,7 @@ def test_weights_that_are_gathered_once_are_sent_once_whatever_the_slices():
     assert sent(3, 4)[1] == 4 * weights
 
 
-def test_one_edge_in_four_takes_less_memory_and_more_passes():
+def test_keeping_every_fourth_edge_saves_memory_and_adds_passes():
     ways = [planner().candidate(0, 1, 1, "none", 8, place, every) for place in ("device", "disk") for every in (1, 4)]
     edge = planner().activations.edge(1)
     assert ways[0].memory.total - ways[1].memory.total == edge * (7 - (1 + 3))
@@ -101,7 +101,7 @@ def test_one_edge_in_four_takes_less_memory_and_more_passes():
     assert ways[1].speed.rerun == pytest.approx(ways[0].speed.rerun * 10 / 7)
 
 
-def test_a_plan_shows_slices_where_they_make_it_fit(found):
+def test_plan_shows_slices_if_only_they_fit(found):
     """The device's memory is just enough for slices with edges on disk.
 
     Layers are not compiled, because a compiled layer would fit even with a whole sequence.
@@ -117,14 +117,14 @@ def test_a_plan_shows_slices_where_they_make_it_fit(found):
     assert len(slices.where_they_help(roomy, roomy.candidate(0, 1, 1, "none", 2))) == 3
 
 
-def test_flops_for_edges_are_those_of_the_layers_forward_but_for_the_last_slice():
+def test_edge_flops_equal_layer_forward_flops_except_the_last_slice():
     config = parse(ModelConfig, MODEL)
     layers = sum(planner().flops.values()) - planner().flops["head"]
     assert edge_flops_per_token(config, 256, 1) == 0
     assert edge_flops_per_token(config, 256, 4) == pytest.approx(layers * 3 / 4)
 
 
-def test_the_longest_sequence_is_as_many_slices_as_edges_fit_beside_one(monkeypatch):
+def test_longest_sequence_is_limited_by_memory_for_edges(monkeypatch):
     """A device of 10,000,000 bytes, 100 bytes per token, edges of 1,000 bytes, and a host with 5,000,000 bytes."""
 
     def way(recipe, cluster, length, policy, slices=1, edges="device"):
@@ -139,7 +139,7 @@ def test_the_longest_sequence_is_as_many_slices_as_edges_fit_beside_one(monkeypa
     assert found.in_slices == {"device": 65_536 * (3_446_400 // 1000 + 1), "host": 65_536 * 5001}
 
 
-def test_the_commands_print_tables_and_settings_to_paste(tmp_path, capsys):
+def test_slices_command_prints_tables_and_settings(tmp_path, capsys):
     path, report = tmp_path / "small.yaml", tmp_path / "report.json"
     path.write_text(dump(recipe()))
     assert main(["plan", str(path), "--slices", "--gpus-per-node", "1", "--json", str(report)]) == 0

@@ -15,7 +15,7 @@ def report(step: int, seconds: float = 2.0) -> StepReport:
                       mfu=0.5)  # fmt: skip
 
 
-def test_lines_beyond_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_path):
+def test_resume_drops_lines_after_the_checkpoint_and_incomplete_lines(tmp_path):
     first = MetricsFile(tmp_path, 0)
     for step in (1, 2, 3):
         first.write(report(step))
@@ -32,7 +32,7 @@ def test_lines_beyond_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_pa
     assert all(json.loads(line) for line in (tmp_path / FILE).read_text().splitlines())
 
 
-def test_console_tells_the_first_step_every_so_many_and_the_last(capsys):
+def test_console_prints_the_first_every_nth_and_last_step(capsys):
     console = Console(every=4, steps=10)
     for step in range(1, 11):
         console.write(report(step, seconds=30.0 if step == 1 else 2.0))
@@ -42,7 +42,7 @@ def test_console_tells_the_first_step_every_so_many_and_the_last(capsys):
     assert "50.0%" in lines[1]
 
 
-def test_no_utilisation_is_shown_where_no_peak_is_known(capsys):
+def test_utilisation_is_not_shown_without_a_known_peak(capsys):
     console = Console(every=2, steps=2)
     for step in (1, 2):
         console.write(replace(report(step), mfu=nan))
@@ -59,7 +59,7 @@ def test_no_utilisation_is_shown_where_no_peak_is_known(capsys):
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0, "0s"), (59.6, "1m 00s"), (185, "3m 05s"), (7620, "2h 07m"), (273600, "3d 04h")]
 )
-def test_durations_read_as_people_say_them(seconds, said):
+def test_durations_are_printed_in_readable_units(seconds, said):
     assert duration(seconds) == said
 
 

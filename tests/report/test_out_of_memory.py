@@ -21,7 +21,7 @@ def test_a_snapshot_is_written_and_named_in_the_error(tmp_path, monkeypatch):
     assert f"memory snapshot: {path}" in note
 
 
-def test_why_there_is_none_does_not_hide_the_error(tmp_path, monkeypatch):
+def test_failed_snapshot_does_not_hide_the_memory_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", dict)
     with (
         pytest.raises(torch.OutOfMemoryError, match="2 GiB") as raised,
@@ -53,7 +53,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.ranks
-def test_a_run_that_runs_out_of_memory_names_its_snapshot(recipe_file, tmp_path):
+def test_out_of_memory_error_of_a_run_names_its_snapshot(recipe_file, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-c", PROGRAM, str(recipe_file()), "--run-dir", str(run_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -42,7 +42,7 @@ class Clock:
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
 
-def test_time_goes_to_the_phase_it_was_spent_in_and_waiting_to_communication(monkeypatch):
+def test_time_is_assigned_to_phases_and_communication(monkeypatch):
     clock = Clock(monkeypatch)
     phases = Phases()
     phases.enter("forward", step=3)
@@ -59,7 +59,7 @@ def test_time_goes_to_the_phase_it_was_spent_in_and_waiting_to_communication(mon
     assert (phases.step, phases.name, phases.exchange, phases.exchanges) == (3, "backward", "all-gather", 2)
 
 
-def test_an_accelerator_is_waited_for_only_in_measured_steps(monkeypatch):
+def test_accelerator_is_synchronised_only_in_measured_steps(monkeypatch):
     clock, waits = Clock(monkeypatch), []
     phases = Phases(lambda: waits.append(clock.now))
     phases.enter("forward", 1)
@@ -75,7 +75,7 @@ def test_an_accelerator_is_waited_for_only_in_measured_steps(monkeypatch):
     assert waits == [5.0, 6.0]
 
 
-def test_the_slowest_rank_is_judged_by_its_own_work():
+def test_slowest_rank_is_found_from_time_without_communication():
     names = ["seconds forward", "seconds communication", "seconds backward", "sent all-reduce", "memory"]
     table = torch.tensor([[1.0, 3.0, 0.0, 5, 5], [3.0, 0.0, 1.0, 9, 9], [1.0, 9.0, 0.0, 7, 7]]).double()
     found = summarise(STEP, names, table, ["a", "b", "c"])
@@ -84,7 +84,7 @@ def test_the_slowest_rank_is_judged_by_its_own_work():
     assert (found.memory_bytes, found.memory_rank, found.sent_bytes) == (9, 1, {"all-reduce": 9})
 
 
-def test_ranks_exchange_numbers_alone_once_they_know_their_names():
+def test_ranks_exchange_only_numbers_after_the_names_are_known():
     """One rank sometimes has numbers that no other has, for example because only it writes; another lacks a number."""
     given = [{"a": 1.0, "b": 2.0}, {"b": 3.0, "a": 4.0}, {"a": 5.0, **{f"only here {n}": float(n) for n in range(60)}}]
 
@@ -123,7 +123,7 @@ def test_ranks_exchange_numbers_alone_once_they_know_their_names():
         (True, 250, [250]),
     ],
 )
-def test_where_measuring_makes_steps_longer_few_are(accelerator, every, wanted):
+def test_few_steps_are_measured_on_an_accelerator(accelerator, every, wanted):
     measured, reported = [], []
 
     def on_rank(ranks: Any) -> None:
@@ -142,7 +142,7 @@ def test_where_measuring_makes_steps_longer_few_are(accelerator, every, wanted):
     assert measured == (wanted if accelerator else list(range(1, 401)))
 
 
-def test_console_warns_of_a_rank_that_is_slow_twice_running(capsys):
+def test_console_warns_if_a_rank_is_slow_twice_in_a_row(capsys):
     console = Console(every=5, steps=100, straggler=1.5)
     for step, rank, ratio in ((5, 1, 2.0), (10, 2, 2.0), (15, 2, 1.8), (20, 2, 1.2)):
         console.write(PerformanceReport(step, {"forward": 3.0, "data": 1.0}, {"all-reduce": 2e6}, 2**30, 0, 0.5, rank,
@@ -156,7 +156,7 @@ def test_console_warns_of_a_rank_that_is_slow_twice_running(capsys):
 @pytest.mark.parametrize(
     ("policy", "layers"), [("none", 0), ("every-layer", 4), ("every-kth-layer", 2), ("offload", 4)]
 )
-def test_flops_done_again_are_those_of_the_layers_that_run_again(policy, layers):
+def test_recomputed_flops_equal_those_of_recomputed_layers(policy, layers):
     settings = ActivationCheckpointingConfig(policy=policy)
     model = LanguageModel(CONFIG)
     again = recomputed_flops_per_token(CONFIG, 64, settings, model.layers, "tiles")
@@ -167,14 +167,14 @@ def test_flops_done_again_are_those_of_the_layers_that_run_again(policy, layers)
 
 
 @pytest.mark.parametrize("peak", [math.nan, 1e9])
-def test_a_share_above_all_of_the_peak_or_of_no_known_peak_is_none(peak):
+def test_utilisation_above_one_or_without_a_known_peak_is_nan(peak):
     assert math.isnan(Speed(3e9, peak).mfu(10.0))
     assert math.isnan(Speed(0.5e8, peak, 1e9).hfu(10.0))
     assert math.isnan(peak) or [Speed(flops, peak).mfu(10.0) for flops in (0.5e8, 1e8)] == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("policy", ["every-layer", "every-kth-layer", "selective"])
-def test_flops_done_again_are_what_torch_counts_beyond_a_run_that_keeps_all(policy):
+def test_recomputed_flops_equal_those_counted_by_torch(policy):
     def counted(settings: ActivationCheckpointingConfig) -> int:
         torch.manual_seed(0)
         model = LanguageModel(CONFIG)
@@ -195,7 +195,7 @@ def test_flops_done_again_are_what_torch_counts_beyond_a_run_that_keeps_all(poli
 
 
 @pytest.mark.ranks
-def test_a_run_reports_bytes_that_are_known_and_traces_a_window(recipe_file, tmp_path, on_ranks, unmeasured):
+def test_run_reports_known_bytes_and_traces_a_window_of_steps(recipe_file, tmp_path, on_ranks, unmeasured):
     recipe = recipe_file(
         log={"every": 2, "profile": [2, 3]}, train={"steps": 4}, evaluation={"every": 0}, parallel={"sp": 2}
     )

@@ -42,7 +42,7 @@ def texts(found: EventAccumulator) -> list[tuple[int, str]]:
     return [(e.step, e.tensor_proto.string_val[0].decode()) for e in found.Tensors("sample/text_summary")]
 
 
-def test_what_is_written_is_what_tensorboard_reads(tmp_path):
+def test_tensorboard_reads_the_written_values(tmp_path):
     board = TensorBoard(tmp_path, 0, {"model.width": 16})
     board.write(report(1))
     board.write(SkippedReport(**vars(report(2))))
@@ -58,7 +58,7 @@ def test_what_is_written_is_what_tensorboard_reads(tmp_path):
 
 
 @pytest.mark.parametrize("starts", [((0, (1, 2, 3)), (2, (3, 4))), ((0, (1, 2, 3)), (0, (1, 2, 3, 4)))])
-def test_a_restarted_run_hides_what_lay_beyond_its_checkpoint_or_the_beginning(tmp_path, starts):
+def test_restarted_run_hides_events_after_its_checkpoint(tmp_path, starts):
     for start, steps in starts:
         board = TensorBoard(tmp_path, start, {})
         for step in steps:
@@ -67,7 +67,7 @@ def test_a_restarted_run_hides_what_lay_beyond_its_checkpoint_or_the_beginning(t
     assert [e.step for e in events(tmp_path).Scalars("train/loss_nats")] == [1, 2, 3, 4]
 
 
-def test_every_run_has_the_same_columns_for_the_hparams_page(settings, tmp_path):
+def test_hparams_columns_are_the_same_for_every_run(settings, tmp_path):
     bst = hparams(parse(Recipe, settings), parameters=7)
     sliding = hparams(parse(Recipe, {**settings, "model": {**settings["model"], "mixer": "sliding"}}), parameters=5)
     assert list(bst) == list(sliding) == [*HPARAMS, "parameters"]
@@ -100,7 +100,7 @@ def go(recipe_file, train_in) -> Go:
         (512, 0, [10_000]),
     ],
 )
-def test_the_more_ranks_wait_for_a_sample_the_fewer_there_are(ranks, every, wanted):
+def test_samples_are_rarer_with_more_ranks(ranks, every, wanted):
     probes = SimpleNamespace(sampling=True, config=LogConfig(sample_tokens=64), ranks=SimpleNamespace(world=ranks),
                              _every=every, _steps=10_000)  # fmt: skip
     evaluated = [step for step in range(1, 10_001) if step == 10_000 or (every and step % every == 0)]
@@ -121,7 +121,7 @@ WATCHED = ("log.tensorboard=true", "log.sample_tokens=12")
     ],
     ids=["zero2", "zero3-sp2", "carry"],
 )
-def test_a_watched_run_is_the_unwatched_one_to_the_last_bit_and_resumes(go, assert_same_run, tmp_path, changes):
+def test_probes_do_not_change_a_run_and_resume_correctly(go, assert_same_run, tmp_path, changes):
     go("plain", *changes, world=2)
     go("watched", *changes, *WATCHED, world=2)
     assert_same_run(tmp_path / "plain", tmp_path / "watched")
@@ -150,7 +150,7 @@ def test_a_watched_run_is_the_unwatched_one_to_the_last_bit_and_resumes(go, asse
 
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
-def test_what_is_seen_does_not_depend_on_how_a_sequence_is_spread(go, tmp_path):
+def test_probe_values_do_not_depend_on_sequence_parallelism(go, tmp_path):
     changes = (*WATCHED, "train.precision=fp32", "evaluation.sequences=2", "train.micro_sequences=2", "train.steps=2",
                "log.sample_tokens=0")  # fmt: skip
     go("one", *changes)
@@ -163,7 +163,7 @@ def test_what_is_seen_does_not_depend_on_how_a_sequence_is_spread(go, tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
-def test_probes_that_are_off_leave_curves_alone(go, tmp_path):
+def test_disabled_probes_write_only_training_curves(go, tmp_path):
     go("run", "log.tensorboard=true", "log.probes=false", "log.sample_tokens=0", until=3)
     tags = events(tmp_path / "run").Tags()
     assert {name.split("/")[0] for name in tags["scalars"]} == {"train", "validation"}
@@ -172,7 +172,7 @@ def test_probes_that_are_off_leave_curves_alone(go, tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
-def test_probes_draw_from_no_generator_and_leave_the_model_as_it_was(go, tmp_path, monkeypatch):
+def test_probes_do_not_change_generators_or_the_model(go, tmp_path, monkeypatch):
     look = Probes.look
 
     def checked(self: Probes, step: int) -> None:
@@ -195,7 +195,7 @@ def test_probes_draw_from_no_generator_and_leave_the_model_as_it_was(go, tmp_pat
 
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
-def test_a_sample_goes_on_from_one_document_alone(go, tmp_path):
+def test_sample_prompt_comes_from_a_single_document(go, tmp_path):
     go("run", *WATCHED, "data.documents=isolated", "train.steps=1", "schedule.warmup_steps=1", "evaluation.sequences=2")
     run_dir = tmp_path / "run"
     corpus = Corpus.open(open_run(run_dir).recipe.data.corpus, "validation")

@@ -80,7 +80,7 @@ class Broken(Writer):
         raise ConnectionError("the service is away")
 
 
-def test_a_report_becomes_the_curves_that_tensorboard_shows():
+def test_reports_are_converted_to_scalars():
     found = scalars(report(4))
     assert found["train/loss_nats"] == 0.25
     assert "train/step" not in found
@@ -92,7 +92,7 @@ def test_a_report_becomes_the_curves_that_tensorboard_shows():
     }
 
 
-def test_reports_arrive_in_order_and_all_of_them_before_the_end():
+def test_background_writer_passes_all_reports_in_order():
     kept = Kept()
     writer = Background("kept", lambda: kept)
     for step in (1, 2):
@@ -102,7 +102,7 @@ def test_reports_arrive_in_order_and_all_of_them_before_the_end():
     assert (kept.steps, kept.closed) == ([1, 2, -2], True)
 
 
-def test_a_writer_that_fails_is_told_of_once_and_left_alone(capsys):
+def test_failed_writer_is_reported_once_and_disabled(capsys):
     kept = Kept(fails_at=2)
     writer = Background("kept", lambda: kept)
     for step in (1, 2, 3, 4):
@@ -115,7 +115,7 @@ def test_a_writer_that_fails_is_told_of_once_and_left_alone(capsys):
     )
 
 
-def test_a_writer_that_hangs_neither_holds_up_a_step_nor_the_end(capsys, monkeypatch):
+def test_hanging_writer_does_not_block_steps_or_the_end(capsys, monkeypatch):
     monkeypatch.setattr("bst_dist.report.writers.WAITING", 2)
     free = threading.Event()
     writer = Background("kept", lambda: Kept(waits_for=free), close_s=0.05)
@@ -126,7 +126,7 @@ def test_a_writer_that_hangs_neither_holds_up_a_step_nor_the_end(capsys, monkeyp
     free.set()
 
 
-def test_what_was_dropped_is_counted(capsys, monkeypatch):
+def test_dropped_reports_are_counted(capsys, monkeypatch):
     monkeypatch.setattr("bst_dist.report.writers.WAITING", 2)
     free, begun, kept = threading.Event(), threading.Event(), Kept()
     writer = Background("kept", lambda: begun.set() or (free.wait(60) and kept))
@@ -154,7 +154,7 @@ def test_a_writer_that_does_not_exist_is_refused(name, reason):
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_missing_package_is_a_line_before_ranks_start(name, monkeypatch):
+def test_missing_package_of_a_writer_gives_one_message(name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda module: object())
     require(name)
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
@@ -164,7 +164,7 @@ def test_a_missing_package_is_a_line_before_ranks_start(name, monkeypatch):
         require(name)
 
 
-def test_a_registered_name_is_found(monkeypatch):
+def test_writer_registered_as_entry_point_is_found(monkeypatch):
     class Point:
         name, value = "lines", f"{__name__}:Lines"
 
@@ -173,7 +173,7 @@ def test_a_registered_name_is_found(monkeypatch):
     assert find("lines") is Lines
 
 
-def test_names_of_several_writers_are_kept_side_by_side(tmp_path):
+def test_run_names_of_several_writers_are_stored_separately(tmp_path):
     assert kept_name(tmp_path, "wandb") is None
     keep_name(tmp_path, "wandb", "a")
     keep_name(tmp_path, "mlflow", "b")
@@ -196,7 +196,7 @@ class Taken(Service):
 EVALUATED = [EvalReport(2, split, 9, 2.0, 3.0, [1.0], 0.5) for split in ("validation", "books")]
 
 
-def test_a_service_is_given_each_report_once_and_the_first_values(tmp_path):
+def test_service_receives_each_report_only_once_after_a_resume(tmp_path):
     """After a resume from step 1, step 2 and its evaluation are repeated; other reports are new."""
     first, file = Taken(tmp_path), MetricsFile(tmp_path, 0)
     before = [report(1), report(2), EVALUATED[0]]
@@ -220,7 +220,7 @@ def test_a_service_is_given_each_report_once_and_the_first_values(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_writer_that_a_run_gets_later_is_sent_its_past(tmp_path):
+def test_writer_added_later_receives_past_reports(tmp_path):
     file = MetricsFile(tmp_path, 0)
     reports = [report(1), SkippedReport(**vars(report(2))), *EVALUATED, of_average(CORPUS), CORPUS]
     for one in reports:
@@ -236,7 +236,7 @@ def test_a_writer_that_a_run_gets_later_is_sent_its_past(tmp_path):
 CORPUS = CorpusReport(2, "numbers", 9, 2.0, 3.0, [1.0], 0.5, 0.1)
 
 
-def test_a_run_of_a_version_without_lists_is_not_sent_again(tmp_path):
+def test_reports_of_older_versions_without_lists_are_not_sent_again(tmp_path):
     file = MetricsFile(tmp_path, 0)
     for step in (1, 2, 3):
         file.write(report(step))
@@ -250,7 +250,7 @@ def test_a_run_of_a_version_without_lists_is_not_sent_again(tmp_path):
     assert service.file.read_text() == "train/data_wait_s 4 0.0\n"
 
 
-def test_a_list_whose_last_line_was_cut_is_read_without_it(tmp_path):
+def test_incomplete_last_line_of_a_list_is_ignored(tmp_path):
     first = Taken(tmp_path)
     for step in (1, 2):
         first.write(report(step))
@@ -290,7 +290,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_what_waited_to_be_sent_when_a_run_was_killed_is_sent_by_the_next_start(tmp_path):
+def test_reports_not_sent_before_a_kill_are_sent_after_restart(tmp_path):
     """Killed after 8 steps, of which the service has received 3; resumed from step 6."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "3"], env=environment, timeout=300)
@@ -334,7 +334,7 @@ def values_of(name, history):
 
 
 @pytest.mark.ranks
-def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_path):
+def test_resumed_run_continues_the_same_run_in_each_service(recipe_file, tmp_path):
     """Runs the whole program, resumed so that two steps are repeated, with an evaluation that was not sent.
 
     W&B is offline, MLflow uses a local store, and one writer always fails.

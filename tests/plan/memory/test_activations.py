@@ -29,7 +29,7 @@ def keeping(policy: str) -> ActivationCheckpointingConfig:
 
 @pytest.mark.parametrize("variant", ["SH", "MH", "MF"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_kept_is_what_autograd_saves_in_a_real_layer(variant, bf16):
+def test_planned_activations_equal_those_saved_by_autograd(variant, bf16):
     config = model(variant).model_copy(update={"depth": 1, "placement": "all"})
     layer = LanguageModel(config).layers[0]
     x = torch.randn(ROWS, LENGTH, WIDTH, requires_grad=True)
@@ -51,7 +51,7 @@ def test_kept_is_what_autograd_saves_in_a_real_layer(variant, bf16):
     assert part.kept == pytest.approx(kept, rel=0.02)  # custom functions also keep scalars and masks in other ways
 
 
-def test_attention_is_planned_as_a_fused_kernel_unless_told_otherwise():
+def test_attention_is_planned_as_a_fused_kernel_by_default():
     """As on a GPU: it keeps its inputs, its output and one number per query, but no scores."""
     plain, fused, other = (
         Activations(model(), True, **given).layer("sliding", keeping("none"), Slice(ROWS, LENGTH), zero3=False).kept
@@ -60,7 +60,7 @@ def test_attention_is_planned_as_a_fused_kernel_unless_told_otherwise():
     assert plain == fused < other
 
 
-def test_a_layer_that_is_run_again_keeps_its_input_only():
+def test_recomputed_layer_keeps_only_its_input():
     activations = Activations(model(), bf16=True)
     part = activations.layer("bst", keeping("every-layer"), Slice(ROWS, LENGTH), zero3=False)
     assert part.kept == 4 * ROWS * LENGTH * WIDTH
@@ -68,12 +68,12 @@ def test_a_layer_that_is_run_again_keeps_its_input_only():
     assert part.backward > whole.backward  # it recomputes what it does not keep
 
 
-def test_offloaded_inputs_lie_in_the_host_s_memory():
+def test_offloaded_inputs_are_in_host_memory():
     part = Activations(model(), bf16=True).layer("sliding", keeping("offload"), Slice(ROWS, LENGTH), zero3=False)
     assert part.host == 4 * ROWS * LENGTH * WIDTH
 
 
-def test_many_rows_and_many_tokens_follow_from_few(monkeypatch):
+def test_activations_are_extrapolated_from_few_rows_and_tokens(monkeypatch):
     monkeypatch.setattr("bst_dist.plan.memory.activations.GPU_TILE_LOGITS", 50 * 16)  # 16 tokens per tile
     activations = Activations(model(), bf16=True)
     direct = activations._layer("bst", keeping("selective"), Slice(5, LENGTH), zero3=False)
@@ -86,7 +86,7 @@ def test_many_rows_and_many_tokens_follow_from_few(monkeypatch):
     assert activations.head(Slice(5, LENGTH)) == activations._head(5 * LENGTH)
 
 
-def test_a_slice_sends_what_does_not_depend_on_its_length():
+def test_messages_of_a_slice_do_not_depend_on_its_length():
     activations = Activations(model(), bf16=True)
     assert activations.messages(Slice(1, 32, 2)) == activations.messages(Slice(1, 64, 2))
     assert activations.messages(Slice(1, 64)) == {}

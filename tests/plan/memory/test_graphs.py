@@ -35,7 +35,7 @@ def part(config: ModelConfig, policy: str, compiled: bool = True, documents: str
 INPUT = 4 * ROWS * LENGTH * WIDTH
 
 
-def test_a_graph_that_is_run_again_keeps_its_input_and_makes_all_else_twice():
+def test_recomputed_graph_keeps_only_its_input():
     whole, again, offloaded = (part(model("sliding"), policy) for policy in ("none", "every-layer", "offload"))
     assert again.kept == offloaded.kept == offloaded.host == INPUT
     assert again.kept + again.backward >= whole.kept + whole.backward
@@ -45,7 +45,7 @@ def test_a_graph_that_is_run_again_keeps_its_input_and_makes_all_else_twice():
 
 
 @pytest.mark.parametrize("mixer, documents", [("sliding", "isolated"), ("bst", "joined"), ("gated-deltanet", "joined")])
-def test_one_trace_counts_for_any_number_of_rows(mixer, documents):
+def test_one_trace_is_valid_for_any_number_of_rows(mixer, documents):
     """Compared with a trace of exactly that many rows; Gated DeltaNet has other operations for one row than for two."""
     activations = Activations(model(mixer), bf16=True, documents=documents)
     for rows in (1, 5):
@@ -67,7 +67,7 @@ def test_one_trace_counts_for_any_number_of_rows(mixer, documents):
     ],
     ids=["feed-forward", "powers", "maps together"],
 )
-def test_what_does_not_grow_with_the_rows_is_told_by_its_size_from_what_does(mixer, settings):
+def test_tensors_independent_of_rows_are_recognised_by_size(mixer, settings):
     """Layers with sizes that 1,009 divides, compared with a trace of exactly that many rows."""
     config, policy = model(mixer, **settings), ActivationCheckpointingConfig()
     asked = Slice(3, config.block)
@@ -76,7 +76,7 @@ def test_what_does_not_grow_with_the_rows_is_told_by_its_size_from_what_does(mix
     assert found == activations._graph(mixer, asked).part("none", 3)
 
 
-def test_documents_that_begin_anywhere_are_traced_for_every_number_of_rows():
+def test_masked_documents_are_traced_for_each_number_of_rows():
     """The table of their borders grows in steps."""
     activations = Activations(model(), bf16=True, documents="masked")
     asked, checkpointing = replace(SLICE, rows=3), ActivationCheckpointingConfig()
@@ -84,7 +84,7 @@ def test_documents_that_begin_anywhere_are_traced_for_every_number_of_rows():
     assert found == activations._graph("bst", asked).part("none", 3)
 
 
-def test_all_gradients_of_a_layer_are_there_at_once():
+def test_compiled_layer_has_all_its_gradients_at_once():
     """Tested with a layer whose weights are much larger than everything else."""
     config = ModelConfig(width=512, heads=2, ffn=2048, block=64, depth=1, vocab_size=2, mixer="sliding", ssm={})
     weights = 4 * (4 * 512 * 512 + 2 * 512 * 2048)
@@ -96,12 +96,12 @@ def test_all_gradients_of_a_layer_are_there_at_once():
     assert uncompiled.backward < weights < compiled.backward < 1.5 * weights
 
 
-def test_a_trace_that_is_too_long_to_divide_counts_as_uncompiled(monkeypatch):
+def test_too_long_trace_is_planned_as_uncompiled(monkeypatch):
     monkeypatch.setattr(graphs, "MOST_NODES", 10)
     assert part(model(), "none") == part(model(), "none", compiled=False)
 
 
-def test_gradients_that_stay_where_they_are_are_counted_once():
+def test_accumulated_gradients_are_counted_once():
     """In the last layer's backward phase, an earlier micro-batch adds exactly all its gradients in ZeRO-0."""
     config = ModelConfig(width=512, heads=2, ffn=2048, block=64, depth=1, vocab_size=2, mixer="sliding", ssm={})
     activations, found = Activations(config, bf16=False), []

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bst_dist.plan.memory.live import LiveBytes
 
 
-def test_storages_are_counted_once_and_until_nothing_refers_to_them():
+def test_storages_are_counted_once_while_referenced():
     with FakeTensorMode(), LiveBytes() as live:
         a = torch.zeros(1000)
         view = a.view(10, 100)[2:]
@@ -20,7 +20,7 @@ def test_storages_are_counted_once_and_until_nothing_refers_to_them():
         assert live.peak == 8000
 
 
-def test_what_autograd_keeps_counts_until_the_backward_pass_has_used_it():
+def test_saved_tensors_count_until_the_backward_pass_uses_them():
     with FakeTensorMode(), LiveBytes() as live:
         x = torch.zeros(1000, requires_grad=True)
         loss = x.exp().sum()  # keeps its result
@@ -30,7 +30,7 @@ def test_what_autograd_keeps_counts_until_the_backward_pass_has_used_it():
         assert live.mark() == live.peak
 
 
-def test_a_model_too_large_for_any_machine_takes_no_memory():
+def test_tensors_larger_than_any_machine_need_no_memory():
     with FakeTensorMode(), LiveBytes() as live:
         torch.zeros(10**6, 10**6)
         assert live.peak == 4 * 10**12

@@ -23,12 +23,12 @@ def work(stage: int, accumulation: int = 1, **zero: int) -> Work:
     ("stage", "weights", "master", "moments"),
     [(0, 1, 0, 2), (1, 1, 1 / 8, 2 / 8), (2, 1, 1 / 8, 2 / 8), (3, 1 / 8, 1 / 8, 2 / 8)],
 )
-def test_states_are_spread_by_stage(stage, weights, master, moments):
+def test_zero_states_are_divided_according_to_the_stage(stage, weights, master, moments):
     found = states(SIZES, work(stage).strategy, WORLD, accumulation=1)
     assert (found.weights, found.master, found.moments) == (4 * N * weights, 4 * N * master, 4 * N * moments)
 
 
-def test_every_rank_s_share_of_a_group_is_whole():
+def test_groups_are_padded_to_equal_shares_per_rank():
     sizes = Sizes(groups=((101,),), layers=(((101,),),), embedding=0, rest=0)
     found = states(sizes, work(1).strategy, WORLD, accumulation=1)
     assert found.weights == 4 * 112  # an even number on each of 8 ranks
@@ -45,7 +45,7 @@ def test_every_rank_s_share_of_a_group_is_whole():
         (3, True, 1, N / 8, 100_000, 320_000),
     ],
 )
-def test_what_gradients_take_until_they_are_reduced(stage, overlap, accumulation, gradients, buckets, reducing):
+def test_memory_of_gradients_before_reduction(stage, overlap, accumulation, gradients, buckets, reducing):
     """A bucket has 100,000 elements; there are two if reduction overlaps the backward pass (stage 3 has one).
 
     A rank's share of the first group, 80,000 elements, has parts of two parameters of 64,000. Its share of the second
@@ -56,14 +56,14 @@ def test_what_gradients_take_until_they_are_reduced(stage, overlap, accumulation
     assert (found.gradients, found.buckets, found.reducing) == (4 * gradients, 4 * buckets, 4 * reducing)
 
 
-def test_what_is_not_planned_for_is_seen():
+def test_offload_settings_are_detected():
     assert not Strategy.of({"stage": 2, "offload_optimizer": None}, "test").offloads
     assert Strategy.of({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "test").offloads
     assert Strategy.of({"stage": 3, "offload_param": {"device": "nvme"}}, "test").offloads
     assert [Strategy.of({"stage": stage}, "test").overlap_comm for stage in range(4)] == [False, False, False, True]
 
 
-def test_traffic_of_each_stage():
+def test_zero_traffic_of_each_stage():
     once = 4 * N * (WORLD - 1) / WORLD
     assert zero_traffic(SIZES, work(0, accumulation=4)) == {REDUCE: 2 * once}
     assert zero_traffic(SIZES, work(1, accumulation=4)) == {REDUCE: 2 * once, GATHER: once}
@@ -74,7 +74,7 @@ def test_traffic_of_each_stage():
     assert zero_traffic(SIZES, work(3)) == {SCATTER: once, GATHER: once}
 
 
-def test_a_head_of_its_own_is_gathered_twice_and_so_is_the_embedding():
+def test_untied_head_and_embedding_are_each_gathered_twice():
     """Once in each pass, unless they are kept between the passes; the head is needed again at once."""
     sizes = Sizes(SIZES.groups, SIZES.layers, embedding=320_000, rest=0, head=320_000)
     strategy = work(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0).strategy
@@ -83,7 +83,7 @@ def test_a_head_of_its_own_is_gathered_twice_and_so_is_the_embedding():
     assert gather(sizes, strategy, rerun=[False, False]).received == 4 * (3 * 320_000 + 2 * 640_000)
 
 
-def test_matrices_under_autocast_are_gathered_in_half_the_bytes():
+def test_autocast_matrices_are_gathered_in_half_precision():
     """Here the first parameter of each of the two layers is gathered in bf16."""
     half = frozenset({(0, 0, 0), (1, 0, 0)})
     sizes = Sizes(SIZES.groups, SIZES.layers, embedding=320_000, rest=0, sent_in_half=half)
@@ -93,7 +93,7 @@ def test_matrices_under_autocast_are_gathered_in_half_the_bytes():
     assert found.forward == single.forward  # they are stored in fp32
 
 
-def test_compiled_layers_are_gathered_whole():
+def test_compiled_layers_are_gathered_as_a_whole():
     """One of the second layer's matrices is sent in bf16, whatever its position."""
     sizes = Sizes(
         SIZES.groups, SIZES.layers, 320_000, rest=0, head=320_000, sent_in_half=frozenset({(1, 3, 0), (2, 0, 0)})
@@ -105,7 +105,7 @@ def test_compiled_layers_are_gathered_whole():
     assert whole.forward == whole.backward == (4 * 320_000,) * 2
 
 
-def test_layers_near_the_top_stay_gathered():
+def test_last_layers_stay_gathered_between_passes():
     strategy = work(3, stage3_max_reuse_distance=300_000, stage3_prefetch_bucket_size=0).strategy
     found = gather(SIZES, strategy, rerun=[False, False])
     assert found.between == 4 * (320_000 + 3 * 64_000)  # of the fourth, 2 x 3 x 64,000 elements lie between its uses

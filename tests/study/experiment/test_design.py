@@ -42,7 +42,7 @@ def make(tmp_path):
     return _make
 
 
-def test_every_arm_is_run_under_every_condition_with_every_seed(make):
+def test_each_arm_is_run_for_each_condition_and_seed(make):
     _, found = make(conditions={"short": {}, "long": {"train": {"sequence_length": 32, "sequences": 1}}})
     assert [(t.seed, t.condition, t.arm) for t in found] == [
         (seed, condition, arm) for condition in ("short", "long") for seed in (0, 1) for arm in ("sliding", "bst")
@@ -52,7 +52,7 @@ def test_every_arm_is_run_under_every_condition_with_every_seed(make):
     assert len({trial.name for trial in found}) == 8
 
 
-def test_the_same_arm_of_another_experiment_is_the_same_run(make):
+def test_equal_arms_of_two_experiments_share_the_run_name(make):
     _, one = make()
     _, other = make(name="other", question="And does that?", arms={"sliding": {"model.mixer": "sliding"}})
     assert other[0].name == one[0].name
@@ -79,20 +79,20 @@ def test_the_same_arm_of_another_experiment_is_the_same_run(make):
         ({"measure": {"validation": False}}, "nothing is measured"),
     ],
 )  # fmt: skip
-def test_a_bad_file_is_refused_with_what_is_wrong(make, changes, message):
+def test_invalid_experiment_file_is_refused_with_the_reason(make, changes, message):
     with pytest.raises(UserError, match=message):
         make(**changes)
 
 
 @pytest.mark.parametrize(("text", "message"), [("- a list", "expected settings"), ("a: [", "not readable as YAML")])
-def test_a_base_that_is_no_recipe_is_refused(make, tmp_path, text, message):
+def test_base_file_that_is_not_a_recipe_is_refused(make, tmp_path, text, message):
     make()
     (tmp_path / "base.yaml").write_text(text)
     with pytest.raises(UserError, match=f"base.yaml: {message}"):
         trials(load_experiment(tmp_path / "experiment.yaml", []))
 
 
-def test_a_corpus_that_is_not_there_is_told_before_anything_is_trained(make, tmp_path, capsys):
+def test_missing_corpus_is_reported_before_training(make, tmp_path, capsys):
     _, found = make()
     with pytest.raises(UserError, match="none"):
         require_corpora(found)
@@ -103,7 +103,7 @@ def test_a_corpus_that_is_not_there_is_told_before_anything_is_trained(make, tmp
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_the_experiments_that_come_with_the_project_are_sound(path):
+def test_experiments_in_the_repository_are_valid(path):
     experiment = load_experiment(path, [])
     found = trials(experiment)
     assert len(found) == len(experiment.conditions) * len(experiment.arms) * len(experiment.seeds)
@@ -121,7 +121,7 @@ def test_arms_of_the_diagnostics_have_equal_parameters(path):
     assert all(max(found.values()) / min(found.values()) < 1.005 for found in sizes.values()), sizes
 
 
-def test_what_a_synthetic_task_cannot_be_measured_by_is_refused(make):
+def test_measures_that_do_not_fit_the_data_are_refused(make):
     experiment = load_experiment(DIAGNOSTICS[0], ["measure={validation: true, task: true}"])
     with pytest.raises(UserError, match=r"a synthetic task has no text: set measure\.task"):
         trials(experiment)
@@ -130,7 +130,7 @@ def test_what_a_synthetic_task_cannot_be_measured_by_is_refused(make):
         make(measure={"task": True})
 
 
-def test_a_dry_run_lists_what_would_be_trained_and_writes_nothing(make, tmp_path, capsys):
+def test_dry_run_lists_the_runs_and_writes_nothing(make, tmp_path, capsys):
     _, found = make()
     path, out = str(tmp_path / "experiment.yaml"), tmp_path / "out"
     assert main(["experiment", "run", path, f"directory={out}", "--dry-run"]) == 0

@@ -12,7 +12,7 @@ from bst_dist.study.experiment.readings import ByDocument, Reading, apart, diffe
 from bst_dist.study.statistics import Estimate
 
 
-def test_over_seeds_the_error_is_that_of_a_mean():
+def test_standard_error_over_seeds_is_that_of_a_mean():
     found = level({0: Reading(2.0), 1: Reading(2.2), 2: Reading(2.7)})
     assert found.value == pytest.approx(2.3)
     # Deviations -0.3, -0.1, 0.4: variance 0.26 / 2 = 0.13, divided by three seeds.
@@ -32,14 +32,14 @@ def test_a_difference_is_paired_by_seed():
     assert apart(found) == (ours.pvalue < 0.05)
 
 
-def test_only_seeds_that_both_have_are_paired():
+def test_only_seeds_of_both_arms_are_paired():
     arm = {0: Reading(2.0), 1: Reading(3.0), 2: Reading(9.0)}
     found = difference(arm, {0: Reading(1.0), 1: Reading(2.5)})
     assert (found.value, found.observations) == (pytest.approx(0.75), 2)
     assert difference(arm, {7: Reading(1.0)}) is None
 
 
-def test_with_one_seed_the_error_is_over_documents():
+def test_standard_error_with_one_seed_is_over_documents():
     bits, sizes = np.array([8.0, 30.0, 21.0]), np.array([4, 10, 6])
     found = level({5: Reading(59 / 20, ByDocument(bits, sizes))})
     residuals = bits - 59 / 20 * sizes
@@ -61,14 +61,14 @@ def test_a_difference_is_paired_by_document():
     assert not apart(found)  # with one seed each, the models differ, but the arms may not
 
 
-def test_documents_that_are_not_the_same_are_not_paired():
+def test_different_documents_are_not_paired():
     arm = {0: Reading(2.5, ByDocument(np.array([10.0, 10.0]), np.array([4, 4])))}
     reference = {0: Reading(2.0, ByDocument(np.array([10.0]), np.array([5])))}
     found = difference(arm, reference)
     assert (found.value, found.standard_error, found.over) == (pytest.approx(0.5), None, None)
 
 
-def test_one_run_alone_has_no_error_and_nothing_is_apart():
+def test_single_run_has_no_standard_error_and_no_significance():
     found = level({0: Reading(3.0)})
     assert found == Estimate(3.0, None)
     assert found.half_width is None

@@ -79,7 +79,7 @@ def _rows(table):
     return {row["arm"]: row for row in table["rows"]}
 
 
-def test_the_table_says_what_the_runs_gave(made, capsys):
+def test_table_contains_the_results_of_the_runs(made, capsys):
     m = made()
     for trial in m.trials:
         fir = trial.arm == "fir"
@@ -108,7 +108,7 @@ def test_the_table_says_what_the_runs_gave(made, capsys):
     assert "differences are paired by seed" in shown
 
 
-def test_files_hold_the_same_table(made):
+def test_written_files_contain_the_same_table(made):
     m = made()
     for trial in m.trials:
         m.finish(trial, [6.0, 4.0, 2.5, 2.0 + trial.seed])
@@ -123,7 +123,7 @@ def test_files_hold_the_same_table(made):
     assert (out / "figures" / "t.png").stat().st_size > 1000
 
 
-def test_runs_of_several_versions_of_the_code_are_counted_and_warned_of(made):
+def test_runs_of_several_code_versions_are_counted_with_a_warning(made):
     m = made()
     for trial in m.trials:
         m.commit = "def" if trial.arm == "fir" else "abc"
@@ -133,7 +133,7 @@ def test_runs_of_several_versions_of_the_code_are_counted_and_warned_of(made):
     assert "Not all runs were trained with the same commit" in said
 
 
-def test_one_seed_has_errors_over_documents_paired_with_the_reference(made):
+def test_differences_with_one_seed_are_paired_by_document(made):
     m = made(seeds=[3], measure={"lengths": [16, 32], "validation": False})
     sliding, fir = m.trials
     for trial in m.trials:
@@ -150,7 +150,7 @@ def test_one_seed_has_errors_over_documents_paired_with_the_reference(made):
     assert "FIR of the trained length, 16 tokens" in " ".join(table["notes"])
 
 
-def test_a_length_that_a_model_refuses_is_said_and_the_others_are_measured(made):
+def test_unsupported_length_is_noted_and_other_lengths_are_measured(made):
     m = made(seeds=[3], arms={"sliding": {"model.mixer": "sliding"}, "full": {
         "model.mixer": "full", "model.full": {"longest": 16}}},
         measure={"lengths": [16, 32]})  # fmt: skip
@@ -164,7 +164,7 @@ def test_a_length_that_a_model_refuses_is_said_and_the_others_are_measured(made)
     assert "refused: length 32" in row["notes"]["bits_per_byte_at_32"]
 
 
-def test_runs_that_diverged_or_wait_are_in_the_table(made, capsys):
+def test_diverged_and_waiting_runs_are_in_the_table(made, capsys):
     m = made()
     (first, second, third, _) = m.trials
     m.finish(first, [6.0, 4.0, 2.5, 2.0])
@@ -179,7 +179,7 @@ def test_runs_that_diverged_or_wait_are_in_the_table(made, capsys):
     assert "1 of 2" in shown
 
 
-def test_a_loss_that_is_not_reached_is_said(made):
+def test_unreached_target_loss_is_noted(made):
     m = made(measure={"time_to": 1.0})
     for trial in m.trials:
         m.finish(trial, [6.0, 4.0, 2.5, 0.5 if trial.seed else 2.0])
@@ -188,18 +188,18 @@ def test_a_loss_that_is_not_reached_is_said(made):
     assert row["notes"]["tokens_to_loss"] == "1 of 2 seeds: not reached: at best 2.000"
 
 
-def test_before_anything_is_trained_there_is_a_table_of_nothing(made):
+def test_table_without_trained_runs_is_empty(made):
     table = made().report()
     assert table["runs"] == {"waiting": 4}
     assert all(not row["measured"] for row in table["rows"])
 
 
 @pytest.mark.parametrize(("target", "step"), [(7.0, 10.0), (5.0, 15.0), (4.0, 20.0), (3.5, 38.0), (3.0, None)])
-def test_the_step_that_reaches_a_loss_lies_between_evaluations(target, step):
+def test_step_that_reaches_a_loss_is_interpolated_between_evaluations(target, step):
     assert reached(target, [(10, 6.0), (20, 4.0), (30, 4.5), (40, 3.25)]) == (step and pytest.approx(step))
 
 
-def test_accuracy_and_nats_of_a_synthetic_task_are_those_of_the_last_evaluation(made, tmp_path):
+def test_synthetic_task_results_come_from_the_last_evaluation(made, tmp_path):
     base = yaml.safe_load((tmp_path / "base.yaml").read_text())
     base |= {"data": {"synthetic": {"task": "copy", "lag": 4}}}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))

@@ -46,7 +46,7 @@ def experiment(tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.long
-def test_killed_and_given_again_an_experiment_ends_with_the_same_table(experiment, tmp_path):
+def test_killed_and_restarted_experiment_gives_the_same_table(experiment, tmp_path):
     assert _bst("experiment", "run", experiment, f"directory={tmp_path / 'whole'}", "--workers", "2").wait() == 0
     process = _bst("experiment", "run", experiment, f"directory={tmp_path / 'cut'}")
     _wait_for(lambda: list((tmp_path / "cut/runs").glob("*/checkpoints/step-????????")), process)

@@ -66,7 +66,7 @@ def greedy(run_dir, prompt: str, count: int) -> str:
     return tokenizer.decode(written)
 
 
-def test_tasks_of_all_kinds_report_what_the_model_says(make_run, tasks, tmp_path, capsys):
+def test_harness_reports_tasks_of_every_kind(make_run, tasks, tmp_path, capsys):
     run_dir, out = make_run(), tmp_path / "report.json"
     answers = [greedy(run_dir, each["prompt"], 5).split("\n")[0] for each in PROMPTS]
     answers[-1] += "?"  # one wrong
@@ -103,7 +103,7 @@ def nats_of(model, context: list[int], continuation: list[int]) -> float:
     return float(losses[len(context) - 1 : len(inputs)].sum())
 
 
-def test_what_is_not_there_is_said_in_one_message(make_run, tasks, tmp_path, capsys, monkeypatch):
+def test_missing_task_files_or_package_give_one_message(make_run, tasks, tmp_path, capsys, monkeypatch):
     run_dir, folder = str(make_run()), tasks()
 
     def refused(*options) -> str:
@@ -119,6 +119,6 @@ def test_what_is_not_there_is_said_in_one_message(make_run, tasks, tmp_path, cap
     assert "lm_eval is not installed: pip install 'bst-dist[harness]'" in refused("--harness", "which")
 
 
-def test_a_name_that_is_no_tasks_is_refused_with_those_near_it():
+def test_unknown_task_name_error_suggests_similar_names():
     with pytest.raises(HarnessError, match=r"--harness hellaswak: no task of that name. did you mean hellaswag\?"):
         require_known(["arc_easy", "hellaswag"], ["arc_easy", "hellaswak"])

@@ -60,13 +60,13 @@ WORDS = "naïve café for x = ( ) return é 😀 12 "
 
 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
-def test_a_continuation_of_no_tokens_is_certain(make_harness, documents):
+def test_empty_continuation_has_probability_one(make_harness, documents):
     assert make_harness(documents)._loglikelihood_tokens([(("x", ""), [5, 6], [])]) == [(0, True)]
 
 
 @pytest.mark.parametrize("at_once", [1024, 3])
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
-def test_continuations_are_as_likely_as_token_by_token(make_harness, monkeypatch, documents, at_once):
+def test_loglikelihoods_equal_those_computed_token_by_token(make_harness, monkeypatch, documents, at_once):
     monkeypatch.setattr(harness_model, "LOGITS_AT_ONCE", at_once)
     harness = make_harness(documents)
     asked = [("", "for x"), ("for", " x"), (WORDS * 3, "return"), (WORDS * 3, "x = " * 8), (WORDS, "(x"), ("x ", "y")]
@@ -81,7 +81,7 @@ def test_continuations_are_as_likely_as_token_by_token(make_harness, monkeypatch
 
 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
-def test_a_continuation_that_merges_into_its_context_is_not_certain(make_harness, documents):
+def test_continuation_that_merges_with_its_context_has_probability_below_one(make_harness, documents):
     harness = make_harness(documents)
     context, choices = merging_choices(harness)
     found = [value for value, _ in harness.loglikelihood(instances(*[(context, choice) for choice in choices]))]
@@ -107,7 +107,7 @@ def merging_choices(harness) -> tuple[str, list[str]]:
     raise AssertionError("no token of this vocabulary begins with another")
 
 
-def test_what_greedy_decoding_would_write_is_said_to_be(make_harness):
+def test_greedy_continuations_are_marked_as_greedy(make_harness):
     harness = make_harness()
     context = [harness.text.eos_id, *harness.text.encode(WORDS * 2).tolist()]
     written = []
@@ -119,7 +119,7 @@ def test_what_greedy_decoding_would_write_is_said_to_be(make_harness):
     assert found[0][0] == pytest.approx(expected(harness, context, written)[0], rel=1e-5)
 
 
-def test_a_context_is_read_once_for_all_its_continuations(make_harness, monkeypatch):
+def test_context_is_computed_once_for_all_continuations(make_harness, monkeypatch):
     harness = make_harness()
     read = []
     hidden = type(harness.model).hidden
@@ -141,7 +141,7 @@ def test_a_context_is_read_once_for_all_its_continuations(make_harness, monkeypa
 
 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
-def test_rolling_likelihoods_are_those_of_whole_texts(make_harness, documents):
+def test_rolling_loglikelihoods_equal_those_of_whole_texts(make_harness, documents):
     harness = make_harness(documents)
     texts = [WORDS * 5, "x", WORDS]
     found = harness.loglikelihood_rolling(instances(*[(text,) for text in texts]))
@@ -152,7 +152,7 @@ def test_rolling_likelihoods_are_those_of_whole_texts(make_harness, documents):
         harness.loglikelihood_rolling(instances(("",)))
 
 
-def test_texts_are_written_greedily_up_to_a_stop(make_harness):
+def test_texts_are_generated_greedily_until_a_stop_string(make_harness):
     harness = make_harness()
     contexts = [WORDS, WORDS * 2, "x", ""]
     free = harness.generate_until(instances(*[(context, {"max_gen_toks": 24, "until": []}) for context in contexts]))
@@ -172,11 +172,11 @@ def test_texts_are_written_greedily_up_to_a_stop(make_harness):
     assert cut == free[0][: free[0].index(stop)]
 
 
-def test_settings_of_a_task_that_are_not_known_are_refused(make_harness):
+def test_unknown_generation_settings_of_a_task_are_refused(make_harness):
     with pytest.raises(ConfigError, match="num_beams"):
         make_harness().generate_until(instances(("x", {"until": [], "num_beams": 4})))
 
 
-def test_a_model_of_isolated_documents_writes_nothing_without_a_beginning(make_harness):
+def test_model_of_isolated_documents_refuses_an_empty_context(make_harness):
     with pytest.raises(UserError, match="empty context"):
         make_harness("isolated").generate_until(instances(("", {"until": []})))

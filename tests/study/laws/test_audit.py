@@ -17,20 +17,20 @@ def corners(observation, best=1.0, curvature=0.03, noise=0.0005, seeds=2, seed=0
     ]  # fmt: skip
 
 
-def test_a_valley_at_the_rules_rate_passes_and_its_bottom_is_found(observation):
+def test_audit_passes_if_the_best_rate_is_that_of_the_rule(observation):
     found = audit(corners(observation))
     assert len(found) == 4
     assert {corner.answer for corner in found} == {"passed"}
     assert all(abs(corner.best - 1) < 0.1 for corner in found)
 
 
-def test_a_valley_elsewhere_fails(observation):
+def test_audit_fails_if_the_best_rate_is_elsewhere(observation):
     found = audit(corners(observation, best=2.0, curvature=0.05))
     assert {corner.answer for corner in found} == {"failed"}
     assert all(corner.lost.value > 0.015 for corner in found)
 
 
-def test_a_flat_valley_passes_all_corners_where_noise_is_small_and_never_fails_for_noise(observation):
+def test_audit_of_a_flat_loss_passes_or_is_undecided_under_noise(observation):
     """The best of three noisy losses is at another rate two times in three, which does not show a wrong rate."""
     small = [audit(corners(observation, curvature=0.0, noise=0.0008, seed=s)) for s in range(40)]
     assert np.mean([all(c.answer == "passed" for c in found) for found in small]) > 0.8
@@ -39,9 +39,9 @@ def test_a_flat_valley_passes_all_corners_where_noise_is_small_and_never_fails_f
     assert large.count("undecided") > 0.9 * len(large)
 
 
-def test_one_seed_decides_nothing(observation):
+def test_audit_with_one_seed_is_undecided(observation):
     assert {corner.answer for corner in audit(corners(observation, seeds=1))} == {"undecided"}
 
 
-def test_runs_at_the_rules_rate_alone_are_no_audit(observation):
+def test_runs_with_only_the_rate_of_the_rule_are_no_audit(observation):
     assert audit([o for o in corners(observation) if o.rate_factor == 1]) == []

@@ -35,7 +35,7 @@ def published():
         (0, 1e-3, 0.0018260105, 495.73, 12845.6, 1.89134, 0.34931, 0.45305),
     ],
 )
-def test_published_points_give_the_known_optimum(left_out, delta, value, a, b, e, alpha, beta):
+def test_fit_of_published_points_gives_the_known_optimum(left_out, delta, value, a, b, e, alpha, beta):
     points = published()
     found = fit(points.take(np.sort(np.argsort(points.loss)[: len(points) - left_out])), delta=delta)
     assert found.value == pytest.approx(value, rel=3e-8 if delta else 5e-8)  # up to the last published digit
@@ -47,7 +47,7 @@ def test_published_points_give_the_known_optimum(left_out, delta, value, a, b, e
 
 @pytest.mark.parametrize("delta", [1e-3, 0.0])
 @pytest.mark.parametrize(("form", "law"), [("chinchilla", PUBLISHED), ("aspect", BENT), ("additive", ADDITIVE)])
-def test_losses_without_noise_give_the_law_back(form, law, delta, sweep):
+def test_fit_of_noiseless_losses_recovers_the_law(form, law, delta, sweep):
     found = fit(sweep(law), form, delta)
     assert found.value < 1e-6
     for name in ("E", "A", "alpha", "B", "beta", "kappa", "log_aspect", "G", "gamma"):
@@ -55,13 +55,13 @@ def test_losses_without_noise_give_the_law_back(form, law, delta, sweep):
             assert getattr(found.law, name) == pytest.approx(getattr(law, name), rel=5e-3, abs=2e-3), name
 
 
-def test_least_absolute_deviation_ignores_a_few_wild_losses(sweep):
+def test_least_absolute_deviation_ignores_outliers(sweep):
     points = sweep(PUBLISHED)
     points.loss[::17] *= 1.3
     assert fit(points, delta=0.0).law.alpha == pytest.approx(PUBLISHED.alpha, abs=1e-3)
 
 
-def test_optimum_is_where_random_starts_lead(sweep):
+def test_fit_is_at_least_as_good_as_random_starts(sweep):
     """The reference uses many random starts, refined by another optimiser."""
     from scipy.optimize import minimize
 
@@ -90,7 +90,7 @@ def test_jacobian_is_the_derivative(form, sweep):
         assert error < 1e-4
 
 
-def test_the_optimum_of_a_law_is_the_least_loss_on_its_isoflop_curve():
+def test_optimum_of_a_law_minimises_the_loss_at_fixed_flops():
     flops = 1e21
     sizes = np.geomspace(1e8, 1e11, 20001)
     least = sizes[np.argmin(PUBLISHED.loss(sizes, flops / 6 / sizes))]

@@ -39,7 +39,7 @@ def answers(every, noise, number, seed, change=0.0):
     return np.array(verdict.ANSWERS)[found]
 
 
-def test_many_studies_at_once_get_the_answers_that_judge_gives_each():
+def test_batched_verdicts_equal_single_verdicts():
     every = design(2)
     found = answers(every, NOISE, 12, 3, 0.012)
     drawn = studies(every, NOISE, 12, 3, 0.012)
@@ -49,7 +49,7 @@ def test_many_studies_at_once_get_the_answers_that_judge_gives_each():
 
 
 @pytest.mark.parametrize("variants", [1, 3])
-def test_promised_power_is_what_the_rule_has(variants):
+def test_predicted_power_equals_the_simulated_power(variants):
     every = design(variants)
     change = 0.012
     promised = power.Simulation(every, NOISE, 1000, seed=1).seen(1, change)
@@ -58,7 +58,7 @@ def test_promised_power_is_what_the_rule_has(variants):
     assert abs(promised - seen) < 0.05, (promised, seen)
 
 
-def test_a_bare_t_test_would_promise_far_more_where_several_variants_are_judged():
+def test_power_with_several_variants_is_lower_than_that_of_a_t_test():
     every = design(6)
     simulation = power.Simulation(every, NOISE, 300)
     error = float(np.std(simulation.nothing[1].change))
@@ -66,14 +66,14 @@ def test_a_bare_t_test_would_promise_far_more_where_several_variants_are_judged(
 
 
 @pytest.mark.parametrize("variants", [1, 4])
-def test_where_nothing_changes_at_most_one_study_in_twenty_has_a_false_verdict(variants):
+def test_false_verdicts_occur_in_at_most_5_percent_of_studies(variants):
     found = answers(design(variants), NOISE, 1000, 5)
     false = np.isin(found, ("grows", "shrinks")).any(0).mean()
     assert false <= 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / 1000)
     assert power.Simulation(design(variants), NOISE, 1000, seed=9).false() == pytest.approx(false, abs=0.03)
 
 
-def test_pairs_said_to_be_needed_are_needed():
+def test_predicted_number_of_needed_pairs_gives_the_expected_power():
     every = design(1)
     errors = power.visible(every)["depth"]
     noise = power.Noise(0.009, 0.3)
@@ -85,6 +85,6 @@ def test_pairs_said_to_be_needed_are_needed():
     assert 0.7 < seen < 0.92
 
 
-def test_too_few_pairs_to_ever_see_anything_is_said():
+def test_too_few_pairs_give_an_infinite_smallest_change():
     found = power.predict(design(6, seeds=1), NOISE, studies=100)
     assert all(not np.isfinite(p.smallest_seen) for p in found)

@@ -21,7 +21,7 @@ def test_errors_of_single_points_are_hc3():
     assert regression.regress(columns, target, np.arange(30)).covariance == pytest.approx(expected)
 
 
-def test_clustered_errors_are_those_of_leaving_clusters_out():
+def test_clustered_errors_equal_the_jackknife_over_clusters():
     """CR3 equals the jackknife over clusters, centred at the full estimate."""
     generator = np.random.default_rng(2)
     clusters = np.repeat(np.arange(8), 3)
@@ -33,7 +33,7 @@ def test_clustered_errors_are_those_of_leaving_clusters_out():
     assert regression.regress(columns, target, clusters).covariance == pytest.approx(expected)
 
 
-def test_permutation_is_that_of_all_orders_of_the_residuals():
+def test_permutation_test_equals_enumeration_of_all_orders():
     """Freedman and Lane's test, written out: every order of six points is refitted."""
     generator = np.random.default_rng(3)
     columns = np.stack((np.ones(6), generator.normal(size=6)), axis=1)
@@ -50,7 +50,7 @@ def test_permutation_is_that_of_all_orders_of_the_residuals():
     assert drawn == pytest.approx(exact, abs=0.03)
 
 
-def test_many_targets_at_once_are_each_by_itself():
+def test_batched_permutation_tests_equal_single_tests():
     generator = np.random.default_rng(4)
     clusters = np.repeat(np.arange(8), 2)
     columns = np.stack((np.ones(16), np.repeat([0.0, 1.0], 8), generator.normal(size=16)), axis=1)
@@ -59,7 +59,7 @@ def test_many_targets_at_once_are_each_by_itself():
     assert test.permutation_p(targets).tolist() == [test.permutation_p(one[None])[0] for one in targets]
 
 
-def test_holm_is_the_textbook_example_alone_and_in_many_studies():
+def test_holm_correction_equals_the_textbook_example():
     assert regression.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     both = np.array([[0.01, 0.04, 0.03, 0.005], [0.9, 0.01, 0.01, 0.01]]).T
     assert pytest.approx(np.array([[0.03, 0.06, 0.06, 0.02], [0.9, 0.04, 0.04, 0.04]])) == regression.holm(both).T

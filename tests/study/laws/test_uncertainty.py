@@ -19,7 +19,7 @@ def joined(*parts):
     return Points(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in Points.__dataclass_fields__})
 
 
-def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(sweep):
+def test_bootstrap_intervals_have_their_nominal_coverage(sweep):
     hits, tried = {"alpha": 0, "beta": 0}, 12
     for seed in range(tried):
         points = sweep(PUBLISHED, noise=0.004, seed=seed)
@@ -30,7 +30,7 @@ def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(sweep):
     assert all(0.75 * tried <= hit for hit in hits.values()), hits
 
 
-def test_resampling_points_in_place_of_runs_understates_the_error(sweep):
+def test_bootstrap_over_points_underestimates_the_error(sweep):
     points = sweep(PUBLISHED, noise=0.01, seed=2)
     fitted = fit(points)
     by_run = uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, points, 50))
@@ -39,7 +39,7 @@ def test_resampling_points_in_place_of_runs_understates_the_error(sweep):
     assert by_run["alpha"].standard_error > 1.2 * by_point["alpha"].standard_error
 
 
-def test_a_known_depth_term_is_recovered_within_its_interval_and_predicts_a_shape_left_out_better(sweep):
+def test_known_depth_term_is_recovered_and_improves_held_out_predictions(sweep):
     points = sweep(BENT, noise=0.002, seed=1)
     bent, plain = fit(points, "aspect"), fit(points)
     found = uncertainty.intervals(bent, uncertainty.bootstrap(bent, points, 80))
@@ -49,7 +49,7 @@ def test_a_known_depth_term_is_recovered_within_its_interval_and_predicts_a_shap
     assert errors[0] < errors[1]
 
 
-def test_a_wide_sweep_is_identified_and_a_miniature_is_not(sweep):
+def test_wide_sweep_identifies_the_law_and_small_sweep_does_not(sweep):
     wide = sweep(PUBLISHED, noise=0.001)
     fitted = fit(wide)
     assert uncertainty.unidentified(uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, wide, 40)), wide) == []
@@ -59,19 +59,19 @@ def test_a_wide_sweep_is_identified_and_a_miniature_is_not(sweep):
     assert any("parameters take 3 values over a factor of 3.0" in reason for reason in reasons)
 
 
-def test_largest_size_is_predicted_from_smaller_ones_of_the_same_law(sweep):
+def test_largest_size_is_predicted_from_smaller_sizes(sweep):
     points = sweep(PUBLISHED, noise=0.001)
     assert uncertainty.hold_out_largest(points, fit(points)) < 0.02
 
 
-def test_local_slopes_are_those_of_a_pure_power(sweep):
+def test_local_slopes_equal_those_of_a_power_law(sweep):
     law = Law(E=1e-9, A=40.0, alpha=0.2, B=1e-9, beta=0.2)
     slope = uncertainty.local_slopes(sweep(law, noise=0.001))
     assert slope["parameters"].low <= -0.2 <= slope["parameters"].high
     assert slope["tokens"].value == pytest.approx(0.0, abs=2e-3)
 
 
-def test_shared_e_is_recovered_and_a_different_one_is_noticed(sweep):
+def test_shared_e_is_recovered_and_different_e_is_detected(sweep):
     other = Law(1.82, 300.0, 0.36, 1900.0, 0.36)
     same = joined(sweep(PUBLISHED, 0.001, 1, "sliding"), sweep(other, 0.001, 2, "bst"))
     found = fit_shared(same)
@@ -86,7 +86,7 @@ def test_shared_e_is_recovered_and_a_different_one_is_noticed(sweep):
     assert equality(e_difference(noisy, "sliding", "bst", 30), 0.01) == "undecided"  # not rejected does not mean equal
 
 
-def test_isoflop_floors_agree_with_the_law():
+def test_isoflop_optima_agree_with_the_law():
     law = Law(E=1.8, A=400.0, alpha=0.34, B=410.0, beta=0.28)
     generator = np.random.default_rng(0)
     n, c = (x.ravel() for x in np.meshgrid(np.geomspace(1e7, 1e10, 7), np.geomspace(1e18, 1e20, 5)))
@@ -99,13 +99,13 @@ def test_isoflop_floors_agree_with_the_law():
         assert profile.optimum == pytest.approx(law.optimum(profile.flops)[0], rel=0.4)
 
 
-def test_a_form_that_bends_the_wrong_way_lacks_fit_and_the_right_one_does_not(sweep):
+def test_lack_of_fit_test_rejects_only_the_wrong_form(sweep):
     points = sweep(BENT, noise=0.002, seed=1)
     assert uncertainty.lack_of_fit(points, fit(points)).p_value < 1e-3
     assert uncertainty.lack_of_fit(points, fit(points, "aspect")).p_value > 0.05
 
 
-def test_a_law_that_only_falls_with_the_aspect_has_no_valley_and_never_a_hill(sweep):
+def test_monotonic_loss_over_aspect_gives_no_best_shape(sweep):
     """The loss only falls with the aspect, and flattens. An unbounded parabola would report the worst shape as best."""
     points = sweep(PUBLISHED)
     x = np.log(points.width / points.depth)
@@ -117,7 +117,7 @@ def test_a_law_that_only_falls_with_the_aspect_has_no_valley_and_never_a_hill(sw
     assert not (law.has_valley and x.min() <= law.log_aspect <= x.max())
 
 
-def test_the_best_shape_is_where_the_loss_is_least():
+def test_best_shape_minimises_the_loss():
     additive = Law(E=1.5, A=60.0, alpha=0.6, B=1500.0, beta=0.35, G=3.0, gamma=0.9)
     for law in (BENT, additive):
         width, depth = law.shape_of(1e8, 12.0)
@@ -132,7 +132,7 @@ def test_the_best_shape_is_where_the_loss_is_least():
         assert 6 * n * d == pytest.approx(1e21)
 
 
-def test_an_interval_has_the_spread_and_the_quantiles_of_its_draws():
+def test_interval_equals_spread_and_quantiles_of_its_draws():
     laws = [Law(1.8, 400.0, alpha, 410.0, 0.3) for alpha in (0.30, 0.31, 0.33, 0.36, 0.40)]
     found = uncertainty.interval(lambda law: law.alpha, laws[2], laws)
     assert found.value == 0.33
@@ -153,7 +153,7 @@ def test_an_interval_has_the_spread_and_the_quantiles_of_its_draws():
         ("E", 0.0019, 0.0, "E is at its bound of zero"),
     ],
 )
-def test_what_is_not_identified_goes_by_fixed_limits(name, value, half, said):
+def test_parameters_beyond_fixed_limits_are_not_identified(name, value, half, said):
     n = d = np.array([1e6, 3e6, 9e6])
     points = Points(np.array([2.0, 2.5, 3.0]), n, d, n, n, np.arange(3), np.full(3, "a"))
     found = {each: uncertainty.Interval(at, 0.0, at, at) for each, at in (("alpha", 0.3), ("beta", 0.3), ("E", 1.5))}
@@ -162,7 +162,7 @@ def test_what_is_not_identified_goes_by_fixed_limits(name, value, half, said):
     assert reasons == [] if said is None else [r[: len(said)] for r in reasons] == [said]
 
 
-def test_lack_of_fit_is_the_f_test_of_the_shapes_means(sweep):
+def test_lack_of_fit_equals_the_f_test_over_shapes(sweep):
     points = sweep(PUBLISHED, noise=0.01, seed=3)
     fitted = fit(points)
     residuals: dict = {}

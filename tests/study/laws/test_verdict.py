@@ -22,14 +22,14 @@ def judge(observed, draws=199):
     return {change.factor: change for change in changes}
 
 
-def test_intervals_of_the_change_over_depth_cover_it_as_often_as_they_say(study):
+def test_depth_change_intervals_have_their_nominal_coverage(study):
     tried = 60
     changes = [judge(study(seed, per_depth=0.01), 9)["depth"].change for seed in range(tried)]
     hits = sum(change.low <= 0.01 * np.log(2) <= change.high for change in changes)
     assert stats.binom.cdf(hits, tried, 0.95) > 0.005, f"{hits} of {tried}"
 
 
-def test_no_change_is_hardly_ever_called_one(study):
+def test_false_verdicts_are_rare_without_a_change(study):
     answers = [change.answer for seed in range(40) for change in judge(study(seed, noise=0.01)).values()]
     false = sum(answer in ("grows", "shrinks") for answer in answers)
     assert stats.binom.sf(false - 1, len(answers), 0.05) > 0.005, f"{false} of {len(answers)}"
@@ -45,11 +45,11 @@ def test_no_change_is_hardly_ever_called_one(study):
         ({"noise": 0.03}, "depth", "undecided"),
     ],
 )
-def test_the_rule_gives_the_answer_that_is_true(study, truth, factor, answer):
+def test_verdict_rule_gives_the_correct_answer(study, truth, factor, answer):
     assert judge(study(11, **truth))[factor].answer == answer
 
 
-def test_the_margin_is_per_doubling_whatever_range_of_depths_was_run(study, observation):
+def test_equivalence_margin_is_per_doubling_of_depth(study, observation):
     """0.4 % per doubling over seven doublings is 2.8 % in total, and still below the margin."""
     wide = [
         observation(name, size, depth, seed, m, 3 * (size * m) ** -0.1 * np.exp(
@@ -62,7 +62,7 @@ def test_the_margin_is_per_doubling_whatever_range_of_depths_was_run(study, obse
     assert change.answer == "equivalent"
 
 
-def test_the_larger_p_value_decides(study):
+def test_verdict_uses_the_larger_p_value(study):
     """If the t test and the permutation test disagree, the verdict must follow the more conservative one."""
     seen = set()
     for seed in range(60):
@@ -72,7 +72,7 @@ def test_the_larger_p_value_decides(study):
     assert seen == {True, False}
 
 
-def test_unequal_sizes_are_no_verdict_and_the_change_without_them_is_told(study):
+def test_unequal_sizes_give_no_verdict_but_an_adjusted_change(study):
     """As in the first study: the variant is larger when deep, smaller when shallow; larger models lose at equal C."""
 
     def parameters(name, depth, size):
@@ -88,7 +88,7 @@ def test_unequal_sizes_are_no_verdict_and_the_change_without_them_is_told(study)
     assert abs(adjusted.value) < 0.002
 
 
-def test_an_identical_twin_is_equivalent_and_breaks_nothing(study, observation):
+def test_identical_architecture_is_equivalent(study, observation):
     base = [o for o in study(0) if o.architecture == "sliding"]
     twin = [observation("twin", o.parameters, int(o.depth), o.seed, o.length, o.loss) for o in base]
     found = compare([*base, *twin], "sliding", "all")
@@ -96,7 +96,7 @@ def test_an_identical_twin_is_equivalent_and_breaks_nothing(study, observation):
     assert found.variants["twin"].mean.value == 0
 
 
-def test_a_variant_with_too_few_pairs_does_not_silence_the_others(study):
+def test_variant_with_too_few_pairs_does_not_affect_other_verdicts(study):
     strong = study(3, per_depth=0.03, variants=("bst",), noise=0.003)
     weak = [
         o
@@ -109,7 +109,7 @@ def test_a_variant_with_too_few_pairs_does_not_silence_the_others(study):
     assert found.variants["weak"].mean.value == pytest.approx(0.01, abs=0.02)
 
 
-def test_at_equal_time_there_is_a_verdict_from_a_quiet_machine_alone(study):
+def test_verdict_at_equal_time_needs_an_undisturbed_machine(study):
     rows = study(3, mean=0.01, per_depth=0.02, noise=0.001)
 
     def compared(slowed):
@@ -125,7 +125,7 @@ def test_at_equal_time_there_is_a_verdict_from_a_quiet_machine_alone(study):
     assert compare(rows, "sliding", "all").missing == {}  # not needed at equal compute
 
 
-def test_a_verdict_is_within_its_arm_and_the_other_is_shown_in_contrast(study):
+def test_verdict_is_within_one_arm_and_others_are_contrasts(study):
     near = study(5, mean=0.0, noise=0.0005, arm="near")
     far = study(6, mean=0.05, per_depth=-0.03, noise=0.0005, arm="far")
     found = compare([*near, *far], "sliding", "near").variants["bst"]
@@ -134,7 +134,7 @@ def test_a_verdict_is_within_its_arm_and_the_other_is_shown_in_contrast(study):
     assert found.contrasts["far"]["depth"].value == pytest.approx(-0.03 * np.log(2), abs=0.001)
 
 
-def test_crossing_is_where_the_gap_vanishes_with_an_interval_that_covers_it(study):
+def test_crossing_interval_covers_the_point_of_zero_gap(study):
     expected = 2e12 * np.exp(-0.01 / 0.02)  # at the mean depth, where the depth term is 0
     hits = 0
     for seed in range(40):
@@ -145,7 +145,7 @@ def test_crossing_is_where_the_gap_vanishes_with_an_interval_that_covers_it(stud
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_at_the_bounds_of_a_crossing_the_gap_is_as_large_as_its_error_allows(study, seed):
+def test_crossing_interval_is_fiellers_interval(study, seed):
     """Fieller's interval: at its bounds (a + b x)^2 equals t^2 times its variance."""
     gaps = gaps_of(study(seed, mean=0.01, per_flops=0.02, noise=0.002))
     found = verdict.crossing(gaps)
@@ -159,11 +159,11 @@ def test_at_the_bounds_of_a_crossing_the_gap_is_as_large_as_its_error_allows(stu
     assert found.low < found.high
 
 
-def test_a_difference_without_error_leaves_no_doubt():
+def test_difference_without_error_has_p_value_zero_or_one():
     assert verdict.tail(np.array([1.0, -1.0, 0.0]), np.zeros(3), 4).tolist() == [0.0, 1.0, 0.5]
 
 
-def test_a_contrast_is_of_two_independent_estimates():
+def test_contrast_combines_two_independent_errors():
     one, other = Estimate(1.0, 0.3, 9), Estimate(3.5, 0.4, 5)
     found = verdict._difference(one, other)
     assert (found.value, found.standard_error, found.degrees) == (2.5, pytest.approx(0.5), 5)
@@ -172,7 +172,7 @@ def test_a_contrast_is_of_two_independent_estimates():
     assert verdict._difference(other, alone) == Estimate(-2.5, None)
 
 
-def test_an_interaction_of_size_and_depth_is_found(study):
+def test_interaction_of_size_and_depth_is_detected(study):
     observed = study(2, noise=0.0005, seeds=2)
     gaps = gaps_of(observed)
     flops, depth = np.log10(gaps.flops), np.log2(gaps.depth)
@@ -182,7 +182,7 @@ def test_an_interaction_of_size_and_depth_is_found(study):
     assert found.p_value < 0.01
 
 
-def test_a_size_that_was_held_out_is_inside_what_the_others_let_expect(study):
+def test_held_out_size_is_inside_its_prediction_interval(study):
     hits = tried = 0
     for seed in range(12):
         observed = study(seed, per_flops=0.01, noise=0.003, seeds=2, held_out=(1e6,))
@@ -198,7 +198,7 @@ def test_a_size_that_was_held_out_is_inside_what_the_others_let_expect(study):
     assert told.gaps.flops.max() < min(o.flops for o in told.held_out)
 
 
-def test_pairs_still_needed_are_those_beyond_what_there_is(study):
+def test_needed_pairs_do_not_include_existing_ones(study):
     observed = study(11, noise=0.03)
     found = compare(observed, "sliding", "all").variants["bst"]
     change = next(change for change in found.changes if change.factor == "depth")
@@ -208,7 +208,7 @@ def test_pairs_still_needed_are_those_beyond_what_there_is(study):
 
 
 @pytest.mark.parametrize(("documents", "mean"), [((1.0, 2.0, 4.0), True), ((1.0,), False)])
-def test_documents_are_better_only_where_their_loss_is_lower(study, documents, mean):
+def test_documents_with_lower_loss_are_counted_as_better(study, documents, mean):
     def of(observation):
         better = 0.9 if observation.architecture == "bst" else 1.0
         return replace(observation, by_document=(documents[0] * better, *documents[1:]))

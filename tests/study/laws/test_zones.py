@@ -31,7 +31,7 @@ def with_places(observed, blocks=BLOCKS, noise=0.0):
     return found
 
 
-def test_each_part_has_its_own_advantage_and_its_own_change(study):
+def test_each_zone_has_its_own_advantage_and_change(study):
     found = zones(with_places(study(1, noise=0.001)), "sliding", "all", [])["bst"]
     first, within, beyond = found
     assert [z.zone for z in found] == ["first window", "within reach", "beyond reach"]
@@ -43,7 +43,7 @@ def test_each_part_has_its_own_advantage_and_its_own_change(study):
     assert {z.pairs for z in found} == {24}
 
 
-def test_the_rule_judges_a_part_in_the_arm_of_the_verdict_alone(study):
+def test_zone_verdicts_are_given_only_in_the_verdict_arm(study):
     observed = with_places(study(1, arm="far"), noise=0.002) + with_places(study(2, arm="other"), noise=0.002)
     found = zones(observed, "sliding", "far", ["other"])["bst"]
     answers = {(z.arm, z.zone): z.answer for z in found}
@@ -52,14 +52,14 @@ def test_the_rule_judges_a_part_in_the_arm_of_the_verdict_alone(study):
     assert {answer for (arm, _), answer in answers.items() if arm == "other"} == {None}
 
 
-def test_sequences_within_the_reach_of_any_depth_have_no_such_parts(study):
+def test_sequences_within_reach_have_no_zones(study):
     """Two layers see both blocks of a sequence, so nothing is beyond the reach."""
     assert zones(with_places(study(1), blocks=2), "sliding", "all", []) == {}
     bare = [replace(o, by_block=()) for o in study(1)]
     assert zones(bare, "sliding", "all", []) == {}
 
 
-def test_a_comparison_has_the_parts_of_every_arm(study):
+def test_comparison_contains_the_zones_of_every_arm(study):
     observed = study(1, arm="near") + with_places(study(2, arm="far"), noise=0.001)
     found = compare(observed, "sliding", "near").variants["bst"].zones
     assert {(z.arm, z.zone) for z in found} == {("far", z) for z in ("first window", "within reach", "beyond reach")}

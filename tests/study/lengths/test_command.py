@@ -10,7 +10,7 @@ from bst_dist.study.lengths.measure import measure
 from data_pipeline.serve.reader import Corpus
 
 
-def test_the_report_and_the_table_say_what_was_measured(make_run, corpus, tmp_path, capsys):
+def test_report_and_table_contain_the_measured_losses(make_run, corpus, tmp_path, capsys):
     run_dir, out = make_run(), tmp_path / "report.json"
     assert main(["eval", str(run_dir), "--lengths", "128,8", "--json", str(out)]) == 0
     report = json.loads(out.read_text())
@@ -28,7 +28,7 @@ def test_the_report_and_the_table_say_what_was_measured(make_run, corpus, tmp_pa
     assert "the documents joined to one stream" in shown
 
 
-def test_isolated_documents_that_are_long_enough_are_counted(make_run, corpus, capsys):
+def test_number_of_long_enough_isolated_documents_is_printed(make_run, corpus, capsys):
     assert main(["eval", str(make_run(documents="isolated")), "--lengths", "128"]) == 0
     lengths = Corpus.open(str(corpus), "validation").lengths
     long = int((lengths > 128).sum())
@@ -42,7 +42,7 @@ def test_a_length_beyond_the_corpus_is_refused(make_run, capsys, documents, leng
     assert f"fewer than a length of {length:,}" in capsys.readouterr().err
 
 
-def test_what_cannot_be_is_said_before_anything_is_read(make_run, capsys, monkeypatch):
+def test_invalid_length_is_refused_before_reading(make_run, capsys, monkeypatch):
     run_dir = str(make_run())
     monkeypatch.setattr("bst_dist.study.lengths.command.measure", lambda *_, **__: pytest.fail("read"))
     assert main(["eval", run_dir, "--lengths", "12"]) == 2

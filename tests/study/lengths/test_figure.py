@@ -29,13 +29,13 @@ def test_both_losses_are_drawn_by_position_and_by_length(found):
     assert [text.get_text() for text in by_position.get_legend().get_texts()] == ["8", "32", "128"]
 
 
-def test_without_the_trained_length_there_is_nothing_to_compare_with(make_run, corpus):
+def test_differences_are_not_drawn_without_the_trained_length(make_run, corpus):
     found = measure(open_run(make_run()), Corpus.open(str(corpus), "validation"), [8, 128])
     *_, more_by_length = draw({"corpus": found}, 32).axes
     assert not more_by_length.containers
 
 
-def test_each_corpus_of_a_mixture_has_axes_of_its_own(found):
+def test_each_corpus_of_a_mixture_has_its_own_axes(found):
     assert len(draw({"one": found, "other": found}, 32).axes) == 8
 
 

@@ -74,7 +74,7 @@ def literal(trained, text, length, longest, isolated=False):
 
 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
-def test_every_length_costs_what_its_sequences_cost_one_by_one(make_trained, make_text, documents):
+def test_losses_at_each_length_equal_those_of_single_sequences(make_trained, make_text, documents):
     trained, text = make_trained(documents=documents), make_text([70, 3, 150, 90, 65, 20, 129])
     found = measure(trained, text, [8, 16, 64])
     for result in found:
@@ -92,7 +92,7 @@ def test_every_length_costs_what_its_sequences_cost_one_by_one(make_trained, mak
         assert result.positions[-1].last == result.length
 
 
-def test_lengths_are_compared_in_pairs(make_trained, make_text):
+def test_lengths_are_compared_in_paired_differences(make_trained, make_text):
     trained, text = make_trained(), make_text([70, 3, 150, 90, 65, 20, 129])
     short, own, long = measure(trained, text, [8, TRAINED, 64])
     for result in (short, long):
@@ -121,7 +121,7 @@ def test_positions_are_compared_with_the_same_tokens_at_the_trained_length(make_
 
 
 @pytest.mark.parametrize("name", STREAMING)
-def test_thousands_of_tokens_streamed_cost_what_they_cost_at_once(make_trained, make_text, name):
+def test_streamed_losses_of_long_sequences_equal_those_of_one_pass(make_trained, make_text, name):
     mixer, variant, changes = STREAMING[name]
     trained, text = make_trained(mixer, variant, **changes), make_text([900, 800, 1300])
     for dtype, length, tolerance in ((torch.float64, 2048, 1e-9), (torch.float32, 1024, 2e-5)):
@@ -147,7 +147,7 @@ def test_memory_does_not_grow_with_the_length(make_trained, make_text, name, mon
     assert text.longest_read <= TRAINED + 1
 
 
-def test_what_a_model_cannot_do_is_said(make_trained):
+def test_unsupported_lengths_of_a_model_are_refused(make_trained):
     def config(**changes) -> ModelConfig:
         return make_trained(**changes).recipe.model
 
@@ -162,7 +162,7 @@ def test_what_a_model_cannot_do_is_said(make_trained):
         how(config(), 20)
 
 
-def test_full_attention_keeps_its_cache(make_trained, make_text):
+def test_full_attention_uses_a_growing_cache(make_trained, make_text):
     trained, text = make_trained("full"), make_text([100, 200])
     (result,) = measure(trained, text, [256])
     nats = at_once(trained.model, open_stretches(text, 256, isolated=False).tokens(0, 0, 257))
@@ -175,5 +175,5 @@ def test_full_attention_keeps_its_cache(make_trained, make_text):
      (128, 16, [1, 2, 3, 4, 6, 8, 11, 16, 32, 64, 128]), (56, 16, [1, 2, 3, 4, 6, 8, 11, 16, 32, 56]),
      (48, 24, [1, 2, 3, 4, 6, 8, 11, 16, 23, 24, 48])],
 )  # fmt: skip
-def test_position_bins_grow_to_the_trained_length_and_beyond_by_whole_sequences_of_it(length, trained, expected):
+def test_position_bins_for_lengths_below_and_above_the_trained_length(length, trained, expected):
     assert position_bins(length, trained).tolist() == expected

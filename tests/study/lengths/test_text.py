@@ -31,7 +31,7 @@ def read(stretches):
     return np.array(tokens), stretches.numbers[np.array(documents)]
 
 
-def test_joined_stretches_follow_each_other_in_the_order_of_the_evaluation(text):
+def test_joined_segments_are_consecutive_in_evaluation_order(text):
     order = Permutation(len(LENGTHS), *ORDER).all()
     stream = np.concatenate([text.documents[number] for number in order])
     belongs = np.concatenate([np.full(LENGTHS[number], number) for number in order])
@@ -44,7 +44,7 @@ def test_joined_stretches_follow_each_other_in_the_order_of_the_evaluation(text)
     np.testing.assert_array_equal(stretches.numbers, np.unique(belongs[1:161]))
 
 
-def test_isolated_stretches_are_those_of_the_documents_that_long(text):
+def test_isolated_segments_come_from_documents_of_at_least_the_length(text):
     stretches = open_stretches(text, 16, isolated=True)
     tokens, documents = read(stretches)
     expected = {(n, 16 * k): text.documents[n][16 * k : 16 * k + 17] for n in (0, 2, 5, 6)
@@ -57,20 +57,20 @@ def test_isolated_stretches_are_those_of_the_documents_that_long(text):
 
 
 @pytest.mark.parametrize("isolated", [False, True])
-def test_a_limit_leaves_the_first_stretches(text, isolated):
+def test_token_limit_keeps_the_first_segments(text, isolated):
     whole, part = (open_stretches(text, 16, isolated, tokens) for tokens in (None, 50))
     assert part.count == 3
     np.testing.assert_array_equal(read(part)[0], read(whole)[0][:3])
 
 
 @pytest.mark.parametrize(("isolated", "reason"), [(False, "have 166 tokens"), (True, "longest document has 70 tokens")])
-def test_a_length_that_the_corpus_has_no_text_for_is_refused(text, isolated, reason):
+def test_length_longer_than_the_text_is_refused(text, isolated, reason):
     most = longest(text, isolated)
     assert open_stretches(text, most, isolated).count == 1
     with pytest.raises(TooShortError, match=reason):
         open_stretches(text, most + 1, isolated)
 
 
-def test_fewer_tokens_than_a_stretch_are_refused(text):
+def test_token_limit_below_the_longest_length_is_refused(text):
     with pytest.raises(TooShortError, match="31 tokens to read are fewer than the longest length, 32"):
         open_stretches(text, 32, isolated=False, tokens=31)

@@ -14,7 +14,7 @@ from bst_dist.study.lra.objective import EvaluateAccuracy
 from bst_dist.train.config import EvaluationConfig
 
 
-def test_what_is_added_up_lies_where_the_model_computes():
+def test_evaluation_sums_are_on_the_device_of_the_model():
     """torch cannot add a CPU tensor to a GPU tensor; the meta device has the same restriction."""
     ids = np.zeros((2, 4), np.int64)
     batch = Labelled(ids, ids[:, 0], np.ones(2, bool), np.arange(2))

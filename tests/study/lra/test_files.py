@@ -32,7 +32,7 @@ def read_reviews(imdb: Path, split: str) -> list[tuple[str, int]]:
     return [(symbols.tobytes().decode(), label) for (symbols,), label in found]
 
 
-def test_reviews_are_bytes_with_their_class_and_every_one_is_in_one_split(imdb):
+def test_each_review_has_its_class_and_is_in_one_split(imdb):
     splits = {split: read_reviews(imdb, split) for split in ("train", "validation", "test")}
     assert {split: len(found) for split, found in splits.items()} == {"train": 36, "validation": 4, "test": 40}
     for split, found in splits.items():
@@ -44,7 +44,7 @@ def test_reviews_are_bytes_with_their_class_and_every_one_is_in_one_split(imdb):
     assert len(set(texts)) == 80
 
 
-def test_missing_reviews_are_named_and_where_to_get_them(imdb):
+def test_missing_reviews_error_says_where_to_get_them(imdb):
     with pytest.raises(FileProblem, match=r"elsewhere/train/neg: no \*\.txt there; source should be .*aclImdb_v1"):
         next(text(TextConfig(source=imdb.parent / "elsewhere"), "train"))
     (imdb / "test" / "pos" / "3_3.txt").write_bytes(b"")
@@ -102,7 +102,7 @@ def write_binary(folder: Path, batches: dict) -> None:
 
 
 @pytest.mark.parametrize("write", [write_pickled, write_binary])
-def test_images_are_grey_pixels_in_both_forms(tmp_path, batches, write):
+def test_images_are_read_as_grey_pixels_from_both_formats(tmp_path, batches, write):
     write(tmp_path, batches)
     found = {split: list(image(ImageConfig(source=tmp_path), split)) for split in ("train", "validation", "test")}
     assert [len(found[split]) for split in found] == [18, 2, 4]
@@ -133,7 +133,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("content", [pickle.dumps({b"data": Harmful(), b"labels": [0]}), b"nonsense", b""])
-def test_pickle_that_is_something_else_is_not_run(tmp_path, batches, content, capsys):
+def test_harmful_pickle_is_not_executed(tmp_path, batches, content, capsys):
     write_pickled(tmp_path, batches)
     (tmp_path / "test_batch").write_bytes(content)
     with pytest.raises(FileProblem, match="test_batch: is no batch of CIFAR-10"):

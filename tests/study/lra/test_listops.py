@@ -28,17 +28,17 @@ def by_rewriting(expression: str) -> int:
     ("expression", "value"),
     [("[MAX 4 3 [MIN 2 3 ] 1 0 [MED 1 5 8 9 2 ] ]", 5), ("[MED 1 2 ]", 1), ("[SM 9 9 9 ]", 7), ("[MED 3 9 1 8 ]", 5)],
 )
-def test_second_evaluator_knows_worked_examples(expression, value):
+def test_reference_evaluator_solves_known_examples(expression, value):
     assert by_rewriting(expression) == value
 
 
-def test_every_label_is_what_rewriting_finds():
+def test_labels_equal_those_of_the_reference_evaluator():
     for index in range(400):
         (symbols,), label = example(SMALL, "train", index)
         assert by_rewriting(text(symbols)) == label
 
 
-def test_examples_of_published_size_have_its_lengths_depths_and_arguments():
+def test_default_examples_have_the_published_lengths_depths_and_arguments():
     config = ListOpsConfig()
     for index in range(20):
         (symbols,), label = example(config, "train", index)
@@ -61,7 +61,7 @@ def test_examples_of_published_size_have_its_lengths_depths_and_arguments():
         assert deepest < 10  # a digit is one level deeper
 
 
-def test_operators_digits_and_classes_come_up_as_defined():
+def test_operators_and_digits_are_uniform_and_classes_are_balanced():
     drawn = [example(SMALL, "train", index) for index in range(1500)]
     symbols = np.concatenate([symbols for (symbols,), _ in drawn])
     counts = np.bincount(symbols, minlength=len(SYMBOLS))
@@ -84,7 +84,7 @@ def test_example_is_a_function_of_seed_split_index_and_attempt():
         assert not np.array_equal(one, example(*others)[0][0])
 
 
-def test_lengths_that_no_tree_has_are_refused(monkeypatch):
+def test_impossible_expression_lengths_are_refused(monkeypatch):
     monkeypatch.setattr("bst_dist.study.lra.listops.DRAWS", 100)
     with pytest.raises(UserError, match="of 100 expressions"):
         example(ListOpsConfig(max_depth=2, max_args=2, min_length=50), "train", 0)

@@ -31,7 +31,7 @@ def rows(batches) -> list[tuple[bytes, int]]:
             ]  # fmt: skip
 
 
-def test_every_pass_has_each_example_once_and_another_order(examples):
+def test_each_pass_contains_every_example_once_in_another_order(examples):
     served = [row for step in range(15) for row in rows(loader(examples).batches(step))]  # 120 rows: two passes of 60
     assert len(set(served)) == 60
     assert sorted(served[:60]) == sorted(served[60:])
@@ -39,7 +39,7 @@ def test_every_pass_has_each_example_once_and_another_order(examples):
     assert served != [row for step in range(15) for row in rows(loader(examples, seed=2).batches(step))]
 
 
-def test_rows_are_the_examples_with_padding_behind(examples):
+def test_rows_are_examples_padded_at_the_end(examples):
     (batch, *_) = loader(examples, seed=None).batches(0)
     for row in range(2):
         (symbols,) = examples.sequences(row)
@@ -49,21 +49,21 @@ def test_rows_are_the_examples_with_padding_behind(examples):
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 9])
-def test_ranks_share_the_global_batch_in_order(examples, world):
+def test_ranks_divide_the_global_batch_in_order(examples, world):
     for step in (0, 9):
         whole = rows(loader(examples).batches(step))
         shared = [rows(loader(examples, dp_rank=rank, dp=world).batches(step)) for rank in range(world)]
         assert [row for part in shared for row in part] == whole
 
 
-def test_another_batch_goes_on_with_the_next_example(examples):
+def test_changed_batch_size_continues_with_the_next_example(examples):
     resumed = loader(examples, rows=5)
     resumed.check(loader(examples).state(3))  # 24 rows are read
     single = [row for step in range(24, 29) for row in rows(loader(examples, rows=1).batches(step))]
     assert rows(resumed.batches(3)) == single
 
 
-def test_iteration_begins_where_it_is_told(examples):
+def test_iteration_starts_at_the_given_step(examples):
     served = iter(loader(examples, start_step=5))
     for expected in (5, 6):
         step, batches = next(served)
@@ -71,18 +71,18 @@ def test_iteration_begins_where_it_is_told(examples):
         assert rows(batches) == rows(loader(examples).batches(expected))
 
 
-def test_one_pass_ends_in_rows_that_do_not_count(examples):
+def test_last_batch_of_one_pass_has_masked_rows(examples):
     (batch,) = loader(examples, rows=64, micro_rows=64, seed=None).batches(0)
     assert batch.loss_mask.tolist() == [True] * 60 + [False] * 4
     assert (batch.input_ids[60:] == 0).all()
 
 
-def test_examples_that_do_not_fit_are_an_error_where_they_are_not_cropped(examples):
+def test_too_long_examples_are_refused(examples):
     with pytest.raises(LengthError, match=r"symbols and train.sequence_length holds 16: raise it, or prepare shorter"):
         loader(examples, length=16)
 
 
-def test_long_texts_lose_their_end():
+def test_long_texts_are_cropped_at_the_end():
     symbols = np.arange(40, dtype=np.uint8)
     texts = Examples(TASKS["text"], "texts", symbols, np.array([[30], [40]]), np.array([0, 1], np.uint8), "")
     (batch,) = loader(texts, length=16, rows=2, micro_rows=2, seed=None).batches(0)

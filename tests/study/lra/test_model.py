@@ -29,7 +29,7 @@ def ids(*lengths: int, rows: int = 3, room: int = 32) -> torch.Tensor:
 
 @pytest.mark.parametrize("mixer", ["bst", "full", "ssm", "sliding", "gss", "block-recurrent", "transformer-xl"])
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_more_padding_changes_no_logit(mixer, pooling):
+def test_padding_does_not_change_logits(mixer, pooling):
     extra = {"transformer_xl": {"window": 8}} if mixer == "transformer-xl" else {}
     model = classifier(pooling=pooling, mixer=mixer, **extra)
     short, long = (model(ids(13, room=room)) for room in (16, 64))
@@ -44,14 +44,14 @@ def test_logits_of_a_row_do_not_depend_on_the_others():
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_class_is_read_from_the_positions_that_are_there(pooling):
+def test_pooling_ignores_padding(pooling):
     model, batch = classifier(pooling=pooling), ids(13)
     positions = model.norm(model.hidden(batch))[:, :13]
     pooled = positions.mean(1) if pooling == "mean" else positions[:, 12]
     torch.testing.assert_close(model(batch), pooled @ model.head.weight.T + model.head.bias)
 
 
-def test_two_sequences_are_encoded_alike_and_compared():
+def test_two_sequences_are_encoded_separately_and_compared():
     model, batch = classifier("retrieval"), ids(13, 30)
     one, other = (model.norm(model.hidden(half))[:, :length].mean(1)
                   for half, length in zip(batch.split(32, dim=1), (13, 30), strict=True))  # fmt: skip
@@ -61,7 +61,7 @@ def test_two_sequences_are_encoded_alike_and_compared():
     torch.testing.assert_close(model(longer), model(batch))
 
 
-def test_losses_are_those_of_the_logits_and_rows_that_do_not_count_are_left_out():
+def test_losses_equal_cross_entropy_without_masked_rows():
     model, batch = classifier(), ids(13)
     labels, mask = torch.tensor([1, 2, 3]), torch.tensor([True, False, True])
     found = model(batch, labels, mask)
@@ -72,7 +72,7 @@ def test_losses_are_those_of_the_logits_and_rows_that_do_not_count_are_left_out(
     assert found.correct.tolist() == ((logits.argmax(-1) == labels) & mask).tolist()
 
 
-def test_every_parameter_is_in_one_group():
+def test_each_parameter_is_in_one_group():
     model = classifier()
     grouped = [id(parameter) for group in model.parameter_groups().values() for parameter in group]
     assert sorted(grouped) == sorted(map(id, model.parameters()))

@@ -23,7 +23,7 @@ def along(path: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("size", "fine", "count"), [(32, 8, 24), (128, 4, 8)])
-def test_label_says_whether_a_flood_from_one_dot_reaches_the_other(size, fine, count):
+def test_label_says_whether_the_dots_are_connected(size, fine, count):
     """Lines as wide as a gap close the gaps of a path but do not join two paths; `fine`: raster cells per pixel."""
     config, geometry = PathfinderConfig(size=size), GEOMETRY[size]
     for index in range(count):
@@ -62,7 +62,7 @@ def test_dots_lie_on_ends_of_long_paths():
         assert (owners[0] == owners[1]) == bool(drawing.label)
 
 
-def test_picture_shows_lines_and_dots_and_nothing_else():
+def test_picture_contains_only_lines_and_dots():
     drawing = draw(PathfinderConfig(), "train", 0)
     picture = render(drawing, 32)
     middles = np.indices((32, 32)).reshape(2, -1)[::-1].T + 0.5
@@ -74,7 +74,7 @@ def test_picture_shows_lines_and_dots_and_nothing_else():
     assert (picture[from_dots < 0.9] == 255).all()
 
 
-def test_example_is_a_function_of_its_place():
+def test_example_depends_only_on_split_and_index():
     config = PathfinderConfig()
     (one,), label = example(config, "train", 5)
     assert (len(one), label) == (1024, 1)

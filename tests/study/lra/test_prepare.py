@@ -45,7 +45,7 @@ def test_no_example_occurs_twice_in_any_split(few):
     assert len(set(kept)) == len(kept) == 280
 
 
-def test_what_is_read_back_is_what_was_drawn(listops):
+def test_stored_examples_equal_the_drawn_ones(listops):
     manifest, _ = read_manifest(listops)
     config = ListOpsConfig(**manifest["settings"])
     for split in SPLITS:
@@ -57,7 +57,7 @@ def test_what_is_read_back_is_what_was_drawn(listops):
         assert sum(same) >= 0.9 * len(same)  # all except those that were drawn again
 
 
-def test_more_examples_than_there_are_is_an_error(tmp_path):
+def test_requesting_more_unique_examples_than_exist_is_an_error(tmp_path):
     config = FEW.model_copy(update={"train": 1000})
     with open_workers(1) as workers, pytest.raises(UserError, match="were duplicates: ask for fewer"):
         prepare(config, tmp_path / "listops", workers, lambda *_: None)
@@ -111,6 +111,6 @@ def test_command_prepares_pairs_of_sequences(tmp_path, capsys):
         (["text", "source"], "override 'source': expected setting=value"),
     ],
 )
-def test_wrong_arguments_are_one_message(arguments, message, capsys):
+def test_invalid_arguments_give_one_message(arguments, message, capsys):
     assert main(["lra", "prepare", *arguments]) == 2
     assert message in capsys.readouterr().err

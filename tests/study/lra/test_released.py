@@ -39,7 +39,7 @@ def tables(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_expressions_lose_their_parentheses_and_keep_their_values(tables):
+def test_released_expressions_are_read_without_parentheses(tables):
     for split, (_, value, plain) in zip(SPLITS, EXPRESSIONS, strict=True):
         (((symbols,), label),) = listops(ReleasedListOpsConfig(source=tables), split)
         assert (text(symbols), label) == (plain, value)
@@ -86,7 +86,7 @@ def images(tmp_path: Path) -> Path:
     return level.parent
 
 
-def test_images_keep_pixels_and_classes_and_each_is_in_one_split(images):
+def test_each_image_keeps_its_pixels_and_class_and_is_in_one_split(images):
     config = ReleasedPathfinderConfig(source=images)
     splits = {split: list(pathfinder(config, split)) for split in SPLITS}
     assert {split: len(found) for split, found in splits.items()} == {"train": 47, "validation": 6, "test": 6}
@@ -128,7 +128,7 @@ def test_damaged_images_are_named(images, how):
             list(pathfinder(ReleasedPathfinderConfig(source=images), split))
 
 
-def test_command_reads_the_release_where_a_source_is_given(tables, images, tmp_path, capsys):
+def test_command_reads_released_files_if_a_source_is_given(tables, images, tmp_path, capsys):
     report, to = tmp_path / "report.json", tmp_path / "examples"
     assert main(["lra", "prepare", "listops", f"source={tables}", "--to", str(to), "--json", str(report)]) == 0
     opened = open_split(to, "validation", TASKS["listops"])

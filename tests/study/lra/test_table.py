@@ -16,7 +16,7 @@ from bst_dist.study.lra.evaluate import Report, keep
 
 
 @pytest.mark.parametrize(("correct", "examples"), [(0, 50), (3, 50), (1234, 4000), (50, 50)])
-def test_interval_is_where_the_score_test_no_longer_rejects(correct, examples):
+def test_interval_equals_the_inverted_score_test(correct, examples):
     found, share = Accuracy(correct, examples), correct / examples
     low, high = found.interval()
 
@@ -30,7 +30,7 @@ def test_interval_is_where_the_score_test_no_longer_rejects(correct, examples):
     )
 
 
-def test_standard_error_is_the_spread_of_repeated_samples():
+def test_standard_error_equals_the_spread_of_simulated_samples():
     drawn = np.random.default_rng(0).binomial(400, 0.3, 20_000) / 400
     assert Accuracy(120, 400).standard_error == pytest.approx(drawn.std(), rel=0.03)
 
@@ -58,7 +58,7 @@ def test_table_takes_means_over_seeds_of_the_same_recipe(tmp_path, settings, cap
     assert (other["model"], other["accuracy_mean_standard_error"]) == ("full, 2 x 16", None)
 
 
-def test_run_that_was_not_evaluated_says_how(tmp_path, settings, capsys):
+def test_table_error_for_an_unevaluated_run_names_the_command(tmp_path, settings, capsys):
     run = run_directory(tmp_path / "one", settings, 1, 400)
     assert main(["lra", "table", run, "--split", "validation"]) == 2
     assert f"bst lra eval {run} --split validation" in capsys.readouterr().err

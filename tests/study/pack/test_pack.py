@@ -76,7 +76,7 @@ def packed(sweep, tmp_path, monkeypatch):
     return folder.make(config, runs, tmp_path / "pack", 5, ["3.11"], 10**8), runs, tmp_path / "pack"
 
 
-def test_the_next_block_is_the_one_that_teaches_most_for_its_price(sweep):
+def test_blocks_are_ordered_by_information_gain_per_cost(sweep):
     """Compared with least squares on pseudo-observations, with one more per coefficient for the prior."""
     config, runs = planned(sweep, depths=[2, 4], arms={"near": {}}, sizes=[5e4, 8e4])
     gaps = planned_gaps(runs, "sliding", "near")[0]
@@ -106,7 +106,7 @@ def test_the_next_block_is_the_one_that_teaches_most_for_its_price(sweep):
     assert set(depths[:4]) == {2, 4}  # both are needed to estimate the effect of depth
 
 
-def test_an_audit_comes_after_its_size_and_a_trunk_before_its_branches(sweep):
+def test_audits_run_after_their_size_and_trunks_before_branches(sweep):
     config, runs = planned(sweep, audit={"factors": [2.0], "seeds": 2})
     order = in_order_of_value(runs, lambda run: run.own_flops, config.noise, "sliding")
     place = {run.name: index for index, run in enumerate(order)}
@@ -133,7 +133,7 @@ def test_the_folder_trains_the_same_runs_from_its_own_corpus(packed):
     assert names == {"code", "data.tar.xz", "pack.json", "pythons", "README.md", "run.py", "run.sh"}
 
 
-def test_what_cannot_be_packed_is_refused_and_leaves_nothing(sweep, tmp_path, monkeypatch):
+def test_failed_pack_leaves_no_folder(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "gather", lambda *_: [])
     config, runs = planned(sweep)
     with pytest.raises(UserError, match=r"the folder would have .* MB, of which .* MB are the corpus"):
@@ -144,7 +144,7 @@ def test_what_cannot_be_packed_is_refused_and_leaves_nothing(sweep, tmp_path, mo
         folder.make(without, runs, tmp_path / "pack", 5, ["3.11"], 10**8)
 
 
-def test_a_wheel_made_of_an_installed_package_is_what_is_installed(tmp_path):
+def test_rebuilt_wheel_equals_the_installed_package(tmp_path):
     for name in ("hjson", "pyyaml", "braceexpand"):
         distribution = metadata.distribution(name)
         path = wheels.rebuild(distribution, tmp_path)
@@ -161,7 +161,7 @@ def test_a_wheel_made_of_an_installed_package_is_what_is_installed(tmp_path):
                 assert wheel.read(inside) == Path(distribution.locate_file(inside)).read_bytes()
 
 
-def test_what_training_imports_is_carried(tmp_path):
+def test_packages_imported_by_training_are_packed(tmp_path):
     names = set(wheels.needed([wheels.HERE]))
     assert {"deepspeed", "pydantic", "pydantic-core", "pyyaml", "sentencepiece", "hjson"} <= names
     assert not names & {"torch", "numpy", "scipy", "matplotlib"}
@@ -176,7 +176,7 @@ def ended(state: State, name: str, **outcome: object) -> None:
     (state.directory(name) / "checkpoints" / "weights").write_bytes(bytes(1000))
 
 
-def test_results_come_back_without_weights_and_only_what_is_wanted(tmp_path):
+def test_results_are_restored_without_weights_and_only_for_requested_runs(tmp_path):
     there, here = State(tmp_path / "there", 0), State(tmp_path / "here", 0)
     for name in ("a", "b", "c"):
         ended(there, name, finished=True)
@@ -197,7 +197,7 @@ def test_results_come_back_without_weights_and_only_what_is_wanted(tmp_path):
         results.restore(tmp_path, here, bool)
 
 
-def test_what_does_not_fit_into_the_files_is_named(tmp_path, monkeypatch):
+def test_runs_that_exceed_the_size_limit_are_listed(tmp_path, monkeypatch):
     state = State(tmp_path, 0)
     random = np.random.default_rng(0)
     for name in "abcdefgh":
@@ -254,7 +254,7 @@ def machine(packed, tmp_path, monkeypatch):
     return train
 
 
-def test_a_machine_where_nothing_trains_stops_early_and_says_why(machine, tmp_path):
+def test_packed_sweep_stops_early_if_all_first_runs_fail(machine, tmp_path):
     with pytest.raises(UserError, match="all failed, so the others are not tried: RuntimeError: no kernel image"):
         machine("fail")
     assert "no kernel image" in (tmp_path / "back" / "log.txt").read_text()
@@ -262,7 +262,7 @@ def test_a_machine_where_nothing_trains_stops_early_and_says_why(machine, tmp_pa
     assert {row.status for row in rows} == {"waiting", "failed"} or {row.status for row in rows} == {"waiting"}
 
 
-def test_the_time_given_ends_a_piece_and_the_next_machine_leaves_out_what_is_done(machine, packed, tmp_path):
+def test_time_limit_ends_a_part_and_finished_runs_are_skipped_later(machine, packed, tmp_path):
     made, status = machine("hang", minutes=0.02)
     assert status == 0
     assert made.state.counts(made.jobs) == {"waiting": 24}
@@ -312,7 +312,7 @@ def until(process: subprocess.Popen[str], word: str, times: int) -> list[str]:
 
 @pytest.mark.ranks
 @pytest.mark.long
-def test_from_the_folder_alone_in_an_empty_environment_killed_in_the_middle(sweep, corpus, tmp_path):
+def test_packed_sweep_continues_in_an_empty_environment_after_a_kill(sweep, corpus, tmp_path):
     """The steps of a user: pack, train in an empty environment, kill, continue, stop, collect."""
     bst = Path(sys.executable).with_name("bst")
     words = [str(tmp_path / "sweep.yaml"), "--output", str(tmp_path / "made"), "--minutes", "5"]

@@ -35,7 +35,7 @@ def program(tmp_path, monkeypatch):
     return put
 
 
-def test_every_host_runs_the_command_in_the_directory_with_a_worker_for_each_share_of_its_slots(program, tmp_path):
+def test_each_host_runs_the_command_with_workers_for_its_slots(program, tmp_path):
     program("ssh", 'while [[ $1 == -* ]]; do [ "$1" = -o ] && shift; shift; done; echo "$1 $2"')
     said = []
     commands = {
@@ -49,7 +49,7 @@ def test_every_host_runs_the_command_in_the_directory_with_a_worker_for_each_sha
         assert words[6:] == [sys.executable, "-m", "bst_dist", *WORDS, "--workers", str(workers)]
 
 
-def test_the_status_and_the_lines_of_each_host_are_told(program):
+def test_status_and_output_of_each_host_are_reported(program):
     commands = {"good": ["bash", "-c", "echo fine; echo; echo done"], "bad": ["bash", "-c", "echo oh >&2; exit 3"]}
     said = []
     assert placement.run_on_hosts(commands, said.append) == {"good": 0, "bad": 3}
@@ -69,7 +69,7 @@ def script_of(monkeypatch, tmp_path, command: str, options=()) -> Path:
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_a_task_ends_as_its_command_did(monkeypatch, tmp_path, program, status):
+def test_slurm_script_returns_the_status_of_its_command(monkeypatch, tmp_path, program, status):
     path = script_of(monkeypatch, tmp_path, str(program("sweep", f"exit {status}")), ["--gres=gpu:8"])
     assert subprocess.run(["bash", path], check=False).returncode == status
     text = path.read_text()
@@ -77,7 +77,7 @@ def test_a_task_ends_as_its_command_did(monkeypatch, tmp_path, program, status):
     assert "#SBATCH --gres=gpu:8\n" in text
 
 
-def test_a_task_that_is_told_to_stop_waits_for_its_command_and_is_queued_again(monkeypatch, tmp_path, program):
+def test_slurm_script_waits_for_its_command_after_sigterm_and_requeues(monkeypatch, tmp_path, program):
     waits = f"trap 'sleep 0.3; echo saved > {tmp_path}/saved; exit 130' TERM; touch {tmp_path}/up; sleep 60 & wait"
     program("scontrol", f'echo "$@" "$(cat {tmp_path}/saved)" > {tmp_path}/requeued')
     path = script_of(monkeypatch, tmp_path, str(program("sweep", waits)))
@@ -90,7 +90,7 @@ def test_a_task_that_is_told_to_stop_waits_for_its_command_and_is_queued_again(m
     assert (tmp_path / "requeued").read_text() == "requeue 12_3 saved\n"
 
 
-def test_submitting_writes_the_script_and_tells_what_sbatch_says(tmp_path, program):
+def test_submit_passes_the_script_to_sbatch_and_returns_its_output(tmp_path, program):
     program("sbatch", "cat $1; echo Submitted batch job 7")
     assert placement.submit("#!/bin/bash\n", tmp_path) == "#!/bin/bash\nSubmitted batch job 7"
     program("sbatch", "echo no such partition >&2; exit 1")

@@ -110,7 +110,7 @@ def sweep(tmp_path, monkeypatch):
 ONE = "n5e04-d2-s0"
 
 
-def test_a_sweep_runs_to_its_end_and_a_second_command_has_nothing_to_do(sweep):
+def test_finished_sweep_starts_no_run_again(sweep):
     rows, said = sweep(only=ONE)
     assert {row.status for row in rows} == {"done"}
     assert len(said) == 6
@@ -135,21 +135,21 @@ def test_diverged_runs_are_recorded_with_their_branches_and_not_started_again(sw
     assert sweep(only=f"sliding-all-{ONE}")[1] == []
 
 
-def test_failed_runs_are_started_again_as_often_as_said_and_recorded(sweep):
+def test_failed_runs_are_retried_up_to_the_limit_and_recorded(sweep):
     rows, said = sweep({f"sliding-all-{ONE}-m0.1": "fail", f"sliding-all-{ONE}-m0.2": "once"}, f"sliding-all-{ONE}")
     assert [row.status for row in rows] == ["failed", "done"]
     assert rows[0].reason == "Segmentation fault somewhere"
     assert sum("m0.1" in line for line in said) == 2
 
 
-def test_a_run_that_was_stopped_by_a_signal_has_not_failed(sweep):
+def test_run_stopped_by_a_signal_does_not_count_as_failed(sweep):
     """It is stopped three times, although only one failure is allowed."""
     rows, said = sweep({f"sliding-all-{ONE}-m0.1": "stop3"}, f"sliding-all-{ONE}")
     assert {row.status for row in rows} == {"done"}
     assert sum("waiting" in line for line in said) == 3
 
 
-def test_processes_that_hear_nothing_are_ended_after_one_wait_for_all(sweep, monkeypatch):
+def test_unresponsive_processes_are_killed_after_one_common_wait(sweep, monkeypatch):
     clock, killed = [0.0], []
 
     class Deaf:
@@ -170,7 +170,7 @@ def test_processes_that_hear_nothing_are_ended_after_one_wait_for_all(sweep, mon
     assert clock[0] == SAVING_S
 
 
-def test_workers_have_accelerators_of_their_own(sweep, monkeypatch):
+def test_workers_get_separate_accelerators(sweep, monkeypatch):
     run = next(run for run in sweep.runs if run.trunk is None)
     run = replace(run, recipe=run.recipe.model_copy(update={"ranks": 2}))
     runner = Runner([], sweep.state, 2, print)
@@ -194,14 +194,14 @@ def test_workers_have_accelerators_of_their_own(sweep, monkeypatch):
     ]
 
 
-def test_out_of_memory_halves_the_micro_batch_and_branches_begin_with_it(sweep):
+def test_out_of_memory_halves_the_micro_batch_also_for_branches(sweep):
     rows, _ = sweep({f"bst-all-{ONE}": "oom"}, f"bst-all-{ONE}")
     assert [(row.status, row.micro_sequences) for row in rows] == [("done", 1)] * 2
     trunk = next(run for run in sweep.runs if run.name == rows[0].trunk)
     assert [attempt.micro_sequences for attempt in sweep.state.attempts(trunk.name)] == [4, 2]
 
 
-def test_a_locked_run_is_left_to_whoever_holds_it(sweep):
+def test_run_locked_by_another_process_is_skipped(sweep):
     run = sweep.runs[0]
     held = sweep.state.lock(run.name)
     assert sweep.state.standing(run).status == "running"
@@ -210,7 +210,7 @@ def test_a_locked_run_is_left_to_whoever_holds_it(sweep):
     assert sweep.state.standing(run).status == "waiting"
 
 
-def test_the_table_reads_back_and_a_wrong_column_is_named(sweep, tmp_path):
+def test_table_reads_back_equal_and_wrong_columns_are_named(sweep, tmp_path):
     rows, _ = sweep(only=f"sliding-all-{ONE}")
     waiting = collect(sweep.runs, sweep.state, "sliding")
     path = tmp_path / "table.json"
@@ -223,7 +223,7 @@ def test_the_table_reads_back_and_a_wrong_column_is_named(sweep, tmp_path):
         table.read(path)
 
 
-def test_the_report_stands_alone_and_names_every_run(sweep, tmp_path):
+def test_report_is_self_contained_and_names_every_run(sweep, tmp_path):
     rows, _ = sweep(only="-d2-")
     found = present.find(sweep.config, rows, draws=4)
     document.write(present.blocks(sweep.config, rows, found), tmp_path / "report", "t")
@@ -243,7 +243,7 @@ def test_the_report_stands_alone_and_names_every_run(sweep, tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.long
-def test_killed_at_any_moment_a_sweep_ends_with_the_same_table(tmp_path):
+def test_killed_and_restarted_sweep_gives_the_same_table(tmp_path):
     """Real training: once undisturbed, and once with the command killed repeatedly."""
     books = tmp_path / "text"
     books.mkdir()

@@ -24,7 +24,7 @@ def completep(width, depth):
 IDS = torch.randint(40, (2, 33), generator=torch.Generator().manual_seed(0))
 
 
-def test_one_rate_for_all_widths_moves_wide_models_further_but_not_their_dynamics():
+def test_constant_rate_changes_wide_models_more_but_not_ssm_dynamics():
     """Adam moves each weight by the learning rate, so a sum over the width grows with it; dynamics are per channel."""
     found = coordinates(model, (16, 32, 64), (2, 4), OptimizerConfig(learning_rate=4e-3), IDS, seeds=range(2))
     slopes = {(one.watched, one.along): one for one in found}
@@ -34,7 +34,7 @@ def test_one_rate_for_all_widths_moves_wide_models_further_but_not_their_dynamic
     assert {one.watched for one in found} == {"stream", "mixer", "ffn", "ssm", "logits", "ssm dynamics"}
 
 
-def test_under_completep_no_change_depends_on_the_width_or_the_depth_dynamics_included():
+def test_changes_under_completep_do_not_depend_on_width_or_depth():
     settings = OptimizerConfig(learning_rate=4e-3)
     found = coordinates(completep, (32, 64, 128), (2, 4, 8), settings, IDS, seeds=range(8))
     assert {(one.watched, one.along) for one in found} >= {("ssm dynamics", "width"), ("ssm dynamics", "depth")}
@@ -49,7 +49,7 @@ def test_kernels_of_a_wide_model_repeat_those_of_the_narrow_one():
     assert torch.equal(many.kernel(5), few.kernel(5).repeat(1, 2, 1))
 
 
-def test_changes_grow_with_the_rate_and_vanish_without_one():
+def test_changes_are_negligible_at_a_tiny_learning_rate():
     small = changes_of(model(16, 2), OptimizerConfig(learning_rate=1e-12, ssm_learning_rate=1e-12), IDS, steps=2)
     assert all(change < 1e-6 for change in small.values())
 
@@ -58,11 +58,11 @@ def test_changes_grow_with_the_rate_and_vanish_without_one():
     ("slope", "error", "answer"),
     [(0.1, 0.02, "equal"), (-0.3, 0.02, "different"), (0.1, 0.15, "undecided"), (0.0, 0.15, "undecided")],
 )
-def test_no_slope_must_be_shown_and_not_only_not_be_rejected(slope, error, answer):
+def test_zero_slope_needs_an_equivalence_test(slope, error, answer):
     assert Coordinate("x", "width", {}, Estimate(slope, error, 5)).answer == answer
 
 
-def test_a_check_is_kept_and_read_back(tmp_path):
+def test_coordinate_check_is_written_and_read_back(tmp_path):
     slope = Estimate(0.1, 0.02, 5, "seeds")
     check = Check("completep", [8, 16], [2, 4], 4, 0.1, {"bst": [Coordinate("ffn", "width", {8: 1.0, 16: 1.1}, slope)]})
     check.write(tmp_path)

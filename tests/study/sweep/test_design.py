@@ -78,14 +78,14 @@ def sizes_of(runs):
     return found
 
 
-def test_half_the_width_and_four_times_the_depth_is_the_same_size_where_only_matrices_count():
+def test_half_width_and_four_times_depth_give_equal_size():
     bases = {"sliding": ({"mixer": "sliding", "block": 2, "vocab_size": 2}, 64)}
     found = [solve_together(bases, ShapeConfig(head_width=64), 12 * 1024**2 * 2, depth)["sliding"] for depth in (2, 8)]
     assert [model.width for model in found] == [1024, 512]
     assert [model.ffn / model.width for model in found] == pytest.approx([4, 4], rel=0.04)
 
 
-def test_models_that_are_compared_are_equally_large_to_one_per_cent(designer):
+def test_compared_models_have_equal_sizes_within_one_percent(designer):
     """With widths in steps of one head only, sizes would differ by 10 % and more at these depths."""
     found = sizes_of(runs_of(designer()))
     assert len(found) == 2 * 3 * 2
@@ -102,7 +102,7 @@ def test_ffns_are_multiples_of_eight_and_near_their_ratio(designer):
         assert 1 / shape.RATIO <= model.ffn / model.width / 4 <= shape.RATIO
 
 
-def test_a_network_with_a_gate_is_as_large_at_two_thirds_of_the_width():
+def test_gated_ffn_has_two_thirds_of_the_width_at_equal_size():
     base = {"mixer": "sliding", "block": 32, "vocab_size": 300}
     bases = {"relu": (base, 64), "swiglu": (base | {"activation": "swiglu"}, 64)}
     found = solve_together(bases, ShapeConfig(head_width=32), 1e6, 4)
@@ -113,20 +113,20 @@ def test_a_network_with_a_gate_is_as_large_at_two_thirds_of_the_width():
     assert found["swiglu"].ffn == pytest.approx(found["relu"].ffn * 2 / 3, abs=8)
 
 
-def test_a_size_that_no_shapes_share_is_refused_with_what_there_is():
+def test_size_without_common_shapes_is_refused():
     bases = {"sliding": ({"mixer": "sliding", "block": 32, "vocab_size": 300}, 64)}
     with pytest.raises(ConfigError, match=r"no shapes of 8 layers have equal size near N = 1e\+05"):
         solve_together(bases, ShapeConfig(head_width=64), 1e5, 8)
 
 
-def test_the_base_of_completep_is_no_wider_and_no_deeper_than_any_model(designer):
+def test_completep_base_has_the_smallest_width_and_depth(designer):
     made = designer(rules={"parametrisation": "completep"})
     base = made.base["model"]["parametrisation"]
     widths = [run.recipe.model.width for run in runs_of(made) if run.cell.architecture == "sliding"]
     assert (base["base_width"], base["base_depth"]) == (min(widths), 2)
 
 
-def test_counts_on_the_meta_device_are_those_of_the_built_model(designer):
+def test_parameter_counts_equal_those_of_the_built_model(designer):
     for run in runs_of(designer(sizes=[1e5], seeds=[0]))[::4]:
         built = LanguageModel(run.recipe.model)
         assert run.counts == count(run.recipe.model, run.recipe.train.sequence_length)
@@ -136,14 +136,14 @@ def test_counts_on_the_meta_device_are_those_of_the_built_model(designer):
 
 
 @pytest.mark.parametrize(("depth", "fraction"), [(2, 0.5), (8, 0.5), (12, 0.25), (4, 1.0), (3, 1 / 3)])
-def test_layers_under_study_are_as_many_as_asked_and_evenly_spread(depth, fraction):
+def test_studied_layers_have_the_requested_number_and_are_evenly_spaced(depth, fraction):
     found = places(depth, fraction)
     assert len(found) == round(depth * fraction)
     assert np.ptp(np.diff(found)) <= 1 if len(found) > 2 else True
     assert np.mean(found) + 0.5 == pytest.approx(depth / 2, abs=0.5)
 
 
-def test_every_architecture_and_depth_of_a_size_gets_the_same_compute_to_half_a_step(designer):
+def test_runs_of_one_size_get_equal_compute_within_half_a_step(designer):
     for run in runs_of(designer()):
         if run.multiple is not None:
             train = run.recipe.train
@@ -151,7 +151,7 @@ def test_every_architecture_and_depth_of_a_size_gets_the_same_compute_to_half_a_
             assert abs(run.flops - 6 * run.cell.size**2 * run.multiple) <= step / 2
 
 
-def test_branches_leave_their_trunk_where_it_keeps_a_checkpoint_and_decay_from_there(designer):
+def test_branches_start_at_a_trunk_checkpoint_and_then_decay(designer):
     runs = {run.name: run for run in runs_of(designer())}
     branches = [run for run in runs.values() if run.trunk]
     assert branches
@@ -166,14 +166,14 @@ def test_branches_leave_their_trunk_where_it_keeps_a_checkpoint_and_decay_from_t
         assert trunk.schedule.warmup_steps == schedule.warmup_steps < run.recipe.branch.step
 
 
-def test_trunks_cost_less_than_a_run_for_each_length(designer):
+def test_shared_trunks_cost_less_than_separate_runs(designer):
     runs = runs_of(designer(tokens_per_parameter=[5, 10, 20, 40]))
     own = sum(run.own_flops for run in runs)
     whole = sum(run.flops for run in runs if run.multiple is not None)
     assert own / whole == pytest.approx(47 / 75, abs=0.01)
 
 
-def test_names_follow_the_recipe_and_nothing_else(designer):
+def test_run_names_depend_only_on_the_recipe(designer):
     made = designer()
     names = [run.name for run in runs_of(made)]
     assert len(set(names)) == len(names)
@@ -183,7 +183,7 @@ def test_names_follow_the_recipe_and_nothing_else(designer):
     assert all(isinstance(run.recipe, Recipe) for run in runs_of(designer()))
 
 
-def test_rules_go_by_size_alone(designer):
+def test_rate_and_batch_rules_depend_only_on_size(designer):
     runs = runs_of(designer(rules={"rate_exponent": 0.5, "batch_exponent": 1.0}))
     rates = {run.cell.size: run.recipe.optimizer.learning_rate for run in runs}
     batches = {(run.cell.size, run.recipe.train.sequences) for run in runs if run.cell.arm == "near"}
@@ -191,12 +191,12 @@ def test_rules_go_by_size_alone(designer):
     assert batches == {(1e5, 4), (2e5, 8), (4e5, 16)}
 
 
-def test_kernels_are_crossed_with_architectures_that_have_one(designer):
+def test_kernels_are_combined_with_architectures_that_have_a_kernel(designer):
     found = designer(kernels={"s4d": {}, "none": {"model.ssm": {"kernel": "none"}}}).architectures
     assert list(found) == ["sliding", "bst+s4d", "bst+none"]
 
 
-def test_the_audit_is_in_the_corners_at_the_shortest_length(designer):
+def test_audit_runs_are_at_the_corners_and_the_shortest_length(designer):
     audit = [run for run in runs_of(designer(audit={"factors": [0.5, 2]})) if run.cell.role == "audit"]
     assert {(run.cell.size, run.cell.depth) for run in audit} == {(1e5, 2), (1e5, 8), (4e5, 2), (4e5, 8)}
     assert {run.multiple for run in audit} == {5}
@@ -204,7 +204,7 @@ def test_the_audit_is_in_the_corners_at_the_shortest_length(designer):
     assert len(audit) == 4 * 2 * 2 * 2 * 2  # corners, architectures, arms, seeds, factors
 
 
-def test_ranks_keep_equally_many_sequences_when_the_batch_grows(designer):
+def test_larger_batches_are_multiples_of_the_number_of_ranks(designer):
     """By the rule alone, 8 ranks would share 11, 16 and 23 sequences; then some ranks would compute masked rows."""
     base = {**BASE, "ranks": 8, "train": {**BASE["train"], "sequences": 16, "micro_sequences": 2}}
     far = {"model.block": 8, "train": {"sequence_length": 256, "sequences": 8}}
@@ -215,7 +215,7 @@ def test_ranks_keep_equally_many_sequences_when_the_batch_grows(designer):
     assert {run.recipe.train.micro_sequences for run in runs} == {2}
 
 
-def test_an_audit_can_be_left_out_of_an_arm(designer):
+def test_audit_can_be_limited_to_some_arms(designer):
     audit = [run for run in runs_of(designer(audit={"factors": [0.5, 2], "arms": ["far"]})) if run.cell.role == "audit"]
     assert {run.cell.arm for run in audit} == {"far"}
     assert len(audit) == 4 * 2 * 2 * 2
@@ -223,7 +223,7 @@ def test_an_audit_can_be_left_out_of_an_arm(designer):
         designer(audit={"factors": [0.5, 2], "arms": ["fra"]})
 
 
-def test_the_cheapest_blocks_come_first_where_time_may_end(designer):
+def test_order_cheapest_runs_the_cheapest_blocks_first(designer):
     def order(**changes):
         runs = runs_of(designer(**changes))
         return list(dict.fromkeys((run.cell.size, run.cell.depth) for run in runs)), {run.name for run in runs}
@@ -240,7 +240,7 @@ def test_an_audit_of_one_seed_is_refused(designer):
         designer(audit={"factors": [0.5, 2]}, seeds=[0])
 
 
-def test_a_crossed_grid_is_sound_and_can_be_analysed(designer):
+def test_crossed_grid_is_valid_and_can_be_analysed(designer):
     made = designer()
     runs = runs_of(made)
     sound(runs)
@@ -258,14 +258,14 @@ def without_losses(monkeypatch, lost):
 
 
 @pytest.mark.parametrize("lost", ["bst", "sliding"])
-def test_an_analysis_without_a_number_of_one_architecture_is_one_message(designer, monkeypatch, lost):
+def test_analysis_without_losses_of_one_architecture_gives_one_message(designer, monkeypatch, lost):
     made = designer()
     without_losses(monkeypatch, lambda row: row.architecture == lost)
     with pytest.raises(RehearsalError, match="no verdict could be given:\n  bst: no pair of bst and"):
         rehearse(made.sweep, runs_of(made))
 
 
-def test_an_analysis_survives_single_runs_without_a_loss(designer, monkeypatch):
+def test_analysis_works_if_single_runs_have_no_loss(designer, monkeypatch):
     made = designer()
     names = [run.name for run in runs_of(made) if run.multiple is not None]
     without_losses(monkeypatch, lambda row: row.run in (names[0], names[-1]))
@@ -283,7 +283,7 @@ def test_an_analysis_survives_single_runs_without_a_loss(designer, monkeypatch):
         ({"noise": {"seed": math.nan}}, "noise.seed: input should be less than or equal to 1 (got nan)"),
     ],
 )
-def test_a_design_that_cannot_be_analysed_ends_with_one_message(tmp_path, capsys, changes, message):
+def test_design_that_cannot_be_analysed_gives_one_message(tmp_path, capsys, changes, message):
     """As a user sees it: the command fails with the reason and creates nothing."""
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
     sweep = {**SWEEP, **changes, "directory": str(tmp_path / "runs")}
@@ -312,7 +312,7 @@ FAR = {"model.block": 8, "train": {"sequence_length": 256, "sequences": 1}}
         ({"sizes": [1e5, 2e5], "seeds": [0]}, {}, "4 independent runs are too few for 4 coefficients"),
     ],
 )
-def test_a_grid_that_cannot_answer_is_refused_with_the_reason(designer, changes, base, message):
+def test_unsound_grid_is_refused_with_the_reason(designer, changes, base, message):
     with pytest.raises(UnsoundError, match=message):
         sound(runs_of(designer({**BASE, **base}, **changes)))
 
@@ -323,7 +323,7 @@ def test_an_architecture_compared_with_itself_is_refused(designer):
         sound(runs_of(designer(architectures=twins)))
 
 
-def test_sizes_that_differ_by_an_amount_that_goes_with_depth_are_refused(designer):
+def test_size_differences_that_depend_on_depth_are_refused(designer):
     runs = [
         replace(run, counts=replace(run.counts, parameters=run.counts.parameters * 1.17))
         if (run.cell.architecture, run.cell.depth) == ("bst", 8) else run
@@ -333,7 +333,7 @@ def test_sizes_that_differ_by_an_amount_that_goes_with_depth_are_refused(designe
         sound(runs)
 
 
-def test_sizes_that_differ_by_as_much_everywhere_do_not_move_a_change(designer):
+def test_constant_size_differences_are_accepted(designer):
     runs = [
         replace(run, counts=replace(run.counts, parameters=run.counts.parameters * 1.17))
         if run.cell.architecture == "bst" else run
@@ -342,7 +342,7 @@ def test_sizes_that_differ_by_as_much_everywhere_do_not_move_a_change(designer):
     sound(runs)
 
 
-def test_budget_drops_whole_blocks_until_it_is_kept_and_stays_sound(designer):
+def test_budget_removes_whole_blocks_and_keeps_the_design_sound(designer):
     made = designer(budget={"flops": 1.2e14})
     runs, sweep = runs_of(made), made.sweep
     spent, limit, unit = price.cost(sweep.budget, {})
@@ -358,14 +358,14 @@ def test_budget_drops_whole_blocks_until_it_is_kept_and_stays_sound(designer):
     sound(fitted.runs)
 
 
-def test_a_budget_that_pays_for_no_sound_grid_is_refused(designer):
+def test_budget_too_small_for_a_sound_grid_is_refused(designer):
     made = designer()
     spent, _, _ = price.cost(made.sweep.budget, {})
     with pytest.raises(UserError, match="the least grid that can answer costs"):
         price.fit_budget(runs_of(made), spent, 1e9, made.sweep.noise, "sliding", "near")
 
 
-def test_time_needs_a_speed(designer):
+def test_time_budget_needs_a_measured_speed(designer):
     made = designer(budget={"cpu_minutes": 1})
     spent, _, _ = price.cost(made.sweep.budget, {})
     run = runs_of(made)[0]
@@ -375,7 +375,7 @@ def test_time_needs_a_speed(designer):
     assert spent(run) == pytest.approx((run.own_flops / 1e9 + 8) / 60)
 
 
-def test_every_device_of_a_run_is_paid_for_while_it_starts(designer):
+def test_startup_time_is_charged_for_every_device(designer):
     made = designer(base={**BASE, "ranks": 8}, budget={"gpu_hours": 1, "flops_per_s": 1e12, "start_s": 120})
     spent, _, unit = price.cost(made.sweep.budget, {})
     run = runs_of(made)[0]
@@ -383,7 +383,7 @@ def test_every_device_of_a_run_is_paid_for_while_it_starts(designer):
     assert spent(run) == pytest.approx((run.own_flops / 1e12 + 8 * 120) / 3600)
 
 
-def test_predicted_standard_errors_are_those_of_simulated_sweeps(designer):
+def test_predicted_standard_errors_equal_those_of_simulated_sweeps(designer):
     made = designer()
     predicted = price.standard_errors(runs_of(made), made.sweep.noise, "sliding", "near")
     gaps = planned_gaps(runs_of(made), "sliding", "near")[0]

@@ -34,7 +34,7 @@ def runs(tmp_path_factory):
     return designer.runs(designer.cells())
 
 
-def test_a_shape_has_the_speed_of_the_plan_with_its_own_settings(runs):
+def test_speed_of_a_shape_equals_that_of_the_plan(runs):
     told = []
     found = planned(runs, H100, 8, lambda key, rate: told.append(key))
     assert set(found) == {shape_key(run.cell) for run in runs}
@@ -46,13 +46,13 @@ def test_a_shape_has_the_speed_of_the_plan_with_its_own_settings(runs):
     assert found[shape_key(run.cell)] == pytest.approx(flops_a_step / way.speed.total / 4)
 
 
-def test_a_small_model_is_held_up_by_launches_and_a_large_one_is_not(runs):
+def test_kernel_launches_limit_the_speed_of_small_models_only(runs):
     small, large = (planned([run], H100, 8, lambda *_: None)[shape_key(run.cell)]
                     for size in (1e5, 1e8) for run in [next(r for r in runs if r.cell.size == size)])  # fmt: skip
     assert small < 0.01 * large < 0.01 * H100.bf16_tflops * 1e12
 
 
-def test_what_does_not_fit_is_refused_by_name(runs):
+def test_runs_that_do_not_fit_in_memory_are_refused_by_name(runs):
     tiny = H100.model_copy(update={"memory_gb": 4.0})
     large = [run for run in runs if run.cell.size == 1e8]
     with pytest.raises(UserError, match=r"sliding-near-n1e08-d2-s0-.* does not fit: it needs .* GB more than .* has"):
