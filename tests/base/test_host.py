@@ -41,7 +41,7 @@ def test_port_in_use_is_not_returned_as_free(handed_out, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["1024 65535\n", "", None])
-def test_kernel_chooses_if_every_port_is_ephemeral(handed_out, monkeypatch, text):
+def test_kernel_chooses_the_port_if_no_other_range_is_known(handed_out, monkeypatch, text):
     handed_out(text)
     monkeypatch.setattr(host.secrets, "choice", lambda ports: pytest.fail("there is none to choose from"))
     with socket.create_server(("", free_port())):

@@ -23,7 +23,7 @@ def thawed():
     gc.enable()
 
 
-def test_only_objects_made_during_the_import_are_not_collected():
+def test_objects_made_during_an_import_are_kept_and_later_ones_collected():
     with uncollected():
         assert not gc.isenabled()
         within = weakref.ref(Cycle())
@@ -44,7 +44,7 @@ def test_objects_made_between_two_imports_are_collected():
     assert later() is None
 
 
-def test_nested_use_ends_with_the_outer_one():
+def test_garbage_collector_is_enabled_again_only_after_the_outermost_use():
     with uncollected():
         with uncollected():
             pass

@@ -157,7 +157,7 @@ def test_unreadable_tables_give_one_message(table, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_table_with_too_few_points_for_any_law_is_not_a_success(tmp_path, capsys):
+def test_table_with_too_few_points_for_any_law_exits_with_status_1(tmp_path, capsys):
     (tmp_path / "points.csv").write_text("n,d,l\n1e6,1e8,3.5\n2e6,2e8,3.2\n")
     assert main(["law", "fit", str(tmp_path / "points.csv"), "--n", "n", "--d", "d", "--loss", "l"]) == 1
     said = capsys.readouterr().out

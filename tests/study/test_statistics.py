@@ -68,7 +68,7 @@ def test_huge_numbers_are_printed_in_scientific_notation():
     assert readable(math.inf, 2) == "inf"
 
 
-def test_perplexity_error_is_relative_to_that_of_the_nats():
+def test_perplexity_error_is_perplexity_times_the_error_of_nats():
     perplexity = exponential(Estimate(math.log(50), 0.01))
     assert perplexity.value == pytest.approx(50)
     assert perplexity.standard_error == pytest.approx(0.5)

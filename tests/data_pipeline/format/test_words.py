@@ -184,7 +184,7 @@ def test_models_with_dependent_words_encode_whole_lines(changes: dict) -> None:
 
 
 @pytest.mark.parametrize("rule", ["add_dummy_prefix", "remove_extra_whitespaces", "charsmap"])
-def test_normalisation_rules_make_words_not_independent(rule: str) -> None:
+def test_words_are_not_independent_with_normalisation_rules(rule: str) -> None:
     model = proto.ModelProto.FromString(foreign())
     assert words_are_independent(model.SerializeToString())
     if rule == "charsmap":

@@ -204,7 +204,7 @@ def test_adding_documents_does_not_change_the_split_of_others() -> None:
     assert abs(share - 0.3) < 0.06  # four standard errors of 1000 fair draws
 
 
-def test_the_seed_decides_the_split() -> None:
+def test_split_depends_on_the_seed() -> None:
     assert split_of(table(300)) != split_of(table(300), seed=1)
 
 

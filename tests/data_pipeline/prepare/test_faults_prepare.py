@@ -35,7 +35,7 @@ def corpus(run, tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
-def test_a_whole_corpus_has_no_problems(corpus: Path) -> None:
+def test_undamaged_corpus_has_no_problems(corpus: Path) -> None:
     assert problems(corpus) == []
 
 

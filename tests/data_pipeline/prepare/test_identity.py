@@ -33,7 +33,7 @@ def identify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return of
 
 
-def test_changed_content_anywhere_in_a_split_file_changes_the_identity(identify, tmp_path: Path) -> None:
+def test_change_anywhere_in_a_file_read_in_parts_changes_the_identity(identify, tmp_path: Path) -> None:
     file = tmp_path / "texts/a.jsonl"
     before, text = identify(), file.read_text()
     for line in ("line 0", "line 9", "line 19"):

@@ -106,6 +106,6 @@ def test_workers_exit_when_their_parent_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
-def test_a_killed_worker_is_reported_as_such() -> None:
+def test_killed_worker_is_reported() -> None:
     with open_workers(2) as workers, pytest.raises(UserError, match="a worker process was killed"):
         list(workers.run(die, range(3)))

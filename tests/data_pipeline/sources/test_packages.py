@@ -154,7 +154,7 @@ def test_linux_source_gives_one_document_per_directory(read_all, put, make_tar) 
         read_all("linux", directories=("kernl",))
 
 
-def test_mathematics_reads_both_provers(read_all, put) -> None:
+def test_mathematics_source_reads_metamath_and_hol_light(read_all, put) -> None:
     put({
         "debian/metamath-databases_1_all/usr/share/metamath/databases/set.mm": "$( $)",
         "debian/hol-light_1_amd64/usr/share/hol-light/a.ml": "let",

@@ -392,7 +392,7 @@ def test_limited_cache_removes_the_least_recently_used_files(make_corpus: Any, s
     assert_same_documents(corpus, directory)  # what was dropped is fetched again
 
 
-def test_recently_used_copy_is_kept_before_an_older_one(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
+def test_recently_used_copy_stays_in_the_cache(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
     directory = make_corpus([5000] * 4, shards=4)
     cache, shard = tmp_path / "cache", (directory / TAR).stat().st_size
     config = StorageConfig(**FAST, cache_dir=cache, cache_bytes=int(3.7 * shard))

@@ -29,7 +29,7 @@ def test_gain_is_the_extra_compute_of_the_baseline(observation):
     assert np.exp(pair(rows).log_gain) == pytest.approx(1.25)
 
 
-def test_gap_at_equal_time_charges_a_slower_architecture(observation):
+def test_gap_at_equal_time_includes_the_speed_of_an_architecture(observation):
     rows = [observation("sliding", 1e5, 2, 0, m, 5 * m**-0.1, time_s=m) for m in (5, 10, 20, 40)]
     rows += [observation("bst", 1e5, 2, 0, m, 5 * m**-0.1, time_s=2 * m) for m in (5, 10, 20, 40)]
     found = pair(rows, "time_s")

@@ -159,7 +159,7 @@ def test_crossing_interval_is_fiellers_interval(study, seed):
     assert found.low < found.high
 
 
-def test_difference_without_error_has_p_value_zero_or_one():
+def test_p_value_without_error_depends_only_on_the_sign():
     assert verdict.tail(np.array([1.0, -1.0, 0.0]), np.zeros(3), 4).tolist() == [0.0, 1.0, 0.5]
 
 

@@ -133,7 +133,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("content", [pickle.dumps({b"data": Harmful(), b"labels": [0]}), b"nonsense", b""])
-def test_harmful_pickle_is_not_executed(tmp_path, batches, content, capsys):
+def test_harmful_or_invalid_pickle_is_refused_and_not_executed(tmp_path, batches, content, capsys):
     write_pickled(tmp_path, batches)
     (tmp_path / "test_batch").write_bytes(content)
     with pytest.raises(FileProblem, match="test_batch: is no batch of CIFAR-10"):

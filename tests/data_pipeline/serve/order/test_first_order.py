@@ -62,7 +62,7 @@ def test_any_range_equals_that_part_of_the_whole_order(begin: int, count: int) -
         assert np.array_equal(found, expected[begin : begin + count])
 
 
-def test_blocks_differ_in_their_order() -> None:
+def test_each_block_has_another_order() -> None:
     mixture = QuotaMixture([(0, [1, 1])], seed=0)
     first, second = (mixture.locate(np.arange(block * BLOCK, (block + 1) * BLOCK))[0] for block in (0, 1))
     assert 400 < (first == second).sum() < 624  # half of 1024, give or take seven standard deviations
