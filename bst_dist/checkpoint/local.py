@@ -121,7 +121,7 @@ class LocalCopies:
             why = refusal or found[key].missing(self.snapshots.identity.layout)
             taken, why = ([], why) if why else brought(self.ranks, self.root, self._heads, found[key])
             if why:
-                self.ranks.say(f"local copies of step {key.step} are not used: {why}")
+                self.ranks.print_first(f"local copies of step {key.step} are not used: {why}")
                 continue
             self._held = [key]
             for one in newer[place:]:
@@ -170,7 +170,7 @@ class LocalCopies:
             message = f"no checkpoint of step {outcome.step}: {outcome.why}"
             if last:
                 raise StorageError(message)
-            self.ranks.say(message)
+            self.ranks.print_first(message)
 
     # Training
 
@@ -225,7 +225,7 @@ class LocalCopies:
 
     def _turn_off(self, reasons: Sequence[str]) -> None:
         if reasons:
-            self.ranks.say(f"no local copies (checkpoint.local_every) in the rest of this start: {reasons[0]}")
+            self.ranks.print_first(f"no local copies (checkpoint.local_every) in the rest of this start: {reasons[0]}")
             shutil.rmtree(self.root, ignore_errors=True)
             self.on = False
 

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import AttentionConfig, LayerConfig
-from bst_dist.model.flex import Band, flex_sliding_attention, in_tiles, visited_tiles
+from bst_dist.model.flex import Band, flex_sliding_attention, uses_flex_tiles, visited_tiles
 from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
-from bst_dist.model.products import together
+from bst_dist.model.products import fused_linears
 from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention_and_sums
 from bst_dist.parallel.sequence.past import Past
@@ -121,7 +121,7 @@ class SlidingAttention(nn.Module):
         documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
         return self.attend(q, k, v, past, documents, self.tiles(q, k, past, documents)).flatten(-2)
 
-    def share(self, qkv: Sequence[Tensor], past: Past, starts: Starts | None) -> tuple[Tensor, Share]:
+    def share(self, qkv: Sequence[Tensor], past: Past, starts: Starts | None) -> tuple[Tensor, PartialAttention]:
         """Return queries without positions, (B, l, H, dh), and the window's share of a softmax over more keys."""
         plain, k, v = self.by_heads(qkv)
         plain = unit(plain, self.scale)
@@ -143,18 +143,18 @@ class SlidingAttention(nn.Module):
             asked.append(self._angles(length, like))
         else:
             asked.append(self._buckets(self.distances))
-        if by_tiles(like):
+        if trains_with_flex(like):
             asked.append(self._tiles(length, length, like.device, documents))
         return {name: past.once(name, make) for name, make in asked}
 
     def project(self, u: Tensor, past: Past, qkv: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, l, H, dh), and keys and values (B, p + l, G, dh), including those of the window's past."""
-        q, k, v = self.by_heads(together(u, self.maps) if qkv is None else qkv)
+        q, k, v = self.by_heads(fused_linears(u, self.maps) if qkv is None else qkv)
         return self.with_window(unit(q, self.scale), k, v, past)
 
     def with_window(self, q: Tensor, k: Tensor, v: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same as `project`, from normalised queries and the keys and values of the slice's own tokens."""
-        k, v = past.as_one(k, v, 2, lambda kv: past.extend("kv", kv, before=self.window))
+        k, v = past.extend_stacked(k, v, 2, lambda kv: past.extend("kv", kv, before=self.window))
         return *self.rotated(q, unit(k), past), v
 
     @property
@@ -199,7 +199,7 @@ class SlidingAttention(nn.Module):
 
     def tiles(self, q: Tensor, k: Tensor, past: Past, documents: Documents | None) -> tuple[Tensor, ...] | None:
         """Return the tiles that FlexAttention visits, equal in all layers with one window; None if it is not used."""
-        return past.once(*self._tiles(q.shape[1], k.shape[1], q.device, documents)) if by_tiles(q) else None
+        return past.once(*self._tiles(q.shape[1], k.shape[1], q.device, documents)) if trains_with_flex(q) else None
 
     # The arguments of `Past.once`: each method returns a name and a function that makes the value.
 
@@ -224,9 +224,9 @@ class SlidingAttention(nn.Module):
         return name, lambda: visited_tiles(Band(length, keys, self.window, include_self), device, begin)
 
 
-def by_tiles(q: Tensor) -> bool:
+def trains_with_flex(q: Tensor) -> bool:
     """Whether FlexAttention computes these queries (B, l, ...), with gradients."""
-    return attention_path(q.device) == "flex" and in_tiles(q.shape[1]) and torch.is_grad_enabled()
+    return attention_path(q.device) == "flex" and uses_flex_tiles(q.shape[1]) and torch.is_grad_enabled()
 
 
 def for_heads(x: Tensor, heads: int) -> Tensor:
@@ -286,8 +286,8 @@ def attention_path(device: torch.device) -> str:
     return {"cuda": "flex", "cpu": "fused-tiles"}.get(device.type, "tiles")
 
 
-class Share(NamedTuple):
-    """The contribution of some of the keys to a softmax over all of them."""
+class PartialAttention(NamedTuple):
+    """Attention to some of the keys, as a part of one softmax over all of them."""
 
     out: Tensor
     """(B, l, H, dh): attention to these keys only."""
@@ -295,7 +295,7 @@ class Share(NamedTuple):
     """(B, l, H): the logarithm of the sum of the exponentials of their scores."""
 
 
-def one_softmax(a: Share, b: Share) -> Tensor:
+def one_softmax(a: PartialAttention, b: PartialAttention) -> Tensor:
     """Return attention to the keys of both shares under one softmax, (B, l, H, dh).
 
     The weight of each share is proportional to the sum of its exponentials.
@@ -328,9 +328,9 @@ def sliding_attention(
     return _sliding(q, k, v, window, bias, include_self, documents, varying, tiles, sums=False)[0]
 
 
-def sliding_share(q: Tensor, k: Tensor, v: Tensor, *settings: object) -> Share:
+def sliding_share(q: Tensor, k: Tensor, v: Tensor, *settings: object) -> PartialAttention:
     """Do the same, and return also the sums that one softmax over more keys needs. Gradients flow through both."""
-    return Share(*_sliding(q, k, v, *settings, sums=True))
+    return PartialAttention(*_sliding(q, k, v, *settings, sums=True))
 
 
 def _sliding(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool,

@@ -36,7 +36,7 @@ logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 """Hides a warning about in-place operations in a checkpointed graph: torch has made copies before (see the tests)."""
 
 
-def hindrance(gathered: bool, sp: int, past: bool) -> str:
+def why_not_compilable(gathered: bool, sp: int, past: bool) -> str:
     """Return why layers cannot be compiled in training; an empty string if they can.
 
     Args:

@@ -58,7 +58,7 @@ class StreamContext(nn.Module):
         # Two products: in one product, keys and values would be interleaved in memory, and so would their gradients.
         y = cast_by_channel(y, product_dtype(y))
         k, v = (_of_heads(y, weight) for weight in self.key_value.chunk(2, dim=-1))  # (B, l, H, dh)
-        k, v = past.as_one(k, v, 3, lambda kv: past.extend_to_blocks("kv", kv, self.block, whole))
+        k, v = past.extend_stacked(k, v, 3, lambda kv: past.extend_to_blocks("kv", kv, self.block, whole))
         if self.attend == "previous":
             k, v = (self._previous(x, past.offset(self.block) + z.shape[1], starts) for x in (k, v))
         return unit(k), v
@@ -147,7 +147,7 @@ class CrossAttention(nn.Module):
         """Attend from each token to the states of its block that belong to its own document."""
         if self.causal:
             documents = past.once(*documents_in_blocks_asked(starts, self.block))
-            tiles = past.once(*self._tiles(q, documents)) if attention.by_tiles(q) else None
+            tiles = past.once(*self._tiles(q, documents)) if attention.trains_with_flex(q) else None
             return attention.sliding_attention(q, k, v, self.block, None, True, documents, None, tiles)
         begun = starts.cut_off(self.block)[..., None, None]  # a document began in this block
         first, ends = (_whole_blocks(q, k[:, own], v[:, own]).reshape(q.shape) for own in FIRST_AND_ENDS)
@@ -158,7 +158,7 @@ class CrossAttention(nn.Module):
         if not self.causal or not isinstance(starts, Borders):
             return {}
         asked = [documents_in_blocks_asked(starts, self.block)]
-        if attention.by_tiles(like):
+        if attention.trains_with_flex(like):
             asked.append(self._tiles(like, past.once(*asked[0])))
         return {name: past.once(name, make) for name, make in asked}
 

@@ -59,7 +59,7 @@ def flex_sliding_attention(
 
     Return also the logarithm of the sum of each query's exponentials, (B, l, H), if `sums`, else None.
     """
-    if not in_tiles(q.shape[1]):
+    if not uses_flex_tiles(q.shape[1]):
         out, logarithm = short_attention(q, k, v, window, bias, include_self, begin)
         return out, logarithm if sums else None
     varying = min(varying or window + 1, window + 1 if bias is None else bias.shape[1])
@@ -71,7 +71,7 @@ def flex_sliding_attention(
     return _without_gradients(q, k, v, bias, begin, settings)
 
 
-def in_tiles(length: int) -> bool:
+def uses_flex_tiles(length: int) -> bool:
     """Whether FlexAttention computes a slice of this many queries."""
     return length >= 2 * TILE and (length % TILE == 0 or length > SHORT)
 

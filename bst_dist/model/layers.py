@@ -25,7 +25,7 @@ from bst_dist.model.baselines.transformer_xl import TransformerXLMixer
 from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import CrossAttention
-from bst_dist.model.products import relu_of, together, whole
+from bst_dist.model.products import fused_linears, relu_of, whole
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.sequence.past import Past
 
@@ -53,7 +53,7 @@ class BSTMixer(nn.Module):
         self.out = Linear(2 * config.inner, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        z, *qkv, query = together(u, whole(self.down), self.attention.maps, whole(self.cross.query))
+        z, *qkv, query = fused_linears(u, whole(self.down), self.attention.maps, whole(self.cross.query))
         own = self.attention(u, past.child("self"), starts, qkv=qkv)
         cross = self.cross(query, z, past.child("context"), starts)
         return self.out(torch.cat((own, cross), dim=-1))
@@ -113,7 +113,7 @@ class FeedForward(nn.Module):
             return self.out(relu_of(x, self.up))
         if self.gate is None:
             return self.out(self.activation(self.up(x)))
-        gate, up = together(x, whole(self.gate), whole(self.up))
+        gate, up = fused_linears(x, whole(self.gate), whole(self.up))
         return self.out(self.activation(gate) * up)
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bst_dist.model.roles import Linear
 
 
-def together(x: Tensor, *maps: tuple[nn.Linear, Sequence[int]]) -> tuple[Tensor, ...]:
+def fused_linears(x: Tensor, *maps: tuple[nn.Linear, Sequence[int]]) -> tuple[Tensor, ...]:
     """Return the outputs of linear maps without bias, cut into parts of `rows`: (..., D) -> (..., rows) for each part.
 
     In one product, both passes read `x` once and not once per map. The gradient of `x` is not a sum of parts: in
@@ -32,37 +32,37 @@ def together(x: Tensor, *maps: tuple[nn.Linear, Sequence[int]]) -> tuple[Tensor,
 
 
 def whole(one: nn.Linear) -> tuple[nn.Linear, list[int]]:
-    """Return the argument of `together` for a map whose output is one part."""
+    """Return the argument of `fused_linears` for a map whose output is one part."""
     return one, [one.out_features]
 
 
-def in_order(x: Tensor) -> Tensor:
+def contiguous_operand(x: Tensor) -> Tensor:
     """Return `x`, the operand of several products; a compiled layer writes it contiguously in memory.
 
     Otherwise each of these products, forward and backward, would copy it: cuBLAS accepts no matrix in which neither
     rows nor columns are contiguous. Casts before it are part of the one copy.
     """
-    return _InOrder.apply(x) if is_compiling() else x
+    return _ContiguousOperand.apply(x) if is_compiling() else x
 
 
-class _InOrder(torch.autograd.Function):
+class _ContiguousOperand(torch.autograd.Function):
     """The identity; the output is contiguous in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _written_in_order(x)
+        return _written_contiguously(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
-def gradient_in_order(x: Tensor) -> Tensor:
-    """Return `x`, the output of products; a compiled layer writes its gradient contiguously (see `in_order`)."""
-    return _GradientInOrder.apply(x) if is_compiling() else x
+def contiguous_gradient(x: Tensor) -> Tensor:
+    """Return `x`, the output of products; a compiled layer makes its gradient contiguous (`contiguous_operand`)."""
+    return _ContiguousGradient.apply(x) if is_compiling() else x
 
 
-class _GradientInOrder(torch.autograd.Function):
+class _ContiguousGradient(torch.autograd.Function):
     """The identity; the gradient is contiguous in memory."""
 
     @staticmethod
@@ -71,10 +71,10 @@ class _GradientInOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _written_in_order(gradient)
+        return _written_contiguously(gradient)
 
 
-def _written_in_order(x: Tensor) -> Tensor:
+def _written_contiguously(x: Tensor) -> Tensor:
     """Return a contiguous `x` read by strides; otherwise the compiler chooses the layout by how `x` is read later."""
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())

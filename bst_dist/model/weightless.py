@@ -23,16 +23,16 @@ COMPILER = "torch._dynamo"
 @contextmanager
 def weightless() -> Iterator[None]:
     """Context manager: tensors that are made within it have a shape and no memory."""
-    absent = _Absent(COMPILER)
-    sys.modules.setdefault(COMPILER, absent)
+    stub = _CompilerStub(COMPILER)
+    sys.modules.setdefault(COMPILER, stub)
     try:
         with torch.device("meta"):
             yield
     finally:
-        absent.leave()
+        stub.leave()
 
 
-class _Absent(ModuleType):
+class _CompilerStub(ModuleType):
     """A stand-in for the compiler while it is not imported. Any use except `disable` imports the compiler."""
 
     def __init__(self, name: str) -> None:

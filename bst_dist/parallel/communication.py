@@ -18,7 +18,7 @@ from bst_dist.parallel.phases import Phases
 from bst_dist.parallel.sequence.group import SequenceGroup
 
 
-class WatchedGroup(SequenceGroup):
+class RecordedGroup(SequenceGroup):
     """A sequence-parallel group whose exchanges are recorded."""
 
     def __init__(self, process_group: dist.ProcessGroup, phases: Phases) -> None:
@@ -27,17 +27,17 @@ class WatchedGroup(SequenceGroup):
 
     def gather(self, x: Tensor, kind: str) -> Callable[[], list[Tensor]]:
         with self.phases.exchanging(kind):
-            return self._watched(kind, super().gather(x, kind))
+            return self._recorded(kind, super().gather(x, kind))
 
     def shift(self, x: Tensor, kind: str, to_left: bool = False, around: bool = False) -> Callable[[], Tensor | None]:
         with self.phases.exchanging(kind):
-            return self._watched(kind, super().shift(x, kind, to_left, around))
+            return self._recorded(kind, super().shift(x, kind, to_left, around))
 
     def exchange(self, parts: Tensor, kind: str) -> Tensor:
         with self.phases.exchanging(kind):
             return super().exchange(parts, kind)
 
-    def _watched(self, kind: str, finish: Callable[[], Any]) -> Callable[[], Any]:
+    def _recorded(self, kind: str, finish: Callable[[], Any]) -> Callable[[], Any]:
         def wait() -> Any:
             with self.phases.exchanging(kind):
                 return finish()
@@ -45,7 +45,7 @@ class WatchedGroup(SequenceGroup):
         return wait
 
 
-class WatchedBackend:
+class RecordedBackend:
     """DeepSpeed's communication backend with its collectives recorded. All other attributes are the backend's own."""
 
     def __init__(self, backend: Any, phases: Phases) -> None:
@@ -57,13 +57,13 @@ class WatchedBackend:
             return own
         kind, sent = SENT[name]
 
-        def watched(*args: Any, **named: Any) -> Any:
+        def recorded(*args: Any, **named: Any) -> Any:
             with self._phases.exchanging(kind, sent(args, named)):
                 work = own(*args, **named)
             return None if work is None else _Work(work, kind, self._phases)
 
-        self.__dict__[name] = watched  # the next access finds it there
-        return watched
+        self.__dict__[name] = recorded  # the next access finds it there
+        return recorded
 
 
 class _Work:
@@ -80,11 +80,11 @@ class _Work:
             return self._work.wait(*args)
 
 
-def watch_deepspeed(phases: Phases) -> None:
+def record_deepspeed(phases: Phases) -> None:
     """Record all that DeepSpeed sends from now on in `phases`. Call it after the process group is initialised."""
     from deepspeed.comm import comm
 
-    comm.cdb = WatchedBackend(getattr(comm.cdb, "_backend", comm.cdb), phases)
+    comm.cdb = RecordedBackend(getattr(comm.cdb, "_backend", comm.cdb), phases)
 
 
 def _counted(name: str, position: int, rounds: float) -> Callable[..., float]:

@@ -27,7 +27,7 @@ from bst_base.importing import uncollected
 
 
 @contextmanager
-def _absent(name: str) -> Iterator[None]:
+def _hide_module(name: str) -> Iterator[None]:
     """Context manager in which a package that is not imported yet seems not to be installed."""
     if name in sys.modules:
         yield
@@ -39,7 +39,7 @@ def _absent(name: str) -> Iterator[None]:
         del sys.modules[name]
 
 
-with uncollected(), _absent("mlflow"):
+with uncollected(), _hide_module("mlflow"):
     import deepspeed
 from deepspeed.runtime import compiler  # noqa: E402  (not earlier: it imports all of DeepSpeed)
 

@@ -24,7 +24,7 @@ def pci_address(properties: Any) -> str | None:
     return f"{domain:04x}:{bus:02x}:{device:02x}.0"
 
 
-def bind_near(pci: str | None, system: Path = SYSTEM) -> int | None:
+def bind_to_device_node(pci: str | None, system: Path = SYSTEM) -> int | None:
     """Bind all threads of this process to the cores of a device's node, and return the node.
 
     Return None and change nothing if the node is not known, if the process may use none of the node's cores, or if it

@@ -16,10 +16,10 @@ from torch import Tensor, distributed
 from bst_base.errors import UserError
 from bst_base.host import free_port
 from bst_base.launched import require_single_process
-from bst_dist.parallel.communication import watch_deepspeed
+from bst_dist.parallel.communication import record_deepspeed
 from bst_dist.parallel.devices import cpu_refusal, local_rank
 from bst_dist.parallel.gathering import agreed_port, gathered, spans
-from bst_dist.parallel.numa import bind_near, pci_address
+from bst_dist.parallel.numa import bind_to_device_node, pci_address
 from bst_dist.parallel.phases import Phases
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ T = TypeVar("T")
 _LAUNCHED = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 
 
-RANKS_OF_ITS_OWN = (
+SEPARATE_PROCESSES_HINT = (
     "use `bst launch --launcher slurm`, `bst launch --launcher openmpi`, or give each process RANK, WORLD_SIZE, "
     "LOCAL_RANK, MASTER_ADDR and MASTER_PORT (under srun: RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS "
     "LOCAL_RANK=$SLURM_LOCALID)"
@@ -55,7 +55,7 @@ class Ranks:
             # uses. This takes minutes at the first start. If it is killed, its lock blocks the next start.
             deepspeed.ops.__compatible_ops__ = {}
         if not any(name in os.environ for name in _LAUNCHED):
-            require_single_process("train all of the run", RANKS_OF_ITS_OWN)
+            require_single_process("train all of the run", SEPARATE_PROCESSES_HINT)
             alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {**alone, "MASTER_PORT": str(free_port())}
         # Set the device before DeepSpeed initialises the group: under mpirun it learns LOCAL_RANK only from MPI, and by
@@ -63,7 +63,7 @@ class Ranks:
         device = None if accelerator.device_name() == "cpu" else own_device(accelerator.device_count())
         if device is not None:
             accelerator.set_device(device)
-        self.numa_node = bind_near(pci_of_device() if accelerator.device_name() == "cuda" else None)
+        self.numa_node = bind_to_device_node(pci_of_device() if accelerator.device_name() == "cuda" else None)
         """The NUMA node of the device, to whose cores this process is bound; None if it is not bound."""
         options: dict[str, Any] = {}
         if exchange_limit_s is not None:
@@ -88,7 +88,7 @@ class Ranks:
         self._allocated = None if on_cpu else accelerator.max_memory_allocated
         self.phases = Phases(None if on_cpu else accelerator.synchronize)
         """The current phase of this rank, the time of each phase, and the bytes sent."""
-        watch_deepspeed(self.phases)
+        record_deepspeed(self.phases)
 
     def limit_exchanges(self, seconds: float | None) -> None:
         """Set the timeout of exchanges in all process groups made so far; None changes nothing."""
@@ -100,7 +100,7 @@ class Ranks:
         """Whether this is rank 0, which prints and writes for all."""
         return self.rank == 0
 
-    def say(self, text: str) -> None:
+    def print_first(self, text: str) -> None:
         """Print a line on rank 0."""
         if self.first:
             print(text, flush=True)
@@ -128,7 +128,7 @@ class Ranks:
             distributed.all_reduce(values)
         return values
 
-    def table(self, values: Sequence[float]) -> Tensor:
+    def all_gather_numbers(self, values: Sequence[float]) -> Tensor:
         """Return every rank's `values` on every rank, (ranks, n) float64 on the host. All ranks give equally many.
 
         It is one collective of numbers, far cheaper than `gather`, which pickles.

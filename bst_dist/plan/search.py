@@ -18,7 +18,7 @@ from bst_base.errors import UserError
 from bst_base.places import written
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, deepspeed_file
-from bst_dist.model.compiled import hindrance
+from bst_dist.model.compiled import why_not_compilable
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.neighbour import SequenceParallelError
 from bst_dist.plan.flops import forward_flops
@@ -176,7 +176,7 @@ class Planner:
         """Whether the run would compile its layers."""
         past = self.recipe.train.carry or slices > 1
         gathered = stage == 3 and not checkpointing.names_what_is_kept
-        return self.recipe.compile is not False and not hindrance(gathered, sp, past)
+        return self.recipe.compile is not False and not why_not_compilable(gathered, sp, past)
 
     def as_written(self) -> Candidate:
         """Return the recipe's own layout: its ZeRO stage, sp, micro-batch and activation checkpointing."""

@@ -97,7 +97,7 @@ class Rows:
             known = self._names if not new else None
             row = [own.get(name, 0.0) for name in known or ()]
             width = max(ROOM, len(self._names))
-            table = self.ranks.table([_digest(known), *row, *[0.0] * (width - len(row))])
+            table = self.ranks.all_gather_numbers([_digest(known), *row, *[0.0] * (width - len(row))])
             if known is not None and bool((table[:, 0] == table[0, 0]).all()):
                 return self._names, table[:, 1 : 1 + len(self._names)]
             everyone = self.ranks.gather(new)

@@ -14,8 +14,8 @@ from bst_dist.checkpoint.snapshot import Identity
 from bst_dist.config import Recipe, digest, identity
 from bst_dist.faults.signals import Stop
 from bst_dist.model.attention import attention_path
-from bst_dist.model.compiled import hindrance
-from bst_dist.parallel.communication import WatchedGroup
+from bst_dist.model.compiled import why_not_compilable
+from bst_dist.parallel.communication import RecordedGroup
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.parallel.sequence.group import SequenceGroup
 from bst_dist.plan.flops import train_flops_per_token
@@ -28,13 +28,13 @@ from bst_dist.train.start.request import Start
 from bst_dist.train.step import Trainer
 
 
-def watched_group(start: Start, ranks: Ranks) -> SequenceGroup | None:
+def recorded_group(start: Start, ranks: Ranks) -> SequenceGroup | None:
     """Return the ranks that share this rank's sequences; None when it holds whole sequences.
 
     Their exchanges are recorded in `ranks.phases`, so that the watchdog can name them.
     """
     group = start.mesh(ranks).sp_group()
-    return group and WatchedGroup(group.process_group, ranks.phases)
+    return group and RecordedGroup(group.process_group, ranks.phases)
 
 
 def build_engine(start: Start, compiled: bool = False) -> Engine:
@@ -97,7 +97,7 @@ def compiles(recipe: Recipe, device: str, stage: int) -> tuple[bool, str]:
         return False, "no, compile: false"
     past = recipe.train.carry or recipe.train.slice_tokens is not None
     gathered = stage == 3 and not recipe.activation_checkpointing.names_what_is_kept
-    reason = hindrance(gathered, recipe.parallel.sp, past)
+    reason = why_not_compilable(gathered, recipe.parallel.sp, past)
     if device != "cuda":
         reason = f"layers are compiled for CUDA, and this is {device}"
     if reason and recipe.compile:

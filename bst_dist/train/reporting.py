@@ -115,7 +115,9 @@ def probes_of(start: Start, trainer: Trainer, evaluate: Evaluate) -> Probes:
         prompt = ids[: max(1, int(counts.cumprod().sum()))].tolist()  # stops at the first token without a label
     ranks = trainer.ranks
     evaluated = evaluate.config.every, evaluate.steps
-    return Probes(start.recipe.log, trainer.engine, ranks, evaluate.writers, tokenizer, prompt, evaluated, ranks.say)
+    return Probes(
+        start.recipe.log, trainer.engine, ranks, evaluate.writers, tokenizer, prompt, evaluated, ranks.print_first
+    )
 
 
 def outcome_of(lines: Sequence[dict[str, Any]], steps: int, evaluates: bool = True) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from bst_dist.report.performance import Performance
 from bst_dist.report.profiling import Profile
 from bst_dist.train import rundir
 from bst_dist.train.average import Average
-from bst_dist.train.building import build_engine, build_trainer, compiles, identity_of, watched_group
+from bst_dist.train.building import build_engine, build_trainer, compiles, identity_of, recorded_group
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.objective import Batches
 from bst_dist.train.reporting import header, outcome_of, probes_of, writers_of
@@ -94,7 +94,7 @@ class Run:
         """How much of its data the run will have read at its end, as text for the header."""
         self.local: str | None = None
         """The local copies that the run was resumed from, as text; None for a checkpoint or a new run."""
-        self.trainer = build_trainer(start, self.engine, ranks, watched_group(start, ranks), stop)
+        self.trainer = build_trainer(start, self.engine, ranks, recorded_group(start, ranks), stop)
         ranks.limit_exchanges(self.recipe.watchdog.exchange_limit_s)
         # After all ranks have built the same model. Loading a checkpoint sets the generators again.
         rng.seed_all(self.recipe.seed, ranks.rank)
@@ -173,7 +173,9 @@ class Run:
             return loader.state(step + position.skipped)
 
         # Checkpoints come after the evaluation: they store its loss (from `evaluated`) for checkpoint.keep_best.
-        checkpoints = Checkpoints(recipe.checkpoint, self.snapshots, self.trainer, evaluated, data_state, ranks.say)
+        checkpoints = Checkpoints(
+            recipe.checkpoint, self.snapshots, self.trainer, evaluated, data_state, ranks.print_first
+        )
         settle, take = self.copies.callbacks(checkpoints.position, evaluated)
         callbacks: list[Callback] = [
             *([self.average] if self.average else []),  # before every callback that reads the average
@@ -185,7 +187,7 @@ class Run:
             Performance(recipe.log.every, ranks, writers, self.trainer.sharing),  # measures the time of the others
         ]
         if recipe.log.profile:
-            profile = Profile(recipe.log.profile, self.start.run_dir, ranks.rank, position.step, ranks.say)
+            profile = Profile(recipe.log.profile, self.start.run_dir, ranks.rank, position.step, ranks.print_first)
             callbacks.append(profile)  # last: so a profiled step includes all other callbacks
         return callbacks
 
@@ -224,7 +226,7 @@ class Run:
         if stopped:
             outcome |= {"stopped": told[0].name}
         if not (stopped and LAST_WORD in os.environ):  # else the launcher reports the signal
-            ranks.say(rundir.closing(outcome, self.recipe.train.steps, f"--until {self.start.until}"))
+            ranks.print_first(rundir.closing(outcome, self.recipe.train.steps, f"--until {self.start.until}"))
         if ranks.first:
             rundir.finish(self.start.run_dir, outcome)
         self.copies.remove()

@@ -41,7 +41,7 @@ class EvaluateCorpus(Evaluate):
         start, device = time.perf_counter(), self.ranks.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         highest = max(int(slices_of(batch)[0].rows.max()) for batch in self.batches)
-        (rows,) = self.ranks.table([highest]).max(0).values.tolist()
+        (rows,) = self.ranks.all_gather_numbers([highest]).max(0).values.tolist()
         of_rows = torch.zeros(int(rows) + 1, 2, dtype=torch.float64, device=device)
         for part, inputs, losses in self.forward(step):
             sums += sum_of_batch(losses, inputs, self.token_bytes)

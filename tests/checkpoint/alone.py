@@ -15,7 +15,7 @@ class Alone:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def print_first(self, text: str) -> None:
         self.said.append(text)
 
     def sum(self, values: list[float]) -> list[float]:

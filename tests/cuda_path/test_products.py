@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bst_dist.model.attention import Angles, angles, rotate
-from bst_dist.model.products import gradient_in_order, in_order, relu_of, together, whole
+from bst_dist.model.products import contiguous_gradient, contiguous_operand, fused_linears, relu_of, whole
 from bst_dist.model.roles import Linear
 
 
@@ -38,7 +38,7 @@ def test_maps_of_one_input_are_one_product_with_their_gradients():
     x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
 
     def parts(x: Tensor) -> Tensor:
-        a, b, c = together(x, (first, [2, 4]), whole(second))
+        a, b, c = fused_linears(x, (first, [2, 4]), whole(second))
         return torch.cat((c.sin(), b, a.square()), dim=-1)
 
     def one_by_one(x: Tensor) -> Tensor:
@@ -57,9 +57,9 @@ def test_an_operand_lies_in_order_when_it_is_compiled_alone():
     torch.manual_seed(0)
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     turned = x.permute(2, 0, 1)
-    call, _ = compiled(in_order)
+    call, _ = compiled(contiguous_operand)
     found = call(turned)
-    assert in_order(turned) is turned
+    assert contiguous_operand(turned) is turned
     assert found.is_contiguous() and torch.equal(found, turned)
     factors = torch.arange(60, dtype=torch.float64).view(5, 3, 4)
     (gradient,) = torch.autograd.grad((found * factors).sum(), x)
@@ -70,9 +70,9 @@ def test_a_gradient_comes_in_order_when_it_is_compiled_alone():
     torch.manual_seed(0)
     x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
     factors = torch.arange(60, dtype=torch.float64).view(3, 4, 5)
-    call, _ = compiled(gradient_in_order)
+    call, _ = compiled(contiguous_gradient)
     found = {}
-    for name, function in (("compiled", call), ("not", gradient_in_order)):
+    for name, function in (("compiled", call), ("not", contiguous_gradient)):
         out = function(x)
         assert torch.equal(out, x)
         (found[name],) = torch.autograd.grad((out.permute(1, 2, 0) * factors).sum(), x)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bst_dist.model.attention import (
     DistanceBias,
-    Share,
+    PartialAttention,
     SlidingAttention,
     angles,
     documents_further_back,
@@ -129,7 +129,9 @@ def test_two_sets_of_keys_under_one_softmax_are_the_softmax_over_both():
     q, k, v = torch.randn(5, 4), torch.randn(9, 4), torch.randn(9, 4)
     scores = q @ k.T
     parts = [
-        Share((scores[:, part].softmax(-1) @ v[part])[None, :, None], scores[:, part].logsumexp(-1)[None, :, None])
+        PartialAttention(
+            (scores[:, part].softmax(-1) @ v[part])[None, :, None], scores[:, part].logsumexp(-1)[None, :, None]
+        )
         for part in (slice(0, 6), slice(6, 9))
     ]
     torch.testing.assert_close(one_softmax(*parts)[0, :, 0], scores.softmax(-1) @ v)

@@ -16,11 +16,11 @@ DEVICE = "0000:3b:00.0"
 PROGRAM = """
 import os, sys, threading
 from pathlib import Path
-from bst_dist.parallel.numa import bind_near
+from bst_dist.parallel.numa import bind_to_device_node
 done = threading.Event()
 other = threading.Thread(target=done.wait)
 other.start()
-node = bind_near(sys.argv[1], Path(sys.argv[2]))
+node = bind_to_device_node(sys.argv[1], Path(sys.argv[2]))
 print(node, sorted(os.sched_getaffinity(0)), sorted(os.sched_getaffinity(other.native_id)))
 done.set()
 """

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from bst_dist.model.attention import SlidingAttention, for_heads, unit
 from bst_dist.model.config import LayerConfig
-from bst_dist.model.products import together
+from bst_dist.model.products import fused_linears
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.sequence.past import Past
 
@@ -44,8 +44,8 @@ class TokenAttention(SlidingAttention):
 
         Keys and values begin with the previous block.
         """
-        q, k, v = self.by_heads(together(u, self.maps))
-        k, v = past.as_one(k, v, 2, lambda kv: past.extend_to_blocks("kv", kv, self.window, whole=1))
+        q, k, v = self.by_heads(fused_linears(u, self.maps))
+        k, v = past.extend_stacked(k, v, 2, lambda kv: past.extend_to_blocks("kv", kv, self.window, whole=1))
         q, k = unit(q, self.scale), unit(k)
         near, values = k[:, -self.window - u.shape[1] :], v[:, -self.window - u.shape[1] :]
         q, near = self.rotated(q, near, past)

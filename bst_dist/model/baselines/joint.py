@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from bst_dist.model import attention
-from bst_dist.model.attention import Share, SlidingAttention, attention_path, one_softmax
+from bst_dist.model.attention import PartialAttention, SlidingAttention, attention_path, one_softmax
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import FIRST_AND_ENDS, build_context, documents_in_blocks_asked
 from bst_dist.model.flex import flex_sliding_attention
-from bst_dist.model.products import together, whole
+from bst_dist.model.products import fused_linears, whole
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.sequence.past import Past
 
@@ -42,7 +42,7 @@ class JointMixer(nn.Module):
         self.out = Linear(config.inner, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        z, *qkv = together(u, whole(self.down), self.attention.maps)
+        z, *qkv = fused_linears(u, whole(self.down), self.attention.maps)
         q, window = self.attention.share(qkv, past.child("self"), starts)
         states = self.cross(q, z, past.child("context"), starts)
         return self.out(one_softmax(window, states).flatten(-2))
@@ -56,45 +56,46 @@ class StateShare(nn.Module):
         self.block, self.filters = config.block, config.context.variant == "MF"
         self.context = build_context(config)
 
-    def forward(self, q: Tensor, z: Tensor, past: Past, starts: Starts | None) -> Share:
+    def forward(self, q: Tensor, z: Tensor, past: Past, starts: Starts | None) -> PartialAttention:
         k, v = (x.to(q.dtype) for x in self.context(z, past, starts))
         if isinstance(starts, Borders):
             return self._of_documents(q, k, v, past, starts)
         return of_whole_blocks(q, k, v) if self.filters else within_blocks(q, k, v, self.block)
 
-    def _of_documents(self, q: Tensor, k: Tensor, v: Tensor, past: Past, starts: Borders) -> Share:
+    def _of_documents(self, q: Tensor, k: Tensor, v: Tensor, past: Past, starts: Borders) -> PartialAttention:
         """Attend from each token to the states of its block that belong to its own document."""
         if not self.filters:
             documents = past.once(*documents_in_blocks_asked(starts, self.block))
             return attention.sliding_share(q, k, v, self.block, None, True, documents, None, None)
         begun = starts.cut_off(self.block).unsqueeze(-1)  # a document began in this block
         first, ends = (of_whole_blocks(q, k[:, own], v[:, own]) for own in FIRST_AND_ENDS)
-        return Share(torch.where(begun.unsqueeze(-1), first.out, ends.out), torch.where(begun, first.sums, ends.sums))
+        out = torch.where(begun.unsqueeze(-1), first.out, ends.out)
+        return PartialAttention(out, torch.where(begun, first.sums, ends.sums))
 
 
-def of_whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> Share:
+def of_whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> PartialAttention:
     """Attend from each block's tokens to all its states: (B, l, H, dh), (B, nb, S, H, dh) twice."""
     found = _with_scores(q.unflatten(1, (k.shape[1], -1)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-    return Share(*(x.unflatten(0, (len(q), -1)).flatten(1, 2) for x in found))
+    return PartialAttention(*(x.unflatten(0, (len(q), -1)).flatten(1, 2) for x in found))
 
 
-def within_blocks(q: Tensor, k: Tensor, v: Tensor, block: int) -> Share:
+def within_blocks(q: Tensor, k: Tensor, v: Tensor, block: int) -> PartialAttention:
     """Attend from each token to its block's states up to its own; k, v (B, p + l, H, dh), p within the first block."""
     length, keys = q.shape[1], k.shape[1]
     place = torch.arange(keys, device=q.device, dtype=torch.int32)
     begin = place - place % block
     if attention_path(q.device) == "flex":  # sliding attention in which each block is a document
         begin = begin[keys - length :].expand(len(q), -1).contiguous()
-        return Share(*flex_sliding_attention(q, k, v, block, None, True, begin, sums=True))
+        return PartialAttention(*flex_sliding_attention(q, k, v, block, None, True, begin, sums=True))
     if length == keys:  # a block is a batch entry
         span = min(block, length)
         folded = (x.unflatten(1, (-1, span)).flatten(0, 1) for x in (q, k, v))
         found = _with_scores(*folded, (place[:span].unsqueeze(1) >= place[:span]))
-        return Share(*(x.unflatten(0, (len(q), -1)).flatten(1, 2) for x in found))
+        return PartialAttention(*(x.unflatten(0, (len(q), -1)).flatten(1, 2) for x in found))
     return _with_scores(q, k, v, (place >= begin[keys - length :, None]) & (place <= place[keys - length :, None]))
 
 
-def _with_scores(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Share:
+def _with_scores(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> PartialAttention:
     """Attend and store all scores: (N, t, H, dh), (N, K, H, dh) twice, (t, K) -> (N, t, H, dh), (N, t, H)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
@@ -102,4 +103,4 @@ def _with_scores(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) ->
         scores = scores.masked_fill(~seen, -math.inf)
     sums = torch.logsumexp(scores, dim=-1, keepdim=True)
     out = torch.exp(scores - sums).to(v.dtype) @ v
-    return Share(out.transpose(1, 2), sums.squeeze(-1).transpose(1, 2))
+    return PartialAttention(out.transpose(1, 2), sums.squeeze(-1).transpose(1, 2))

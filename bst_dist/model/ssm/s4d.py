@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bst_dist.model.borders import Borders, Starts, columns, columns_asked
 from bst_dist.model.config import SSMConfig
-from bst_dist.model.products import gradient_in_order, in_order
+from bst_dist.model.products import contiguous_gradient, contiguous_operand
 from bst_dist.model.roles import Role
 from bst_dist.model.ssm.convolution import causal_matrix
 from bst_dist.model.ssm.pairs import Pair
@@ -103,7 +103,7 @@ class S4D(nn.Module):
         begins = None if starts is None else _chunk_starts(starts, m)
         incoming = start_incoming_states(ends, log_a.scaled(chunk), begins, past)
         y = u @ self._within_chunk(powers, b).mT  # (Ds, B m, C T), while the past arrives
-        y = gradient_in_order(y + _from_states(incoming()) @ self._out_of_state(powers).mT)
+        y = contiguous_gradient(y + _from_states(incoming()) @ self._out_of_state(powers).mT)
         return y.view(width, batch, m, -1, chunk).permute(1, 2, 4, 3, 0).reshape(batch, length, -1, width)
 
     def _with_borders(self, z: Tensor, past: Past, starts: Borders) -> Tensor:
@@ -119,7 +119,7 @@ class S4D(nn.Module):
         u = by_document.spread(z.reshape(-1, chunk, width)).permute(2, 0, 1).contiguous()  # (Ds, B m + E, T)
         y = u @ self._within_chunk(powers, b).mT
         entering = nn.functional.pad(_from_states(incoming()), (0, 0, 0, u.shape[1] - batch * m))
-        y = gradient_in_order(y + entering @ self._out_of_state(powers).mT).view(*u.shape[:2], -1, chunk)
+        y = contiguous_gradient(y + entering @ self._out_of_state(powers).mT).view(*u.shape[:2], -1, chunk)
         return by_document.collected(y.permute(1, 3, 2, 0)).view(batch, length, -1, width)
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
@@ -165,7 +165,7 @@ class S4D(nn.Module):
             raise ValueError(f"S4D: {length} tokens are neither a multiple of the chunk ({chunk}) nor shorter than it")
         m = length // chunk
         u = z.view(batch, m, chunk, width).permute(3, 0, 1, 2).reshape(width, batch * m, chunk)
-        return in_order(u.to(self.skip.dtype)), chunk, m
+        return contiguous_operand(u.to(self.skip.dtype)), chunk, m
 
     def _within_chunk(self, powers: Pair, b: Pair) -> Tensor:
         """Return the map from tokens to outputs in a chunk, the causal matrices of K with the skip: (Ds, C T, T)."""

@@ -70,7 +70,8 @@ class Past:
         """
         return x
 
-    def as_one(self, x: Tensor, y: Tensor, dim: int, extend: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def extend_stacked(self, x: Tensor, y: Tensor, dim: int,
+                       extend: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return the result of `extend`, a call of `extend` or `extend_to_blocks`, for two tensors stacked in `dim`.
 
         If nothing came before, they are not stacked, because stacking would copy both and their gradients.

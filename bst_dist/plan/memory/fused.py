@@ -47,9 +47,11 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(gradients) if bias is not None else (*gradients, None)
 
 
-def fused_share(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, *_: Any) -> attention.Share:
+def fused_share(
+    q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, *_: Any
+) -> attention.PartialAttention:
     """Replacement for `attention.sliding_share`."""
-    return attention.Share(*_FusedAttention.apply(q, k.to(q.dtype), v.to(q.dtype), bias))
+    return attention.PartialAttention(*_FusedAttention.apply(q, k.to(q.dtype), v.to(q.dtype), bias))
 
 
 def fused_attention(*arguments: Any) -> Tensor:

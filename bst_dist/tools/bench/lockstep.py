@@ -143,7 +143,7 @@ class SimulatedRank:
         )
         return self._heard(pickle.dumps(found))
 
-    def table(self, values: Sequence[float]) -> torch.Tensor:
+    def all_gather_numbers(self, values: Sequence[float]) -> torch.Tensor:
         self.counts.collectives += 1
         self.counts.received_bytes += 8 * self.world * len(values)
         own = list(map(float, values))

@@ -37,7 +37,7 @@ def begin_at(
     if initial := start.recipe.initial_weights:
         if committed(start.run_dir):
             raise CheckpointError(f"{start.run_dir}: no valid checkpoint to resume: start a run in another --run-dir")
-        ranks.say(f"starting from the weights of step {initial.step} of {initial.run}")
+        ranks.print_first(f"starting from the weights of step {initial.step} of {initial.run}")
     shown = ranks.from_first(shown_steps(start.run_dir) if ranks.first else None)
     if shown and not request.from_zero:
         raise CheckpointError(
@@ -45,7 +45,7 @@ def begin_at(
             f"{FROM_ZERO}"
         )
     if request.resume:
-        ranks.say(f"no checkpoint in {start.run_dir} yet: starting at step 0")
+        ranks.print_first(f"no checkpoint in {start.run_dir} yet: starting at step 0")
     return Position(step=0, tokens=0, data={}, carried=[]), None
 
 
@@ -64,7 +64,7 @@ def _from_copies(start: Start, copies: LocalCopies, ranks: Ranks) -> tuple[Posit
     found = copies.find(lambda step: step in shown(), refusal)
     if found is None:
         return None, None
-    ranks.say(f"resumed from step {found[0].step} of {found[1]}")
+    ranks.print_first(f"resumed from step {found[0].step} of {found[1]}")
     return found
 
 
@@ -76,7 +76,7 @@ def roll_back(
     Raises DivergedError when there is no scheduled checkpoint yet.
     """
     ranks = trainer.ranks
-    ranks.say(f"{entry.cause}: rolling back to the last checkpoint and skipping the data up to that step")
+    ranks.print_first(f"{entry.cause}: rolling back to the last checkpoint and skipping the data up to that step")
     before = _newest(start, snapshots, ranks, scheduled=True)
     if before is None:
         trainer.guard.ledger.add(replace(entry, action="stop"))
@@ -124,7 +124,7 @@ def _newest(
     checkpoint, damaged = snapshots.newest(scheduled) if own else (None, [])
     for reason in damaged:
         then = f"resuming from {step_of(checkpoint)}" if checkpoint else "no older checkpoint is valid"
-        ranks.say(f"{reason}; {then}")
+        ranks.print_first(f"{reason}; {then}")
     if checkpoint is not None:
         position = snapshots.load(checkpoint)
     elif start.recipe.branch is not None:
@@ -133,7 +133,7 @@ def _newest(
         position = snapshots.load(checkpoint, of_trunk=True)
     else:
         return None
-    ranks.say(f"resumed from step {position.step} of {checkpoint}")
+    ranks.print_first(f"resumed from step {position.step} of {checkpoint}")
     if change := snapshots.change(checkpoint):
-        ranks.say(f"layout changed: {change}")
+        ranks.print_first(f"layout changed: {change}")
     return position
