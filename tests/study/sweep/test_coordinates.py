@@ -49,9 +49,13 @@ def test_kernels_of_a_wide_model_repeat_those_of_the_narrow_one():
     assert torch.equal(many.kernel(5), few.kernel(5).repeat(1, 2, 1))
 
 
-def test_changes_are_negligible_at_a_tiny_learning_rate():
-    small = changes_of(model(16, 2), OptimizerConfig(learning_rate=1e-12, ssm_learning_rate=1e-12), IDS, steps=2)
-    assert all(change < 1e-6 for change in small.values())
+def test_changes_grow_with_the_learning_rate_and_are_negligible_at_a_tiny_one():
+    tiny, small, large = (
+        changes_of(model(16, 2), OptimizerConfig(learning_rate=rate, ssm_learning_rate=rate), IDS, steps=2)
+        for rate in (1e-12, 1e-5, 1e-3)
+    )
+    assert all(change < 1e-6 for change in tiny.values())
+    assert all(large[watched] > 10 * small[watched] > 0 for watched in tiny)
 
 
 @pytest.mark.parametrize(
