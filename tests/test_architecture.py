@@ -96,18 +96,18 @@ def arrows(graph: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
     return ((one, other) for one, others in graph.items() for other in others)
 
 
-def test_no_import_goes_in_a_circle(graph):
+def test_there_are_no_circular_imports(graph):
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
 
 
-def test_imports_go_downwards(graph):
+def test_imports_follow_the_order_of_levels(graph):
     rooms = {name for name in graph if name not in PACKAGES}
     upward = [(one, other) for one, other in arrows(graph)
               if {one, other} <= rooms and not is_settings(other) and level(other) < level(one)]  # fmt: skip
     assert not upward
 
 
-def test_settings_import_settings_alone(graph):
+def test_settings_import_only_settings(graph):
     recipe = {SETTINGS, *graph[SETTINGS]}
     sections = {name for name in recipe if is_settings(name)}
     assert len(sections) >= 8
@@ -117,11 +117,11 @@ def test_settings_import_settings_alone(graph):
     assert not foreign
 
 
-def test_the_data_pipeline_knows_nothing_of_what_uses_it(graph):
+def test_the_data_pipeline_does_not_import_bst_dist(graph):
     assert not [arrow for arrow in arrows(graph) if arrow[0].startswith("data_pipeline") and "bst_dist" in arrow[1]]
 
 
-def test_who_may_name_deepspeed():
+def test_only_runtime_packages_import_deepspeed():
     """Only the runtime imports DeepSpeed; models, settings, reports and evaluation do not."""
     named = {name for name, file in modules().items()
              for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
@@ -150,7 +150,7 @@ def imported_by(*names: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_reading_a_recipe_takes_no_torch():
+def test_reading_a_recipe_does_not_import_torch():
     assert imported_by("bst_dist.config", "bst_dist.cli", "bst_dist.usage") == set()
 
 
@@ -165,16 +165,16 @@ def heavy_after(*words: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split()[1:])
 
 
-def test_what_answers_at_once_imports_nothing_heavy(older):
+def test_quick_commands_import_no_heavy_packages(older):
     assert heavy_after("--help") == heavy_after("ckpt") == heavy_after("ckpt", "ls", str(older)) == set()
 
 
-def test_checking_a_recipe_and_comparing_runs_take_no_matplotlib(recipe_file, older):
+def test_checking_a_recipe_and_comparing_runs_do_not_import_matplotlib(recipe_file, older):
     assert "matplotlib" not in heavy_after("train", str(recipe_file()), "--check")
     assert "matplotlib" not in imported_by("bst_dist.study.comparison.command")
 
 
-def test_evaluating_takes_neither_deepspeed_nor_mpi():
+def test_evaluation_commands_import_neither_deepspeed_nor_mpi():
     """All commands can be imported without DeepSpeed and mpi4py, except those that start ranks."""
     from bst_dist.cli import COMMANDS
 

@@ -44,7 +44,7 @@ def test_a_group_lists_its_commands(group, capsys):
         (["evaluate", "runs/demo"], None),
     ],
 )
-def test_a_slip_is_answered_with_the_nearest_command(typed, meant, capsys):
+def test_a_mistyped_command_suggests_the_nearest(typed, meant, capsys):
     assert cli.main(typed) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -52,14 +52,14 @@ def test_a_slip_is_answered_with_the_nearest_command(typed, meant, capsys):
     assert nearest(typed, cli.COMMANDS, cli.GROUPS) == meant
 
 
-def test_versions(capsys):
+def test_version_option_shows_bst_dist_and_deepspeed(capsys):
     assert cli.main(["--version"]) == 0
     out = capsys.readouterr().out
     assert "bst_dist" in out and "deepspeed" in out
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_says_what_everything_is(name):
+def test_help_explains_every_argument_and_default(name):
     """Every argument is explained, every default is shown, and examples are indented."""
     parser = cli.parser_of(name)
     text = parser.format_help()
@@ -79,7 +79,7 @@ def test_help_says_what_everything_is(name):
     ["plot run --out", "compare a b --plot", "eval run --plot", "ablate run --out", "data stats corpus --png",
      "law fit table.csv --n n --tokens d --loss l --plot"],
 )  # fmt: skip
-def test_a_picture_of_another_ending_is_refused_before_any_work(words, capsys, monkeypatch):
+def test_an_unsupported_picture_suffix_is_refused_before_any_work(words, capsys, monkeypatch):
     name = next(name for name in cli.COMMANDS if words.startswith(f"{name} "))
     monkeypatch.setattr(importlib.import_module(cli.COMMANDS[name][0]), "run", lambda _: pytest.fail("worked"))
     with pytest.raises(SystemExit, match="2"):
@@ -88,7 +88,7 @@ def test_a_picture_of_another_ending_is_refused_before_any_work(words, capsys, m
 
 
 @pytest.mark.parametrize("words", [["data", "sources"], ["--version"], []])
-def test_an_output_that_is_full_is_told_and_one_that_is_closed_is_not(words):
+def test_a_full_output_is_reported_but_not_a_closed_one(words):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "bst_dist", *words], stdout=full, stderr=subprocess.PIPE, text=True
@@ -102,7 +102,7 @@ def test_an_output_that_is_full_is_told_and_one_that_is_closed_is_not(words):
     assert done.stderr == "" and done.returncode in (1, 141)  # 1 is rich's own exit status
 
 
-def test_defaults_are_said_as_one_would_type_them():
+def test_defaults_are_shown_as_a_user_types_them():
     parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
     parser.add_argument("--lengths", nargs="+", default=[1, 2], help="tokens")
     parser.add_argument("--share", default="5%", help="so much")

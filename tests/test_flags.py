@@ -32,14 +32,14 @@ def _command_line(name: str, option: str) -> list[str]:
     return words
 
 
-def test_the_options_that_need_another_are_found():
+def test_known_dependent_options_are_found():
     assert {("sweep run", "--sbatch"), ("experiment run", "--sbatch"), ("plan", "--host-gb"), ("train", "--node")} <= {
         *DEPENDENT
     }
 
 
 @pytest.mark.parametrize(("name", "option"), DEPENDENT)
-def test_an_option_is_refused_without_the_one_it_belongs_to(name, option, capsys, tmp_path, monkeypatch):
+def test_a_dependent_option_is_refused_without_its_main_option(name, option, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(_command_line(name, option)) == 2
     said = capsys.readouterr()
@@ -48,7 +48,7 @@ def test_an_option_is_refused_without_the_one_it_belongs_to(name, option, capsys
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_what_an_option_needs_is_an_option_of_the_command(name):
+def test_required_options_exist_in_the_same_command(name):
     options = {text for action in cli.parser_of(name)._actions for text in action.option_strings}
     for action, other in _parts(name):
         assert other in options - set(action.option_strings), action.option_strings
@@ -62,7 +62,7 @@ def test_what_an_option_needs_is_an_option_of_the_command(name):
         (["--hostfile", "hosts", "--sbatch=-p x"], "--sbatch means nothing without --slurm"),
     ],
 )
-def test_places_to_train_that_contradict_each_other_are_refused(kind, words, said, capsys, tmp_path, monkeypatch):
+def test_contradictory_places_to_train_are_refused(kind, words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main([kind, "run", "nowhere.yaml", *words]) == 2
     assert said in capsys.readouterr().err

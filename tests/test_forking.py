@@ -25,7 +25,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.parametrize(("before", "forkable"), [("conftest.keep_forkable()", True), ("", False)])
-def test_ranks_can_be_forked_after_a_backward_pass_though_a_device_has_turned_up(before: str, forkable: bool) -> None:
+def test_ranks_can_be_forked_after_a_backward_pass_with_keep_forkable(before: str, forkable: bool) -> None:
     program = PROGRAM.format(folder=str(Path(__file__).parent), before=before)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1]

@@ -44,7 +44,7 @@ def bst(tmp_path, link_packages):
 
 
 @pytest.mark.ranks
-def test_it_trains_with_checkpoints_on_two_ranks_resumes_and_says_that_it_is_not_installed(bst, recipe_file, tmp_path):
+def test_an_uninstalled_checkout_trains_resumes_and_reports_that(bst, recipe_file, tmp_path):
     words = ["train", recipe_file(ranks=2, deepspeed="zero1"), "--run-dir", tmp_path / "run"]
     bst(*words, "--until", 2)
     assert "resumed from step 2" in bst(*words, "--resume")
@@ -64,7 +64,7 @@ def not_installed(monkeypatch):
 
 
 @pytest.mark.usefixtures("not_installed")
-def test_a_checkout_on_the_path_has_the_version_of_its_own_pyproject_file_alone(monkeypatch, tmp_path):
+def test_a_checkout_takes_its_version_only_from_its_own_pyproject(monkeypatch, tmp_path):
     stated = re.search('^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert version.own_version() == f"{stated} (not installed)"
     monkeypatch.setattr(version, "_root", lambda: tmp_path)
@@ -73,7 +73,7 @@ def test_a_checkout_on_the_path_has_the_version_of_its_own_pyproject_file_alone(
 
 
 @pytest.mark.usefixtures("not_installed")
-def test_the_doctor_says_that_it_does_not_know_what_extras_need():
+def test_the_doctor_reports_unknown_extras_in_a_checkout():
     (found,) = software.extras()
     assert found.mark == LACKING
     assert "not installed" in found.text

@@ -65,9 +65,7 @@ def without_extras(
 
 
 @pytest.mark.ranks
-def test_without_extras_a_run_is_evaluated_and_continued_and_training_says_what_to_install(
-    without_extras, make_run, corpus, tmp_path
-):
+def test_without_extras_evaluation_works_and_training_names_the_extra(without_extras, make_run, corpus, tmp_path):
     run_dir = make_run()
     run(without_extras.parent / "python", "-c", "import bst_dist; bst_dist.BlockStateTransformer", cwd=tmp_path)
     assert "bits" in run(without_extras, "eval", run_dir, cwd=tmp_path)

@@ -56,7 +56,7 @@ def gradients(policy: str, variant: str, bf16: bool) -> tuple[list[Tensor], Earl
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("variant", ["SH", "MH", "MF"])
 @pytest.mark.parametrize("policy", POLICIES[1:])
-def test_gradients_and_what_is_carried_on_are_the_same_bit_for_bit(policy, variant, bf16):
+def test_gradients_and_carried_state_are_bitwise_equal_under_every_policy(policy, variant, bf16):
     expected, left = gradients("none", variant, bf16)
     found, left_again = gradients(policy, variant, bf16)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -93,7 +93,7 @@ def growth(policy: str, every: int = 2) -> tuple[float, float]:
     return (many - few) / 8 / INPUT_BYTES, (many_host - few_host) / 8 / INPUT_BYTES
 
 
-def test_memory_grows_with_the_depth_as_each_policy_says():
+def test_memory_growth_with_depth_matches_each_policy():
     everything = growth("none")[0]
     assert everything > 20
     assert growth("every-layer") == (pytest.approx(1, abs=0.01), 0)
@@ -103,7 +103,7 @@ def test_memory_grows_with_the_depth_as_each_policy_says():
     assert 1 < growth("selective")[0] < everything / 3
 
 
-def test_memory_is_given_back_after_the_step():
+def test_memory_is_freed_after_the_step():
     for policy in POLICIES:
         model = build(policy, 4)
         ids, labels = tokens()
@@ -142,7 +142,7 @@ def test_96_layers_train_alike_under_every_policy_in_the_memory_planned():
         assert between == pytest.approx(planned, rel=0.01), policy
 
 
-def test_selective_gives_back_narrow_products_and_computes_wide_ones_again():
+def test_selective_keeps_narrow_products_and_recomputes_wide_ones():
     x, narrow, wide = torch.randn(4, 8), torch.randn(8, 2), torch.randn(8, 32)
     keep, give = selective.contexts()
     with keep:
@@ -152,7 +152,7 @@ def test_selective_gives_back_narrow_products_and_computes_wide_ones_again():
         assert torch.equal(x @ torch.zeros(8, 32), torch.zeros(4, 32))
 
 
-def test_evaluation_keeps_nothing():
+def test_evaluation_keeps_no_activations():
     for policy in POLICIES:
         model = build(policy, 4)
         ids, labels = tokens()

@@ -41,7 +41,7 @@ def expected(name: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", ["sliding T5", "SH RoPE", "MF", "SH joint", "Transformer-XL", "full RoPE"])
-def test_flex_has_the_losses_and_gradients_of_tiles(name):
+def test_flex_losses_and_gradients_equal_those_of_tiles(name):
     assert worst(gradients(name, Borders.of(BEGINS)), expected(name)) < 1e-5
 
 
@@ -54,7 +54,7 @@ def test_selective_checkpointing_has_the_same_gradients():
     assert worst(gradients("SH", Borders.of(BEGINS), policy="selective"), expected("SH")) < 1e-5
 
 
-def test_another_documents_tokens_change_no_bit():
+def test_tokens_of_other_documents_have_no_effect():
     model, ids, own = build("SH RoPE"), tokens()[0], slice(100, 200)
     for layer in model.layers:
         layer.compiled = True
@@ -65,7 +65,7 @@ def test_another_documents_tokens_change_no_bit():
     assert not torch.equal(one[0, own.stop :], other[0, own.stop :])
 
 
-def test_a_graph_serves_any_number_of_borders_that_its_room_holds(monkeypatch):
+def test_one_graph_serves_all_border_counts_of_one_table_size(monkeypatch):
     """A larger table of borders needs one more graph, for the layer with an SSM."""
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(flex, "BACKEND", counter)

@@ -76,7 +76,7 @@ def test_under_autocast_a_compiled_layer_computes_gradients_in_the_same_precisio
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("position", ["rope", "t5"])
-def test_masks_and_tables_are_made_once_for_all_layers_and_outside_of_their_graphs(compiled, position, monkeypatch):
+def test_masks_and_tables_are_built_once_outside_the_layer_graphs(compiled, position, monkeypatch):
     made = []
     for name in ("visited_tiles", "documents_of", "angles"):
         real = getattr(attention, name)
@@ -96,7 +96,7 @@ def test_masks_and_tables_are_made_once_for_all_layers_and_outside_of_their_grap
     assert not {torch.searchsorted, operator.rshift} & set(traced)  # of documents, and of tiles
 
 
-def test_documents_and_checkpointing_go_with_compiled_layers():
+def test_compiled_layers_support_documents_and_checkpointing():
     starts = torch.tensor([[False, True], [True, False]])
     plain = gradients("SH", compiled=False, starts=starts)
     assert worst(gradients("SH", compiled=True, policy="every-layer", starts=starts), plain) < 1e-5
@@ -150,7 +150,7 @@ def storage_of(x: Tensor) -> tuple[int, int]:
     return x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
 
 
-def test_layers_of_a_kind_share_a_graph_and_evaluation_needs_none(monkeypatch):
+def test_layers_of_one_kind_share_a_graph_also_in_evaluation(monkeypatch):
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(flex, "BACKEND", counter)
     model = build("SH", depth=5, placement=[1, 3])
@@ -165,9 +165,7 @@ def test_layers_of_a_kind_share_a_graph_and_evaluation_needs_none(monkeypatch):
 
 
 @pytest.mark.parametrize(("stage", "policy"), [(1, "every-kth-layer"), (2, "selective")])
-def test_a_step_of_training_under_deepspeed_has_the_gradients_of_uncompiled_layers(
-    stage, policy, recipe_file, on_ranks, monkeypatch
-):
+def test_a_deepspeed_step_has_the_gradients_of_uncompiled_layers(stage, policy, recipe_file, on_ranks, monkeypatch):
     """Micro-batches have two rows and one, so each kind of layer has a graph for both shapes.
 
     If uncompiled layers use the same fused products, the gradients only differ in the order of sums. Normally they use
@@ -233,13 +231,13 @@ def test_a_step_of_training_under_deepspeed_has_the_gradients_of_uncompiled_laye
         ({"train": {"slice_tokens": 32}}, "cuda", 1, "train.slice_tokens"),
     ],
 )
-def test_what_cannot_be_compiled_is_refused_with_the_reason(settings, change, device, stage, reason):
+def test_unsupported_compilation_is_refused_with_the_reason(settings, change, device, stage, reason):
     with pytest.raises(ConfigError, match=f"compile: true cannot be done here: .*{reason}"):
         changed = {section: settings.get(section, {}) | values for section, values in change.items()}
         compiles(parse(Recipe, settings | changed | {"compile": True}), device, stage)
 
 
-def test_layers_are_compiled_on_cuda_wherever_they_can_be(settings):
+def test_layers_are_compiled_on_cuda_where_supported(settings):
     assert compiles(parse(Recipe, settings), "cuda", 2) == (True, "")
     assert compiles(parse(Recipe, settings), "cpu", 2)[0] is False
     for policy in get_args(ActivationCheckpointingConfig.model_fields["policy"].annotation):

@@ -76,7 +76,7 @@ def test_sums_without_gradients_equal_the_tiles(length, monkeypatch):
     torch.testing.assert_close(found, sliding_share(q, k, v, WINDOW, bias, True, None, None, None))
 
 
-def test_a_window_of_no_whole_tiles(monkeypatch):
+def test_a_window_of_partial_tiles_equals_the_tiles(monkeypatch):
     q, k, v, bias = inputs(96, window=96, length=1056)
     weight = torch.randn(ROWS, 1056, HEADS, WIDTH)
     documents = documents_of(torch.randn(ROWS, 11).gt(0.5), 1056, 1152, 96)
@@ -90,7 +90,7 @@ def test_a_window_of_no_whole_tiles(monkeypatch):
     assert max(errors(found, run())) < 2e-6
 
 
-def test_the_bias_gradient_in_bfloat16_is_near_that_in_single_precision():
+def test_the_bias_gradient_in_bfloat16_is_close_to_single_precision():
     q, k, v, bias = inputs(128)
     weight = torch.randn(ROWS, LENGTH, HEADS, WIDTH)
     found = []
@@ -114,7 +114,7 @@ def test_slices_without_gradients_equal_the_tiles(length, include_self, monkeypa
 
 
 @pytest.mark.parametrize("before", [0, 128])
-def test_without_gradients_no_mask_or_bias_is_given_what_is_computed_from_dynamic_lengths(before, monkeypatch):
+def test_masks_and_biases_get_no_values_computed_from_dynamic_lengths(before, monkeypatch):
     """Inductor of torch 2.11 fails on such values; it accepts tensors and the lengths themselves."""
     given = []
 
@@ -133,7 +133,7 @@ def test_without_gradients_no_mask_or_bias_is_given_what_is_computed_from_dynami
 
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize(("before", "window", "length"), [(0, 128, 512), (128, 200, 384), (96, 96, 480), (7, 129, 300)])
-def test_the_visited_tiles_are_those_that_torch_finds_from_the_whole_mask(before, window, length, include_self):
+def test_visited_tiles_equal_those_of_a_torch_block_mask(before, window, length, include_self):
     torch.manual_seed(0)
     begins = torch.rand(3, before + length).lt(0.02).cumsum(1)
     begins[1] = 0
@@ -154,7 +154,7 @@ def test_the_visited_tiles_are_those_that_torch_finds_from_the_whole_mask(before
                 assert torch.equal(found, known.sort().values)
 
 
-def test_one_graph_more_than_allowed_is_an_error(monkeypatch):
+def test_exceeding_the_graph_limit_is_an_error(monkeypatch):
     monkeypatch.setattr(flex, "GRAPHS", 2)
     for length in (256, 384):
         sliding_attention(*inputs(0, length=length)[:3], WINDOW, None, True)
@@ -162,7 +162,7 @@ def test_one_graph_more_than_allowed_is_an_error(monkeypatch):
         sliding_attention(*inputs(0, length=512)[:3], WINDOW, None, True)
 
 
-def test_inductor_can_compile_the_arithmetic_of_the_tiles(monkeypatch):
+def test_inductor_generates_code_for_the_arithmetic_of_the_tiles(monkeypatch):
     """This is the part of the path that Inductor's CPU code generator supports; it once failed on floor divisions."""
     from torch._inductor import graph
 

@@ -28,6 +28,6 @@ def of(settings: dict) -> tuple[ModelConfig, str]:
 
 @pytest.mark.parametrize("policy", ["none", "selective"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_compiled_layer_keeps_what_is_planned(name, policy):
+def test_a_compiled_layer_keeps_the_planned_bytes(name, policy):
     layer = (*of(LAYERS[name][0]), policy, 2, LENGTH, LAYERS[name][1])
     assert planned(*layer) == pytest.approx(kept_by_graph(*layer), rel=0.02)  # some keep the softmax sums twice

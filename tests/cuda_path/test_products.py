@@ -32,7 +32,7 @@ def gradients(call: Callable[[Tensor], Tensor], x: Tensor, *maps: Linear) -> lis
     return [out, *torch.autograd.grad((out * factors).sum(), [x, *(one.weight for one in maps)])]
 
 
-def test_maps_of_one_input_are_one_product_with_their_gradients():
+def test_maps_of_one_input_are_fused_into_one_product():
     torch.manual_seed(0)
     first, second = Linear(5, 6).double(), Linear(5, 3).double()
     x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
@@ -52,7 +52,7 @@ def test_maps_of_one_input_are_one_product_with_their_gradients():
         torch.testing.assert_close(found, gradients(other, x, first, second), rtol=1e-13, atol=1e-13)
 
 
-def test_an_operand_lies_in_order_when_it_is_compiled_alone():
+def test_an_operand_is_contiguous_only_when_compiled():
     """Values and gradients are those of its input."""
     torch.manual_seed(0)
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
@@ -66,7 +66,7 @@ def test_an_operand_lies_in_order_when_it_is_compiled_alone():
     assert torch.equal(gradient, factors.permute(1, 2, 0))
 
 
-def test_a_gradient_comes_in_order_when_it_is_compiled_alone():
+def test_a_gradient_is_contiguous_only_when_compiled():
     torch.manual_seed(0)
     x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
     factors = torch.arange(60, dtype=torch.float64).view(3, 4, 5)
@@ -80,7 +80,7 @@ def test_a_gradient_comes_in_order_when_it_is_compiled_alone():
     assert found["compiled"].is_contiguous() and not found["not"].is_contiguous()
 
 
-def test_relu_in_a_product_has_the_gradient_of_relu_after_it():
+def test_fused_relu_has_the_gradient_of_a_separate_relu():
     torch.manual_seed(0)
     into = Linear(5, 7).double()
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_relu_in_a_product_has_the_gradient_of_relu_after_it():
     assert not found[2][0].any()
 
 
-def test_relu_in_a_product_is_computed_in_autocasts_type():
+def test_fused_relu_uses_the_autocast_dtype():
     torch.manual_seed(0)
     into, x = Linear(32, 64), torch.randn(2, 8, 32, requires_grad=True)
     call, _ = compiled(lambda x: relu_of(x, into))

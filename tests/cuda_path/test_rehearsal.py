@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_what_a_gpu_is_asked_runs_by_its_path_on_a_cpu() -> None:
+def test_gpu_tests_pass_on_a_cpu_by_the_gpu_path() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-k",
                "SH and not DPLR and not hyena or fused_path or RoPE"]  # fmt: skip
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -127,7 +127,7 @@ def stepping(recipe_file, monkeypatch) -> Callable[..., Callable[..., Any]]:
     ("model", "policy", "precision"),
     [(SLIDING, "selective", "bf16"), (SLIDING, "offload", "fp32"), (SH, "every-layer", "fp32")],
 )
-def test_a_layer_is_gathered_whole_and_given_up_whole(model, policy, precision, stepping, on_ranks, monkeypatch):
+def test_each_layer_is_gathered_and_released_as_a_whole(model, policy, precision, stepping, on_ranks, monkeypatch):
     """The gradients equal those of uncompiled layers and of ZeRO-1; one graph per kind of layer and number of rows."""
     step = stepping(model, policy, precision)
 
@@ -148,7 +148,7 @@ def test_a_layer_is_gathered_whole_and_given_up_whole(model, policy, precision, 
         assert passes == ([True] * depth + backward * depth) * 2
 
 
-def test_weights_that_something_holds_on_to_are_seen(stepping, on_ranks, monkeypatch):
+def test_weights_kept_after_their_release_are_detected(stepping, on_ranks, monkeypatch):
     """The test above would fail if graphs kept aliases of gathered weights instead of the parameters."""
     step = stepping(SLIDING, "selective", "fp32")
 
@@ -197,7 +197,7 @@ def bytes_of(x: Tensor) -> bytes:
     return x.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def test_a_graph_has_linear_maps_of_torch_whatever_is_in_their_place(monkeypatch):
+def test_compiled_graphs_use_the_linear_map_of_torch(monkeypatch):
     """DeepSpeed's linear makes torch 2.11 compile each layer separately; torch 2.13 does not."""
 
     def refused(*_: object) -> None:
@@ -213,7 +213,7 @@ def test_a_graph_has_linear_maps_of_torch_whatever_is_in_their_place(monkeypatch
     assert nn.functional.linear is refused
 
 
-def test_a_graph_that_names_nothing_keeps_a_copy(monkeypatch):
+def test_a_graph_without_a_checkpointing_policy_keeps_a_copy(monkeypatch):
     """This is why layers that keep their activations are not compiled under ZeRO-3."""
     monkeypatch.setattr(nn.functional, "linear", zero3_linear_wrap)
     layer, kept = build("SH").layers[1], []
@@ -224,7 +224,7 @@ def test_a_graph_that_names_nothing_keeps_a_copy(monkeypatch):
     assert any(is_copy(one, layer.mixer.cross.context.key_value) for one in kept)
 
 
-def test_a_run_compiles_in_its_first_step_alone_and_resumes_to_the_bit(
+def test_a_run_compiles_only_in_its_first_step_and_resumes_bitwise_equal(
     recipe_file, on_ranks, tmp_path, unmeasured, assert_same_run, monkeypatch
 ):
     """With an evaluation in between. DeepSpeed records the order of the layers once, as with uncompiled layers."""

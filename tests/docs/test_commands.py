@@ -210,7 +210,7 @@ def accept_deepspeed(line: Line, words: list[str]) -> None:
         accept_settings(given, line)
 
 
-def test_slips_are_found():
+def test_wrong_command_lines_are_detected():
     """Tests this test: wrong command lines must not pass."""
     page = """
 ```
@@ -280,7 +280,7 @@ def runnable() -> list[Line]:
 
 
 @pytest.mark.parametrize("pattern", LEFT_OUT)
-def test_only_what_is_documented_is_left_out(pattern):
+def test_every_exclusion_matches_a_documented_command(pattern):
     assert any(re.match(pattern, " ".join(line.words)) for line in documented())
 
 

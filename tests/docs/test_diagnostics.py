@@ -44,7 +44,7 @@ def as_predicted(lag, depth, arm, seed):
     return 0.9 if arm == "bst-sh" or seen else 0.06
 
 
-def test_the_page_is_what_its_program_writes():
+def test_the_page_equals_the_program_output():
     text = page.PAGE.read_text()
     assert page.rewrite(text, page.build(page.load())) == text
 
@@ -54,7 +54,7 @@ def test_all_registered_runs_are_counted_once():
     assert "of 534 runs are done" in page.build(page.load())
 
 
-def test_the_lags_that_windows_cannot_tell_are_the_registered_ones():
+def test_lags_beyond_the_reach_of_windows_are_the_registered_ones():
     experiments = {e.name: e for e in page.load()}
     hidden = {name: [c for c in experiments[name].settings["conditions"] if experiments[name].hidden(c)]
               for name in ("small-copy", "copy")}  # fmt: skip
@@ -62,7 +62,7 @@ def test_the_lags_that_windows_cannot_tell_are_the_registered_ones():
     assert hidden["copy"] == ["lag 256, 2 layers", "lag 256, 4 layers", *(f"lag 768, {n} layers" for n in (2, 4, 8))]
 
 
-def test_predictions_hold_or_name_what_speaks_against_them():
+def test_predictions_hold_or_name_the_contradicting_runs():
     text = page.build([copying(as_predicted)])
     assert "**P1** holds: 12 of 12 runs" in text  # three cells, two arms, two seeds
     assert "**P2** holds: 12 of 12 runs" in text
@@ -93,7 +93,7 @@ def seeds_differ(lag, depth, arm, seed):
         (no_advantage, "**Undecided**: the advantage of `bst-sh` over `sliding` is +0.000 ± 0.000"),
     ],
 )  # fmt: skip
-def test_the_page_begins_with_whether_the_advantage_falls(accuracy, verdict):
+def test_the_page_first_tells_whether_the_advantage_falls(accuracy, verdict):
     """Lags 32 and 64 are within reach at some depths and beyond it at others; lag 16 is always within reach."""
     lines = page.build([copying(accuracy)]).splitlines()
     assert "does the advantage fall where windows reach the lag?" in lines[0]
@@ -120,13 +120,13 @@ def test_there_is_no_answer_before_all_lags_are_done():
     assert "| 64 | bst-sh | 0.900 ± 0.000 † |  | 0.900 ± 0.000 |" in text
 
 
-def test_the_figure_has_a_panel_a_lag(tmp_path, monkeypatch):
+def test_the_figure_is_written_as_png(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "FIGURES", tmp_path)
     page.draw_figures([copying(as_predicted)])
     assert (tmp_path / "diagnostics-small-copy.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_condition_with_a_run_that_is_not_done_is_neither_shown_nor_judged():
+def test_unfinished_conditions_are_neither_shown_nor_judged():
     text = page.build([copying(as_predicted, statuses={"lag 16, 2 layers": "running"})])
     assert "| lag 16, 2 layers |" not in text
     assert "| `small-copy.yaml` | 51 of 54 | 8 of 9 |" in text
@@ -156,7 +156,7 @@ def test_the_difference_of_advantages_has_the_interval_of_a_paired_t_test():
         ({"rate 1e-2": (0.5, 0.5)}, "does not hold"),
     ],
 )
-def test_windows_have_learnt_if_both_seeds_have_at_one_rate(accuracy, answer):
+def test_windows_have_learnt_if_both_seeds_learn_at_one_rate(accuracy, answer):
     found = next(e for e in page.load() if e.name == "reach")
     rows = [
         {"condition": rate, "arm": arm, "seeds": {"0": "done", "1": "done"},
@@ -227,7 +227,7 @@ def run_directory(root, name, finished=True):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_finished_runs_are_kept_and_those_of_another_machine_stay(tmp_path):
+def test_finished_runs_are_archived_and_earlier_archived_runs_stay(tmp_path):
     run_directory(tmp_path / "first", "a")
     run_directory(tmp_path / "second", "b")
     run_directory(tmp_path / "second", "stopped", finished=False)

@@ -8,7 +8,7 @@ from tests.sm90.layers import COUNTS, LAYERS, table
 PAGE = Path(__file__).parents[2] / "docs/gpu.md"
 
 
-def test_every_layer_is_counted_and_the_table_has_what_was_counted():
+def test_the_table_shows_the_counts_of_every_layer():
     counts = json.loads(COUNTS.read_text())
     assert list(counts) == list(LAYERS)
     assert table(counts) in PAGE.read_text()

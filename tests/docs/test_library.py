@@ -23,7 +23,7 @@ def test_the_code_of_the_page_runs_and_learns():
     assert names["x"].shape == (2, 256, 64)
 
 
-def test_a_layer_is_causal_and_the_same_in_two_calls():
+def test_a_layer_is_causal():
     torch.manual_seed(0)
     layer = BSTLayer(width=16, heads=2, block=8).double()
     x = torch.randn(1, 32, 16, dtype=torch.float64)
@@ -33,7 +33,7 @@ def test_a_layer_is_causal_and_the_same_in_two_calls():
     assert not torch.allclose(layer(x)[:, 20:], layer(changed)[:, 20:])
 
 
-def test_a_model_by_arguments_is_the_one_of_a_recipe():
+def test_a_model_from_arguments_equals_one_from_a_recipe():
     from bst_dist.model.config import ModelConfig
     from bst_dist.model.lm import LanguageModel
 

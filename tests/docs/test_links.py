@@ -20,7 +20,7 @@ def links(page: Path) -> list[tuple[Path, str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_links_point_to_existing_files_and_headings(page):
     for target, part in links(page):
         assert target.exists(), f"{page}: there is no {target}"
         if part:

@@ -38,7 +38,7 @@ def test_generation_equals_the_parallel_forward_token_by_token(make_model, chang
     torch.testing.assert_close(torch.stack(one_at_a_time), parallel[prompt - 1 :], rtol=1e-9, atol=1e-9)
 
 
-def test_a_prompt_longer_than_any_slice_is_read_in_slices(make_model):
+def test_a_long_prompt_is_read_in_slices(make_model):
     model = make_model()
     lengths = []
     model.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
@@ -58,7 +58,7 @@ def test_greedy_tokens_are_the_likeliest_of_the_parallel_forward(make_model):
 
 
 @pytest.mark.parametrize("changes", [{}, {"variant": "MF"}, {"mixer": "block-recurrent"}], ids=str)
-def test_rows_drawn_together_are_those_drawn_alone(make_model, changes):
+def test_samples_drawn_together_equal_samples_drawn_alone(make_model, changes):
     """Prompts end in the first block, at a block's end, and after several blocks; some have a common prefix."""
     model = make_model(**changes)
     prompts = [torch.randint(0, 19, (n,)).tolist() for n in (1, 8, 9, 23, 16, 60)]
@@ -91,7 +91,7 @@ def test_forbidden_tokens_are_never_drawn(make_model):
     assert set(drawn) <= {2, 5}
 
 
-def test_tokens_of_the_prompt_and_drawn_ones_are_penalised(make_model):
+def test_repetition_penalty_applies_to_prompt_and_drawn_tokens(make_model):
     """Compared with the formula of Keskar et al., token by token; prompts longer than two blocks and within a block."""
     model, penalty = make_model(), 1.5
     for prompt in ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [7, 7]):

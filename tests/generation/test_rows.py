@@ -22,7 +22,7 @@ def counted(model):
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
-def test_rows_at_places_of_their_own_read_what_each_would_alone(make_model, changes):
+def test_rows_at_different_positions_equal_rows_read_alone(make_model, changes):
     model = make_model(**changes)
     texts = [torch.randint(0, 19, (45,)) for _ in range(5)]
     reads = [(3, 16, 0, 24, 24), (5, 3, 11, 0, 1), (1, 1, 1, 1, 1), (8, 0, 8, 15, 14)]
@@ -38,7 +38,7 @@ def test_rows_at_places_of_their_own_read_what_each_would_alone(make_model, chan
             torch.testing.assert_close(model.logits(states), alone, rtol=1e-9, atol=1e-9)
 
 
-def test_every_hidden_state_is_what_the_last_was_at_its_time(make_model):
+def test_all_hidden_states_equal_those_read_token_by_token(make_model):
     model, text = make_model(), torch.randint(0, 19, (29,))
     every = Rows(1).read(model, [text], every=True)[0]
     rows = Rows(1)
@@ -57,7 +57,7 @@ def test_rows_whose_states_have_the_same_shape_share_a_forward_pass(make_model):
 
 
 @torch.no_grad()
-def test_selected_rows_go_on_from_the_rows_they_were(make_model):
+def test_selected_rows_continue_from_their_source_rows(make_model):
     model = make_model()
     texts = [torch.randint(0, 19, (n,)) for n in (11, 16, 5, 24)]
     rows, origins = Rows(4), [3, 1, 1, 0]
@@ -71,7 +71,7 @@ def test_selected_rows_go_on_from_the_rows_they_were(make_model):
 
 
 @pytest.mark.parametrize("changes", [kind for kind in KINDS if kind.get("mixer") != "full"], ids=str)
-def test_the_state_is_no_larger_after_many_tokens(make_model, changes):
+def test_the_state_size_does_not_grow_with_tokens(make_model, changes):
     decoder = Decoder(make_model(transformer_xl={"window": 16}, **changes))
     sizes = {}
     decoder.read([1] * 32)
@@ -83,7 +83,7 @@ def test_the_state_is_no_larger_after_many_tokens(make_model, changes):
 
 @given(position=st.integers(0, 200), count=st.integers(0, 700), chunk=st.sampled_from([1, 2, 8, 64]),
        block=st.sampled_from([8, 32]))  # fmt: skip
-def test_portions_are_whole_blocks_or_within_one_and_whole_chunks_or_within_one(position, count, chunk, block):
+def test_portions_never_mix_whole_and_partial_blocks_or_chunks(position, count, chunk, block):
     lengths = list(portions(position, count, block, min(chunk, block)))
     assert sum(lengths) == count
     for length in lengths:

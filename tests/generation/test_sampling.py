@@ -21,7 +21,7 @@ def test_draws_follow_the_tempered_distribution():
     torch.testing.assert_close(torch.bincount(tokens) / 20_000, expected, atol=0.012, rtol=0)
 
 
-def test_each_prompt_and_sample_draws_numbers_of_its_own():
+def test_each_prompt_and_sample_has_its_own_random_numbers():
     seeds = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
     drawn = [tuple(torch.rand(4, generator=draws_of(*seed)).tolist()) for seed in seeds]
     assert len(set(drawn)) == 4
@@ -47,7 +47,7 @@ def test_nucleus_keeps_the_fewest_tokens_that_reach_top_p():
 @settings(deadline=None)  # the first call imports
 @given(temperature=st.floats(0.1, 3), top_k=st.integers(0, 30), top_p=st.floats(0.05, 1), min_p=st.floats(0, 0.9),
        penalty=st.floats(0.5, 2), seed=st.integers(0, 99))  # fmt: skip
-def test_filters_are_those_of_transformers(temperature, top_k, top_p, min_p, penalty, seed):
+def test_sampling_filters_equal_those_of_transformers(temperature, top_k, top_p, min_p, penalty, seed):
     torch.manual_seed(seed)
     logits, read = torch.randn(3, 25), torch.randint(0, 25, (3, 7))
     seen = torch.zeros(3, 25, dtype=torch.bool).scatter_(1, read, True)
@@ -64,11 +64,11 @@ def test_filters_are_those_of_transformers(temperature, top_k, top_p, min_p, pen
     torch.testing.assert_close(filtered(logits, sampling, seen), expected)
 
 
-def test_the_defaults_are_within_their_own_bounds():
+def test_sampling_defaults_are_valid():
     assert SamplingConfig.model_validate(SamplingConfig().model_dump()) == SamplingConfig()
 
 
-def test_the_likeliest_token_is_drawn_from_whatever_min_p_is():
+def test_min_p_of_one_keeps_the_likeliest_token():
     kept = filtered(torch.tensor([[0.0, 2.0, 1.0]]), ALL.model_copy(update={"min_p": 1.0})) > -torch.inf
     assert kept.tolist() == [[False, True, False]]
 

@@ -19,7 +19,7 @@ def streamed(data: bytes, cuts: list[int], stops: list[str] = ()) -> list[str]:
 
 
 @given(text=st.text(), cuts=st.lists(st.integers(0, 50)))
-def test_text_appears_whole_however_its_bytes_are_cut(text, cuts):
+def test_streamed_text_is_complete_for_any_split_of_its_bytes(text, cuts):
     written = streamed(text.encode(), cuts)
     assert "".join(written) == text
     assert "�" not in "".join(written) or "�" in text
@@ -27,13 +27,13 @@ def test_text_appears_whole_however_its_bytes_are_cut(text, cuts):
 
 @given(text=st.text("ab\n", max_size=30), cuts=st.lists(st.integers(0, 30)),
        stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))  # fmt: skip
-def test_text_ends_before_the_first_complete_stop_however_it_arrives(text, cuts, stops):
+def test_text_ends_before_the_first_stop_string_for_any_split(text, cuts, stops):
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     first = min(ends)[1] if ends else len(text)
     assert "".join(streamed(text.encode(), cuts, stops)) == text[:first]
 
 
-def test_what_cannot_begin_a_stop_is_written_at_once():
+def test_text_that_cannot_begin_a_stop_string_is_written_at_once():
     written = []
     stream = TextStream(written.append, ["\n\nclass"])
     for piece in (b"x = 1\n", b"y", b"\n\ncl", b"oud"):
@@ -42,7 +42,7 @@ def test_what_cannot_begin_a_stop_is_written_at_once():
     assert not stream.stopped
 
 
-def test_an_unfinished_character_ends_as_a_replacement():
+def test_an_incomplete_character_becomes_a_replacement_character():
     assert streamed(b"a\xf0\x9f", [1]) == ["a", "�"]
 
 

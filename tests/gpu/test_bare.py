@@ -44,7 +44,7 @@ def bare(tmp_path_factory, packed, link_packages):
 
 @pytest.mark.ranks
 @pytest.mark.long
-def test_all_ends_in_one_folder_and_a_failed_test_is_told(bare, tmp_path):
+def test_results_are_written_to_one_folder_and_failures_are_reported(bare, tmp_path):
     chosen = {"BST_REHEARSE_GPU": "1", "OMP_NUM_THREADS": "1"}
     words = ["--only", "generation"]
     done = bare(tmp_path / "good", *words, PYTEST_ADDOPTS="-k 'fp32 and (pure or GSS)'", **chosen)
@@ -60,7 +60,7 @@ def test_all_ends_in_one_folder_and_a_failed_test_is_told(bare, tmp_path):
     assert (tmp_path / "bad/bench/resume.json").is_file()
 
 
-def test_without_its_folders_it_says_how_it_is_used(tmp_path):
+def test_with_a_missing_argument_the_usage_is_printed(tmp_path):
     done = subprocess.run([ROOT / "tests/gpu/bare.sh", tmp_path], capture_output=True, text=True)
     assert done.returncode == 2
     assert "tests/gpu/bare.sh WHEELS RESULTS" in done.stderr

@@ -105,7 +105,7 @@ def test_fp32_on_the_gpu_equals_fp64_on_the_cpu(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bf16_on_the_gpu_is_near(name):
+def test_bf16_on_the_gpu_is_close_to_fp64_on_the_cpu(name):
     model, ids, labels = build(name)
     exact = gradients(copy.deepcopy(model).double(), ids, labels)
     torch.backends.cuda.matmul.allow_tf32 = True  # as in training
@@ -160,7 +160,7 @@ def test_documents_on_the_gpu_equal_fp64_on_the_cpu(name, kind):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_without_gradients_whole_and_in_slices(name):
+def test_losses_without_gradients_are_exact_whole_and_in_slices(name):
     model, ids, labels = build(name)
     with torch.no_grad():
         exact = model.double()(ids, labels).total
@@ -190,7 +190,7 @@ def test_gradients_are_the_same_bit_for_bit_in_deterministic_mode(name):
 
 @pytest.mark.skipif(REHEARSAL, reason="asks CUDA")
 @pytest.mark.parametrize("name", MODELS)
-def test_a_pass_waits_for_nothing(name):
+def test_a_pass_does_not_synchronise_with_the_cpu(name):
     model, ids, labels = build(name)
     model, ids, labels = model.cuda(), ids.cuda(), labels.cuda()
     model(ids, labels).total.backward()  # the first pass compiles and initialises libraries
@@ -203,7 +203,7 @@ def test_a_pass_waits_for_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["sliding RoPE", "SH", "MF", "Block-Recurrent"])
-def test_compiled_layers_compute_what_uncompiled_ones_do(name):
+def test_compiled_layers_equal_uncompiled_layers(name):
     model, ids, labels = build(name)
     model, ids, labels = model.to(DEVICE), ids.to(DEVICE), labels.to(DEVICE)
     exact = gradients(copy.deepcopy(model), ids, labels)

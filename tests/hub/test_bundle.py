@@ -35,7 +35,7 @@ def imports(source: str) -> dict[str, tuple[str, int]]:
     return found
 
 
-def test_names_keep_their_names_and_come_from_files_beside_it():
+def test_bundled_imports_keep_their_names_and_use_neighbour_files():
     text, imported = bundle._standing_alone(SOURCE, "bst_dist.hub.modeling")
     assert imports(text) == {
         "annotations": ("__future__:annotations", 0), "torch": ("torch", 0),
@@ -46,12 +46,12 @@ def test_names_keep_their_names_and_come_from_files_beside_it():
     assert set(imported) == {"bst_base.settings", "bst_dist.model.roles", "bst_dist.model.lm"}
 
 
-def test_what_cannot_stand_alone_is_refused():
+def test_imports_that_cannot_be_bundled_are_refused():
     with pytest.raises(AssertionError, match=r"bst_dist\.x: 'import bst_dist\.model' cannot stand alone"):
         bundle._standing_alone("import bst_dist.model\n", "bst_dist.x")
 
 
-def test_the_files_import_each_other_and_nothing_else_of_this_project(tmp_path):
+def test_exported_files_import_only_each_other_from_this_project(tmp_path):
     classes = bundle.write_code(tmp_path)
     files = {path.stem: path.read_text() for path in tmp_path.glob("*.py")}
     assert set(classes.values()) == {f"hub_modeling.{name}" for name in bundle.CLASSES.values()}

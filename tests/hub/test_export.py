@@ -31,7 +31,7 @@ def equal(one, other):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_what_is_exported_comes_back_by_import(exported, tmp_path):
+def test_an_exported_run_is_restored_by_import(exported, tmp_path):
     run_dir, folder = exported()
     assert main(["import", str(folder), str(tmp_path / "back"), "data.corpus=elsewhere"]) == 0
     assert equal(run_dir, tmp_path / "back")
@@ -44,7 +44,7 @@ def test_what_is_exported_comes_back_by_import(exported, tmp_path):
 
 
 @pytest.mark.ranks
-def test_what_two_ranks_have_trained_comes_back_and_is_evaluated_and_trained_from(recipe_file, tmp_path, capfd):
+def test_a_run_of_two_ranks_is_imported_evaluated_and_trained_from(recipe_file, tmp_path, capfd):
     """The run's checkpoint has an index over two files; the imported checkpoint is a single file."""
     recipe, there, back = str(recipe_file()), tmp_path / "there", tmp_path / "back"
     assert main(["train", recipe, "--run-dir", str(there), "--ranks", "2", "--until", "3"]) == 0
@@ -61,7 +61,7 @@ def test_what_two_ranks_have_trained_comes_back_and_is_evaluated_and_trained_fro
     assert main(["train", recipe, *begin, "--run-dir", str(tmp_path / "next"), "--ranks", "2"]) == 0
 
 
-def test_a_published_tokenizer_goes_out_and_comes_back(make_run, tmp_path):
+def test_a_published_tokenizer_survives_export_and_import(make_run, tmp_path):
     """The export contains the corpus's tokenizer, and its form for transformers, which adds no end token to a text."""
     run_dir, folder = make_run(), tmp_path / "exported"
     (run_dir / "tokenizer.model").unlink()
@@ -85,7 +85,7 @@ def test_a_published_tokenizer_goes_out_and_comes_back(make_run, tmp_path):
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_an_imported_run_is_not_trained_on_in_its_own_directory(exported, tmp_path, resume):
+def test_training_in_an_imported_directory_is_refused(exported, tmp_path, resume):
     _, folder = exported()
     assert main(["import", str(folder), str(tmp_path / "back")]) == 0
     recipe = load_recipe(tmp_path / "back" / "recipe.yaml")
@@ -93,7 +93,7 @@ def test_an_imported_run_is_not_trained_on_in_its_own_directory(exported, tmp_pa
         directory.check(tmp_path / "back", recipe, {}, resume)
 
 
-def test_what_transformers_has_saved_is_imported_too(exported, tmp_path):
+def test_a_model_saved_by_transformers_can_be_imported(exported, tmp_path):
     run_dir, folder = exported()
     model = AutoModelForCausalLM.from_pretrained(folder)
     bst_dist.hub.BSTTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
@@ -103,7 +103,7 @@ def test_what_transformers_has_saved_is_imported_too(exported, tmp_path):
     assert equal(run_dir, tmp_path / "back")
 
 
-def test_several_files_of_half_precision_are_one_model(exported, tmp_path):
+def test_several_half_precision_files_load_as_one_model(exported, tmp_path):
     run_dir, folder = exported("--dtype", "bf16", "--file-size", "20000")
     assert len(list(folder.glob("*.safetensors"))) > 1
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -115,7 +115,7 @@ def test_several_files_of_half_precision_are_one_model(exported, tmp_path):
     assert main(["import", str(folder), str(tmp_path / "back")]) == 0
 
 
-def test_the_card_says_what_the_run_knows_and_no_secret(exported):
+def test_the_model_card_shows_run_facts_and_no_secret(exported):
     _, folder = exported()
     card = (folder / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
@@ -124,7 +124,7 @@ def test_the_card_says_what_the_run_knows_and_no_secret(exported):
     assert not [path for path in folder.iterdir() if b"HIDDEN_KEY" in path.read_bytes()]
 
 
-def test_the_card_has_measured_figures_with_their_errors(make_run, tmp_path):
+def test_the_model_card_shows_figures_with_standard_errors(make_run, tmp_path):
     figures = {"loss_nats_per_token": 2.0, "loss_nats_per_token_standard_error": 0.25, "bits_per_byte": 3.0,
                "bits_per_byte_standard_error": None, "corpus": "/data/prose", "documents": 12}  # fmt: skip
     report, run_dir = {"command": "bst eval", "split": "validation", "context_tokens": None}, make_run()
@@ -137,7 +137,7 @@ def test_the_card_has_measured_figures_with_their_errors(make_run, tmp_path):
     assert "| validation of prose, 12 documents | 2.0000 ± 0.2500 | 3.0000 |" in card
 
 
-def test_digests_are_what_sha256sum_reads(exported):
+def test_digests_can_be_checked_by_sha256sum(exported):
     _, folder = exported()
     assert subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=False).returncode == 0
     assert len((folder / "SHA256SUMS").read_text().splitlines()) == len(list(folder.iterdir())) - 1
@@ -202,7 +202,7 @@ def test_a_damaged_export_is_refused_in_one_message(exported, tmp_path, capsys, 
     (flip, "changed since the export"),
     (lambda folder: (folder / "hub_modeling.py").unlink(), "hub_modeling.py is missing"),
 ])  # fmt: skip
-def test_a_file_that_is_not_as_exported_is_named(exported, tmp_path, capsys, damage, said):
+def test_a_changed_file_of_an_export_is_named(exported, tmp_path, capsys, damage, said):
     _, folder = exported()
     damage(folder)
     assert main(["import", str(folder), str(tmp_path / "back")]) == 2

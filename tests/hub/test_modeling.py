@@ -50,7 +50,7 @@ def loaded(exported):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @torch.no_grad()
-def test_logits_are_ours_and_generated_tokens_too(loaded, kind, tmp_path):
+def test_logits_and_generated_tokens_equal_ours(loaded, kind, tmp_path):
     model, tokenizer, run_dir = loaded(**kind)
     ours = open_run(run_dir).model
     for prompt in PROMPTS[:2]:
@@ -73,7 +73,7 @@ def test_logits_are_ours_and_generated_tokens_too(loaded, kind, tmp_path):
 )
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_rows_of_unequal_prompts_are_read_as_if_alone(loaded, kind, side):
+def test_padded_prompts_equal_single_prompts(loaded, kind, side):
     model, tokenizer, _ = loaded(**kind)
     together = padded(tokenizer, side)
     written = model.generate(**together, max_new_tokens=12, do_sample=False)[:, together.input_ids.shape[1] :]
@@ -88,7 +88,7 @@ def test_rows_of_unequal_prompts_are_read_as_if_alone(loaded, kind, side):
 
 
 @torch.no_grad()
-def test_beams_are_those_of_reading_everything_again(loaded):
+def test_beam_search_with_a_cache_equals_that_without(loaded):
     model, tokenizer, _ = loaded()
     options = {"max_new_tokens": 12, "num_beams": 3, "num_return_sequences": 2}
     carried, again = (model.generate(**padded(tokenizer), **options, use_cache=cache) for cache in (True, False))
@@ -96,7 +96,7 @@ def test_beams_are_those_of_reading_everything_again(loaded):
 
 
 @torch.no_grad()
-def test_a_token_is_generated_from_the_state_alone_and_the_state_does_not_grow(loaded):
+def test_generation_reads_each_token_once_with_constant_state_size(loaded):
     model, tokenizer, _ = loaded()
     read, inputs = [], tokenizer(PROMPTS[1], return_tensors="pt")
     model.model.layers[0].register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1]))
@@ -111,7 +111,7 @@ def test_a_token_is_generated_from_the_state_alone_and_the_state_does_not_grow(l
 
 
 @torch.no_grad()
-def test_reading_goes_on_from_a_cache(loaded):
+def test_reading_continues_from_a_cache(loaded):
     model, tokenizer, _ = loaded()
     ids = tokenizer(PROMPTS[1], return_tensors="pt").input_ids
     first = model(ids[:, :11])
@@ -119,7 +119,7 @@ def test_reading_goes_on_from_a_cache(loaded):
     torch.testing.assert_close(torch.cat((first.logits, rest), 1), model(ids).logits, rtol=2e-5, atol=2e-5)
 
 
-def test_loss_and_gradients_are_ours(loaded):
+def test_loss_and_gradients_equal_ours(loaded):
     model, tokenizer, run_dir = loaded()
     ours, inputs = open_run(run_dir).model, padded(tokenizer, "right")
     model.train()
@@ -137,7 +137,7 @@ def test_loss_and_gradients_are_ours(loaded):
 
 
 @torch.no_grad()
-def test_half_precision_is_that_of_training(exported):
+def test_half_precision_equals_that_of_training(exported):
     run_dir, folder = exported()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -148,12 +148,12 @@ def test_half_precision_is_that_of_training(exported):
 
 
 @pytest.mark.parametrize("mask", [[[1, 0, 1, 1]], [[0, 0, 0, 0]]])
-def test_a_mask_that_is_no_padding_is_refused(loaded, mask):
+def test_a_mask_other_than_padding_is_refused(loaded, mask):
     with pytest.raises(ValueError, match="attention_mask hides"):
         loaded()[0](torch.ones(1, 4, dtype=torch.long), attention_mask=torch.tensor(mask))
 
 
-def test_the_directory_is_enough_under_trust_remote_code(exported, tmp_path):
+def test_the_exported_directory_works_with_trust_remote_code(exported, tmp_path):
     _, folder = exported()
     code = f"""
 from transformers import AutoModelForCausalLM, AutoTokenizer

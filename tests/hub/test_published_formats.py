@@ -26,7 +26,7 @@ def run(bst, *arguments):
 
 
 @pytest.mark.ranks
-def test_parquet_and_a_tokenizer_of_tiktoken_become_a_corpus_a_run_a_model_and_tables_again(bst, tmp_path):
+def test_parquet_and_tiktoken_data_survive_the_whole_chain(bst, tmp_path):
     (tmp_path / "tables").mkdir()
     for split, texts in (("train", TEXTS[1:]), ("validation", TEXTS[:1])):
         pq.write_table(pa.table({"text": texts}), tmp_path / f"tables/{split}-0.parquet")

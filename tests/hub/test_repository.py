@@ -140,7 +140,7 @@ def bst(hub: Hub, home: Path, *words: object, token: str = TOKEN) -> subprocess.
 
 
 @pytest.mark.ranks
-def test_a_run_goes_to_a_repository_and_comes_back_from_it(hub, make_run, tmp_path):
+def test_a_run_is_uploaded_to_a_repository_and_imported_again(hub, make_run, tmp_path):
     run_dir, out = make_run(), tmp_path / "out"
     done = bst(hub, tmp_path / "home", "export", run_dir, out, "--push", "me/model", "--private")
     assert done.returncode == 0, done.stderr
@@ -166,7 +166,7 @@ def test_a_run_goes_to_a_repository_and_comes_back_from_it(hub, make_run, tmp_pa
     assert not (tmp_path / "damaged").exists()
 
 
-def test_what_is_refused_before_the_hub_is_asked_is_one_line(make_run, tmp_path, capsys):
+def test_invalid_hub_options_are_refused_in_one_line(make_run, tmp_path, capsys):
     run_dir = make_run()
     for words, said in (
         (["export", run_dir, tmp_path / "a", "--push", "model"], "model: not the id of a repository, OWNER/NAME"),
@@ -182,7 +182,7 @@ def test_what_is_refused_before_the_hub_is_asked_is_one_line(make_run, tmp_path,
 
 
 @pytest.mark.ranks
-def test_what_the_hub_refuses_is_one_line(hub, make_run, tmp_path):
+def test_errors_of_the_hub_are_reported(hub, make_run, tmp_path):
     run_dir, home = make_run(), tmp_path / "home"
     for words, said in (
         (["export", run_dir, tmp_path / "a", "--push", "me/a b"], "me/a b: "),

@@ -72,14 +72,14 @@ def same_as_ours(folder, tmp_path, packages):
     assert text.tolist() == written
 
 
-def test_an_export_stands_alone_and_can_be_saved_again(exported, tmp_path, only_transformers):
+def test_an_export_works_without_this_package_and_can_be_saved_again(exported, tmp_path, only_transformers):
     _, folder = exported()
     same_as_ours(folder, tmp_path, only_transformers)
 
 
 @pytest.mark.ranks  # seconds each: a process that imports torch and transformers
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
-def test_every_mixer_stands_alone(exported, tmp_path, only_transformers, mixer):
+def test_every_mixer_works_without_this_package(exported, tmp_path, only_transformers, mixer):
     _, folder = exported(
         mixer=mixer, width=64, head_width=24, activation="swiglu", tied=False, attention={"kv_heads": 1}
     )
@@ -102,7 +102,7 @@ TEXT = st.lists(
 
 @settings(deadline=None)
 @given(text=TEXT)
-def test_every_text_has_our_ids_and_comes_back_from_them(both, text):
+def test_every_text_has_our_ids_and_is_decoded_back(both, text):
     theirs, ours = both
     ids = ours.encode(text).tolist()
     assert theirs.encode(text, add_special_tokens=False) == ids
@@ -110,19 +110,19 @@ def test_every_text_has_our_ids_and_comes_back_from_them(both, text):
     assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
 
 
-def test_long_lines_are_cut_as_ours_are(both):
+def test_long_lines_are_tokenized_like_ours(both):
     theirs, ours = both
     for text in ("café for x " * 4000, "a" * 40_000 + "▁" + "for" * 9000):
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text).tolist()
 
 
-def test_offsets_are_those_of_the_text(both):
+def test_offsets_select_the_text(both):
     theirs, _ = both
     found = theirs("naïve for x", return_offsets_mapping=True, add_special_tokens=False).offset_mapping
     assert "".join("naïve for x"[a:b] for a, b in found) == "naïve for x"
 
 
-def test_unigram_models_are_told_from_bpe(sentencepiece_model):
+def test_unigram_models_are_distinguished_from_bpe(sentencepiece_model):
     texts = [f"a few words of text {i * 7919}, and a few more words: naïve, café, return" for i in range(400)]
     unigram = train_tokenizer(texts, TokenizerConfig(vocab_size=300, model_type="unigram"))
     assert is_bpe(parse_tokenizer(sentencepiece_model))

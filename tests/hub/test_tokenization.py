@@ -25,7 +25,7 @@ def both(tmp_path_factory, sentencepiece_model):
 
 @settings(deadline=None)
 @given(text=TEXT)
-def test_every_text_has_our_ids_and_comes_back_from_them(both, text):
+def test_every_text_has_our_ids_and_is_decoded_back(both, text):
     theirs, ours = both
     ids = ours.encode(text).tolist()
     assert theirs.encode(text, add_special_tokens=False) == ids
@@ -36,19 +36,19 @@ def test_every_text_has_our_ids_and_comes_back_from_them(both, text):
 
 
 @given(ids=st.lists(st.integers(0, 319)))
-def test_any_ids_are_the_text_that_we_make_of_them(both, ids):
+def test_any_ids_decode_to_the_same_text_as_ours(both, ids):
     theirs, ours = both
     assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
 
 
-def test_special_tokens_have_names_unless_they_are_skipped(both):
+def test_special_tokens_are_decoded_by_name_unless_skipped(both):
     theirs, ours = both
     ids = [ours.eos_id, *ours.encode("é"), ours.pad_id]
     assert theirs.decode(ids) == "</s>é<pad>"
     assert theirs.batch_decode([ids, ids], skip_special_tokens=True) == ["é", "é"]
 
 
-def test_it_is_the_same_after_saving(both, tmp_path):
+def test_a_saved_tokenizer_is_unchanged(both, tmp_path):
     theirs, _ = both
     theirs.save_pretrained(tmp_path)
     again = bst_dist.hub.BSTTokenizer.from_pretrained(tmp_path)
@@ -59,7 +59,7 @@ def test_it_is_the_same_after_saving(both, tmp_path):
 
 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
-def test_a_text_begins_as_the_model_saw_documents_begin(exported, documents):
+def test_texts_start_with_the_end_token_only_for_joined_documents(exported, documents):
     tokenizer = AutoTokenizer.from_pretrained(exported(documents=documents)[1])
     begin = [3] if documents == "joined" else []
     assert tokenizer("for").input_ids == begin + tokenizer.encode("for", add_special_tokens=False)

@@ -63,7 +63,7 @@ def test_tiles_equal_query_by_query(length, before, window, include_self, with_b
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.booleans(), min_size=5, max_size=5), st.sampled_from([4, 8, 12]), st.booleans())
-def test_documents_are_kept_apart_also_in_windows_of_several_blocks(starts, window, past):
+def test_documents_are_separated_in_windows_of_several_blocks(starts, window, past):
     torch.manual_seed(0)
     before = 4 if past else 0
     q = torch.randn(1, 20, 2, 4, dtype=torch.float64)
@@ -75,7 +75,7 @@ def test_documents_are_kept_apart_also_in_windows_of_several_blocks(starts, wind
 
 
 @given(st.lists(st.booleans(), min_size=12, max_size=12), st.sampled_from([4, 8, 12, 20]))
-def test_documents_that_met_before_the_slice_are_kept_apart(starts, window):
+def test_documents_of_earlier_slices_are_separated(starts, window):
     """Slices of two blocks of four tokens, in consecutive calls, compared with each token's document number."""
     starts = torch.tensor(starts).view(1, 12)
     document = starts.cumsum(1).repeat_interleave(4, dim=1)[0]
@@ -125,7 +125,7 @@ def test_sums_and_their_gradients_equal_query_by_query(length, include_self):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
-def test_two_sets_of_keys_under_one_softmax_are_the_softmax_over_both():
+def test_one_softmax_of_two_key_sets_equals_the_softmax_over_both():
     q, k, v = torch.randn(5, 4), torch.randn(9, 4), torch.randn(9, 4)
     scores = q @ k.T
     parts = [
@@ -138,7 +138,7 @@ def test_two_sets_of_keys_under_one_softmax_are_the_softmax_over_both():
 
 
 @pytest.mark.parametrize("position", ["t5", "rope"])
-def test_a_layer_is_the_loop_over_its_projections(position):
+def test_a_layer_equals_query_by_query_attention_on_its_projections(position):
     """RoPE by complex numbers: the pair (i, i + dh / 2) of position t is turned by t base^(-2i / dh)."""
     torch.manual_seed(0)
     sizes = {"width": 8, "heads": 2, "head_width": 6, "ffn": 8, "block": 8}
@@ -160,7 +160,7 @@ def test_a_layer_is_the_loop_over_its_projections(position):
 
 
 @pytest.mark.parametrize("position", ["t5", "rope"])
-def test_what_a_layer_asks_for_once_is_what_is_prepared_for_it(position):
+def test_prepare_computes_all_shared_values_of_a_layer(position):
     layer = SlidingAttention(LayerConfig(width=16, heads=2, ffn=16, block=8, attention={"position": position}), 8)
     u, starts = torch.randn(1, 40, 16), torch.tensor([[False, True, False, True, True]])
     past = Past()
@@ -173,7 +173,7 @@ def test_what_a_layer_asks_for_once_is_what_is_prepared_for_it(position):
 
 
 @given(st.integers(1, 900), st.integers(0, 40), st.integers(1, 300))
-def test_tiles_divide_the_queries_and_end_at_their_last_one(queries, before, window):
+def test_tiles_cover_every_query_once_and_end_at_their_last_query(queries, before, window):
     tiles = list(sliding_tiles(queries, before, window))
     assert [place for tile in tiles for place in range(tile.first, tile.last)] == list(range(queries))
     for tile in tiles:
@@ -198,7 +198,7 @@ def test_gradients_equal_query_by_query(include_self, heads):
 @pytest.mark.parametrize("before", [0, 3, 8])
 @pytest.mark.parametrize("varying", [1, 3, 9])
 @pytest.mark.parametrize("at_once", [1, 16, 80, 4096], ids=["one tile", "two tiles", "two rows", "all"])
-def test_a_bias_that_far_distances_share_has_the_gradient_of_their_sum(before, varying, at_once, monkeypatch):
+def test_the_gradient_of_a_bias_shared_by_far_distances_is_exact(before, varying, at_once, monkeypatch):
     """The fused tiles compute this gradient from the near distances only; tested with several tile sizes and pasts."""
     monkeypatch.setattr("bst_dist.model.fused_tiles.QUERIES_AT_ONCE", at_once)
     monkeypatch.setattr("bst_dist.model.fused_tiles.BAND_SCORES_AT_ONCE", at_once * 16)
@@ -217,7 +217,7 @@ def test_a_bias_that_far_distances_share_has_the_gradient_of_their_sum(before, v
 
 @pytest.mark.parametrize("position", ["t5", "rope"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_crosses_a_document_start(position, dtype):
+def test_attention_does_not_cross_a_document_start(position, dtype):
     torch.manual_seed(0)
     attention = SlidingAttention(LayerConfig(width=16, heads=2, ffn=16, block=8, attention={"position": position}), 8)
     u = torch.randn(1, 40, 16, requires_grad=True)
@@ -244,7 +244,7 @@ def test_t5_buckets_are_exact_then_logarithmic():
     assert buckets[127] == buckets[199] == 31
 
 
-def test_rotation_depends_on_differences_only():
+def test_rope_products_depend_only_on_position_differences():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 
     def product(of_query, of_key):
@@ -258,7 +258,7 @@ def test_rotation_depends_on_differences_only():
 
 @pytest.mark.parametrize("position", ["t5", "rope"])
 @pytest.mark.parametrize("length", [40, 64], ids=["plain tiles", "whole tiles"])
-def test_shared_heads_equal_heads_with_the_same_keys_and_values(position, length):
+def test_shared_kv_heads_equal_repeated_kv_heads(position, length):
     """Values and gradients of 4 query heads with 2 key heads equal those of 4 key heads with repeated weights."""
     sizes = {"width": 8, "heads": 4, "head_width": 6, "ffn": 8, "block": 32}
     torch.manual_seed(0)

@@ -136,7 +136,7 @@ def test_a_document_reset_equals_separate_documents(name):
 
 @pytest.mark.parametrize("name", RESETTABLE)
 @torch.no_grad()
-def test_a_stream_of_documents_may_be_cut_into_calls_anywhere(name):
+def test_a_stream_of_documents_in_several_calls_equals_one_call(name):
     """Windows of several blocks include documents that began, or ended, in an earlier call."""
     model, ids = build(RESETTABLE[name]), tokens()
     starts = torch.tensor([[False, True, False, False, True], [True, False, True, True, False]])
@@ -181,7 +181,7 @@ def test_the_carried_state_does_not_grow_with_the_stream(name):
     assert not any(x.requires_grad for x in state.values())
 
 
-def test_full_attention_refuses_more_than_it_is_configured_for():
+def test_full_attention_refuses_sequences_above_its_configured_length():
     model = build({"mixer": "full", "full": {"longest": 2 * BLOCK}})
     losses(model, tokens(length=2 * BLOCK))
     with pytest.raises(LongerThanAllowedError, match=r"model\.full\.longest"):
@@ -191,7 +191,7 @@ def test_full_attention_refuses_more_than_it_is_configured_for():
 
 
 @torch.no_grad()
-def test_a_bst_can_be_tried_without_its_cross_attention():
+def test_bst_no_cross_equals_a_bst_with_zero_cross_attention():
     trained = build(ALL["SH s4d"])
     ablated = build({**ALL["SH s4d"], "mixer": "bst-no-cross"})
     ablated.load_state_dict(trained.state_dict())
@@ -230,12 +230,12 @@ def test_settings_that_do_not_fit_the_kernel_or_the_mixer_are_refused(settings, 
         ({"mixer": "bst", "full": {"longest": 5}}, "full"),
     ],
 )
-def test_a_section_that_no_layer_reads_is_told(settings, section):
+def test_unused_settings_sections_are_reported(settings, section):
     assert build(settings).config.unused_sections() == [section]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_half_precision_keeps_states_and_filters_in_single(name):
+def test_states_stay_in_single_precision_under_autocast(name):
     torch.manual_seed(4)
     model, ids = build(ALL[name]).float(), tokens()
     past = model.carry()

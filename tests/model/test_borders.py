@@ -117,7 +117,7 @@ def require_equal(found: tuple, expected: tuple, tolerance: float = 1e-9) -> Non
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_document_is_computed_as_if_it_were_alone(name: str) -> None:
+def test_a_masked_document_equals_the_document_alone(name: str) -> None:
     """Losses and the gradients of all parameters are equal.
 
     Documents begin within a chunk, at a chunk, at a block, and at consecutive tokens.
@@ -131,7 +131,7 @@ def test_a_document_is_computed_as_if_it_were_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_another_documents_tokens_change_no_bit(name: str) -> None:
+def test_tokens_of_other_documents_have_no_effect(name: str) -> None:
     """Neither tokens before the document nor tokens after it, in fp32."""
     of, (ids, _), starts = model(**MODELS[name]).float(), batch(), Borders.of(begins(BORDERS, LENGTH))
     own = torch.zeros(LENGTH, dtype=torch.bool)
@@ -143,7 +143,7 @@ def test_another_documents_tokens_change_no_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["rope", "SH", "MF", "SH ssd", "transformer-xl", "gated-deltanet", "full"])
-def test_slices_that_continue_are_the_whole(name: str) -> None:
+def test_slices_with_a_carried_past_equal_the_whole(name: str) -> None:
     """Gradients flow across slices; documents span several slices, or several begin in the window before a slice."""
     of, (ids, labels), at = model(**MODELS[name]), batch(), begins([[5, 6, 7], [2, 15]], LENGTH)
     whole = losses(of, ids, labels, starts=Borders.of(at))
@@ -159,7 +159,7 @@ def test_slices_that_continue_are_the_whole(name: str) -> None:
         require_equal((sliced, gradients(of, sliced)), (whole, gradients(of, whole)))
 
 
-def test_the_room_for_borders_has_few_sizes_and_holds_a_document_a_token() -> None:
+def test_the_table_of_borders_has_few_sizes_and_never_changes_results() -> None:
     """The size of the table of borders does not change the results; all sizes are tested."""
     of, (ids, labels) = model(**MODELS["SH"]), batch(64 * BLOCK, rows=1)
     sizes = set()
@@ -179,7 +179,7 @@ def test_the_room_for_borders_has_few_sizes_and_holds_a_document_a_token() -> No
     ({"mixer": "bst", "ssm": {"kernel": "hyena", "length": 8}}, "ssm.kernel hyena \\(bst\\) keeps its last inputs"),
     ({"mixer": "bst", "context": {"attend": "previous"}}, "context.attend previous"),
 ])  # fmt: skip
-def test_what_cannot_be_told_apart_is_refused_with_the_reason(settings: dict, reason: str) -> None:
+def test_models_that_cannot_separate_documents_are_refused_with_the_reason(settings: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         model(**settings)(batch()[0], starts=Borders.none(2, LENGTH))
     assert masking_problem(model(mixer="ssm", ssm=S4D, context={"attend": "previous"}).config) is None  # no context

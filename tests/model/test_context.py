@@ -118,6 +118,6 @@ def test_gradients_equal_those_of_the_equations(variant, attend):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
-def test_previous_is_refused_for_mf():
+def test_attending_previous_states_is_refused_for_mf():
     with pytest.raises(ValidationError, match="previous"):
         ContextConfig(variant="MF", attend="previous")

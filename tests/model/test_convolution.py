@@ -20,20 +20,20 @@ def direct(u, kernel):
 
 @pytest.mark.parametrize("taps", [1, 5, 24, 40])
 @pytest.mark.parametrize("outputs", [None, 1, 7, 24])
-def test_equals_the_direct_sum(taps, outputs):
+def test_convolution_equals_the_direct_sum(taps, outputs):
     u, kernel = torch.randn(2, 24, 3, dtype=torch.float64), torch.randn(4, 3, taps, dtype=torch.float64)
     expected = direct(u, kernel)[:, -(outputs or 24) :]
     torch.testing.assert_close(causal_convolution(u, kernel, outputs), expected, rtol=0, atol=1e-12)
 
 
-def test_computes_in_single_precision_at_least():
+def test_convolution_uses_at_least_single_precision():
     u, kernel = torch.randn(1, 64, 2).bfloat16(), torch.randn(1, 2, 64).bfloat16()
     y = causal_convolution(u, kernel)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y.double(), direct(u.double(), kernel.double()), rtol=0, atol=1e-4)
 
 
-def test_gradients():
+def test_convolution_gradients_pass_gradcheck():
     u = torch.randn(1, 5, 2, dtype=torch.float64, requires_grad=True)
     kernel = torch.randn(2, 2, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda u, k: causal_convolution(u, k, outputs=3), (u, kernel))

@@ -90,7 +90,7 @@ def test_forward_equals_the_step_recurrence(starts):
 
 @pytest.mark.parametrize("own_dynamics", [False, True])
 @pytest.mark.parametrize("starts", [None, torch.tensor([[False, True], [True, False]])])
-def test_block_ends_equal_the_step_recurrence_there(own_dynamics, starts):
+def test_block_ends_equal_the_step_recurrence(own_dynamics, starts):
     model, z = build(own_dynamics=own_dynamics), torch.randn(2, 2 * BLOCK, 3, dtype=torch.float64)
     expected = step_by_step(model, z, starts)[:, BLOCK - 1 :: BLOCK]
     close(model.block_ends(z, BLOCK, Past(), starts), expected)
@@ -110,7 +110,7 @@ def test_slices_equal_the_whole(sizes):
     close(torch.cat(ends, 1), model.block_ends(z, BLOCK, Past()))
 
 
-def test_no_token_sees_a_later_one_exactly():
+def test_later_tokens_have_no_effect_bitwise():
     model, z = build(), torch.randn(1, 2 * BLOCK, 3, dtype=torch.float64)
     changed = z.clone()
     changed[:, 11:] = torch.randn_like(changed[:, 11:])
@@ -118,7 +118,7 @@ def test_no_token_sees_a_later_one_exactly():
 
 
 @pytest.mark.parametrize("own_dynamics", [False, True])
-def test_gradients(own_dynamics):
+def test_gradients_pass_gradcheck(own_dynamics):
     model = build(2, 2, own_dynamics, CONFIG.model_copy(update={"state": 4, "chunk": 2}))
     z = torch.randn(1, 4, 2, dtype=torch.float64, requires_grad=True)
     run = (lambda *_: model.block_ends(z, 4, Past())) if own_dynamics else (lambda *_: model(z, Past()))

@@ -58,7 +58,7 @@ def test_values_and_gradients_equal_the_formula(activation):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_every_activation_of_the_settings_is_there_and_only_a_gate_is_a_third_matrix():
+def test_every_activation_exists_and_only_swiglu_has_three_matrices():
     assert LITERAL.keys() == ACTIVATIONS.keys()
     for activation in ACTIVATIONS:
         config = LayerConfig(**SIZES, activation=activation)

@@ -47,14 +47,14 @@ def initial_loss(width: int, **settings: Any) -> float:
 
 @pytest.mark.parametrize("width", [64, 256, 1024])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_first_loss_is_that_of_a_uniform_guess_at_any_width(name: str, width: int) -> None:
+def test_initial_loss_equals_a_uniform_guess_at_any_width(name: str, width: int) -> None:
     assert initial_loss(width, **MODELS[name]) == pytest.approx(math.log(VOCABULARY), rel=0.05)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("width", [64, 256, 1024])
 @pytest.mark.parametrize("base", [64, 256])
-def test_under_completep_too(width: int, base: int, tied: bool) -> None:
+def test_initial_loss_equals_a_uniform_guess_under_completep(width: int, base: int, tied: bool) -> None:
     parametrisation = {"kind": "completep", "base_width": base, "base_depth": 1}
     assert initial_loss(width, mixer="bst", tied=tied, parametrisation=parametrisation) == pytest.approx(
         math.log(VOCABULARY), rel=0.1

@@ -36,7 +36,7 @@ def tokens(rows=2, length=LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @every_model
-def test_a_later_token_changes_nothing_before_it_to_the_bit(mixer, variant):
+def test_a_later_token_changes_no_earlier_loss_bitwise(mixer, variant):
     model = make(mixer, variant).float()
     ids, labels = tokens()
     losses = model(ids, labels).per_token
@@ -103,7 +103,7 @@ def test_a_start_in_the_first_block_hides_the_carried_past(mixer, variant):
 
 
 @every_model
-def test_masked_labels_cost_nothing(mixer, variant):
+def test_masked_labels_have_zero_loss(mixer, variant):
     model = make(mixer, variant)
     ids, labels = tokens()
     mask = torch.rand(labels.shape) < 0.5
@@ -129,7 +129,7 @@ def test_every_parameter_is_in_one_group_and_gets_a_gradient():
     assert names == {"log_dt", "log_decay", "frequency"}
 
 
-def test_a_head_of_its_own_makes_the_logits_and_leaves_the_embedding_alone():
+def test_logits_and_gradients_of_an_untied_head_equal_the_formula():
     torch.manual_seed(0)
     model = LanguageModel(config(tied=False)).double()
     ids, labels = tokens()
@@ -144,7 +144,7 @@ def test_a_head_of_its_own_makes_the_logits_and_leaves_the_embedding_alone():
         torch.testing.assert_close(found.grad, gradient)
 
 
-def test_both_heads_begin_from_the_same_weights_elsewhere():
+def test_tied_and_untied_models_share_all_other_initial_weights():
     models = []
     for tied in (True, False):
         torch.manual_seed(0)
@@ -178,12 +178,12 @@ def test_activation_checkpointing_changes_no_gradient():
         ({"mixer": "blst"}, "bst"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(changes, message):
+def test_incompatible_sizes_are_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         config(**changes)
 
 
-def test_a_slice_that_is_neither_blocks_nor_within_one_is_refused():
+def test_a_slice_of_one_and_a_half_blocks_is_refused():
     model = make()
     ids, labels = tokens(length=24)
     with pytest.raises(ValueError, match="neither whole blocks of 16 nor within one"):

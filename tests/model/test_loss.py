@@ -39,7 +39,7 @@ def test_loss_and_gradients_equal_cross_entropy():
 
 
 @pytest.mark.usefixtures("_tiles")
-def test_gradcheck():
+def test_loss_gradients_pass_gradcheck():
     hidden, weight, labels, mask = inputs()
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, mask, 0.5)[0], (hidden, weight))
 
@@ -55,7 +55,7 @@ def test_logits_are_single_precision_under_autocast():
     torch.testing.assert_close(exact, (expected * mask).sum())  # does not use autocast itself
 
 
-def test_without_gradient_only_the_loss_is_computed():
+def test_the_loss_under_no_grad_requires_no_gradient():
     hidden, weight, labels, mask = inputs()
     with torch.no_grad():
         total, *_ = linear_cross_entropy(hidden, weight, labels, mask, 0.5)
@@ -63,7 +63,7 @@ def test_without_gradient_only_the_loss_is_computed():
 
 
 @pytest.mark.usefixtures("_tiles")
-def test_correct_labels_have_the_highest_logit_and_count():
+def test_correct_predictions_are_unmasked_labels_with_the_highest_logit():
     hidden, weight, labels, mask = inputs()
     best = (hidden @ weight.T).argmax(-1)
     labels = torch.where(torch.rand(2, 5) < 0.5, best, labels)

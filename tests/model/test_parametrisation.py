@@ -41,7 +41,7 @@ def trained(model, steps=3) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_at_its_base_shape_completep_trains_as_the_standard_model_to_the_bit(mixer):
+def test_completep_at_its_base_shape_is_bitwise_the_standard_model(mixer):
     for standard, scaled in zip(trained(make(mixer)), trained(make(mixer, parametrisation=BASE)), strict=True):
         assert torch.equal(standard, scaled)
 
@@ -68,7 +68,7 @@ def test_every_parameter_is_in_one_group_and_every_group_has_its_multipliers(mix
             assert p.numel() <= 2 * narrow[names[id(p)]].numel(), names[id(p)]
 
 
-def test_a_head_of_its_own_trains_like_the_embedding():
+def test_an_untied_head_is_in_the_embedding_group():
     model = make(width=64, parametrisation=BASE, tied=False)
     outside = {id(p) for p in (model.embedding.weight, model.norm.weight, model.output.weight)}
     assert {id(p) for p in model.parameter_groups()["embedding"]} == outside
@@ -76,7 +76,7 @@ def test_a_head_of_its_own_trains_like_the_embedding():
     assert id(standard.output.weight) in {id(p) for p in standard.parameter_groups()["vectors"]}
 
 
-def test_the_network_of_a_filter_keeps_its_rate():
+def test_hyena_filter_networks_have_their_own_group():
     groups = make(ssm={"kernel": "hyena", "length": 16, "hidden": 8}, parametrisation=BASE).parameter_groups()
     assert len(groups["filters"]) == 4  # three layers with sines and the linear one
     standard = make(ssm={"kernel": "hyena", "length": 16, "hidden": 8}).parameter_groups()
@@ -84,7 +84,7 @@ def test_the_network_of_a_filter_keeps_its_rate():
     assert len(standard["matrices"]) == len(groups["matrices"]) + 4
 
 
-def test_branches_logits_and_initial_values_by_closed_form():
+def test_branches_logits_and_initial_values_equal_closed_forms():
     model = make("sliding", width=64, depth=8, parametrisation=BASE).double()
     ids = torch.zeros(1, BLOCK, dtype=torch.long)
     layer, seen = model.layers[0], {}
@@ -99,7 +99,7 @@ def test_branches_logits_and_initial_values_by_closed_form():
     assert float(layer.ffn.out.weight.detach().std()) == pytest.approx(1 / math.sqrt(2 * 2 * 128), rel=0.05)
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_completep_settings_are_refused():
     with pytest.raises(ValidationError, match="base_depth"):
         make(parametrisation={"kind": "completep", "base_width": 16})
     with pytest.raises(ValidationError, match=r"context\.ssm_width must be proportional"):

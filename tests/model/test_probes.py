@@ -22,7 +22,7 @@ def half_lives(kernel, length=4000):
 
 
 @pytest.mark.parametrize("mixer", ["bst", "ssm", "gss"])
-def test_time_scales_are_those_in_which_a_mode_falls_to_a_fraction(make_model, mixer):
+def test_time_scales_match_the_decay_of_each_mode(make_model, mixer):
     for kernel in kernels(make_model(mixer)).values():
         found = time_scales(kernel)
         torch.testing.assert_close(found.ceil().long(), half_lives(kernel).clamp(min=1), rtol=0, atol=1)
@@ -45,7 +45,7 @@ def test_time_scales_of_a_dense_recurrence_and_of_a_filter(make_model):
 
 
 @pytest.mark.parametrize("variant", ["SH", "MH", "MF", "previous"])
-def test_entropy_is_that_of_the_attention_weights(make_model, variant):
+def test_entropy_equals_that_of_explicit_attention_weights(make_model, variant):
     changes = {"context": {"variant": "SH", "attend": "previous"}} if variant == "previous" else {}
     model = make_model(variant="SH" if variant == "previous" else variant, **changes)
     cross = model.layers[1].mixer.cross
@@ -68,7 +68,7 @@ def test_entropy_is_that_of_the_attention_weights(make_model, variant):
 
 
 @pytest.mark.parametrize(("mixer", "variant"), [("bst", "SH"), ("bst", "MF"), ("block-recurrent", "SH")])
-def test_shares_are_of_what_each_part_adds_to_the_output(make_model, mixer, variant):
+def test_probed_sums_equal_the_contribution_of_each_part(make_model, mixer, variant):
     model = make_model(mixer, variant)
     before = model(IDS)
     with ContextProbe(model) as probe:
@@ -89,7 +89,7 @@ def test_shares_are_of_what_each_part_adds_to_the_output(make_model, mixer, vari
         assert (sums[3] > 0) == (mixer == "bst")
 
 
-def test_models_without_context_states_have_nothing_to_look_at(make_model):
+def test_models_without_context_states_give_no_probe_results(make_model):
     for mixer in ("sliding", "bst-no-cross", "ssm"):
         with ContextProbe(make_model(mixer)) as probe:
             assert probe.sums == {}

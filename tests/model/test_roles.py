@@ -48,7 +48,7 @@ def with_kernel(kernel: str) -> LanguageModel:
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_maps_into_the_residual_stream_and_no_others_begin_smaller(mixer):
+def test_only_maps_into_the_residual_stream_start_smaller(mixer):
     for name, module in make(mixer).layers.named_modules():
         if isinstance(module, nn.Linear):
             into_stream = name.split(".", 1)[1] in ("mixer.out", "ffn.out")
@@ -63,7 +63,7 @@ def test_the_dynamics_of_each_kernel_have_a_group_of_their_own(kernel):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_matrices_are_all_linear_maps_and_nothing_else(mixer):
+def test_the_matrices_group_holds_exactly_the_linear_maps(mixer):
     model = make(mixer)
     groups = named_groups(model)
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -73,7 +73,7 @@ def test_matrices_are_all_linear_maps_and_nothing_else(mixer):
         assert groups["ssm"] == {f"layers.0.mixer.{name}" for name in OF_MIXER[mixer]}
 
 
-def test_a_copy_of_a_model_and_one_that_left_the_meta_device_keep_their_roles():
+def test_parameter_roles_survive_copies_and_the_meta_device():
     for mixer in MIXERS:
         model = make(mixer)
         assert named_groups(copy.deepcopy(model)) == named_groups(model)

@@ -87,7 +87,7 @@ def test_the_chunked_form_is_causal_exactly():
         assert gradient[0, t].abs().min() > 0
 
 
-def test_a_document_start_is_a_reset():
+def test_a_document_start_resets_the_state():
     ssm = make()
     z = torch.randn(2, 64, 3, dtype=torch.float64)
     starts = torch.tensor([[False, True, False, False], [True, False, True, True]])  # blocks of 16

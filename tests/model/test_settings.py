@@ -32,12 +32,12 @@ def numbers() -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def test_there_are_as_many_numbers_as_one_would_think():
+def test_models_have_more_than_25_numeric_settings():
     assert len(numbers()) > 25
 
 
 @pytest.mark.parametrize(("name", "around"), numbers(), ids=lambda x: x if isinstance(x, str) else "")
-def test_zero_negative_huge_and_no_numbers_are_refused_in_one_line(name, around):
+def test_impossible_numbers_are_refused_in_one_line(name, around):
     for value in IMPOSSIBLE:
         data = overridden({key: dict(x) if isinstance(x, dict) else x for key, x in around.items()}, [])
         *sections, leaf = name.split(".")
@@ -65,12 +65,12 @@ def test_zero_negative_huge_and_no_numbers_are_refused_in_one_line(name, around)
         ({"ssm": {"dt_min": 0.2, "dt_max": 0.1}}, "dt_min"),
     ],
 )
-def test_what_would_mean_something_else_is_refused(change, said):
+def test_inconsistent_settings_are_refused(change, said):
     with pytest.raises(ConfigError, match=said):
         parse(ModelConfig, MODEL | change)
 
 
-def test_checkpointing_every_kth_layer_needs_a_number_that_a_stack_can_have():
+def test_every_kth_layer_checkpointing_refuses_impossible_numbers():
     for value in (0, -1, 1, 10**40, math.nan):
         with pytest.raises(ConfigError, match="every"):
             parse(ActivationCheckpointingConfig, {"policy": "every-kth-layer", "every": value})

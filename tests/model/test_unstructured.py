@@ -74,7 +74,7 @@ def test_forward_equals_the_direct_sum_within_and_beyond_the_trained_length(kind
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [1, 7, 20, 40, 64])
-def test_block_ends_equal_the_full_convolutions_there(kind, length):
+def test_block_ends_equal_the_full_convolutions(kind, length):
     model, z = build(kind, length), inputs()
     close(model.block_ends(z, BLOCK, Past()), model(z, Past())[:, BLOCK - 1 :: BLOCK])
 
@@ -95,7 +95,7 @@ def test_slices_equal_the_whole(kind, length, sizes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_keeps_the_trained_length_less_one(kind):
+def test_a_stream_keeps_trained_length_minus_one_inputs(kind):
     model, past = build(kind), EarlierCall()
     model(inputs(), past)
     assert past.after["inputs"].shape == (2, 19, WIDTH)
@@ -110,7 +110,7 @@ def test_isolated_documents_are_refused_by_name_of_the_option(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_future_leaks_at_rounding_level_only(kind):
+def test_later_tokens_have_only_rounding_level_effects(kind):
     model, z = build(kind, 40).float(), inputs().float()
     changed = z.clone()
     changed[:, 17:] = 10 * torch.randn_like(changed[:, 17:])
@@ -120,7 +120,7 @@ def test_the_future_leaks_at_rounding_level_only(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ends", [False, True])
-def test_gradients(kind, ends):
+def test_gradients_pass_gradcheck(kind, ends):
     model, z = build(kind, 6), inputs(BLOCK, batch=1).requires_grad_()
     run = (lambda *_: model.block_ends(z, 4, Past())) if ends else (lambda *_: model(z, Past()))
     assert torch.autograd.gradcheck(run, (z, *model.parameters()))

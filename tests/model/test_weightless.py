@@ -14,7 +14,7 @@ from bst_dist.model.weightless import weightless
 
 
 @pytest.mark.parametrize("mixer", MIXER_SECTIONS)
-def test_a_model_without_memory_has_the_shapes_of_one_with_weights(mixer):
+def test_a_weightless_model_has_the_shapes_of_one_with_weights(mixer):
     config = ModelConfig(vocab_size=19, width=64, heads=2, ffn=24, block=8, depth=2, mixer=mixer)
     state = torch.get_rng_state()
     with weightless():
@@ -31,7 +31,7 @@ def run(program: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_compiler_is_not_loaded_and_is_there_when_it_is_wanted():
+def test_weightless_does_not_load_the_compiler_but_it_works_afterwards():
     run(
         """
 import sys
@@ -52,7 +52,7 @@ assert torch.equal(compiled(torch.ones(3)), torch.sin(torch.ones(3)) + 1)
     )
 
 
-def test_what_wants_the_compiler_meanwhile_has_it():
+def test_the_compiler_can_be_imported_within_weightless():
     run(
         """
 import sys

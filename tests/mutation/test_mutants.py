@@ -21,7 +21,7 @@ def choose(values: list[int] = [], *, most: "int" = 3) -> str:
 '''.lstrip()
 
 
-def test_every_change_is_the_one_meant_at_its_place():
+def test_each_mutant_makes_the_expected_change():
     found = [(each.line, str(each)) for each in mutants(SOURCE.encode())]
     assert found == [
         (1, "3 → (4)"),
@@ -38,7 +38,7 @@ def test_every_change_is_the_one_meant_at_its_place():
     ]
 
 
-def test_each_mutant_is_a_program_that_differs_in_one_place():
+def test_each_mutant_is_a_valid_and_different_program():
     source = Path(settings.__file__).read_bytes()
     original = ast.dump(ast.parse(source))
     changed = [ast.dump(ast.parse(each.apply(source))) for each in mutants(source)]

@@ -77,7 +77,7 @@ def test_two_ranks_equal_one(on_ranks):
 
 
 @pytest.mark.ranks
-def test_what_cannot_be_shared_is_refused_with_the_setting_to_change(on_ranks):
+def test_unsupported_layers_are_refused_with_the_setting_to_change(on_ranks):
     def messages() -> dict[str, str]:
         group, found = Mesh(2, dist.get_rank(), 2).sp_group(), {}
         for name, (settings, _) in REFUSED.items():

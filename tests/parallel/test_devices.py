@@ -18,12 +18,12 @@ from bst_dist.parallel.devices import LOCAL_RANKS, cpu_refusal, device_files, lo
 
 
 @pytest.mark.parametrize("name", LOCAL_RANKS)
-def test_every_launcher_says_which_process_of_the_host_this_is(name):
+def test_the_local_rank_is_read_from_every_launcher(name):
     assert local_rank({name: "3"}) == 3
     assert local_rank({name: "3"} | {"LOCAL_RANK": "1"}) == 1  # this project's launchers take precedence
 
 
-def test_without_a_launcher_there_is_no_number():
+def test_without_a_launcher_there_is_no_local_rank():
     assert local_rank({}) is None
 
 
@@ -35,7 +35,7 @@ def test_without_a_launcher_there_is_no_number():
         ({}, 8, 0),
     ],
 )
-def test_a_process_takes_the_device_of_its_number(monkeypatch, environment, count, device):
+def test_a_process_uses_the_device_of_its_local_rank(monkeypatch, environment, count, device):
     for name in LOCAL_RANKS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -80,7 +80,7 @@ def _as_process(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) ->
         {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "3"},  # mpirun
     ],
 )
-def test_deepspeed_takes_the_one_device_that_a_process_sees(monkeypatch, environment):
+def test_deepspeed_uses_the_only_visible_device_of_a_process(monkeypatch, environment):
     """DeepSpeed uses LOCAL_RANK as the device number, in the process group and in its engine."""
     from bst_dist.parallel.loading import deepspeed
 
@@ -127,7 +127,7 @@ def test_more_processes_than_devices_are_refused(monkeypatch):
         ranks.own_device(2)
 
 
-def test_a_host_with_accelerators_is_not_computed_on_by_its_cpu_unless_told(tmp_path):
+def test_cpu_use_on_a_host_with_accelerators_needs_an_explicit_setting(tmp_path):
     assert cpu_refusal({}, tmp_path) is None
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
@@ -138,7 +138,7 @@ def test_a_host_with_accelerators_is_not_computed_on_by_its_cpu_unless_told(tmp_
     assert cpu_refusal({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) is None
 
 
-def test_amds_devices_are_those_of_its_compute_driver(tmp_path, monkeypatch):
+def test_amd_devices_need_the_compute_driver_and_are_sorted(tmp_path, monkeypatch):
     """A render device without the compute driver may be any graphics card. The devices are sorted by name."""
     (tmp_path / "dri").mkdir()
     for name in ("renderD128", "renderD129", "card0"):

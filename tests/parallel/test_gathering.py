@@ -73,7 +73,7 @@ def heard(process: subprocess.Popen, text: str) -> str:
     raise AssertionError(f"ended with {process.wait()} without saying {text!r}")
 
 
-def test_the_missing_are_named_and_a_signal_is_obeyed_while_they_are_awaited(start):
+def test_missing_ranks_are_named_and_a_signal_ends_the_wait(start):
     first = start(0, 4)
     meet(first)
     line = heard(first, "waiting for")
@@ -84,7 +84,7 @@ def test_the_missing_are_named_and_a_signal_is_obeyed_while_they_are_awaited(sta
     assert first.wait(END_S) == RESUBMIT
 
 
-def test_a_rank_that_finds_nobody_says_so_and_obeys(start):
+def test_a_rank_that_waits_for_rank_0_reports_it_and_obeys_signals(start):
     second = start(1, 2)
     meet(second)
     assert "waiting for rank 0 at 127.0.0.1:" in heard(second, "rank 1 on")
@@ -92,7 +92,7 @@ def test_a_rank_that_finds_nobody_says_so_and_obeys(start):
     assert second.wait(END_S) == RESUBMIT
 
 
-def test_all_go_on_together_and_not_before(start):
+def test_all_ranks_continue_only_when_all_have_joined(start):
     first, second = start(0, 3), start(2, 3)
     meet(first, second)
     assert heard(first, "waiting for 1 rank at").rstrip().endswith(": 1")
@@ -105,14 +105,14 @@ def test_all_go_on_together_and_not_before(start):
         assert process.wait(END_S) == 0
 
 
-def test_who_does_not_come_is_given_up(start):
+def test_waiting_for_missing_ranks_ends_after_the_limit(start):
     first, second = start(0, 3, limit_s=4.0), start(1, 3, limit_s=4.0)
     meet(first, second)
     assert "gave up waiting for 1 rank at" in heard(first, "gave up")
     assert [first.wait(END_S), second.wait(END_S)] == [3, 3]
 
 
-def test_a_port_that_is_taken_is_told_with_its_holder_and_the_way_out(start):
+def test_a_port_in_use_is_reported_with_its_process_and_the_remedy(start):
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         first = start(0, 2, port=port)
@@ -125,5 +125,5 @@ def test_a_port_that_is_taken_is_told_with_its_holder_and_the_way_out(start):
 
 
 @pytest.mark.parametrize(("numbers", "text"), [([1], "1"), ([1, 2, 3, 7, 9, 10], "1 to 3, 7, 9 to 10"), ([], "")])
-def test_spans(numbers, text):
+def test_rank_numbers_are_written_as_spans(numbers, text):
     assert spans(numbers) == text

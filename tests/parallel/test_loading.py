@@ -39,7 +39,7 @@ assert importlib.util.find_spec("mlflow")
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_run_loads_no_compiler_and_its_optimizer_is_the_same_with_one(recipe_file, tmp_path, kind):
+def test_a_run_loads_no_compiler_and_its_optimizer_equals_one_with_it(recipe_file, tmp_path, kind):
     recipe = recipe_file(optimizer={"kind": kind})
     words = [sys.executable, "-c", PROGRAM, recipe, "--run-dir", tmp_path / "run"]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)

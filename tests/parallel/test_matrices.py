@@ -24,17 +24,17 @@ def cut(sizes: dict[int, int], work: float) -> Matrix:
 MATRICES = [cut({0: 7}, 3.0), cut({0: 2, 1: 4}, 1.0), cut({1: 5}, 1.0), cut({1: 3, 2: 6, 3: 1}, 5.0), cut({3: 8}, 2.0)]
 
 
-def test_a_cut_matrix_goes_to_the_holder_that_has_least_to_do():
+def test_a_split_matrix_goes_to_its_least_loaded_holder():
     assert owners(MATRICES) == [0, 1, 1, 2, 3]
 
 
-def test_equal_matrices_of_all_ranks_are_shared_out_evenly():
+def test_equal_matrices_of_all_ranks_are_distributed_evenly():
     found = owners([cut(dict.fromkeys(range(4), 10), 1.0) for _ in range(10)])
     assert sorted(map(found.count, range(4))) == [2, 2, 3, 3]
 
 
 @pytest.mark.ranks
-def test_runs_come_together_and_go_back(on_ranks):
+def test_split_matrices_are_gathered_and_scattered_back(on_ranks):
     def run() -> dict[str, float]:
         ranks = Ranks()
         exchange = Exchange(MATRICES, ranks.rank, deepspeed.comm.all_to_all_single)
@@ -60,7 +60,7 @@ def test_runs_come_together_and_go_back(on_ranks):
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
-def test_singular_vectors_stay_and_singular_values_come_near_one(shape):
+def test_orthogonalising_keeps_singular_vectors_and_brings_values_near_one(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape, dtype=torch.float64)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -71,7 +71,7 @@ def test_singular_vectors_stay_and_singular_values_come_near_one(shape):
     assert not orthogonalised(torch.zeros(shape)).any()
 
 
-def test_flops_are_those_of_its_products():
+def test_orthogonalising_flops_equal_the_counted_ones():
     from torch.utils.flop_counter import FlopCounterMode
 
     for shape in ((8, 40), (40, 8), (16, 16)):

@@ -48,7 +48,7 @@ def bound(system: Path, device: str = DEVICE) -> str:
     return ran.stdout.strip()
 
 
-def test_all_threads_run_on_the_cores_of_the_device_s_node(system):
+def test_all_threads_run_on_the_cores_of_the_device_node(system):
     own = sorted(os.sched_getaffinity(0))
     if len(own) < 2:
         pytest.skip("this process has one core alone")
@@ -65,16 +65,16 @@ def test_all_threads_run_on_the_cores_of_the_device_s_node(system):
         (1, "zero", DEVICE),
     ],
 )
-def test_nothing_is_bound_where_there_is_nothing_to_go_by(system, node, cpulist, device):
+def test_without_numa_information_nothing_is_bound(system, node, cpulist, device):
     own = sorted(os.sched_getaffinity(0))
     assert bound(system(node, cpulist), device) == f"None {own} {own}"
 
 
-def test_a_device_s_address_is_written_as_the_kernel_writes_it():
+def test_the_pci_address_of_a_device_has_the_kernel_format():
     assert pci_address(SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)) == DEVICE
     assert pci_address(SimpleNamespace(name="a device that torch says less of")) is None
 
 
-def test_lists_of_cores():
+def test_lists_of_cores_are_parsed():
     assert cores("0-3,8\n") == {0, 1, 2, 3, 8}
     assert cores("\n") == set()

@@ -113,7 +113,7 @@ def errors(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("world", "sp"), [(2, 1), (2, 2), (3, 1), (4, 2), (5, 1)])
-def test_a_step_on_a_mesh_is_one_process_s(on_ranks, stage, world, sp):
+def test_a_step_on_a_mesh_equals_one_process(on_ranks, stage, world, sp):
     """With joined documents and all activations kept, and with isolated documents and every layer recomputed.
 
     Three and five ranks do not divide the eight rows: one of three ranks, or two of five, have a masked row.

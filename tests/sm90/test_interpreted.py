@@ -24,7 +24,7 @@ fp32 programs are the same without the casts, and there rounding can hide almost
 
 @pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("name", NAMES)
-def test_programs_compute_what_their_graphs_do_in_plain_torch(name, precision, tmp_path):
+def test_generated_programs_equal_their_graphs_in_plain_torch(name, precision, tmp_path):
     for one in passes(name, tmp_path, precision == "bf16"):
         errors = one.errors()
         print(name, precision, "backward" if one.backward else "forward", len(errors), f"{max(errors):.1e}")

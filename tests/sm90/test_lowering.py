@@ -21,7 +21,7 @@ MOST_BYTES = 12e9
 
 
 @pytest.mark.parametrize("name", COMMITTED)
-def test_a_layer_becomes_machine_code_for_sm_90_with_the_launches_that_are_written_down(name):
+def test_sm90_machine_code_of_a_layer_has_the_recorded_counts(name):
     found = count(name)
     assert found["shared_bytes"] <= SHARED_MEMORY
     assert found == COMMITTED[name], "after a change that is meant, put what is found into tests/sm90/counts.json"
@@ -34,7 +34,7 @@ WITHIN = [
 
 
 @pytest.mark.parametrize("name", WITHIN)
-def test_a_layer_of_window_and_states_has_few_launches(name):
+def test_a_layer_with_window_and_states_has_few_launches(name):
     found = COMMITTED[name]
     assert sum(found["launches"].values()) <= MOST
     assert not found["fallbacks"]
@@ -47,13 +47,13 @@ def test_an_sh_layer_has_a_kernel_for_each_of_its_attentions(name):
     assert kinds["flash"] == 2  # torch's flash attention in each pass, for cross-attention
 
 
-def test_where_documents_begin_at_any_token_states_are_attended_by_flex_attention_as_well():
+def test_with_masked_documents_states_use_flex_attention_too():
     kinds = COMMITTED["BST-SH, masked documents"]["kinds"]
     assert (kinds["flex"], kinds["flash"]) == (4, 0)
 
 
 @pytest.mark.parametrize("name", ["BST-SH", "BST-SH, masked documents", "BST-MF", "joint", "pure SSM", "GSS"])
-def test_products_take_their_operands_as_they_lie(name):
+def test_products_need_no_copies_of_their_operands(name):
     """On an H200, 6 % of the time of a BST-SH layer was spent in copies that torch makes before a product."""
     graphs = trace(LAYERS[name].compute)
     with pretended_h100():
@@ -61,7 +61,7 @@ def test_products_take_their_operands_as_they_lie(name):
 
 
 @pytest.mark.parametrize("name", COMMITTED)
-def test_no_kernel_adds_by_atomics(name):
+def test_no_kernel_uses_atomic_additions(name):
     """Atomic additions sum bf16 numbers in no fixed order, and are slow if many threads add to one address."""
     assert COMMITTED[name]["atomics"] == 0
 
@@ -70,7 +70,7 @@ def test_a_large_sh_layer_moves_few_bytes():
     assert sum(COMMITTED["BST-SH, large"]["bytes"].values()) <= MOST_BYTES
 
 
-def test_few_layers_need_operators_of_torch_beside_products_and_attention():
+def test_few_layers_need_fallback_operators_of_torch():
     """Inductor has no kernels for FFTs, complex numbers, triangular systems and running maxima."""
     needing = {name for name, found in COMMITTED.items() if found["fallbacks"]}
     kernels = {"BST-SH, hyena", "BST-SH, explicit", "BST-SH, S4", "Gated DeltaNet"}

@@ -12,7 +12,7 @@ from bst_dist.tools.bench.plan import CASES, MEMORY_TOLERANCE, TRAFFIC_TOLERANCE
 @pytest.mark.ranks
 @pytest.mark.alone
 @pytest.mark.parametrize("name", ["zero1, sp2", "zero2, one in two", "zero3, partly kept"])
-def test_a_plan_is_what_is_measured(name, monkeypatch):
+def test_planned_memory_and_traffic_equal_the_measured(name, monkeypatch):
     """Measures the second step: by then moments exist, and ZeRO-3 has recorded the order of the modules.
 
     Takes the minimum of up to three runs. If a busy machine delays a rank, ZeRO-3 holds gathered parameters longer (3 %
@@ -31,7 +31,7 @@ def test_a_plan_is_what_is_measured(name, monkeypatch):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", ["zero3, slices", "zero3, head of its own"])
-def test_zero3_sends_what_is_planned(monkeypatch, name):
+def test_zero3_sends_the_planned_bytes(monkeypatch, name):
     """Weights gathered in every pass of every slice; a head separate from the embedding.
 
     Only bytes sent are checked. Without the memory profile, and in fp32, which is much faster on a CPU, it takes

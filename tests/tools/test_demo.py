@@ -69,13 +69,13 @@ def test_finished_runs_and_their_reports_are_used_again(demo):
     assert len(demo.typed) == 1
 
 
-def test_the_twins_are_held_to_the_last_bit(demo):
+def test_the_two_runs_are_compared_for_bitwise_equality(demo):
     demo.compare()
     report = "runs/small/reports/compare.json"
     assert demo.typed == [f"compare runs/small runs/small-uninterrupted --equal --json {report}"]
 
 
-def test_runs_of_another_recipe_are_not_taken_for_this_one(demo):
+def test_runs_of_another_recipe_are_refused(demo):
     demo.leave("small", 4)
     demo.require_same_recipe()
     path = demo.run_dir / "recipe.yaml"
@@ -85,7 +85,7 @@ def test_runs_of_another_recipe_are_not_taken_for_this_one(demo):
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_the_last_screen_says_who_needs_fewest_bits_and_whether_the_runs_are_equal(demo, equal, capsys):
+def test_the_last_screen_ranks_models_and_tells_whether_runs_are_equal(demo, equal, capsys):
     estimate = {"bits_per_byte": 2.5, "bits_per_byte_standard_error": 0.1}
     scored = {**estimate, "documents": 3, "tokens": 50, "bytes": 100}
     reports = {
@@ -117,7 +117,7 @@ def test_a_cpu_that_is_slow_in_bf16_trains_in_fp32(demo, capsys):
     assert "22 times as slowly in bf16" in capsys.readouterr().out
 
 
-def test_runs_that_are_there_keep_their_precision(demo):
+def test_existing_runs_keep_their_precision(demo):
     demo.leave("small", 3)
     demo.suit(1.0)
     before = demo.recipe.train.precision
@@ -131,7 +131,7 @@ def read_precision(demo) -> str:
     return yaml.safe_load((demo.run_dir / "recipe.yaml").read_text())["train"]["precision"]
 
 
-def test_every_command_is_one_that_the_real_parsers_accept(demo, monkeypatch):
+def test_every_demo_command_is_accepted_by_the_real_parsers(demo, monkeypatch):
     """Runs do not count as finished, so that each action runs its command."""
     monkeypatch.setattr(demo, "_finished", lambda run_dir: False)
     monkeypatch.setattr(demo, "_report", lambda name, *words: demo._bst(*words, "--json", name))
@@ -150,7 +150,7 @@ def test_every_command_is_one_that_the_real_parsers_accept(demo, monkeypatch):
 
 @pytest.mark.ranks
 @pytest.mark.long
-def test_the_whole_demo_runs_and_then_uses_everything_again(tmp_path, monkeypatch, capfd):
+def test_the_demo_runs_and_a_second_demo_reuses_everything(tmp_path, monkeypatch, capfd):
     """Runs `bst demo` as a user does, with a small recipe; it fails if a command or a report has changed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()

@@ -31,14 +31,14 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_share_that_stays_grows_to_the_decay():
+def test_the_averaging_factor_grows_to_the_decay():
     config = AverageConfig(decay=0.9)
     assert [decay(config, step) for step in (1, 8, 1000)] == [2 / 11, 0.5, 0.9]
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_it_is_the_literal_average_of_the_weights_and_changes_nothing_else(go, tmp_path, unmeasured, world, stage):
+def test_the_average_equals_the_formula_and_does_not_change_training(go, tmp_path, unmeasured, world, stage):
     zero = f"deepspeed=ds_configs/zero{stage}.json"
     run, without = go("run", zero, AVERAGE, world=world), go("without", zero, world=world)
     literal = {name: tensor.double() for name, tensor in open_run(run, 0).model.state_dict().items()}
@@ -56,7 +56,7 @@ def test_it_is_the_literal_average_of_the_weights_and_changes_nothing_else(go, t
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_stop_leaves_no_trace_and_another_layout_takes_up_the_same_average(go, unmeasured, stage):
+def test_the_average_survives_a_resume_and_another_layout(go, unmeasured, stage):
     zero = f"deepspeed=ds_configs/zero{stage}.json"
     whole, parts = go("whole", zero, AVERAGE, world=2), go("parts", zero, AVERAGE, world=2, until=3)
     go("parts", zero, AVERAGE, world=2, resume=True)
@@ -68,7 +68,7 @@ def test_a_stop_leaves_no_trace_and_another_layout_takes_up_the_same_average(go,
 
 
 @pytest.mark.ranks
-def test_it_may_begin_and_end_at_a_resume(go, unmeasured):
+def test_averaging_can_start_and_end_at_a_resume(go, unmeasured):
     run = go("run", until=2)
     go("run", AVERAGE, until=3, resume=True)
     begun = load_weights(directory(run, 2))  # the average before step 3
@@ -82,7 +82,7 @@ def test_it_may_begin_and_end_at_a_resume(go, unmeasured):
 
 
 @pytest.mark.ranks
-def test_the_run_evaluates_it_and_it_leaves_the_house(go, tmp_path, unmeasured, capsys):
+def test_averaged_weights_are_evaluated_and_exported(go, tmp_path, unmeasured, capsys):
     run = go("run", AVERAGE, "evaluation.sequences=9", world=2)
     told = {line["kind"]: line for line in read_lines(run / FILE) if line["step"] == 5}
     for kind, averaged in (("eval", False), ("averaged", True)):
@@ -129,7 +129,7 @@ def literal_loss(run: Path, model: torch.nn.Module, sequences: int) -> float:
 
 
 @pytest.mark.ranks
-def test_of_the_averaged_files_every_rank_writes_its_part(go, unmeasured):
+def test_every_rank_writes_its_part_of_the_averaged_weights(go, unmeasured):
     run = go("run", AVERAGE, world=2, until=1)
     files = sorted(directory(run, 1).glob("averaged-*.safetensors"))
     assert [path.name for path in files] == ["averaged-00000.safetensors", "averaged-00001.safetensors"]

@@ -39,13 +39,13 @@ def numbers() -> list[tuple[str, dict[str, Any], str]]:
     return found
 
 
-def test_there_are_as_many_numbers_as_one_would_think() -> None:
+def test_recipes_have_more_than_45_numeric_settings() -> None:
     assert len(numbers()) > 45
 
 
 @pytest.mark.parametrize(("name", "recipe", "text"), numbers(), ids=lambda x: x if isinstance(x, str) and "(" not in x
                          and " " not in x else "")  # fmt: skip
-def test_what_no_number_can_mean_is_refused_in_a_line_that_names_the_field(name, recipe, text) -> None:
+def test_impossible_values_are_refused_with_the_field_name(name, recipe, text) -> None:
     *sections, leaf = name.split(".")
     for value in (0, *IMPOSSIBLE):
         data = copy.deepcopy(recipe)

@@ -14,7 +14,7 @@ from bst_dist.train.start.request import Request, load, resolve
 pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]
 
 
-def test_every_stage_trains_the_same_way_by_group_and_goes_on_after_a_stop(recipe_file, tmp_path, on_ranks):
+def test_every_stage_keeps_completep_group_settings_after_a_resume(recipe_file, tmp_path, on_ranks):
     base = {"kind": "completep", "base_width": 4, "base_depth": 1}
     recipe = recipe_file(optimizer={"learning_rate": 2e-3, "ssm_learning_rate": 5e-4, "weight_decay": 0.3})
 

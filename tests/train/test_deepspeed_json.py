@@ -17,7 +17,7 @@ INTENT = Intent(world=1, micro_sequences=2, accumulation=3, gradient_clipping=0.
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_strategy_is_taken_by_deepspeed_as_it_is_completed(path):
+def test_deepspeed_parses_every_completed_strategy_unchanged(path):
     completed = complete(read(path), INTENT, str(path))
     assert differences(completed, DeepSpeedConfig(completed)) == []
     assert completed["gradient_clipping"] == 0.5
@@ -48,7 +48,7 @@ def test_every_strategy_is_taken_by_deepspeed_as_it_is_completed(path):
         ("{", "not readable as JSON"),
     ],
 )  # fmt: skip
-def test_what_deepspeed_would_ignore_or_the_recipe_owns_is_refused(tmp_path, text, said):
+def test_keys_ignored_by_deepspeed_or_set_by_the_recipe_are_refused(tmp_path, text, said):
     path = tmp_path / "strategy.json"
     path.write_text(text)
     with pytest.raises(DeepSpeedConfigError, match=said.replace(".", r"\.")) as error:
@@ -56,7 +56,7 @@ def test_what_deepspeed_would_ignore_or_the_recipe_owns_is_refused(tmp_path, tex
     assert str(path) in str(error.value)
 
 
-def test_a_key_that_agrees_with_the_recipe_may_stay(tmp_path):
+def test_a_key_that_agrees_with_the_recipe_is_accepted(tmp_path):
     path = tmp_path / "strategy.json"
     path.write_text(json.dumps({"gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 2}))
     assert complete(read(path), INTENT, str(path))["gradient_clipping"] == 0.5

@@ -27,7 +27,7 @@ def edge(seed: int) -> State:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_edges_come_back_last_first_and_as_they_were(place):
+def test_edges_are_popped_unchanged_in_reverse_order(place):
     """Also when edges are pushed again after some were popped, as from one micro-batch to the next."""
     edges, expected = edges_in(place), []
     for seed, pops in enumerate((0, 0, 1, 0, 0, 2, 0, 3)):
@@ -41,7 +41,7 @@ def test_edges_come_back_last_first_and_as_they_were(place):
                 assert torch.equal(found[name], value)
 
 
-def test_what_is_on_disk_is_not_in_memory_and_has_no_name(monkeypatch, tmp_path):
+def test_edges_on_disk_use_one_unnamed_file_that_is_reused(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     edges = EdgesOnDisk()
     for seed in range(8):
@@ -54,7 +54,7 @@ def test_what_is_on_disk_is_not_in_memory_and_has_no_name(monkeypatch, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_told_with_the_folder_and_what_to_do(monkeypatch):
+def test_a_full_disk_is_reported_with_the_remedy(monkeypatch):
     edges = EdgesOnDisk()
 
     def full(*_: object) -> int:

@@ -41,7 +41,7 @@ def literal(start: Start, sequences: int) -> tuple[int, float, list[float]]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("world", "sp", "sequences"), [(1, 1, 7), (2, 2, 7), (3, 1, 7), (3, 1, 2)])
-def test_the_validation_loss_is_that_of_plain_torch_over_all_micro_batches(
+def test_validation_loss_equals_plain_torch_over_all_micro_batches(
     recipe_file, tmp_path, on_ranks, unmeasured, world, sp, sequences
 ):
     """Three ranks do not divide seven sequences; with two sequences, one rank has none."""
@@ -57,9 +57,7 @@ def test_the_validation_loss_is_that_of_plain_torch_over_all_micro_batches(
 
 
 @pytest.mark.ranks
-def test_no_token_is_counted_twice_when_more_is_asked_for_than_the_split_holds(
-    recipe_file, tmp_path, on_ranks, unmeasured, capfd
-):
+def test_evaluating_more_than_the_split_counts_each_token_once(recipe_file, tmp_path, on_ranks, unmeasured, capfd):
     recipe = recipe_file(evaluation={"every": 1, "sequences": 5000})
     on_ranks(2, lambda ranks: train(Request(recipe, [], tmp_path / "run", False, 1), ranks))
     (line,) = [line for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "eval"]

@@ -86,7 +86,7 @@ def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, 
     return gradients, report
 
 
-def test_gradient_of_two_ranks_is_that_of_one_process_in_every_stage(recipe_file, on_ranks, unmeasured):
+def test_gradients_of_two_ranks_equal_one_process_in_every_stage(recipe_file, on_ranks, unmeasured):
     recipe = recipe_file(data={"documents": "isolated"})  # some tokens are masked, unevenly over the ranks
     expected, loss = one_process(recipe)
     norm = np.sqrt(sum((gradient**2).sum() for gradient in expected.values()))
@@ -104,7 +104,9 @@ def test_gradient_of_two_ranks_is_that_of_one_process_in_every_stage(recipe_file
 
 
 @pytest.mark.parametrize("policy", ["none", "every-layer"])
-def test_matrices_gathered_in_bf16_change_no_bit_of_a_gradient(policy, recipe_file, on_ranks, unmeasured, monkeypatch):
+def test_gathering_matrices_in_bf16_leaves_gradients_bitwise_equal(
+    policy, recipe_file, on_ranks, unmeasured, monkeypatch
+):
     """Autocast rounds them in any case. The first step is compared with one that gathers in fp32."""
     recipe = recipe_file(train={"precision": "bf16"}, model={"tied": False})
     halve = engines._gather_in_bf16
@@ -145,7 +147,7 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_z_loss_is_in_the_gradient_and_in_no_loss_that_is_reported(recipe_file, on_ranks, unmeasured):
+def test_the_z_loss_affects_gradients_but_not_the_reported_loss(recipe_file, on_ranks, unmeasured):
     """Compared with the formula in double precision in one process; with tied and separate head, slices and ranks."""
     weight = 0.05
     recipe = recipe_file(data={"documents": "isolated"}, train={"z_loss": weight})

@@ -43,7 +43,7 @@ def test_bst_train_trains_resumes_by_its_directory_and_reports(recipe_file, corp
 
 
 @pytest.mark.ranks
-def test_the_last_line_names_ctrl_c(recipe_file, tmp_path):
+def test_the_last_line_names_ctrl_c_as_the_reason(recipe_file, tmp_path):
     changes = ["train.steps=5000", "evaluation.every=5000", "checkpoint.every=5000", "schedule.warmup_steps=2"]
     run_dir = tmp_path / "run"
     command = [*BST, "train", str(recipe_file()), *changes, "--run-dir", str(run_dir), "--ranks", "2"]

@@ -106,7 +106,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_stage_is_torch_s_muon_and_adamw(on_ranks, monkeypatch, world):
+def test_every_stage_equals_muon_and_adamw_of_torch(on_ranks, monkeypatch, world):
     """Compares weights after several steps, and the norms used for clipping. On 2 and 3 ranks, matrices are cut."""
     expected, norms = reference(monkeypatch)
     monkeypatch.undo()
@@ -182,7 +182,7 @@ def test_only_the_first_moment_of_hidden_matrices_is_kept(on_ranks):
 
 
 @pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
-def test_offloading_is_refused_by_its_key(section):
+def test_muon_with_offloading_is_refused_and_names_the_key(section):
     strategy = {"zero_optimization": {"stage": 3, section: {"device": "cpu"}}}
     with pytest.raises(
         DeepSpeedConfigError, match=rf"^here: zero_optimization\.{section}: optimizer.kind muon .*adamw$"
@@ -193,18 +193,18 @@ def test_offloading_is_refused_by_its_key(section):
     complete(none, Intent(1, 1, 1, 1.0, "fp32", "muon"), "here")
 
 
-def test_adamw_has_no_momentum_to_set():
+def test_a_momentum_setting_for_adamw_is_refused():
     with pytest.raises(ValueError, match="only muon has one"):
         OptimizerConfig(momentum=0.9)
 
 
-def test_completep_is_refused(recipe_file):
+def test_muon_with_completep_is_refused(recipe_file):
     overrides = ["optimizer.kind=muon", "model.parametrisation={kind: completep, base_width: 16, base_depth: 2}"]
     with pytest.raises(UserError, match="CompleteP's rates are derived for AdamW"):
         load_recipe(recipe_file(), overrides)
 
 
-def test_filters_and_heads_of_classes_stay_with_adamw():
+def test_hyena_filter_matrices_stay_with_adamw():
     """They are matrices with weight decay, but not linear maps between activations inside a layer."""
     sizes = {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 2, "vocab_size": 29, "mixer": "bst"}
     own = LanguageModel(ModelConfig(**sizes, ssm={"kernel": "hyena", "length": 16, "hidden": 8}))
@@ -219,7 +219,7 @@ def test_filters_and_heads_of_classes_stay_with_adamw():
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_every_map_of_a_weight_is_there_once(mixer):
+def test_the_maps_of_a_weight_cover_it_exactly_once(mixer):
     sizes = {"width": 64, "heads": 2, "ffn": 96, "block": 8, "depth": 1, "vocab_size": 29}
     own = LanguageModel(ModelConfig(**sizes, mixer=mixer))
     for weight, stack in own.hidden_matrices():

@@ -41,7 +41,7 @@ def go(task, train_in, unmeasured) -> Callable[..., Path]:
 
 
 @pytest.mark.ranks
-def test_two_ranks_take_the_steps_of_one(go):
+def test_two_ranks_train_a_classifier_like_one(go):
     one, two = go("one", "evaluation.sequences=12"), go("two", "evaluation.sequences=12", world=2)
     lines = [[line for line in read_lines(run / FILE) if line["kind"] in ("train", "eval")] for run in (one, two)]
     assert [line["step"] for line in lines[0]] == [1, 2, 3, 3, 4, 5, 6, 6]

@@ -27,7 +27,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     assert optimizer.param_groups[2]["lr"] == 1e-4
 
 
-def test_completep_scales_rates_decay_and_eps_of_each_group_and_they_are_put_back():
+def test_completep_scales_are_applied_and_restored_per_group():
     base = {"kind": "completep", "base_width": 8, "base_depth": 2}
     larger = {"width": 32, "depth": 6, "parametrisation": base}
     model = LanguageModel(ModelConfig(**(small_model().config.model_dump() | larger)))
@@ -44,7 +44,7 @@ def test_completep_scales_rates_decay_and_eps_of_each_group_and_they_are_put_bac
     }  # fmt: skip
 
 
-def test_exactly_torch_adamw_which_zero_accepts():
+def test_the_optimizer_is_exactly_fused_torch_adamw():
     optimizer = build(OptimizerConfig(), small_model().parameter_groups())
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["fused"]  # one kernel for all parameters
@@ -58,7 +58,7 @@ def test_an_engine_with_other_groups_is_refused():
         groups.apply(optimizer, 1.0)
 
 
-def test_apply_puts_back_what_a_loading_has_mixed_up():
+def test_apply_restores_group_settings_after_loading():
     optimizer = build(OptimizerConfig(), small_model().parameter_groups())
     groups = Groups(optimizer)
     for group in optimizer.param_groups:

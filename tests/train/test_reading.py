@@ -47,7 +47,7 @@ def passes_of(corpus: Path, steps: int, rows: int, length: int) -> float:
 
 
 @pytest.mark.ranks
-def test_a_run_without_a_validation_split_says_so_and_finishes(
+def test_a_run_without_a_validation_split_reports_it_and_finishes(
     recipe_file, tmp_path, on_ranks, unmeasured, unsplit, capfd
 ):
     data = {"corpus": str(unsplit), "prefetch": 0, "documents": "masked", "packing": "best_fit"}
@@ -64,7 +64,9 @@ def test_a_run_without_a_validation_split_says_so_and_finishes(
 
 
 @pytest.mark.ranks
-def test_what_has_a_validation_split_is_evaluated_on(recipe_file, tmp_path, on_ranks, unmeasured, unsplit, corpus):
+def test_only_corpora_with_a_validation_split_are_evaluated(
+    recipe_file, tmp_path, on_ranks, unmeasured, unsplit, corpus
+):
     """A mixture is evaluated on the corpus that has a split; a corpus without one, on the additional named corpora."""
     mixed = [{"corpus": str(unsplit), "weight": 3}, {"corpus": str(corpus), "weight": 1}]
     found = {}
@@ -81,7 +83,7 @@ def test_what_has_a_validation_split_is_evaluated_on(recipe_file, tmp_path, on_r
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("world", "changes"), [(1, ["train.slice_tokens=16"]), (2, ["parallel.sp=2"]), (3, [])])
-def test_the_loss_of_each_corpus_of_a_mixture_is_that_of_plain_torch(
+def test_loss_of_each_corpus_in_a_mixture_equals_plain_torch(
     recipe_file, tmp_path, on_ranks, unmeasured, unsplit, corpus, world, changes
 ):
     mixed = [{"corpus": str(unsplit), "weight": 3}, {"corpus": str(corpus), "weight": 2}]
@@ -109,7 +111,7 @@ def test_the_loss_of_each_corpus_of_a_mixture_is_that_of_plain_torch(
     assert len(lines) == 2
 
 
-def test_the_corpora_that_are_evaluated_on_keep_their_weights():
+def test_evaluated_corpora_keep_their_mixture_weights():
     data = DataConfig(corpus=[{"corpus": name, "weight": weight} for name, weight in [("a", 0), ("b", 2), ("c", 1)]])
     assert [each.weight for each in data.only([False, True, True]).corpus] == [2, 1]
     assert [each.weight for each in data.only([True, False, False]).corpus] == [1]
@@ -143,7 +145,7 @@ def test_the_plan_counts_passes_and_refuses_too_many(recipe_file, corpus, capsys
     assert "passesnotcounted:" in "".join(capsys.readouterr().out.split())
 
 
-def test_the_padding_of_isolated_documents_is_told(recipe_file, corpus, capsys):
+def test_the_plan_shows_the_padding_of_isolated_documents(recipe_file, corpus, capsys):
     assert main(["plan", str(recipe_file()), "data.documents=isolated"]) == 0
     (opened,) = open_corpora(DataConfig(corpus=str(corpus)))
     padded = sum(-(-length // 8) * 8 for length in opened.lengths.tolist())
@@ -151,7 +153,7 @@ def test_the_padding_of_isolated_documents_is_told(recipe_file, corpus, capsys):
     assert "".join(said.split()) in "".join(capsys.readouterr().out.split())
 
 
-def test_passes_after_a_change_of_the_batch_count_what_was_read(recipe_file, corpus):
+def test_passes_after_a_batch_change_include_rows_already_read(recipe_file, corpus):
     recipe = load(Request(recipe_file(), [], None, False, None))
     objective = LanguageModelling(recipe, open_corpora(recipe.data), [], {})
     state = objective.loader(Mesh(1, 0)).state(2)

@@ -13,7 +13,7 @@ from bst_dist.describe import markdown
 ROOT = Path(__file__).parents[2]
 
 
-def test_documentation_in_the_repository_is_what_the_code_says():
+def test_the_recipe_documentation_matches_the_code():
     assert (ROOT / "docs" / "recipes.md").read_text() == markdown(list(fields(Recipe))) + "\n", (
         "settings have changed: bst recipe --markdown > docs/recipes.md"
     )
@@ -30,13 +30,13 @@ RECIPES = sorted(set((ROOT / "launch/recipes").rglob("*.yaml")) - EXPERIMENTS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_in_the_repository_load_and_come_back_from_their_dump(path, tmp_path):
+def test_recipes_in_the_repository_survive_dump_and_load(path, tmp_path):
     recipe = load_recipe(path)
     (tmp_path / "resolved.yaml").write_text(dump(recipe))
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
 
-def test_identity_is_all_but_logging_checkpoints_and_ranks(recipe_file):
+def test_the_recipe_digest_ignores_logging_checkpoints_and_ranks(recipe_file):
     path = recipe_file()
     recipe = load_recipe(path)
     same = load_recipe(path, ["log.every=7", "checkpoint.keep_last=5", "ranks=4"])
@@ -46,7 +46,7 @@ def test_identity_is_all_but_logging_checkpoints_and_ranks(recipe_file):
     assert differing(recipe, other) == ["seed: 3, 4", "optimizer.beta2: 0.95, 0.9"]
 
 
-def test_masked_documents_are_refused_in_one_line_where_a_model_cannot_tell_them_apart(settings):
+def test_masked_documents_are_refused_for_models_that_cannot_separate_them(settings):
     settings["data"]["documents"] = "masked"
     assert parse(Recipe, settings).data.separates_documents
     settings["model"]["ssm"] = {"kernel": "hyena", "length": 32}
@@ -66,7 +66,7 @@ def test_masked_documents_are_refused_in_one_line_where_a_model_cannot_tell_them
     ("train=3", "train: input should be a section, with fields of its own (got 3)"),
     ("log.profile=3", "log.profile: input should be a list (got 3)"),
 ])  # fmt: skip
-def test_what_is_wrong_is_said_in_the_words_of_a_recipe(override, said):
+def test_recipe_errors_are_one_line_without_pydantic_terms(override, said):
     """Each error is one line, without pydantic's names of types, tags and functions."""
     path = ROOT / "launch/recipes/demo.yaml"
     with pytest.raises(ConfigError) as caught:

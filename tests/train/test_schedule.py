@@ -20,7 +20,7 @@ schedules = st.builds(
 
 
 @given(schedules, st.integers(1, 300))
-def test_rises_through_the_warm_up_and_never_after(schedule, steps):
+def test_the_rate_rises_only_during_the_warm_up(schedule, steps):
     factors = [factor(schedule, step, steps) for step in range(steps)]
     warm = min(schedule.warmup_steps, steps)
     assert all(0 < f <= 1 or (f == 0 == schedule.final_fraction) for f in factors)
@@ -47,7 +47,7 @@ def test_cosine_is_half_a_period_from_the_warm_up_to_the_end():
 
 
 @given(schedules, st.integers(1, 300))
-def test_the_rate_is_at_its_peak_until_the_decay_is_said_to_begin(schedule, steps):
+def test_the_rate_is_at_its_peak_until_the_reported_decay_start(schedule, steps):
     until = constant_until(schedule, steps)
     rates = [factor(schedule, step, steps) for step in range(steps)]
     if until is None:

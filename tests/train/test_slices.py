@@ -52,7 +52,7 @@ def differences(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[
     ("data.documents=masked", "model.context.variant=MF", "train.edges_every=2"),
     ("model.mixer=block-recurrent", "model.block_recurrent.states=4"),
 ])  # fmt: skip
-def test_a_run_in_slices_is_the_run_at_once(go, changes):
+def test_a_run_in_slices_equals_the_run_without_slices(go, changes):
     """The same losses, norms and evaluations in every step; with documents, and with a carried past."""
     at_once = [change for change in changes if "edges" not in change]
     assert differences(go("slices", "train.slice_tokens=16", *changes), go("whole", *at_once)) == []
@@ -60,7 +60,7 @@ def test_a_run_in_slices_is_the_run_at_once(go, changes):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("documents", "variant"), [("isolated", "SH"), ("masked", "MF")])
-def test_a_run_in_slices_on_a_mesh_is_the_run_of_one_rank(go, documents, variant):
+def test_a_run_in_slices_on_a_mesh_equals_the_run_of_one_rank(go, documents, variant):
     """Two ranks per sequence, two sequences in parallel, ZeRO-3, recomputed layers."""
     spread = ("parallel.sp=2", "deepspeed=ds_configs/zero3.json", "activation_checkpointing.policy=every-layer")
     changes = (f"data.documents={documents}", f"model.context.variant={variant}")
@@ -69,7 +69,7 @@ def test_a_run_in_slices_on_a_mesh_is_the_run_of_one_rank(go, documents, variant
 
 
 @pytest.mark.ranks
-def test_a_stopped_run_goes_on_to_the_bit_and_may_go_on_at_once(go, tmp_path, assert_same_run):
+def test_a_sliced_run_resumes_bitwise_equal_and_may_drop_slices(go, tmp_path, assert_same_run):
     carried = ("data.mode=streaming", "data.documents=masked", "train.carry=true", "train.slice_tokens=16")
     go("whole", *carried)
     go("parts", *carried, until=3)
@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on_to_the_bit_and_may_go_on_at_once(go, tmp_path, as
 
 
 @pytest.mark.ranks
-def test_every_slice_is_a_sign_of_life(recipe_file, tmp_path, on_ranks, monkeypatch):
+def test_every_slice_enters_a_watchdog_phase(recipe_file, tmp_path, on_ranks, monkeypatch):
     """The watchdog counts phases that were entered, so a step of minutes must not look like a hang."""
     entered: Counter[tuple[str, int]] = Counter()
     honest = Phases.enter
@@ -102,7 +102,7 @@ def test_every_slice_is_a_sign_of_life(recipe_file, tmp_path, on_ranks, monkeypa
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_step_in_slices_that_is_held_back_changes_no_weight(go, tmp_path, monkeypatch, stage):
+def test_a_skipped_step_in_slices_changes_no_weight(go, tmp_path, monkeypatch, stage):
     """The guard decides when the losses of all slices exist, after most slices already ran their backward pass."""
     honest, calls = sum_of_batch, count()
 
@@ -131,13 +131,13 @@ def test_a_step_in_slices_that_is_held_back_changes_no_weight(go, tmp_path, monk
     ({"train": {"slice_tokens": 8}, "model": {"mixer": "transformer-xl", "transformer_xl": {"window": 16}}},
      "make it a multiple of 16"),
 ])  # fmt: skip
-def test_what_has_no_slices_is_refused_with_the_reason(settings, changes, message):
+def test_unsupported_slicing_is_refused_with_the_reason(settings, changes, message):
     changed = {section: {**settings.get(section, {}), **values} for section, values in changes.items()}
     with pytest.raises(ConfigError, match=message):
         parse(Recipe, settings | changed)
 
 
-def test_slices_and_the_place_of_edges_are_not_what_a_run_is(settings):
+def test_slice_settings_do_not_change_the_recipe_digest(settings):
     """So they may change when a run is resumed, and recipes older than these settings keep their digests."""
     sliced = settings | {"train": settings["train"] | {"slice_tokens": 8, "edges": "disk", "edges_every": 2}}
     assert digest(parse(Recipe, sliced)) == digest(parse(Recipe, settings))

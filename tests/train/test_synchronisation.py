@@ -135,7 +135,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_meta")
 @pytest.mark.parametrize("documents", ["joined", "isolated", "masked"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_on_a_gpu_waits_for_nothing_and_has_an_order_before_the_update(name: str, documents: str) -> None:
+def test_a_gpu_step_does_not_synchronise_before_the_update(name: str, documents: str) -> None:
     if documents == "isolated" and ("hyena" in name or "explicit" in name):
         pytest.skip("filters refuse isolated documents")
     settings = {"width": 16, "heads": 2, "ffn": 16, "block": BLOCK, "depth": 1, "vocab_size": VOCABULARY}
@@ -155,7 +155,7 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_has_an_order_before_the_update(na
         assert engine.before_update == {}
 
 
-def test_what_flex_attention_is_told_and_the_bias_gradient_wait_for_nothing() -> None:
+def test_flex_attention_inputs_and_bias_gradient_do_not_synchronise() -> None:
     with torch.device("meta"), Waits() as waits:
         q = k = v = torch.zeros(2, 2, 256, 8)
         begin, bias, lse = torch.zeros(2, 256, dtype=torch.int32), torch.zeros(2, 129), torch.zeros(2, 2, 256)
@@ -179,7 +179,9 @@ def test_what_flex_attention_is_told_and_the_bias_gradient_wait_for_nothing() ->
         ("meta", lambda x: x[torch.tensor([0, 2], device="meta"), None, :2], None),
     ],
 )
-def test_a_wait_is_seen_and_nothing_else_is(device: str, operation: Callable[[Tensor], Any], name: str | None) -> None:
+def test_only_synchronising_operations_are_detected(
+    device: str, operation: Callable[[Tensor], Any], name: str | None
+) -> None:
     x = torch.ones(3, 3, device=device)
     with Waits() as waits:
         operation(x)
@@ -188,7 +190,7 @@ def test_a_wait_is_seen_and_nothing_else_is(device: str, operation: Callable[[Te
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_waits_for_nothing_before_its_own_step(
+def test_deepspeed_does_not_synchronise_before_its_own_step(
     stage: int, recipe_file: Callable[..., Any], on_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bst_dist.config import load_recipe

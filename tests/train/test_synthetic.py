@@ -46,7 +46,7 @@ def evaluations(run: Path) -> list[dict]:
 
 
 @pytest.mark.ranks
-def test_rows_and_slices_over_two_ranks_take_the_steps_of_one(go):
+def test_data_and_sequence_parallel_runs_equal_one_rank(go):
     one, dp, sp = go("one"), go("dp", world=2), go("sp", "parallel.sp=2", world=2)
     for other in (dp, sp):
         found = [[line for line in read_lines(run / FILE) if line["kind"] != "performance"] for run in (one, other)]
@@ -72,7 +72,7 @@ def test_resumed_run_equals_the_uninterrupted_one_also_under_another_layout(go, 
 
 
 @pytest.mark.ranks
-def test_metrics_by_distance_are_those_of_the_rows_one_by_one(go, capsys):
+def test_metrics_by_distance_equal_those_of_single_rows(go, capsys):
     """Compared with plain torch on single rows. `bst eval` gives the same on the same rows."""
     run = go("run", "evaluation.sequences=5", "log.tensorboard=true")
     line = evaluations(run)[-1]
@@ -108,7 +108,7 @@ def test_metrics_by_distance_are_those_of_the_rows_one_by_one(go, capsys):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("changes", [[], ["train.slice_tokens=16"]])
-def test_a_row_over_several_steps_is_the_row_at_once_where_nothing_is_learnt(go, changes):
+def test_a_row_split_over_steps_equals_the_whole_row_without_learning(go, changes):
     """The past is carried from step to step, and dropped when the next row begins. Evaluations read whole rows."""
     fixed = ["optimizer.learning_rate=1e-30", "optimizer.ssm_learning_rate=1e-30", "optimizer.weight_decay=0",
              "data.synthetic.span=64"]  # fmt: skip
@@ -134,11 +134,11 @@ def _tags(run: Path) -> list[str]:
     return EventAccumulator(str(run / "tensorboard")).Reload().Tags()["scalars"]
 
 
-def test_octaves_of_distances():
+def test_distances_are_grouped_by_octave():
     assert octave(torch.tensor([0, 1, 2, 3, 4, 7, 8, 1023, 1024])).tolist() == [-1, 0, 1, 1, 2, 2, 3, 9, 10]
 
 
-def test_vocabulary_is_the_tasks(task):
+def test_the_vocabulary_size_defaults_to_that_of_the_task(task):
     assert load_recipe(task).model.vocab_size == 13
     assert load_recipe(task, ["model.vocab_size=20"]).model.vocab_size == 20
 
@@ -154,7 +154,7 @@ def test_vocabulary_is_the_tasks(task):
         (["data.row_tokens=40"], "data.row_tokens 40 is not a multiple of train.sequence_length 32"),
     ],
 )
-def test_recipes_that_cannot_be_drawn_are_refused_before_anything_is_written(task, tmp_path, changes, message):
+def test_recipes_that_the_task_cannot_generate_are_refused_before_writing(task, tmp_path, changes, message):
     request = Request(task, changes, tmp_path / "run", resume=False, until=None)
     with pytest.raises(UserError, match=message):
         resolve(load(request), request, world=1)
@@ -162,7 +162,7 @@ def test_recipes_that_cannot_be_drawn_are_refused_before_anything_is_written(tas
 
 
 @pytest.mark.ranks
-def test_commands_for_text_say_that_there_is_none(go, capsys, tmp_path):
+def test_text_commands_are_refused_for_synthetic_tasks(go, capsys, tmp_path):
     run = go("run")
     for command in (
         ["generate", run, "--prompt", "x"],

@@ -36,11 +36,11 @@ def while_training(monkeypatch, precision: str) -> bool:
     return found[0]
 
 
-def test_a_run_in_bf16_has_it_and_leaves_it_as_it_was(before, monkeypatch):
+def test_tf32_is_enabled_in_a_bf16_run_and_restored_afterwards(before, monkeypatch):
     assert while_training(monkeypatch, "bf16") is True
     assert torch.backends.cuda.matmul.allow_tf32 is before
 
 
-def test_a_run_in_fp32_leaves_it_alone(before, monkeypatch):
+def test_tf32_is_not_changed_by_an_fp32_run(before, monkeypatch):
     assert while_training(monkeypatch, "fp32") is before
     assert torch.backends.cuda.matmul.allow_tf32 is before

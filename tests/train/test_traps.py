@@ -75,7 +75,7 @@ def test_sections_with_silent_side_effects_are_refused(tmp_path, section, said):
     assert said in str(error.value)
 
 
-def test_offloading_to_a_drive_that_is_not_there_names_the_host_and_the_key():
+def test_offloading_to_a_missing_drive_is_refused_with_the_key():
     path = Path(__file__).parents[2] / "ds_configs" / "zero3_nvme_offload.json"
     strategy = json.loads(path.read_text())
     strategy["zero_optimization"]["offload_param"]["nvme_path"] = "/no/such/drive"
@@ -108,7 +108,7 @@ class Recorder(Rehearsal):
 
 @pytest.mark.parametrize("isolated", [False, True])
 @pytest.mark.parametrize("variant", ["SH", "MH", "MF"])
-def test_all_ranks_make_the_same_exchanges_in_the_same_order_needed_or_not(variant, isolated):
+def test_all_ranks_run_the_same_exchanges_in_the_same_order(variant, isolated):
     """Also the first rank of a sequence, and a rank where every block begins a document: they do not use the past."""
 
     def exchanges(rank: int, starts_everywhere: bool) -> list[tuple[str, str]]:
@@ -156,7 +156,7 @@ def test_dynamics_stay_in_single_precision_under_bf16_in_every_stage(recipe_file
 
 
 @pytest.mark.parametrize(("mixer", "kernel"), [*((one, "s4d") for one in MIXERS), ("bst", "hyena"), ("bst", "ssd")])
-def test_what_zero3_gathers_in_bf16_is_rounded_to_it_before_any_use_anyway(mixer, kernel):
+def test_weights_gathered_in_bf16_are_rounded_before_any_use(mixer, kernel):
     """So rounding these weights first leaves the loss and all gradients bitwise equal, in any layer."""
     ssm = {"hyena": {"length": 16}, "ssd": {"head": 8}}.get(kernel, {}) | {"kernel": kernel}
     sections = {"ssm": ssm} if "ssm" in MIXER_SECTIONS[mixer] else {}
@@ -181,7 +181,7 @@ def test_what_zero3_gathers_in_bf16_is_rounded_to_it_before_any_use_anyway(mixer
 
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
-def test_clipping_is_to_the_norm_of_the_whole_gradient_in_every_stage(recipe_file, tmp_path, on_ranks):
+def test_gradient_clipping_uses_the_global_norm_in_every_stage(recipe_file, tmp_path, on_ranks):
     """A norm wrong by a factor of sp or dp would clip wrongly; two stages would differ, and AdamW would hide it."""
     recipe = recipe_file(train={"gradient_clipping": 0.01, "micro_sequences": 4}, parallel={"sp": 2})
 

@@ -48,7 +48,7 @@ def prepared(place: Path, tokenizer: dict[str, Any]) -> Path:
     return output
 
 
-def test_the_standard_error_is_that_of_a_ratio():
+def test_the_standard_error_equals_the_bootstrap_of_a_ratio():
     random = np.random.default_rng(0)
     nats, tokens = random.gamma(2.0, 30.0, 400), random.integers(5, 40, 400)
     again = [random.integers(0, 400, 400) for _ in range(4000)]  # the bootstrap gives the same figure independently
@@ -64,7 +64,7 @@ def test_the_standard_error_is_that_of_a_ratio():
 @pytest.mark.parametrize(
     ("world", "changes"), [(1, []), (2, ["parallel.sp=2"]), (3, []), (1, ["train.slice_tokens=16"])]
 )
-def test_the_loss_of_each_corpus_is_that_of_plain_torch(
+def test_loss_of_each_validation_corpus_equals_plain_torch(
     recipe_file, tmp_path, on_ranks, unmeasured, numbers, corpus, world, changes
 ):
     sets = {"numbers": str(numbers), "again": str(corpus)}
@@ -126,14 +126,14 @@ def test_a_corpus_that_is_missing_or_has_other_tokens_is_refused_before_ranks_st
         ({"evaluation": {"corpora": {"a b": "x"}}}, "evaluation.corpora"),
     ],
 )
-def test_names_that_cannot_be_are_refused(settings, changes, said):
+def test_invalid_names_of_validation_corpora_are_refused(settings, changes, said):
     given = settings | {"evaluation": {"corpora": {"numbers": "x"}}} | changes
     with pytest.raises(UserError) as refused:
         parse(Recipe, given)
     assert said in str(refused.value)
 
 
-def test_curves_of_a_corpus_stand_beside_those_of_the_run():
+def test_metrics_of_a_corpus_are_logged_under_its_own_name():
     report = CorpusReport(4, "numbers", 9, 2.0, 3.0, [], 0.5, loss_nats_standard_error=0.1)
     assert scalars(report)["validation numbers/loss_nats_standard_error"] == 0.1
     assert report.about() == "numbers (± 0.1000), 9 tokens"

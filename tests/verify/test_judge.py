@@ -26,13 +26,13 @@ def noisy(size: float) -> Step:
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-2, 1e-1])
-def test_rounding_like_one_process_s_passes_at_any_precision(size):
+def test_rounding_errors_like_those_of_one_process_pass(size):
     yardstick = Yardstick.of(step(EXACT), [noisy(size), noisy(size)])
     assert judge(noisy(size), yardstick).passed
     assert not judge(noisy(8 * size), yardstick).passed
 
 
-def test_a_gradient_of_few_numbers_has_the_rounding_of_the_same_parameter_in_the_other_layers():
+def test_small_gradients_are_judged_by_the_same_parameter_of_other_layers():
     """The error of one process is a sample of two numbers, which may be almost 0 by chance."""
     exact = {f"layers.{layer}.{name}": torch.ones(2).double() for layer in (0, 1) for name in ("scale", "bias")}
     exact["embedding"] = torch.ones(10_000).double()  # all gradients together are nearly exact
@@ -47,7 +47,7 @@ def test_a_gradient_of_few_numbers_has_the_rounding_of_the_same_parameter_in_the
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8, 1 / 2, 1 / 4])
-def test_a_factor_fails_however_coarse_the_precision(factor):
+def test_a_wrong_factor_fails_at_low_precision(factor):
     yardstick = Yardstick.of(step(EXACT), [noisy(0.3)])
     found = judge(step({name: g * factor for name, g in noisy(0.05).gradients.items()}), yardstick)
     assert not found.passed
@@ -64,13 +64,13 @@ def test_a_factor_fails_however_coarse_the_precision(factor):
         (1.5, "no number of ranks or micro-batches"),
     ],
 )
-def test_the_factor_is_explained(factor, said):
+def test_a_wrong_factor_is_explained(factor, said):
     yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
     found = judge(step({name: g * factor for name, g in EXACT.items()}), yardstick)
     assert said in likely_cause(HOW, 8, found, ranks_agree=True)
 
 
-def test_of_several_wrong_parameters_the_one_nearest_to_the_loss_is_named():
+def test_the_wrong_parameter_nearest_to_the_loss_is_named():
     yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
     found = judge(step({n: g * (0.9 if "mixer" in n else 1) for n, g in EXACT.items()}), yardstick)
     assert found.wrong == NAMES[:2]
@@ -80,7 +80,7 @@ def test_of_several_wrong_parameters_the_one_nearest_to_the_loss_is_named():
     assert "With sp 2, check the communication" in said
 
 
-def test_what_is_not_a_number_fails():
+def test_nan_gradients_fail():
     yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
     found = judge(step({**EXACT, NAMES[1]: EXACT[NAMES[1]] * float("nan")}), yardstick)
     assert not found.passed
@@ -88,7 +88,7 @@ def test_what_is_not_a_number_fails():
     assert "not a number" in likely_cause(HOW, 8, found, ranks_agree=True)
 
 
-def test_a_wrong_loss_or_norm_fails_though_the_gradients_are_right():
+def test_a_wrong_loss_or_norm_fails_with_correct_gradients():
     yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
     for wrong in (step(EXACT, loss=3.1), replace(step(EXACT), norm=1.0)):
         found = judge(wrong, yardstick)
@@ -96,14 +96,14 @@ def test_a_wrong_loss_or_norm_fails_though_the_gradients_are_right():
         assert "reported loss or norm" in likely_cause(HOW, 8, found, ranks_agree=True)
 
 
-def test_a_gradient_that_is_zero_but_for_rounding_may_be_so_otherwise():
+def test_zero_gradients_may_differ_by_rounding():
     exact = step({**EXACT, "unused": torch.zeros(3, dtype=torch.float64)})
     yardstick = Yardstick.of(exact, [step({**noisy(1e-7).gradients, "unused": torch.full((3,), 1e-14)})])
     assert judge(step({**noisy(1e-7).gradients, "unused": torch.full((3,), -1e-14)}), yardstick).passed
     assert not judge(step({**noisy(1e-7).gradients, "unused": torch.full((3,), 1e-3)}), yardstick).passed
 
 
-def test_what_failures_share_and_no_pass_has_is_told():
+def test_settings_common_to_failures_only_are_found():
     failed = [HOW, replace(HOW, precision="bf16")]
     passed = [replace(HOW, sp=1), replace(HOW, deepspeed="ds_configs/zero1.json", sp=1)]
     assert list(axes_in_common(failed, passed)) == [("sp", 2)]

@@ -16,7 +16,7 @@ DEMO = next(path for path in RECIPES if path.stem == "demo")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_copy_keeps_what_gradients_could_go_wrong_by(path):
+def test_the_small_copy_keeps_mixers_variant_kernel_and_data(path):
     recipe = load_recipe(path)
     small = shrink(recipe, 4, rows=8)
     assert set(small.model.mixers()) == set(recipe.model.mixers())
@@ -28,7 +28,7 @@ def test_the_copy_keeps_what_gradients_could_go_wrong_by(path):
     assert small.model.width <= 32
 
 
-def test_layers_keep_their_places_and_lengths_their_ratio_to_the_block(tmp_path):
+def test_the_small_copy_keeps_layer_order_and_lengths_in_blocks(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("""
 name: deep
@@ -53,7 +53,7 @@ train: {steps: 10, sequence_length: 1024, sequences: 8}
         (["deepspeed=ds_configs/zero9.json"], "zero9.json: no such file"),
     ],
 )
-def test_what_cannot_be_verified_is_refused_before_anything_starts(options, said, capsys, monkeypatch):
+def test_invalid_verify_options_are_refused_before_anything_starts(options, said, capsys, monkeypatch):
     monkeypatch.setattr("bst_dist.verify.command.launch", lambda *_: pytest.fail("launched"))
     assert main(["verify", str(DEMO), *options]) == 2
     assert said in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_sequences_in_slices_are_verified_against_whole_ones(recipe):
 
 
 @pytest.mark.parametrize("documents", ["isolated", "masked"])
-def test_a_carried_past_and_documents_apart_are_verified_too(recipe, tmp_path, documents):
+def test_a_carried_past_and_separate_documents_are_verified(recipe, tmp_path, documents):
     streaming = ["train.carry=true", "data.mode=streaming", f"data.documents={documents}"]
     options = ["--sp", "1", "2", "--checkpointing", "every-kth-layer", "offload", "--zero", "2"]
     status, report = certificate(recipe, *streaming, *options, "--run-dir", str(tmp_path / "run"))

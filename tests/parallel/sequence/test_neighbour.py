@@ -165,7 +165,7 @@ def cases(of: LanguageModel, size: int) -> dict[str, Case]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("sp", [2, 4, 8])
-def test_loss_gradients_and_leftovers_are_one_process_s(on_ranks, sp):
+def test_loss_gradients_and_carried_state_equal_one_process(on_ranks, sp):
     policies = (None, run_again, run_again_in_place) if sp == 2 else (None, run_again)
     built = [model(**settings) for settings in (MODELS if sp < 8 else MODELS[:4])]
     expected = [cases(of, sp) for of in built]
@@ -184,7 +184,7 @@ def test_loss_gradients_and_leftovers_are_one_process_s(on_ranks, sp):
 
 
 @pytest.mark.ranks
-def test_documents_that_begin_at_any_token_are_told_apart_over_ranks(on_ranks):
+def test_documents_starting_at_any_token_are_separated_over_ranks(on_ranks):
     """In two consecutive calls, with recomputed layers.
 
     Documents span several ranks. They begin at a rank's last token, at its first, and within its blocks and chunks.
@@ -209,7 +209,7 @@ def test_documents_that_begin_at_any_token_are_told_apart_over_ranks(on_ranks):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("sp", [2, 4])
-def test_filters_longer_than_a_slice_see_whole_sequences_of_some_channels(on_ranks, sp):
+def test_filters_longer_than_a_slice_equal_one_process(on_ranks, sp):
     built = [model(**settings).double() for settings in FILTERS if settings["variant"] != "MF" or sp == 2]
     expected = [one_process(of, [data(2 * BLOCK * sp)], carry=False) for of in built]
 
@@ -228,7 +228,7 @@ def test_filters_longer_than_a_slice_see_whole_sequences_of_some_channels(on_ran
 
 
 @pytest.mark.ranks
-def test_bytes_sent_are_those_of_the_formula_at_any_length(on_ranks):
+def test_bytes_sent_equal_the_formula_at_any_length(on_ranks):
     """One state to every other rank; W keys and values and one set of block ends to the right; gradients as large."""
     width, rows, block, sp = 8, 1, 128, 2
     settings = {"width": width, "heads": 1, "ffn": 8, "block": block, "depth": 1, "mixer": "bst", "vocab_size": 16}
@@ -251,7 +251,7 @@ def test_bytes_sent_are_those_of_the_formula_at_any_length(on_ranks):
 
 
 @pytest.mark.ranks
-def test_messages_travel_in_the_tensors_own_dtype_and_one_sequence_does_not_hear_another(on_ranks):
+def test_messages_keep_their_dtype_and_stay_within_their_sequence(on_ranks):
     """Four ranks, two sequences of two slices, in bfloat16."""
 
     def check() -> tuple:
@@ -272,7 +272,7 @@ def test_messages_travel_in_the_tensors_own_dtype_and_one_sequence_does_not_hear
 @pytest.mark.ranks
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("documents", ["joined", "isolated", "masked"])
-def test_what_is_sent_is_known_beforehand(on_ranks, bf16, documents):
+def test_bytes_sent_equal_the_rehearsed_bytes(on_ranks, bf16, documents):
     """The middle rank of three, with every layer recomputed in the backward pass."""
     sp, length = 3, 6 * BLOCK
     kinds = [settings for settings in MODELS if documents != "masked" or settings.get("attend") != "previous"]
@@ -304,7 +304,7 @@ def refusal(slice_length: int, documents: str = "joined", **settings) -> str:
     return ""
 
 
-def test_what_cannot_be_spread_over_ranks_is_refused_with_the_reason():
+def test_unsupported_sequence_parallel_models_are_refused_with_the_reason():
     """A filter that reaches at most one slice back is allowed, because the left neighbour has all its inputs."""
     hyena = {"kernel": "hyena", "length": 4 * BLOCK}
     odd = {"variant": "SH", "ssm_width": 5}

@@ -24,7 +24,7 @@ def slices(draw: st.DrawFn) -> list[int]:
 
 
 @given(lengths=slices(), whole=st.integers(0, 2))
-def test_a_slice_is_extended_to_the_begin_of_its_block_and_whole_blocks_before(lengths, whole):
+def test_a_slice_is_extended_to_its_block_start_and_earlier_blocks(lengths, whole):
     stream = torch.arange(sum(lengths)).view(1, -1, 1)
     state, position = {}, 0
     for length in lengths:
@@ -36,6 +36,6 @@ def test_a_slice_is_extended_to_the_begin_of_its_block_and_whole_blocks_before(l
         state, position = past.after, position + length
 
 
-def test_without_a_past_there_is_nothing_to_extend_with():
+def test_without_a_past_a_slice_is_not_extended():
     x = torch.ones(1, BLOCK, 1)
     assert Past().extend_to_blocks("x", x, BLOCK, whole=1) is x

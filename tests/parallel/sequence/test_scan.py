@@ -67,7 +67,7 @@ def test_every_rank_gets_the_state_and_the_gradients_of_the_serial_recurrence(si
 
 
 @pytest.mark.ranks
-def test_a_message_may_be_under_way_while_the_rank_computes(on_ranks):
+def test_two_exchanges_may_be_pending_at_once(on_ranks):
     """Two exchanges are started before either is finished; gradients also if one result is multiplied by zero."""
 
     def check() -> tuple[float, float, float]:

@@ -184,7 +184,7 @@ def test_every_kind_of_layer_has_the_gradients_of_one_pass(name):
     assert errors(gradients(of), expected) == {}
 
 
-def test_a_gradient_that_stops_at_an_edge_is_seen():
+def test_a_gradient_lost_at_an_edge_is_detected():
     """The comparison distinguishes exact gradients from a cache without gradients."""
     of, whole = model("SH"), batch(1, 6)
     _, expected = one_pass(of, whole)
@@ -196,7 +196,7 @@ def test_a_gradient_that_stops_at_an_edge_is_seen():
     assert errors(gradients(of), expected) != {}
 
 
-def test_before_a_slice_that_begins_a_document_nothing_is_run_twice_and_no_edge_is_kept():
+def test_no_edge_is_kept_before_a_slice_that_begins_a_document():
     of = model("SH")
     starts = torch.zeros(1, 6, dtype=torch.bool)
     starts[0, 2] = True
@@ -215,7 +215,7 @@ def test_before_a_slice_that_begins_a_document_nothing_is_run_twice_and_no_edge_
     assert kept == [0, 0]
 
 
-def test_what_is_before_the_last_slice_of_a_group_that_needs_no_edge_is_not_run_for_the_edge_after_it():
+def test_slices_before_a_document_start_are_not_run_for_later_edges():
     """Of slices 0 to 2 only the last is run, or none: first for the edges before 3 and 6, then for those between."""
     of, blocks = model("SH"), 8
     for begins, left in ((2, [2, 3, 4, 5, 6, 3, 4, 0]), (3, [3, 4, 5, 6, 3, 4, 0, 1])):
@@ -232,7 +232,7 @@ def test_what_is_before_the_last_slice_of_a_group_that_needs_no_edge_is_not_run_
 @pytest.mark.parametrize(("slices", "every", "passes", "waiting", "between"), [
     (7, 1, 6, 6, 0), (9, 3, 12, 2, 2), (8, 3, 11, 2, 2), (7, 3, 10, 2, 2), (256, 16, 480, 15, 15), (4, 3, 5, 1, 2),
 ])  # fmt: skip
-def test_edges_that_wait_and_passes_for_the_others_are_as_counted(slices, every, passes, waiting, between):
+def test_numbers_of_kept_edges_and_extra_passes_equal_the_plan(slices, every, passes, waiting, between):
     """Counted with slices that compute nothing and leave their number as edge."""
     edges, run, most = EdgesHere(), 0, 0
     anchor = torch.zeros(1, requires_grad=True)
@@ -264,7 +264,7 @@ def test_edges_that_wait_and_passes_for_the_others_are_as_counted(slices, every,
     assert (spacing.passes, spacing.waiting, spacing.between) == (passes, waiting, between)
 
 
-def test_layers_that_run_again_leave_nothing_behind():
+def test_recomputed_layers_leave_no_carried_state():
     """Otherwise, what they leave in the backward pass would keep a second graph of the slice alive."""
     of, whole = model("MF"), batch(1, 4)
     of.checkpoint = policy(ActivationCheckpointingConfig(policy="every-layer"), of.layers)

@@ -23,7 +23,7 @@ def drawn(mean: float, recovery: float, interval: float, cost: float, failures: 
     ("mean", "recovery", "interval", "cost"),
     [(28_440, 20, 240, 1), (6_480, 150, 600, 30), (1_000, 300, 500, 50), (100, 10, 5, 0.1)],
 )
-def test_the_formula_is_what_drawn_failures_leave(mean, recovery, interval, cost):
+def test_the_goodput_formula_equals_simulated_failures(mean, recovery, interval, cost):
     assert goodput(mean, recovery, interval, cost) == pytest.approx(drawn(mean, recovery, interval, cost), abs=0.01)
 
 
@@ -35,5 +35,5 @@ def test_the_best_interval_is_better_than_those_around_it():
         assert all(goodput(seconds, 20.0, best * factor, 1.0) < share for factor in (0.5, 2.0))
 
 
-def test_nothing_is_lost_without_failures_and_costs():
+def test_goodput_is_one_without_failures_and_costs():
     assert goodput(1e12, 0, 1, 0) == pytest.approx(1.0)

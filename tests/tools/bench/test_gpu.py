@@ -17,7 +17,7 @@ from bst_dist.tools.bench.gpu_parts import LAYERS, PARTS
 
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "resume"])
-def test_a_part_runs_in_small(name: str) -> None:
+def test_a_benchmark_part_runs_at_small_size(name: str) -> None:
     found = PARTS[name](True, time.monotonic() + 3000)
     assert found["rows"]
     assert not found.get("left_out")
@@ -33,7 +33,7 @@ def test_a_resumed_run_equals_a_whole_one() -> None:
     assert row == {"steps": 6, "losses_equal": True, "weights_equal": True}
 
 
-def test_figures_are_written_part_by_part_and_a_failure_costs_no_other(
+def test_a_failed_part_does_not_prevent_the_other_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     limits = []

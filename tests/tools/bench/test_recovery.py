@@ -10,7 +10,7 @@ from bst_dist.cli import main
 
 
 @pytest.mark.ranks
-def test_a_kill_is_timed_by_phase_and_costs_the_steps_since_the_checkpoint(tmp_path, capfd):
+def test_recovery_from_a_kill_is_timed_by_phase(tmp_path, capfd):
     report = tmp_path / "report.json"
     command = ["bench", "recovery", "--kills", "1", "--ranks", "2", "--directory", str(tmp_path)]
     assert main([*command, "--recovery", "30", "--json", str(report)]) == 0

@@ -25,7 +25,7 @@ def costs(one):
 
 
 @pytest.mark.parametrize("ranks", [4, 8])
-def test_counts_are_those_of_arithmetic(found, ranks):
+def test_counts_of_files_and_opens_equal_arithmetic(found, ranks):
     one = found[ranks]
     assert one["files"] == 3 * ranks + 1
     assert one["heartbeats_per_s"] == ranks / BEAT_S
@@ -41,7 +41,7 @@ def test_counts_are_those_of_arithmetic(found, ranks):
     assert cost["the same ranks, ZeRO-3"]["opens"] <= min(2 * ranks, 2 * 2 * PARAMETERS)
 
 
-def test_what_a_rank_does_is_the_same_in_a_larger_world(found):
+def test_work_per_rank_does_not_grow_with_the_world_size(found):
     small, large = costs(found[4]), costs(found[8])
     for work in ("save", "load, same layout", "load, half the ranks", "its weights and moments", "a report"):
         for what in ("opens", "collectives"):
@@ -49,7 +49,7 @@ def test_what_a_rank_does_is_the_same_in_a_larger_world(found):
     assert large["and without the index"]["opens"] > small["and without the index"]["opens"]
 
 
-def test_some_ranks_count_as_all_do(found, tmp_path, monkeypatch):
+def test_measuring_some_ranks_gives_the_counts_of_all(found, tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "ALL_LOAD", 3)
     monkeypatch.setattr(scale, "SOME", 3)
     some, every = measure(tmp_path, 8, PARAMETERS), found[8]
@@ -58,7 +58,7 @@ def test_some_ranks_count_as_all_do(found, tmp_path, monkeypatch):
             assert one[what] == other[what], (one["work"], what)
 
 
-def test_the_ranks_at_work_stand_for_those_before_them():
+def test_working_ranks_represent_the_idle_ranks_before_them():
     world = World(8, at_work=3)
     assert world.at_work == [0, 4, 7]
     found, _ = world.run(lambda rank: (rank.rank, rank.gather(rank.rank)))
@@ -66,14 +66,14 @@ def test_the_ranks_at_work_stand_for_those_before_them():
     assert all(heard == [0, 4, 4, 4, 4, 7, 7, 7] for _, heard in found)
 
 
-def test_a_report_is_one_collective_of_numbers(found):
+def test_a_report_takes_one_collective(found):
     for ranks, one in found.items():
         report = costs(one)["a report"]
         assert report["collectives"] == 1
         assert report["received_bytes"] == 8 * 49 * ranks
 
 
-def test_the_command(tmp_path, capsys):
+def test_bench_scale_prints_and_writes_its_report(tmp_path, capsys):
     assert main(["bench", "scale", "--ranks", "2", "--parameters", "1", "--directory", str(tmp_path), "--json",
                  str(tmp_path / "scale.json")]) == 0  # fmt: skip
     said = capsys.readouterr().out

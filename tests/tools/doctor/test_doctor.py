@@ -21,7 +21,7 @@ def marks(findings):
     return [finding.mark for finding in findings]
 
 
-def test_a_check_that_fails_or_never_ends_is_a_line_like_any_other(monkeypatch, capsys, tmp_path):
+def test_a_check_that_fails_or_hangs_is_reported_on_one_line(monkeypatch, capsys, tmp_path):
     def fails():
         yield good("so far")
         raise OSError("no such device")
@@ -42,7 +42,7 @@ def test_a_check_that_fails_or_never_ends_is_a_line_like_any_other(monkeypatch, 
     never.set()
 
 
-def test_only_what_every_run_needs_fails_the_whole(monkeypatch, capsys):
+def test_a_broken_finding_fails_the_doctor(monkeypatch, capsys):
     monkeypatch.setattr(command, "CHECKS", {"one": lambda: iter([broken("no torch", "pip install torch")])})
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_only_what_every_run_needs_fails_the_whole(monkeypatch, capsys):
     assert "cannot train yet" in out
 
 
-def test_a_command_that_does_not_end_is_given_up_with_all_that_it_started():
+def test_a_command_that_does_not_end_is_stopped_after_the_limit():
     answer = ask(["sh", "-c", "echo begun; sleep 1000; true"], 3.0)
     assert (answer.status, answer.first_line) == (None, "begun")
     assert ask(["no-such-command"]).status is None
@@ -60,7 +60,7 @@ def test_a_command_that_does_not_end_is_given_up_with_all_that_it_started():
         ask_python("raise ValueError('odd')")
 
 
-def test_missing_and_other_packages_are_told_apart_and_only_needed_ones_break(monkeypatch):
+def test_missing_packages_are_broken_only_if_every_run_needs_them(monkeypatch):
     wanted = {"torch": "0.0.1", "no-such-package": "1.0", "pydantic": software.requirements()["pydantic"]}
     monkeypatch.setattr(software, "requirements", lambda: wanted)
     found = list(software.packages())
@@ -71,12 +71,12 @@ def test_missing_and_other_packages_are_told_apart_and_only_needed_ones_break(mo
     assert BROKEN in marks(software.packages())
 
 
-def test_all_that_every_run_needs_is_pinned():
+def test_packages_that_every_run_needs_are_pinned():
     assert set(software.NEEDED) <= software.requirements().keys()
     assert set(software.NAMED) <= software.requirements().keys()
 
 
-def test_what_is_full_or_small_is_said(monkeypatch):
+def test_full_disks_and_small_limits_are_reported(monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(64 * 2**20, 0, 64 * 2**20))
     (memory,) = machine.shared_memory()
     (disk,) = machine.disk()
@@ -94,7 +94,7 @@ def test_what_is_full_or_small_is_said(monkeypatch):
         ([["H100", 80 * 2**30]] * 2, "580.1", GOOD, "2 x H100, 80 GiB; driver 580.1; CUDA 13.0; NCCL 2.27"),
     ],
 )
-def test_accelerators_are_named_with_driver_and_libraries(monkeypatch, devices, driver, mark, text):
+def test_accelerators_are_reported_with_driver_and_libraries(monkeypatch, devices, driver, mark, text):
     found = {"torch": "2.0", "devices": devices, **({"cuda": "13.0", "nccl": "2.27", "bf16": True} if devices else {})}
     answers = {machine._ACCELERATORS: found, machine._BF16: [1.0, 2.0]}
     monkeypatch.setattr(machine, "ask_python", answers.get)
@@ -104,7 +104,7 @@ def test_accelerators_are_named_with_driver_and_libraries(monkeypatch, devices, 
     assert text in line.text
 
 
-def test_a_cpu_that_is_slow_in_bf16_is_told(monkeypatch):
+def test_a_cpu_that_is_slow_in_bf16_is_reported(monkeypatch):
     answers = {machine._ACCELERATORS: {"torch": "2.0", "devices": []}, machine._BF16: [23.4, 2.0]}
     monkeypatch.setattr(machine, "ask_python", answers.get)
     monkeypatch.setattr(machine, "_driver", lambda: "")
@@ -114,7 +114,7 @@ def test_a_cpu_that_is_slow_in_bf16_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize(("said", "named"), [("mpirun (Open MPI) 5.0.11", "Open MPI 5.0.11"), ("HYDRA 4.0.2", None)])
-def test_mpirun_is_named_by_its_family(monkeypatch, tmp_path, said, named):
+def test_mpirun_is_reported_with_its_implementation(monkeypatch, tmp_path, said, named):
     (tmp_path / "mpirun").write_text(f"#!/bin/sh\necho '{said}'\n")
     (tmp_path / "mpirun").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -122,7 +122,7 @@ def test_mpirun_is_named_by_its_family(monkeypatch, tmp_path, said, named):
     assert (line.mark == GOOD and named in line.text) if named else line.mark == LACKING
 
 
-def test_without_torch_it_says_so_and_has_no_traceback(tmp_path):
+def test_without_torch_the_doctor_reports_it_without_a_traceback(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: cannot open shared object file')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     bst = Path(sys.executable).with_name("bst")
@@ -134,6 +134,6 @@ def test_without_torch_it_says_so_and_has_no_traceback(tmp_path):
 
 
 @pytest.mark.ranks
-def test_ranks_of_this_machine_can_add_up(capsys):
+def test_two_ranks_on_this_machine_can_compute_a_sum(capsys):
     assert main(["doctor"]) == 0
     assert "✓ ranks          a sum over 2 ranks on the CPU" in capsys.readouterr().out

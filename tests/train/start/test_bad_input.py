@@ -42,7 +42,7 @@ def tree(path: Path) -> dict[str, bytes]:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_settings(recipe_file, tmp_path, capsys, given, said):
+def test_wrong_settings_are_refused_without_a_run_directory(recipe_file, tmp_path, capsys, given, said):
     recipe, run_dir = recipe_file(), tmp_path / "run"
     overrides = [part for part in given if "=" in part]
     options = [part for part in given if "=" not in part]
@@ -51,7 +51,7 @@ def test_wrong_settings(recipe_file, tmp_path, capsys, given, said):
     assert not run_dir.exists()
 
 
-def test_missing_recipe(tmp_path, capsys):
+def test_a_missing_recipe_is_reported(tmp_path, capsys):
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: no such file" in capsys.readouterr().err
 
@@ -79,7 +79,7 @@ def run_there(recipe_file, tmp_path) -> tuple[Path, Path]:
         (["seed=9"], "seed: 3, 9"),
     ],
 )
-def test_a_run_directory_that_is_taken(run_there, capsys, changes, said):
+def test_a_used_run_directory_is_refused_and_unchanged(run_there, capsys, changes, said):
     recipe, run_dir = run_there
     before = tree(run_dir)
     assert main(["train", str(recipe), *changes, "--run-dir", str(run_dir)]) == 2
@@ -87,7 +87,7 @@ def test_a_run_directory_that_is_taken(run_there, capsys, changes, said):
     assert tree(run_dir) == before
 
 
-def test_a_deepspeed_file_that_rounds_otherwise_is_another_run(run_there, tmp_path, capsys):
+def test_a_deepspeed_file_with_other_rounding_is_refused_on_resume(run_there, tmp_path, capsys):
     recipe, run_dir = run_there
     changed = tmp_path / "zero3.json"
     changed.write_text('{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}')
@@ -95,7 +95,7 @@ def test_a_deepspeed_file_that_rounds_otherwise_is_another_run(run_there, tmp_pa
     assert "zero_optimization.zero_quantized_weights: False, True" in capsys.readouterr().err
 
 
-def test_what_does_not_decide_the_run_may_change(run_there):
+def test_settings_that_do_not_define_the_run_may_change(run_there):
     recipe, run_dir = run_there
     changes = ["log.every=3", "checkpoint.every=1", "ranks=2", "deepspeed=ds_configs/zero3.json", "parallel.sp=2",
                "train.micro_sequences=2", "activation_checkpointing.policy=every-layer"]  # fmt: skip
@@ -103,7 +103,7 @@ def test_what_does_not_decide_the_run_may_change(run_there):
     assert resolve(load(request), request, 2).recipe.log.every == 3
 
 
-def test_the_directory_of_a_run_in_place_of_its_recipe(run_there, tmp_path, capsys):
+def test_a_run_directory_can_replace_the_recipe(run_there, tmp_path, capsys):
     """A run directory can replace the recipe: it means the run's own recipe and directory.
 
     Overrides from the start of the run are already in that recipe.
@@ -124,7 +124,7 @@ def test_the_directory_of_a_run_in_place_of_its_recipe(run_there, tmp_path, caps
     assert "a directory without a run (recipe.yaml is missing)" in capsys.readouterr().err
 
 
-def test_the_default_warm_up_is_no_mistake(recipe_file, tmp_path):
+def test_a_warm_up_longer_than_the_run_is_accepted(recipe_file, tmp_path):
     assert load(Request(recipe_file(), ["schedule.warmup_steps=100"], None, resume=False, until=None))
 
 
@@ -146,7 +146,7 @@ def test_a_check_starts_nothing_and_writes_nothing(recipe_file, tmp_path, capsys
     assert main([*words, "model.block=7"]) == 2
 
 
-def test_a_directory_of_something_else(recipe_file, tmp_path, capsys):
+def test_a_non_empty_directory_without_a_run_is_refused(recipe_file, tmp_path, capsys):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "letters.txt").write_text("dear")
@@ -158,14 +158,14 @@ def test_a_directory_of_something_else(recipe_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     "there", ["checkpoints", "lease", "stacks", "slurm-4711.out", "job.err", "recipe.yaml.partial"]
 )
-def test_a_run_starts_where_there_is_only_what_a_scheduler_or_an_early_end_leaves(recipe_file, tmp_path, there):
+def test_a_directory_with_only_scheduler_or_early_exit_files_is_accepted(recipe_file, tmp_path, there):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / there).touch() if "." in there else (run_dir / there).mkdir()
     assert main(["train", str(recipe_file()), "--run-dir", str(run_dir), "--check"]) == 0
 
 
-def test_a_run_directory_that_is_not_there_is_one_line_with_the_nearest(make_run, tmp_path, capsys):
+def test_a_missing_run_directory_suggests_the_nearest_name(make_run, tmp_path, capsys):
     make_run("demo")
     for words in (["train", str(tmp_path / "demp"), "--resume"], ["train", str(tmp_path / "demp")]):
         assert main(words) == 2

@@ -56,7 +56,7 @@ def test_a_smaller_micro_batch_is_still_a_branch(runs):
         ({"step": 7}, r"train the trunk first, with checkpoint.at: \[7\]"),
     ],
 )
-def test_other_steps_than_the_trunks_are_refused(runs, changes, message):
+def test_a_branch_that_differs_from_the_trunk_steps_is_refused(runs, changes, message):
     with pytest.raises(CheckpointError, match=message):
         origin(runs.directory, runs.branch(**changes))
 

@@ -39,7 +39,7 @@ def pair(settings, one: str, *changed: str) -> tuple[Recipe, Recipe]:
     return parse(Recipe, before), parse(Recipe, overridden(json.loads(json.dumps(before)), changed))
 
 
-def test_the_rate_may_change_and_what_does_not_change_the_numbers_too(run_dir, settings):
+def test_the_learning_rate_and_settings_without_numeric_effect_may_change(run_dir, settings):
     before, now = pair(settings, "wsd", "optimizer.learning_rate=0.5", "data.prefetch=3", "data.on_bad_shard=skip",
                        "evaluation.sequences=9", "data.corpus=elsewhere", "name=other",
                        "train.micro_sequences=2")  # fmt: skip
@@ -48,13 +48,13 @@ def test_the_rate_may_change_and_what_does_not_change_the_numbers_too(run_dir, s
 
 @pytest.mark.parametrize("change", ["model.width=32", "seed=9", "train.sequence_length=64", "data.mode=streaming",
                                     "optimizer.beta2=0.9", "train.precision=bf16"])  # fmt: skip
-def test_another_run_is_refused(run_dir, settings, change):
+def test_a_change_of_a_fixed_setting_is_refused(run_dir, settings, change):
     before, now = pair(settings, "wsd", change)
     with pytest.raises(OtherRunError, match=f"holds a run with other settings(?s:.*){change.split('=')[0]}: "):
         changes(run_dir, before, now)
 
 
-def test_another_length_is_refused_with_how_it_is_had_from_here_on(run_dir, settings):
+def test_a_new_sequence_length_is_refused_with_a_valid_suggestion(run_dir, settings):
     """The override that the error suggests is accepted, and gives the requested length."""
     early = "train.length_changes=[{step: 3, sequence_length: 16}]"
     for given, planned in (((), []), ((early,), [(3, 16)])):
@@ -67,7 +67,7 @@ def test_another_length_is_refused_with_how_it_is_had_from_here_on(run_dir, sett
         assert len(changes(run_dir, before, now)) == 1 and now.train.lengths == [(0, 32), *planned, (4, 64)]
 
 
-def test_the_batch_may_change_but_not_that_of_streaming_rows(run_dir, settings):
+def test_the_batch_size_may_change_except_in_streaming_mode(run_dir, settings):
     before, now = pair(settings, "wsd", "train.sequences=6")
     assert changes(run_dir, before, now) == ["train.sequences: 4, 6"]
     before, now = (recipe.model_copy(update={"data": recipe.data.model_copy(update={"mode": "streaming"})})
@@ -78,7 +78,7 @@ def test_the_batch_may_change_but_not_that_of_streaming_rows(run_dir, settings):
         changes(run_dir, before, now)
 
 
-def test_a_batch_changes_at_the_checkpoint_that_is_resumed_from():
+def test_a_batch_change_is_relative_to_the_resumed_checkpoint():
     """The recipe in the run directory does not matter: a later checkpoint may be damaged or rolled back."""
     assert with_batch(["train.steps: 6, 8"], {"rows": 4}, 6) == ["train.steps: 6, 8", "train.sequences: 4, 6"]
     assert with_batch(["train.sequences: 4, 6"], {"rows": 4}, 6) == ["train.sequences: 4, 6"]
@@ -86,7 +86,7 @@ def test_a_batch_changes_at_the_checkpoint_that_is_resumed_from():
     assert with_batch([], {}, 6) == []
 
 
-def test_more_steps_while_the_rate_is_constant(run_dir, settings):
+def test_more_steps_are_accepted_while_the_rate_is_constant(run_dir, settings):
     before, now = pair(settings, "wsd", "train.steps=20")
     (run_dir / "checkpoints" / "step-00000004").rmdir()  # the decay has begun by step 4
     assert changes(run_dir, before, now) == ["train.steps: 6, 20"]
@@ -104,7 +104,7 @@ def test_more_steps_after_the_decay_has_begun_need_a_branch(run_dir, settings, s
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine"])
-def test_a_schedule_is_planned_anew_where_the_user_says_so(run_dir, settings, schedule):
+def test_replan_schedule_allows_other_steps_but_no_other_settings(run_dir, settings, schedule):
     before, now = pair(settings, schedule, "train.steps=20")
     with pytest.raises(OtherRunError, match=r"from the newest checkpoint on, add --replan-schedule\. Or: Continue in"):
         changes(run_dir, before, now)
@@ -130,13 +130,13 @@ def test_a_cosine_run_follows_its_new_schedule_from_the_resumed_step_on(bst, rec
 
 
 @pytest.mark.parametrize("replan", [False, True])
-def test_fewer_steps_than_are_taken(run_dir, settings, replan):
+def test_fewer_steps_than_already_taken_are_refused(run_dir, settings, replan):
     before, now = pair(settings, "wsd", "train.steps=3", "schedule.decay_fraction=0")
     with pytest.raises(OtherRunError, match=r"step 4 was already taken(?s:.*)rate\. Continue in another"):
         changes(run_dir, before, now, replan)
 
 
-def test_a_setting_that_a_later_version_adds_makes_no_other_run(settings):
+def test_a_setting_missing_in_an_older_recipe_equals_its_default(settings):
     """A recipe stored before the setting existed has its default."""
     now = parse(Recipe, settings)
     older = json.loads(json.dumps(settings))
@@ -147,7 +147,7 @@ def test_a_setting_that_a_later_version_adds_makes_no_other_run(settings):
 
 
 @pytest.mark.ranks
-def test_a_run_goes_on_with_more_steps_another_rate_and_its_corpus_elsewhere(bst, older):
+def test_a_run_resumes_with_more_steps_another_rate_and_a_moved_corpus(bst, older):
     (older.parent / "corpus").rename(older.parent / "moved")
     done = bst(
         *RESUME,
@@ -170,7 +170,7 @@ def test_a_run_goes_on_with_more_steps_another_rate_and_its_corpus_elsewhere(bst
 
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
-def test_a_run_goes_on_with_another_batch(recipe_file, tmp_path, on_ranks, capfd):
+def test_a_run_resumes_with_another_batch_size(recipe_file, tmp_path, on_ranks, capfd):
     """Six sequences from step 4 on, on four ranks; then four again. A step's bytes of text show which rows it read."""
     recipe, run = recipe_file(train={"steps": 10}), tmp_path / "run"
 
@@ -199,7 +199,7 @@ def test_a_run_goes_on_with_another_batch(recipe_file, tmp_path, on_ranks, capfd
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_planned_batch_is_that_of_any_stops_and_ranks(recipe_file, tmp_path, on_ranks, capfd, stage):
+def test_planned_batch_changes_are_equal_for_any_stops_and_ranks(recipe_file, tmp_path, on_ranks, capfd, stage):
     """4, 6 and 3 sequences: without a stop, and with stops before and at a change, each time on other ranks."""
     changes = [{"step": 2, "sequences": 6}, {"step": 5, "sequences": 3}]
     recipe = recipe_file(train={"steps": 7, "sequence_changes": changes}, deepspeed=f"zero{stage}")
@@ -234,12 +234,12 @@ def test_a_planned_batch_is_that_of_any_stops_and_ranks(recipe_file, tmp_path, o
         (["train.sequence_changes=[{step: 5, sequences: 2}]", "data.mode=streaming"], "only for text in shuffled mode"),
     ],
 )
-def test_planned_batches_that_cannot_be_are_refused(settings, changes, said):
+def test_invalid_planned_batches_are_refused(settings, changes, said):
     with pytest.raises(ConfigError, match=said):
         pair(settings, "wsd", *changes)
 
 
-def test_planned_batches_may_change_where_a_run_is_resumed(run_dir, settings):
+def test_planned_batches_may_change_on_resume(run_dir, settings):
     before, now = pair(settings, "wsd", "train.sequence_changes=[{step: 5, sequences: 2}]")
     assert len(changes(run_dir, before, now)) == 1
     with pytest.raises(
@@ -270,7 +270,7 @@ def rows_bytes(run: Path) -> list[int]:
 
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
-def test_a_run_goes_on_with_a_corpus_that_it_did_not_have(recipe_file, tmp_path, on_ranks, capfd):
+def test_a_run_resumes_with_an_added_corpus(recipe_file, tmp_path, on_ranks, capfd):
     """From step 4 on all rows are from the other corpus. Weights of steps already taken cannot be changed."""
     recipe, run = recipe_file(train={"steps": 10}), tmp_path / "run"
     first = load_recipe(recipe).data.corpus
@@ -297,7 +297,7 @@ def test_a_run_goes_on_with_a_corpus_that_it_did_not_have(recipe_file, tmp_path,
 
 
 @pytest.mark.ranks
-def test_another_corpus_is_refused_by_its_digest(bst, older):
+def test_a_corpus_with_another_digest_is_refused(bst, older):
     manifest = older.parent / "corpus" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"unknown": 12', '"unknown": 13'))
     done = bst(*RESUME)

@@ -24,7 +24,7 @@ def _as_before() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_as_before")
-def test_torch_and_cublas_are_told() -> None:
+def test_torch_and_cublas_are_set_to_deterministic() -> None:
     environ: dict[str, str] = {}
     make_deterministic(environ)
     assert environ == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -34,13 +34,13 @@ def test_torch_and_cublas_are_told() -> None:
     assert kept == {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
 
 
-def test_a_workspace_that_is_not_deterministic_is_refused() -> None:
+def test_a_non_deterministic_cublas_workspace_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"needs CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8, and .* has ':0:0'"):
         make_deterministic({"CUBLAS_WORKSPACE_CONFIG": ":0:0"})
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_run_trains_and_says_so(
+def test_a_deterministic_run_trains_and_reports_it(
     recipe_file: Callable[..., Path], on_ranks: Callable[..., list[Any]], tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     request = Request(recipe_file(deterministic=True), ["train.steps=2"], tmp_path / "run", False, None)

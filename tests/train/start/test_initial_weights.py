@@ -37,7 +37,7 @@ def trained(settings, monkeypatch, tmp_path):
     return SimpleNamespace(config=InitialWeightsConfig(run=tmp_path, step=5), model=model, settings=recipe.model)
 
 
-def test_the_weights_are_the_other_runs(trained):
+def test_initial_weights_equal_those_of_the_other_run(trained):
     torch.manual_seed(9)
     model = LanguageModel(trained.settings)
     load_initial(model, trained.config)
@@ -53,7 +53,7 @@ def test_a_model_of_another_shape_is_refused(trained):
             load_initial(LanguageModel(trained.settings.model_copy(update=change)), trained.config)
 
 
-def test_text_of_another_tokenizer_is_refused(trained, tmp_path):
+def test_initial_weights_of_another_tokenizer_are_refused(trained, tmp_path):
     load_initial(trained.model, trained.config, "abc")  # that run has not recorded its tokenizer
     (tmp_path / "environment.json").write_text(json.dumps({"starts": [{"tokenizer_sha256": "abc"}]}))
     load_initial(trained.model, trained.config, "abc")
@@ -61,18 +61,18 @@ def test_text_of_another_tokenizer_is_refused(trained, tmp_path):
         load_initial(trained.model, trained.config, "def")
 
 
-def test_a_step_without_a_checkpoint_is_refused_with_those_there_are(trained, tmp_path):
+def test_a_step_without_a_checkpoint_is_refused_with_the_existing_steps(trained, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint of step 6; there are: 5"):
         load_initial(trained.model, InitialWeightsConfig(run=tmp_path, step=6))
 
 
-def test_a_run_that_begins_with_them_is_another_run(settings):
+def test_initial_weights_change_the_digest_of_a_recipe(settings):
     plain = parse(Recipe, settings)
     other = parse(Recipe, settings | {"initial_weights": {"run": "elsewhere", "step": 5}})
     assert digest(plain) != digest(other)
 
 
-def test_a_run_cannot_begin_at_a_branch_and_at_other_weights(settings):
+def test_branch_and_initial_weights_exclude_each_other(settings):
     both = {"initial_weights": {"run": "a", "step": 1}, "branch": {"run": "b", "step": 1}}
     with pytest.raises(ConfigError, match="branch and initial_weights"):
         parse(Recipe, settings | both)
@@ -81,7 +81,7 @@ def test_a_run_cannot_begin_at_a_branch_and_at_other_weights(settings):
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("stage", [1, 3])
-def test_training_begins_with_them_and_goes_on_without_them(recipe_file, on_ranks, tmp_path, stage):
+def test_training_starts_with_initial_weights_and_resumes_without_them(recipe_file, on_ranks, tmp_path, stage):
     def go(run, *changes, resume=False, until=None):
         request = Request(recipe_file(), changes, tmp_path / run, resume, until)
         on_ranks(2, lambda ranks: train(request, ranks))

@@ -28,7 +28,7 @@ def losses(run) -> list[float]:
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("documents", ["joined", "masked"])
-def test_a_run_of_three_lengths_is_that_of_any_stops_and_ranks(recipe_file, tmp_path, on_ranks, capfd, documents):
+def test_length_changes_are_equal_for_any_stops_and_ranks(recipe_file, tmp_path, on_ranks, capfd, documents):
     data = {"documents": documents}
     recipe = recipe_file(train={"steps": 8, "length_changes": CHANGES, "sequence_length": 32}, data=data)
 
@@ -59,7 +59,7 @@ def test_a_run_of_three_lengths_is_that_of_any_stops_and_ranks(recipe_file, tmp_
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("kept", [2, 6], ids=["as the length changes", "after it has changed"])
-def test_ranks_killed_with_a_step_that_no_checkpoint_has_go_on_to_the_same_bits(
+def test_a_run_killed_after_an_unsaved_step_resumes_bitwise_equal(
     recipe_file, train_in, assert_same_run, tmp_path, monkeypatch, kept
 ):
     lengths = {"steps": 8, "length_changes": CHANGES, "sequence_length": 32}
@@ -83,7 +83,7 @@ def test_ranks_killed_with_a_step_that_no_checkpoint_has_go_on_to_the_same_bits(
 
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
-def test_streamed_rows_carry_their_past_up_to_a_change(recipe_file, tmp_path, on_ranks):
+def test_streamed_rows_keep_their_carried_past_until_a_length_change(recipe_file, tmp_path, on_ranks):
     recipe = recipe_file(
         train={"steps": 6, "length_changes": CHANGES[:1], "carry": True}, data={"mode": "streaming"},
         evaluation={"every": 0},
@@ -100,7 +100,7 @@ def test_streamed_rows_carry_their_past_up_to_a_change(recipe_file, tmp_path, on
 
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
-def test_a_change_that_was_not_planned_is_refused_where_it_cannot_be_exact(recipe_file, tmp_path, on_ranks):
+def test_a_new_length_change_is_refused_within_a_shuffled_pass(recipe_file, tmp_path, on_ranks):
     """It is refused within a pass that is shuffled as a whole. Where it is possible, it is recorded in the ledger."""
     recipe, run = recipe_file(train={"steps": 8}), tmp_path / "run"
 
@@ -131,12 +131,12 @@ def test_a_change_that_was_not_planned_is_refused_where_it_cannot_be_exact(recip
          r"4 lengths with masked documents; at most 3"),
     ],
 )  # fmt: skip
-def test_lengths_that_cannot_be_are_refused(settings, changes, said):
+def test_invalid_length_changes_are_refused(settings, changes, said):
     with pytest.raises(ConfigError, match=said):
         parse(Recipe, overridden(json.loads(json.dumps(settings)), changes))
 
 
-def test_a_plan_is_for_the_longest_and_names_them_all(recipe_file, capsys):
+def test_a_plan_uses_the_longest_length_and_names_all(recipe_file, capsys):
     recipe = recipe_file(train={"length_changes": CHANGES})
     assert main(["plan", str(recipe), "--nodes", "1", "--gpus-per-node", "1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
