@@ -10,7 +10,7 @@ from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.verify.cause import likely_cause
 from bst_dist.verify.grid import Combination, Grid, axes_in_common
-from bst_dist.verify.judge import Finding, Yardstick, judge
+from bst_dist.verify.judge import ErrorLimits, Finding, judge
 from bst_dist.verify.reference import one_process
 from bst_dist.verify.step import distributed_step
 
@@ -51,13 +51,13 @@ class Line:
 def certify(grid: Grid, ranks: Ranks) -> Iterator[Line]:
     """Yield the line of each combination, the same on all ranks. All ranks must call it."""
     groups = {sp: Mesh(ranks.world, ranks.rank, sp).sp_group() for sp in sorted({c.sp for c in grid.combinations})}
-    yardsticks: dict[tuple[str, str], Yardstick] = {}
+    limits: dict[tuple[str, str], ErrorLimits] = {}
     for combination in grid.combinations:
         key = (combination.model, combination.precision)
-        if key not in yardsticks:
-            yardsticks[key] = ranks.from_first(_yardstick(grid, combination) if ranks.first else None)
+        if key not in limits:
+            limits[key] = ranks.from_first(_limits(grid, combination) if ranks.first else None)
         step = distributed_step(combination.apply(grid.small, grid.world), ranks, groups[combination.sp])
-        findings = ranks.gather(judge(step, yardsticks[key]))
+        findings = ranks.gather(judge(step, limits[key]))
         worst = max(range(len(findings)), key=lambda rank: findings[rank].severity)
         agree = max(found.severity for found in findings) <= 2 * min(found.severity for found in findings) + 1
         cause = "" if findings[worst].passed else likely_cause(combination, grid.world, findings[worst], agree)
@@ -84,8 +84,8 @@ def explain(lines: Sequence[Line]) -> str:
     return "\n".join(told)
 
 
-def _yardstick(grid: Grid, combination: Combination) -> Yardstick:
+def _limits(grid: Grid, combination: Combination) -> ErrorLimits:
     recipe = replace(combination, slices=1).apply(grid.small, grid.world)
     rows = recipe.train.sequences
     rounded = [one_process(recipe, combination.precision, micro_rows) for micro_rows in (1, rows)]
-    return Yardstick.of(one_process(recipe, "fp64", rows), rounded)
+    return ErrorLimits.of(one_process(recipe, "fp64", rows), rounded)

@@ -30,8 +30,8 @@ to rounding has no direction."""
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """The step in double precision, and the error of one process in the precision of training."""
+class ErrorLimits:
+    """Limits of a step's errors, from the step in double precision and one process in the precision of training."""
 
     exact: Step
     errors: dict[str, float]
@@ -41,8 +41,8 @@ class Yardstick:
     """Relative error of all gradients as one vector."""
 
     @classmethod
-    def of(cls, exact: Step, rounded: Sequence[Step]) -> Yardstick:
-        """Return the yardstick from several steps of one process."""
+    def of(cls, exact: Step, rounded: Sequence[Step]) -> ErrorLimits:
+        """Return the limits that follow from several steps of one process."""
         found = [parameter_errors(step, exact) for step in rounded]
         errors = {name: max(each[name] for each in found) for name in exact.gradients}
         return cls(exact, _of_all_layers(errors, exact), max(whole_error(step, exact) for step in rounded))
@@ -89,11 +89,11 @@ class Finding:
         return max(float("inf") if ratio != ratio else ratio for ratio in ratios)
 
 
-def judge(step: Step, yardstick: Yardstick) -> Finding:
+def judge(step: Step, limits: ErrorLimits) -> Finding:
     """Compare one rank's step with the exact one."""
-    exact = yardstick.exact
+    exact = limits.exact
     errors = parameter_errors(step, exact)
-    allowed = {name: yardstick.allowed(name) for name in errors}
+    allowed = {name: limits.allowed(name) for name in errors}
     wrong = tuple(name for name, error in errors.items() if not error <= allowed[name])
     worst = max(errors, key=lambda name: (name in wrong and errors[name] != errors[name], errors[name] / allowed[name]))
     found, wanted = _flat(step, exact), _flat(exact, exact)
@@ -104,7 +104,7 @@ def judge(step: Step, yardstick: Yardstick) -> Finding:
         parameter=worst,
         error=errors[worst],
         allowed=allowed[worst],
-        allowed_whole=yardstick.allowed_whole,
+        allowed_whole=limits.allowed_whole,
         scale=scale,
         rest=float((found - scale * wanted).norm() / wanted.norm()),
         wrong=wrong,

@@ -20,7 +20,7 @@ from bst_dist.verify.batches import batches
 from bst_dist.verify.reference import Step, seeded_model
 from bst_dist.verify.shrink import small_buckets
 
-STILL = OptimizerConfig(learning_rate=1e-30, ssm_learning_rate=1e-30, weight_decay=0)
+FROZEN_OPTIMIZER = OptimizerConfig(learning_rate=1e-30, ssm_learning_rate=1e-30, weight_decay=0)
 """Learning rates too small to change a weight. So with a carried past, the second step starts from the same weights."""
 
 
@@ -65,4 +65,4 @@ def _engine(recipe: Recipe, mesh: Mesh) -> Recorded:
     strategy: dict[str, Any] = small_buckets(deepspeed_json.read(path))
     model = seeded_model(recipe)
     model.checkpoint = activation.policy(recipe.activation_checkpointing, model.layers)
-    return Recorded(model, STILL, deepspeed_json.complete(strategy, intent, str(path)))
+    return Recorded(model, FROZEN_OPTIMIZER, deepspeed_json.complete(strategy, intent, str(path)))

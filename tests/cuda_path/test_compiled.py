@@ -26,7 +26,7 @@ from bst_dist.model import attention, flex, products
 from bst_dist.parallel.sequence.past import Past
 from bst_dist.train.building import compiles
 from bst_dist.verify.batches import _batch
-from bst_dist.verify.judge import Yardstick, judge, whole_error
+from bst_dist.verify.judge import ErrorLimits, judge, whole_error
 from tests.cuda_path.models import LENGTH, VOCABULARY, build, tokens
 
 
@@ -209,7 +209,7 @@ def test_a_deepspeed_step_has_the_gradients_of_uncompiled_layers(stage, policy, 
             counter.frame_count,
             abs(compiled.loss / same_products.loss - 1),
             worst(*(list(one.gradients.values()) for one in (compiled, same_products))),
-            judge(compiled, Yardstick.of(exact, [by_map])).passed,
+            judge(compiled, ErrorLimits.of(exact, [by_map])).passed,
             whole_error(compiled, exact) / whole_error(by_map, exact),
         )
 

@@ -7,7 +7,7 @@ import torch
 
 from bst_dist.verify.cause import likely_cause
 from bst_dist.verify.grid import Combination, axes_in_common
-from bst_dist.verify.judge import Yardstick, judge
+from bst_dist.verify.judge import ErrorLimits, judge
 from bst_dist.verify.reference import Step
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -27,9 +27,9 @@ def noisy(size: float) -> Step:
 
 @pytest.mark.parametrize("size", [1e-7, 1e-2, 1e-1])
 def test_rounding_errors_like_those_of_one_process_pass(size):
-    yardstick = Yardstick.of(step(EXACT), [noisy(size), noisy(size)])
-    assert judge(noisy(size), yardstick).passed
-    assert not judge(noisy(8 * size), yardstick).passed
+    limits = ErrorLimits.of(step(EXACT), [noisy(size), noisy(size)])
+    assert judge(noisy(size), limits).passed
+    assert not judge(noisy(8 * size), limits).passed
 
 
 def test_small_gradients_are_judged_by_the_same_parameter_of_other_layers():
@@ -40,16 +40,16 @@ def test_small_gradients_are_judged_by_the_same_parameter_of_other_layers():
     def off(**by: float) -> Step:
         return step({name: g * (1 + by.get(name.replace(".", "_"), 1e-3)) for name, g in exact.items()})
 
-    yardstick = Yardstick.of(step(exact), [off(layers_0_scale=2e-2)])
-    assert judge(off(layers_1_scale=4e-2), yardstick).passed
-    assert judge(off(layers_1_bias=4e-2), yardstick).wrong == ("layers.1.bias",)  # no other layer's bias has this error
-    assert judge(off(layers_1_scale=0.5), yardstick).wrong == ("layers.1.scale",)
+    limits = ErrorLimits.of(step(exact), [off(layers_0_scale=2e-2)])
+    assert judge(off(layers_1_scale=4e-2), limits).passed
+    assert judge(off(layers_1_bias=4e-2), limits).wrong == ("layers.1.bias",)  # no other layer's bias has this error
+    assert judge(off(layers_1_scale=0.5), limits).wrong == ("layers.1.scale",)
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8, 1 / 2, 1 / 4])
 def test_a_wrong_factor_fails_at_low_precision(factor):
-    yardstick = Yardstick.of(step(EXACT), [noisy(0.3)])
-    found = judge(step({name: g * factor for name, g in noisy(0.05).gradients.items()}), yardstick)
+    limits = ErrorLimits.of(step(EXACT), [noisy(0.3)])
+    found = judge(step({name: g * factor for name, g in noisy(0.05).gradients.items()}), limits)
     assert not found.passed
     assert set(found.wrong) == set(NAMES)
 
@@ -65,14 +65,14 @@ def test_a_wrong_factor_fails_at_low_precision(factor):
     ],
 )
 def test_a_wrong_factor_is_explained(factor, said):
-    yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
-    found = judge(step({name: g * factor for name, g in EXACT.items()}), yardstick)
+    limits = ErrorLimits.of(step(EXACT), [noisy(1e-7)])
+    found = judge(step({name: g * factor for name, g in EXACT.items()}), limits)
     assert said in likely_cause(HOW, 8, found, ranks_agree=True)
 
 
 def test_the_wrong_parameter_nearest_to_the_loss_is_named():
-    yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
-    found = judge(step({n: g * (0.9 if "mixer" in n else 1) for n, g in EXACT.items()}), yardstick)
+    limits = ErrorLimits.of(step(EXACT), [noisy(1e-7)])
+    found = judge(step({n: g * (0.9 if "mixer" in n else 1) for n, g in EXACT.items()}), limits)
     assert found.wrong == NAMES[:2]
     assert found.parameter in NAMES[:2]
     said = likely_cause(HOW, 8, found, ranks_agree=True)
@@ -81,26 +81,26 @@ def test_the_wrong_parameter_nearest_to_the_loss_is_named():
 
 
 def test_nan_gradients_fail():
-    yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
-    found = judge(step({**EXACT, NAMES[1]: EXACT[NAMES[1]] * float("nan")}), yardstick)
+    limits = ErrorLimits.of(step(EXACT), [noisy(1e-7)])
+    found = judge(step({**EXACT, NAMES[1]: EXACT[NAMES[1]] * float("nan")}), limits)
     assert not found.passed
     assert found.parameter == NAMES[1]
     assert "not a number" in likely_cause(HOW, 8, found, ranks_agree=True)
 
 
 def test_a_wrong_loss_or_norm_fails_with_correct_gradients():
-    yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
+    limits = ErrorLimits.of(step(EXACT), [noisy(1e-7)])
     for wrong in (step(EXACT, loss=3.1), replace(step(EXACT), norm=1.0)):
-        found = judge(wrong, yardstick)
+        found = judge(wrong, limits)
         assert not found.passed
         assert "reported loss or norm" in likely_cause(HOW, 8, found, ranks_agree=True)
 
 
 def test_zero_gradients_may_differ_by_rounding():
     exact = step({**EXACT, "unused": torch.zeros(3, dtype=torch.float64)})
-    yardstick = Yardstick.of(exact, [step({**noisy(1e-7).gradients, "unused": torch.full((3,), 1e-14)})])
-    assert judge(step({**noisy(1e-7).gradients, "unused": torch.full((3,), -1e-14)}), yardstick).passed
-    assert not judge(step({**noisy(1e-7).gradients, "unused": torch.full((3,), 1e-3)}), yardstick).passed
+    limits = ErrorLimits.of(exact, [step({**noisy(1e-7).gradients, "unused": torch.full((3,), 1e-14)})])
+    assert judge(step({**noisy(1e-7).gradients, "unused": torch.full((3,), -1e-14)}), limits).passed
+    assert not judge(step({**noisy(1e-7).gradients, "unused": torch.full((3,), 1e-3)}), limits).passed
 
 
 def test_settings_common_to_failures_only_are_found():
