@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 OBJECTIVES: dict[type[Config], str] = {
     DataConfig: "bst_dist.train.objective:LanguageModelling",
     LongRangeConfig: "bst_dist.study.lra.objective:Classification",
-    SyntheticConfig: "bst_dist.study.synthetic:SyntheticTask",
+    SyntheticConfig: "bst_dist.study.synthetic:SyntheticObjective",
 }
 """Type of the data section -> class of the run's objective (train/objective.py). The class is given by its import path,
 so that training imports only the one that it needs."""

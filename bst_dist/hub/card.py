@@ -11,7 +11,7 @@ from bst_base.settings import dump
 from bst_dist.checkpoint.retention import CheckpointEntry
 from bst_dist.config import Recipe
 from bst_dist.report.metrics import FILE, read_lines
-from bst_dist.study.comparison.outline import eval_report
+from bst_dist.study.comparison.run_summary import eval_report
 
 _TEMPLATE = """---
 library_name: transformers

@@ -95,7 +95,7 @@ def octave_name(first: int, last: int) -> str:
 
 
 @dataclass(frozen=True)
-class SyntheticTask:
+class SyntheticObjective:
     """The objective of a run that learns a synthetic task; its rows are computed, not read."""
 
     labels: ClassVar[str] = "labels"
@@ -106,7 +106,7 @@ class SyntheticTask:
     recipe: Recipe
 
     @classmethod
-    def of(cls, recipe: Recipe) -> SyntheticTask:
+    def of(cls, recipe: Recipe) -> SyntheticObjective:
         return cls(recipe)
 
     def model(self) -> LanguageModel:

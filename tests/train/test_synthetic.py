@@ -19,7 +19,7 @@ from bst_dist.config import load_recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import FILE, read_lines
-from bst_dist.study.synthetic import SyntheticTask, octave
+from bst_dist.study.synthetic import SyntheticObjective, octave
 from bst_dist.train.start.request import Request, load, resolve
 
 TASK = "{synthetic: {task: associative-recall, pairs: 3, keys: 6, symbols: 6, span: 16}, prefetch: 0}"
@@ -79,7 +79,7 @@ def test_metrics_by_distance_equal_those_of_single_rows(go, capsys):
     recipe = load_recipe(run / "recipe.yaml")
     model = LanguageModel(recipe.model)
     model.load_state_dict(load_weights(newest_valid(run)))
-    batches = SyntheticTask(recipe)._validation(Mesh(1, 0), 5, 5).batches(0)
+    batches = SyntheticObjective(recipe)._validation(Mesh(1, 0), 5, 5).batches(0)
     found: dict[str, list[tuple[float, float]]] = {}
     for ids, labels, distances in zip(batches[0].input_ids, batches[0].labels, batches[0].distance, strict=True):
         logits = model.logits(model.hidden(torch.from_numpy(ids)[None])[0]).detach()

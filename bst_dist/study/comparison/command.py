@@ -30,8 +30,8 @@ from bst_base.terminal import Sheet, print_table, say
 from bst_dist.report.metrics import duration
 from bst_dist.study.comparison import pairs
 from bst_dist.study.comparison.equality import equality
-from bst_dist.study.comparison.outline import LAST_STEPS, Figures, Outline, Scored, outline
 from bst_dist.study.comparison.pairs import Differences
+from bst_dist.study.comparison.run_summary import LAST_STEPS, Figures, RunSummary, Scored, summarise
 from bst_dist.study.comparison.standing import Standing
 from bst_dist.study.runs.results import named
 from bst_dist.study.statistics import Estimate, entries
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if len(args.runs) != 2 or args.plot:
             raise UserError("--equal takes two runs, and nothing else")
         return _equal(*args.runs)
-    runs = {name: outline(path) for name, path in named(args.runs).items()}
+    runs = {name: summarise(path) for name, path in named(args.runs).items()}
     if len(runs) < 2:
         raise UserError("give the directories of two runs or more")
     found = compare(runs)
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return found.report()
 
 
-def compare(runs: dict[str, Outline]) -> Comparison:
+def compare(runs: dict[str, RunSummary]) -> Comparison:
     """Compare the runs, given by name, with the first one."""
     first, *others = runs.values()
     return Comparison(
@@ -108,7 +108,7 @@ def compare(runs: dict[str, Outline]) -> Comparison:
     )  # fmt: skip
 
 
-def _recipe_differences(runs: dict[str, Outline]) -> dict[str, list[Any]]:
+def _recipe_differences(runs: dict[str, RunSummary]) -> dict[str, list[Any]]:
     """Return the fields that differ between recipes, except the name, with one value per run (None: no such field)."""
     recipes = [one.recipe for one in runs.values()]
     found = {field: [recipe.get(field) for recipe in recipes] for recipe in recipes for field in recipe}

@@ -15,14 +15,14 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bst_base.errors import UserError
 from bst_dist.study.comparison.curves import evaluations, legend, series, smoothed
-from bst_dist.study.comparison.outline import Outline
 from bst_dist.study.comparison.pairs import by_step
+from bst_dist.study.comparison.run_summary import RunSummary
 from bst_dist.study.report.style import GREY, looks
 
 INCHES = (6.75, 4.8)
 
 
-def draw(runs: Mapping[str, Outline]) -> Figure:
+def draw(runs: Mapping[str, RunSummary]) -> Figure:
     """Return the figure for runs by name; raises UserError for a run without training steps with bits per byte."""
     for one in runs.values():
         if not any(math.isfinite(line.get("bits_per_byte", math.nan)) for line in one.result.train):
@@ -47,13 +47,13 @@ def draw(runs: Mapping[str, Outline]) -> Figure:
     return figure
 
 
-def _loss(axes: Axes, one: Outline, where: np.ndarray, look: dict[str, str]) -> None:
+def _loss(axes: Axes, one: RunSummary, where: np.ndarray, look: dict[str, str]) -> None:
     smoothed(axes, where, np.array([line["bits_per_byte"] for line in one.result.train]), look)
     steps = {line["step"]: float(place) for line, place in zip(one.result.train, where, strict=True)}
     evaluations(axes, one.result.evaluations, steps, look)
 
 
-def _unit(runs: Mapping[str, Outline]) -> tuple[str, float]:
+def _unit(runs: Mapping[str, RunSummary]) -> tuple[str, float]:
     """Return the name and the seconds of a suitable time unit for the longest run."""
     longest = max(sum(line["step_time_s"] for line in one.result.train) for one in runs.values())
     return next((name, size) for name, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bst_dist.study.comparison.outline import LAST_STEPS, Documents, Outline, Scored
+from bst_dist.study.comparison.run_summary import LAST_STEPS, Documents, RunSummary, Scored
 from bst_dist.study.statistics import Estimate, mean, ratio
 
 
@@ -32,7 +32,7 @@ class Differences:
     """Corpus -> difference over whole documents."""
 
 
-def by_step(first: Outline, other: Outline) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def by_step(first: RunSummary, other: RunSummary) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return the training steps at which both runs read the same text, in order; none if their data orders differ.
 
     With different orders some steps have the same number of bytes by chance, but never most of them.
@@ -43,7 +43,7 @@ def by_step(first: Outline, other: Outline) -> list[tuple[dict[str, Any], dict[s
     return same if 2 * len(same) > len(both) else []
 
 
-def differences(first: Outline, other: Outline) -> Differences:
+def differences(first: RunSummary, other: RunSummary) -> Differences:
     """Return the losses of `other` minus those of `first`."""
     steps = by_step(first, other)[-LAST_STEPS:]
     found = {
@@ -57,7 +57,7 @@ def differences(first: Outline, other: Outline) -> Differences:
     )
 
 
-def _validation(first: Outline, other: Outline) -> tuple[int, float] | tuple[None, None]:
+def _validation(first: RunSummary, other: RunSummary) -> tuple[int, float] | tuple[None, None]:
     """Return the last step after which both were evaluated on the same text, and the difference in nats per token."""
     lines = {line["step"]: line for line in first.result.evaluations}
     for line in reversed(other.result.evaluations):

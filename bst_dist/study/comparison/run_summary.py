@@ -71,7 +71,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Outline:
+class RunSummary:
     """The contents of a run's files. A value is None if the files do not contain it."""
 
     result: Result
@@ -100,7 +100,7 @@ class Outline:
         )  # fmt: skip
 
 
-def outline(run_dir: Path) -> Outline:
+def summarise(run_dir: Path) -> RunSummary:
     """Read a run directory; raises UserError if it holds no run."""
     path = run_dir / RECIPE
     if not path.is_file():
@@ -110,7 +110,7 @@ def outline(run_dir: Path) -> Outline:
     where = standing(run_dir, result.step, recipe.get("train.steps"))
     report = eval_report(run_dir, result.step)
     documents = _by_name(report["corpora"]) if report else {}
-    return Outline(result, recipe, where, _parameters(run_dir), starts[-1].get("ranks"), documents)
+    return RunSummary(result, recipe, where, _parameters(run_dir), starts[-1].get("ranks"), documents)
 
 
 def _by_name(corpora: list[dict[str, Any]]) -> dict[str, Documents]:

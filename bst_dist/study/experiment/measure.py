@@ -165,7 +165,7 @@ def _lengths(
     if not possible:
         return
     question = f"{run_dir.name}-at-{'-'.join(map(str, possible))}-of-{asked.tokens or 'all'}"
-    results = state.kept(
+    results = state.cached(
         "lengths", question, lambda: [asdict(one) for one in _evaluate(run_dir, possible, asked.tokens, say)]
     )
     for length, result in zip(possible, (AtLength(**one) for one in results), strict=True):

@@ -27,7 +27,7 @@ def sheet(table: Table) -> Sheet:
         place = [row.condition] if named else []
         size = "" if row.parameters is None else f"{row.parameters:,}"
         cells = [_level(row, column) for column in table.columns]
-        lines.append([*place, row.arm, f"{row.done} of {len(row.standings)}", size, *cells])
+        lines.append([*place, row.arm, f"{row.done} of {len(row.statuses)}", size, *cells])
     for row in table.rows:
         if row.differences:
             place = [row.condition] if named else []

@@ -16,7 +16,7 @@ from bst_dist.study.experiment.design import Trial
 from bst_dist.study.experiment.measure import Column, Measured, columns
 from bst_dist.study.experiment.readings import Reading, apart, difference, level
 from bst_dist.study.runs.results import trained_with
-from bst_dist.study.runs.state import Standing
+from bst_dist.study.runs.state import RunStatus
 from bst_dist.study.statistics import Estimate
 
 
@@ -28,7 +28,7 @@ class Row:
     arm: str
     label: str
     """Arm and condition, for messages."""
-    standings: dict[int, Standing]
+    statuses: dict[int, RunStatus]
     """Seed -> status of its run."""
     parameters: int | None
     """None until a run is done."""
@@ -46,7 +46,7 @@ class Row:
     @property
     def done(self) -> int:
         """Number of seeds whose run is done."""
-        return sum(standing.status == "done" for standing in self.standings.values())
+        return sum(run_status.status == "done" for run_status in self.statuses.values())
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Table:
     @property
     def statuses(self) -> Counter[str]:
         """Status -> number of runs."""
-        return Counter(standing.status for row in self.rows for standing in row.standings.values())
+        return Counter(run_status.status for row in self.rows for run_status in row.statuses.values())
 
     @property
     def notes(self) -> list[str]:
@@ -94,9 +94,10 @@ class Table:
         """One line per arm and reason, with the seeds of the runs that are not done."""
         found: dict[str, list[str]] = {}
         for row in self.rows:
-            for seed, standing in row.standings.items():
-                if standing.status != "done":
-                    found.setdefault(f"{row.label}: {standing.status} {standing.reason}".rstrip(), []).append(str(seed))
+            for seed, run_status in row.statuses.items():
+                if run_status.status != "done":
+                    text = f"{row.label}: {run_status.status} {run_status.reason}".rstrip()
+                    found.setdefault(text, []).append(str(seed))
         return [f"{text} (seed {', '.join(seeds)})" for text, seeds in found.items()]
 
     def report(self) -> dict[str, Any]:
@@ -116,7 +117,7 @@ class Table:
         }
 
 
-Found = list[tuple[Trial, Standing, Measured | None]]
+Found = list[tuple[Trial, RunStatus, Measured | None]]
 """Runs with their status and measurements; measurements are None for a run that is not done."""
 
 
@@ -133,7 +134,7 @@ def gather(experiment: ExperimentConfig, measured: Found) -> Table:
 def _row(condition: str, arm: str, own: Found, reference: Found, every: list[Column]) -> Row:
     known = [measured for _, _, measured in own if measured is not None]
     row = Row(
-        condition, arm, own[0][0].group, {trial.seed: standing for trial, standing, _ in own},
+        condition, arm, own[0][0].group, {trial.seed: run_status for trial, run_status, _ in own},
         known[0].parameters if known else None, own[0][0].tokens,
     )  # fmt: skip
     for key in (column.key for column in every):
@@ -166,7 +167,7 @@ def _row_report(row: Row) -> dict[str, Any]:
     return {
         "condition": row.condition,
         "arm": row.arm,
-        "seeds": {str(seed): standing.status for seed, standing in row.standings.items()},
+        "seeds": {str(seed): run_status.status for seed, run_status in row.statuses.items()},
         "parameters": row.parameters,
         "tokens": row.tokens,
         "measured": {key: _estimate(found) | {"by_seed": {str(seed): v for seed, v in row.values[key].items()}}

@@ -75,30 +75,30 @@ class Simulation:
                 columns_.append(base[key] - mine[block] - generator.normal(0, own, studies))
             self.noise.append(np.stack(columns_, axis=1))
 
-        self.nothing = [self.rule.measure(case, self.noise[case.place]) for case in self.rule.cases]
+        self.null_measurements = [self.rule.measure(case, self.noise[case.place]) for case in self.rule.cases]
 
     def answers(self, test: int | None = None, change: float = 0.0) -> np.ndarray:
         """Return indices into ANSWERS (tests, studies), for a true change of `change` in `test`, or of 0 without it."""
-        return self.rule.decide(self.nothing if test is None else self._measured(test, change)).answer
+        return self.rule.decide(self.null_measurements if test is None else self._measured(test, change)).answer
 
-    def seen(self, test: int, change: float) -> float:
+    def detection_rate(self, test: int, change: float) -> float:
         """Return the probability of the answer "grows" for a true change of `change`."""
         return float((self.answers(test, change)[test] == ANSWERS.index("grows")).mean())
 
-    def false(self) -> float:
+    def false_positive_rate(self) -> float:
         """Return the probability of at least one answer "grows" or "shrinks" when nothing changes."""
         wrong = [ANSWERS.index("grows"), ANSWERS.index("shrinks")]
         return float(np.isin(self.answers(), wrong).any(0).mean())
 
     def smallest_seen(self, test: int) -> float:
         """Return the smallest change with power 0.8, found by t tests alone and raised until the whole rule agrees."""
-        error = float(np.std(self.nothing[test].change))
+        error = float(np.std(self.null_measurements[test].change))
         low, high = error, 40 * error
         while high / low > 1.02:
             middle = math.sqrt(low * high)
             low, high = (low, middle) if self._seen_by_t(test, middle) >= POWER else (middle, high)
         for change in high * 1.08 ** np.arange(10):
-            if self.seen(test, change) >= POWER:
+            if self.detection_rate(test, change) >= POWER:
                 return float(change)
         return math.inf
 
@@ -107,27 +107,28 @@ class Simulation:
         per_unit = np.log(getattr(case.gaps, case.factor)) / case.per_unit
         targets = self.noise[case.place] + change * per_unit
         return [self.rule.measure(own, targets) if own.place == case.place else nothing
-                for own, nothing in zip(self.rule.cases, self.nothing, strict=True)]  # fmt: skip
+                for own, nothing in zip(self.rule.cases, self.null_measurements, strict=True)]  # fmt: skip
 
     def _seen_by_t(self, test: int, change: float) -> float:
-        """Like `seen` but without the permutation test, so cheap: a change shifts the estimate, and its error stays."""
-        own = self.nothing[test]
+        """Like `detection_rate`, but cheap: no permutation test; a change shifts the estimate, and its error stays."""
+        own = self.null_measurements[test]
         value = own.change + change
         degrees = self.rule.cases[test].test.degrees
         robust = 2 * tail(np.abs(value), own.error, degrees)
         moved = own._replace(change=value, p_robust=robust, p_permutation=robust,
                              p_equivalence=tail(self.rule.margin - np.abs(value), own.error, degrees))  # fmt: skip
-        answer = self.rule.decide([*self.nothing[:test], moved, *self.nothing[test + 1 :]]).answer
+        answer = self.rule.decide([*self.null_measurements[:test], moved, *self.null_measurements[test + 1 :]]).answer
         return float((answer[test] == ANSWERS.index("grows")).mean())
 
 
 def predict(every: Sequence[Gaps], noise: Noise, studies: int = STUDIES, margin: float = MARGIN) -> list[Power]:
     """Return the power for the first variant, over each factor. The other variants count in Holm's adjustment."""
     simulation = Simulation(every, noise, studies, margin=margin)
-    nothing, false = simulation.answers(), simulation.false()
+    nothing, false = simulation.answers(), simulation.false_positive_rate()
     return [
         Power(
-            case.factor, every[0].pairs, float(np.std(simulation.nothing[test].change)), simulation.seen(test, margin),
+            case.factor, every[0].pairs, float(np.std(simulation.null_measurements[test].change)),
+            simulation.detection_rate(test, margin),
             simulation.smallest_seen(test), float((nothing[test] == ANSWERS.index("equivalent")).mean()), false,
         )
         for test, case in enumerate(simulation.rule.cases) if case.place == 0
@@ -145,7 +146,8 @@ def visible(every: Sequence[Gaps], studies: int = 200) -> dict[str, float]:
     simulation = Simulation(enlarged, Noise(0.05, 0.3), studies)
     for test, case in enumerate(simulation.rule.cases):
         if case.factor not in found:
-            found[case.factor] = simulation.smallest_seen(test) / float(np.std(simulation.nothing[test].change))
+            error = float(np.std(simulation.null_measurements[test].change))
+            found[case.factor] = simulation.smallest_seen(test) / error
     return found
 
 

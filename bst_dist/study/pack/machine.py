@@ -115,33 +115,32 @@ class Machine:
         self.seen |= {worker.run.name for worker in workers}
         if time.monotonic() - self.written > WRITE_EVERY_S:
             self._write()
-        failed = [name for name in self.seen if self.state.attempts(name)]
+        failed = [name for name in self.seen if self.state.failed_starts(name)]
         if len(failed) >= 2 * self.workers and not any(results.finished(self.state.directory(n)) for n in self.seen):
-            last = self.state.attempts(failed[-1])[-1].reason
+            last = self.state.failed_starts(failed[-1])[-1].reason
             raise UserError(f"the first {len(failed)} runs all failed, so the others are not tried: {last}")
 
     def _write(self) -> None:
         """Write the results so far, and delete the checkpoints of finished runs that no other run needs."""
         self.written = time.monotonic()
-        needless = self._needless()
+        needed = self._needed_trunks()
         rows = [row_of(job.known, job, self.state) for job in self.jobs if job.known is not None]
         for job in self.jobs:
-            if needless(job.name) and results.finished(self.state.directory(job.name)):
+            if job.name not in needed and results.finished(self.state.directory(job.name)):
                 shutil.rmtree(self.state.directory(job.name) / CHECKPOINTS, ignore_errors=True)
         log = "\n".join([*self.log, *self._failures()]) + "\n"
         results.write(self.out, rows, self.state, [job.name for job in self.jobs], self._summary(), log)
 
-    def _needless(self) -> Any:
-        """Return a predicate: whether no unfinished run branches from the run of this name."""
-        waiting = {job.trunk for job in self.jobs if job.trunk and not results.finished(self.state.directory(job.name))}
-        return lambda name: name not in waiting
+    def _needed_trunks(self) -> set[str]:
+        """Return the names of the runs from which an unfinished run branches."""
+        return {job.trunk for job in self.jobs if job.trunk and not results.finished(self.state.directory(job.name))}
 
     def _failures(self) -> list[str]:
         """Return the ends of the logs of runs that failed."""
         found = []
         for job in self.jobs:
             path = self.state.path("logs", job.name)
-            if self.state.attempts(job.name) and path.exists():
+            if self.state.failed_starts(job.name) and path.exists():
                 found += ["", f"--- {job.name}", path.read_bytes()[-5000:].decode(errors="replace")]
         return found
 

@@ -97,23 +97,23 @@ def _submit(args: argparse.Namespace, study: Study, words: list[str]) -> dict[st
 
 def show_status(study: Study) -> dict[str, Any]:
     """Print the number of runs by status, the progress of running ones, and the reasons of failed ones."""
-    standings = [(job, study.state.standing(job)) for job in study.jobs]
+    statuses = [(job, study.state.status_of(job)) for job in study.jobs]
     rows = []
     for group in dict.fromkeys(job.group for job in study.jobs):
-        counts = Counter(standing.status for job, standing in standings if job.group == group)
+        counts = Counter(run_status.status for job, run_status in statuses if job.group == group)
         rows.append([group, *(str(counts[status]) for status in STATUSES)])
     print_table(Sheet(("runs of", *STATUSES), rows), study.name)
-    for job, standing in standings:
-        if standing.status == "running":
+    for job, run_status in statuses:
+        if run_status.status == "running":
             line = study.state.progress(job.name)
             say(f"running   {job.name}: step {line['step'] if line else 0} of {job.recipe.train.steps}")
-        elif standing.status in ("failed", "diverged"):
-            say(f"{standing.status:<9} {job.name}: {standing.reason}")
-    done = sum(job.work for job, standing in standings if standing.status == "done")
+        elif run_status.status in ("failed", "diverged"):
+            say(f"{run_status.status:<9} {job.name}: {run_status.reason}")
+    done = sum(job.work for job, run_status in statuses if run_status.status == "done")
     say(f"{done / sum(job.work for job in study.jobs):.0%} of the work is done")
     return {
-        "runs": dict(Counter(standing.status for _, standing in standings)),
+        "runs": dict(Counter(run_status.status for _, run_status in statuses)),
         "work_done": done,
         "work": sum(job.work for job in study.jobs),
-        "not_finished": {job.name: s.status for job, s in standings if s.status != "done"},
+        "not_finished": {job.name: s.status for job, s in statuses if s.status != "done"},
     }

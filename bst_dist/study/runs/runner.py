@@ -30,7 +30,7 @@ from bst_dist.cluster.processes import catch_stop_signals, signal_session
 from bst_dist.config import load_recipe
 from bst_dist.faults.status import RESUBMIT
 from bst_dist.study.runs.recipes import Job
-from bst_dist.study.runs.state import OUT_OF_MEMORY, Attempt, State
+from bst_dist.study.runs.state import OUT_OF_MEMORY, FailedStart, State
 from bst_dist.train.rundir import RECIPE
 
 POLL_S = 0.5
@@ -85,7 +85,7 @@ class Runner:
         for run in self._open():
             if len(self.workers) == self.limit:
                 return
-            if self.state.standing(run).status == "waiting" and self.state.ready(run):
+            if self.state.status_of(run).status == "waiting" and self.state.ready(run):
                 self._start(run)
 
     def _start(self, run: Job) -> None:
@@ -93,7 +93,7 @@ class Runner:
         if lock is None:
             return
         try:
-            if self.state.standing(run).status == "done":  # another command finished it before the lock was taken
+            if self.state.status_of(run).status == "done":  # another command finished it before the lock was taken
                 return
             micro = self._prepare(run)
             place = min(set(range(self.limit)) - {worker.place for worker in self.workers})
@@ -124,7 +124,7 @@ class Runner:
         micro = run.recipe.train.micro_sequences
         if run.trunk is not None:
             micro = load_recipe(self.state.directory(run.trunk) / RECIPE).train.micro_sequences
-        short = [a.micro_sequences for a in self.state.attempts(run.name) if a.status == OUT_OF_MEMORY]
+        short = [a.micro_sequences for a in self.state.failed_starts(run.name) if a.status == OUT_OF_MEMORY]
         return min([micro, *(used // 2 for used in short)])
 
     def _same_micro(self, directory: Path, micro: int) -> bool:
@@ -161,14 +161,14 @@ class Runner:
         for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
             self.workers.remove(worker)
             name, seconds = worker.run.name, time.monotonic() - worker.started
-            standing = self.state.standing(worker.run)
+            run_status = self.state.status_of(worker.run)
             stopped = worker.process.returncode == RESUBMIT  # another process's signal ended it, with a checkpoint
-            if standing.status not in ("done", "diverged") and not stopped:
-                self.state.record(name, self._attempt(worker, seconds))
-                standing = self.state.standing(worker.run)
-            self.say(f"{standing.status:>9} {name} after {seconds:.0f} s {standing.reason}")
+            if run_status.status not in ("done", "diverged") and not stopped:
+                self.state.record(name, self._failed_start(worker, seconds))
+                run_status = self.state.status_of(worker.run)
+            self.say(f"{run_status.status:>9} {name} after {seconds:.0f} s {run_status.reason}")
 
-    def _attempt(self, worker: Worker, seconds: float) -> Attempt:
+    def _failed_start(self, worker: Worker, seconds: float) -> FailedStart:
         """Return the record of a start that did not finish its run."""
         name, status = worker.run.name, worker.process.returncode
         lines = _tail(self.state.path("logs", name))
@@ -176,7 +176,7 @@ class Runner:
         ran_out = any(sign in line for line in lines for sign in MEMORY)
         # A run with a checkpoint did have enough memory, and a micro-batch of one sequence cannot be halved.
         smaller = ran_out and micro > 1 and not committed(self.state.directory(name))
-        return Attempt(
+        return FailedStart(
             status=OUT_OF_MEMORY if smaller else "failed",
             reason=lines[-1].strip() if lines else f"exit status {status}",
             exit_status=status,
@@ -186,7 +186,7 @@ class Runner:
 
     def _elsewhere(self) -> bool:
         """Whether another command is still training runs, or runs wait for one of these."""
-        return any(self.state.standing(run).status in ("running", "waiting") for run in self._open())
+        return any(self.state.status_of(run).status in ("running", "waiting") for run in self._open())
 
     def _open(self) -> list[Job]:
         """Return the runs that have not ended (done, failed or diverged) and that this command is not training.
@@ -196,7 +196,7 @@ class Runner:
         running = {worker.run.name for worker in self.workers}
         left = [run for run in self.runs if run.name not in self.ended]
         for run in left:
-            if run.name not in running and self.state.standing(run).status in ("done", "failed", "diverged"):
+            if run.name not in running and self.state.status_of(run).status in ("done", "failed", "diverged"):
                 self.ended.add(run.name)
         return [run for run in left if run.name not in self.ended | running]
 

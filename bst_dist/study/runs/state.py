@@ -33,7 +33,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """The status of one run, with the reason of a failure."""
 
     status: Status
@@ -45,7 +45,7 @@ def _now() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
+class FailedStart:
     """A start that did not finish its run."""
 
     time: str = field(default_factory=_now)
@@ -72,33 +72,33 @@ class State:
         suffix = {"recipes": ".yaml", "attempts": ".jsonl", "logs": ".log", "locks": ""}.get(kind, ".json")
         return self.root / kind / f"{name}{suffix}"
 
-    def standing(self, run: Job) -> Standing:
+    def status_of(self, run: Job) -> RunStatus:
         """Return the status of the run. A waiting branch has the status of its trunk if that failed or diverged."""
         own = self._own(run.name)
         if own.status == "waiting" and run.trunk is not None:
             trunk = self._own(run.trunk)
             if trunk.status in ("failed", "diverged"):
-                return Standing(trunk.status, f"its trunk: {trunk.reason}")
+                return RunStatus(trunk.status, f"its trunk: {trunk.reason}")
         return own
 
     def counts(self, runs: Iterable[Job]) -> Counter[str]:
         """Return the number of runs by status."""
-        return Counter(self.standing(run).status for run in runs)
+        return Counter(self.status_of(run).status for run in runs)
 
     def ready(self, run: Job) -> bool:
         """Whether the run's trunk, if it has one, is done."""
         return run.trunk is None or self._own(run.trunk).status == "done"
 
-    def attempts(self, name: str) -> list[Attempt]:
+    def failed_starts(self, name: str) -> list[FailedStart]:
         """Return the starts that did not finish the run, oldest first."""
-        return [Attempt(**line) for line in read_lines(self.path("attempts", name))]
+        return [FailedStart(**line) for line in read_lines(self.path("attempts", name))]
 
-    def record(self, name: str, attempt: Attempt) -> None:
+    def record(self, name: str, start: FailedStart) -> None:
         """Append a start that did not finish to the run's file of attempts."""
         path = self.path("attempts", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(attempt)) + "\n")
+            file.write(json.dumps(asdict(start)) + "\n")
 
     def lock(self, name: str) -> int | None:
         """Take the run's lock. Return its file descriptor, or None if another process holds the lock.
@@ -121,25 +121,25 @@ class State:
         lines = [line for line in read_lines(self.directory(name) / FILE) if line["kind"] == "train"]
         return lines[-1] if lines else None
 
-    def kept(self, kind: str, name: str, make: Callable[[], Any]) -> Any:
+    def cached(self, kind: str, name: str, make: Callable[[], Any]) -> Any:
         """Return the result of an evaluation: read from its file, or made with `make` and stored."""
         path = self.path(kind, name)
         if not path.exists():
             write_text(path, json.dumps(make()) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def _own(self, name: str) -> Standing:
+    def _own(self, name: str) -> RunStatus:
         outcome = read_outcome(self.directory(name))
         if outcome and outcome["finished"]:
-            return Standing("done")
+            return RunStatus("done")
         if outcome and outcome.get("diverged"):
-            return Standing("diverged", outcome["diverged"])
+            return RunStatus("diverged", outcome["diverged"])
         if self._locked(name):
-            return Standing("running")
-        failed = [attempt for attempt in self.attempts(name) if attempt.status == "failed"]
+            return RunStatus("running")
+        failed = [start for start in self.failed_starts(name) if start.status == "failed"]
         if len(failed) > self.retries:
-            return Standing("failed", failed[-1].reason)
-        return Standing("waiting")
+            return RunStatus("failed", failed[-1].reason)
+        return RunStatus("waiting")
 
     def _locked(self, name: str) -> bool:
         """Whether a process holds the run's lock. Creates no lock file for a run that was never started."""

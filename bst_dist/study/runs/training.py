@@ -28,7 +28,7 @@ class Progress:
 
     def line(self) -> str:
         """Return a line for the terminal: k of n runs, and the time left at the average speed since the start."""
-        done = sum(self.state.standing(job).status == "done" for job in self.jobs)
+        done = sum(self.state.status_of(job).status == "done" for job in self.jobs)
         text = f"{done} of {len(self.jobs)} runs done"
         work, elapsed = self._done(), time.monotonic() - self.started
         left = sum(job.work for job in self.jobs) - work
@@ -40,7 +40,7 @@ class Progress:
         """Return the work of the finished runs and of the steps that running ones have taken."""
         total = 0.0
         for job in self.jobs:
-            status = self.state.standing(job).status
+            status = self.state.status_of(job).status
             if status == "done":
                 total += job.work
             elif status == "running" and (line := self.state.progress(job.name)):
@@ -75,10 +75,10 @@ def missing(jobs: Sequence[Job], state: State) -> list[str]:
     """Return one line per run that `train` would train, without starting it."""
     found = []
     for job in jobs:
-        standing = state.standing(job)
-        if standing.status != "done":
+        run_status = state.status_of(job)
+        if run_status.status != "done":
             after = f", after {job.trunk}" if job.trunk else ""
-            found.append(f"{standing.status:<9} {job.name}: {job.steps:,} steps{after}")
+            found.append(f"{run_status.status:<9} {job.name}: {job.steps:,} steps{after}")
     return found
 
 

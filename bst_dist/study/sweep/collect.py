@@ -53,15 +53,15 @@ def known_columns(run: Run, base: float = math.nan) -> dict[str, Any]:
 
 def row_of(known: dict[str, Any], run: Job, state: State, documents: int = 0) -> Row:
     """Return the row of one measurement; `known` are its columns from `known_columns`."""
-    standing = state.standing(run)
-    known = {**known, "status": standing.status, "reason": standing.reason}
-    if standing.status != "done":
+    run_status = state.status_of(run)
+    known = {**known, "status": run_status.status, "reason": run_status.reason}
+    if run_status.status != "done":
         return Row(**known)
     measured = _measured(run, known["parameters"], state)
     if not math.isfinite(measured["loss_nats"]):
         return Row(**known | {"status": "diverged", "reason": f"its validation loss is {measured['loss_nats']}"})
     if documents:
-        measured["loss_by_document"] = state.kept(
+        measured["loss_by_document"] = state.cached(
             "documents", f"{run.name}-first-{documents}", lambda: _by_document(state.directory(run.name), documents)
         )
     return Row(**known, **measured)

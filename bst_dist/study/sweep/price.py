@@ -88,7 +88,7 @@ def fit_budget(runs: list[Run], spent: Cost, limit: float, noise: NoiseConfig, b
         choices = []
         for block in dict.fromkeys(run.cell.block for run in runs):
             rest = [run for run in runs if run.cell.block != block]
-            lost = _blindness(runs, rest, noise, baseline, arm)
+            lost = _precision_loss(runs, rest, noise, baseline, arm)
             if lost is not None:
                 choices.append((lost / prices[block], block))
         if not choices:
@@ -101,7 +101,9 @@ def fit_budget(runs: list[Run], spent: Cost, limit: float, noise: NoiseConfig, b
     return Fitted(runs, dropped, total)
 
 
-def _blindness(runs: Sequence[Run], rest: Sequence[Run], noise: NoiseConfig, baseline: str, arm: str) -> float | None:
+def _precision_loss(
+    runs: Sequence[Run], rest: Sequence[Run], noise: NoiseConfig, baseline: str, arm: str
+) -> float | None:
     """Return the growth of the summed standard errors of the changes with only `rest`; None if `rest` is unsound."""
     if not of_grid(list(rest)) or {r.cell.arm for r in rest} != {r.cell.arm for r in runs}:
         return None

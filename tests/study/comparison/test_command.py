@@ -14,7 +14,7 @@ from bst_dist.faults.lease import LEASE
 from bst_dist.model.lm import LanguageModel
 from bst_dist.report.metrics import FILE
 from bst_dist.study.comparison.command import compare
-from bst_dist.study.comparison.outline import outline
+from bst_dist.study.comparison.run_summary import summarise
 from bst_dist.train.rundir import OUTCOME, RECIPE
 
 
@@ -46,7 +46,7 @@ def pair(make_run):
 
 
 def compared(*runs):
-    return compare({str(number): outline(run_dir) for number, run_dir in enumerate(runs)}).report()
+    return compare({str(number): summarise(run_dir) for number, run_dir in enumerate(runs)}).report()
 
 
 def test_differences_are_paired_for_steps_with_equal_text(pair):
@@ -176,7 +176,7 @@ def test_status_of_a_run_is_derived_from_its_files(pair, outcome, beat_age_s, st
         (run_dir / LEASE).mkdir()
         (run_dir / LEASE / "epoch-00000001.json").write_text("{}")
         os.utime(run_dir / LEASE / "epoch-00000001.json", (time.time() - beat_age_s,) * 2)
-    assert outline(run_dir).standing.status == status
+    assert summarise(run_dir).standing.status == status
 
 
 def test_compare_accepts_runs_of_any_kind_and_length(pair, make_run, tmp_path, capsys):

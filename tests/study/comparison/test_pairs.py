@@ -9,7 +9,7 @@ import pytest
 from bst_dist.study.comparison.pairs import by_step
 
 
-def outline(bytes_per_step):
+def summary(bytes_per_step):
     """Return a stub of a run whose steps have read these bytes; the loss is 1 nat per token."""
     train = [
         {"step": step, "tokens": 8 * step, "loss_nats": 1.0, "bits_per_byte": 8 / read}
@@ -28,5 +28,5 @@ def outline(bytes_per_step):
     ],
 )
 def test_steps_are_paired_if_most_of_them_read_equal_data(other, expected):
-    pairs = by_step(outline([20, 21, 22, 23, 24]), outline(other))
+    pairs = by_step(summary([20, 21, 22, 23, 24]), summary(other))
     assert [one["step"] for one, _ in pairs] == expected

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bst_dist.cli import main
-from bst_dist.study.comparison.outline import eval_report
+from bst_dist.study.comparison.run_summary import eval_report
 
 
 @pytest.mark.parametrize(

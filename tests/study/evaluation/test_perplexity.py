@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from bst_dist.cli import main
-from bst_dist.study.comparison.outline import eval_report
+from bst_dist.study.comparison.run_summary import eval_report
 from bst_dist.study.evaluation import scoring
 from bst_dist.study.evaluation.trained import open_run
 from data_pipeline.serve.reader import Corpus

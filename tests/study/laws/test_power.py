@@ -52,7 +52,7 @@ def test_batched_verdicts_equal_single_verdicts():
 def test_predicted_power_equals_the_simulated_power(variants):
     every = design(variants)
     change = 0.012
-    promised = power.Simulation(every, NOISE, 1000, seed=1).seen(1, change)
+    promised = power.Simulation(every, NOISE, 1000, seed=1).detection_rate(1, change)
     seen = np.mean(answers(every, NOISE, 1000, 77, change)[1] == "grows")
     assert 0.2 < promised < 0.97
     assert abs(promised - seen) < 0.05, (promised, seen)
@@ -61,8 +61,8 @@ def test_predicted_power_equals_the_simulated_power(variants):
 def test_power_with_several_variants_is_lower_than_that_of_a_t_test():
     every = design(6)
     simulation = power.Simulation(every, NOISE, 300)
-    error = float(np.std(simulation.nothing[1].change))
-    assert simulation.seen(1, error * 2.8) < 0.4  # a t test at 5 % alone would have 0.8
+    error = float(np.std(simulation.null_measurements[1].change))
+    assert simulation.detection_rate(1, error * 2.8) < 0.4  # a t test at 5 % alone would have 0.8
 
 
 @pytest.mark.parametrize("variants", [1, 4])
@@ -70,7 +70,8 @@ def test_false_verdicts_occur_in_at_most_5_percent_of_studies(variants):
     found = answers(design(variants), NOISE, 1000, 5)
     false = np.isin(found, ("grows", "shrinks")).any(0).mean()
     assert false <= 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / 1000)
-    assert power.Simulation(design(variants), NOISE, 1000, seed=9).false() == pytest.approx(false, abs=0.03)
+    simulation = power.Simulation(design(variants), NOISE, 1000, seed=9)
+    assert simulation.false_positive_rate() == pytest.approx(false, abs=0.03)
 
 
 def test_predicted_number_of_needed_pairs_gives_the_expected_power():
@@ -78,10 +79,11 @@ def test_predicted_number_of_needed_pairs_gives_the_expected_power():
     errors = power.visible(every)["depth"]
     noise = power.Noise(0.009, 0.3)
     simulated = power.Simulation(every, noise, 300)
-    needed = power.pairs_needed(every[0].pairs, float(np.std(simulated.nothing[1].change)), errors)
+    needed = power.pairs_needed(every[0].pairs, float(np.std(simulated.null_measurements[1].change)), errors)
     times = round(needed / every[0].pairs)
     assert times >= 4
-    seen = power.Simulation([power.repeated(g, times) for g in every], noise, 400, seed=3).seen(1, verdict.MARGIN)
+    larger = power.Simulation([power.repeated(g, times) for g in every], noise, 400, seed=3)
+    seen = larger.detection_rate(1, verdict.MARGIN)
     assert 0.7 < seen < 0.92
 
 

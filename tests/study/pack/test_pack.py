@@ -34,7 +34,7 @@ from bst_dist.study.pack.contents import read_pack
 from bst_dist.study.pack.machine import Machine
 from bst_dist.study.pack.order import PRIOR, UNKNOWN, in_order_of_value
 from bst_dist.study.runs.runner import Runner
-from bst_dist.study.runs.state import Attempt, State
+from bst_dist.study.runs.state import FailedStart, State
 from bst_dist.study.sweep import table
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.design import Designer
@@ -180,14 +180,14 @@ def test_results_are_restored_without_weights_and_only_for_requested_runs(tmp_pa
     there, here = State(tmp_path / "there", 0), State(tmp_path / "here", 0)
     for name in ("a", "b", "c"):
         ended(there, name, finished=True)
-    attempt = Attempt(status="failed", reason="a cable", exit_status=1, micro_sequences=4, time_s=1.0)
+    attempt = FailedStart(status="failed", reason="a cable", exit_status=1, micro_sequences=4, time_s=1.0)
     there.record("b", attempt)
     results.write(tmp_path / "out", [], there, ["a", "b", "c", "never-started"], {}, "log")
     assert {f.name for f in (tmp_path / "out").iterdir()} == {
         "table.json", "table.csv", "summary.json", "log.txt", "runs-1.tar.xz"}  # fmt: skip
     assert results.restore(tmp_path / "out", here, {"a", "b"}.__contains__) == ["a", "b"]
     assert results.restore(tmp_path / "out", here, {"a", "b"}.__contains__) == []
-    assert here.attempts("b") == [attempt]
+    assert here.failed_starts("b") == [attempt]
     assert {f.name for f in here.directory("a").iterdir()} == {"recipe.yaml", "metrics.jsonl", "outcome.json"}
     assert not here.directory("c").exists()
     (tmp_path / "out" / "runs-1.tar.xz").write_bytes(b"no archive")

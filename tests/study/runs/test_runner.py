@@ -198,16 +198,16 @@ def test_out_of_memory_halves_the_micro_batch_also_for_branches(sweep):
     rows, _ = sweep({f"bst-all-{ONE}": "oom"}, f"bst-all-{ONE}")
     assert [(row.status, row.micro_sequences) for row in rows] == [("done", 1)] * 2
     trunk = next(run for run in sweep.runs if run.name == rows[0].trunk)
-    assert [attempt.micro_sequences for attempt in sweep.state.attempts(trunk.name)] == [4, 2]
+    assert [attempt.micro_sequences for attempt in sweep.state.failed_starts(trunk.name)] == [4, 2]
 
 
 def test_run_locked_by_another_process_is_skipped(sweep):
     run = sweep.runs[0]
     held = sweep.state.lock(run.name)
-    assert sweep.state.standing(run).status == "running"
+    assert sweep.state.status_of(run).status == "running"
     assert sweep.state.lock(run.name) is None
     os.close(held)
-    assert sweep.state.standing(run).status == "waiting"
+    assert sweep.state.status_of(run).status == "waiting"
 
 
 def test_table_reads_back_equal_and_wrong_columns_are_named(sweep, tmp_path):

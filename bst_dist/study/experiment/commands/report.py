@@ -33,10 +33,10 @@ def report(experiment: ExperimentConfig, found: list[Trial], state: State) -> di
     """Measure the finished runs, print and write the table, and return the machine-readable report."""
     measured = []
     for trial in found:
-        standing = state.standing(trial)
-        done = standing.status == "done"
+        run_status = state.status_of(trial)
+        done = run_status.status == "done"
         own = measure_run(trial.name, experiment.measure, state, say) if done else None
-        measured.append((trial, standing, own))
+        measured.append((trial, run_status, own))
     table = gather(experiment, measured)
     show(blocks(table))
     files = [*write(table, experiment.results), *write_report(table, experiment.results)]
