@@ -44,7 +44,7 @@ def bst(tmp_path, link_packages):
 
 
 @pytest.mark.ranks
-def test_an_uninstalled_checkout_trains_resumes_and_reports_that(bst, recipe_file, tmp_path):
+def test_a_checkout_that_is_not_installed_trains_and_resumes(bst, recipe_file, tmp_path):
     words = ["train", recipe_file(ranks=2, deepspeed="zero1"), "--run-dir", tmp_path / "run"]
     bst(*words, "--until", 2)
     assert "resumed from step 2" in bst(*words, "--resume")

@@ -72,7 +72,7 @@ def ckpt(*arguments: Any, report: Path | None = None) -> tuple[int, dict[str, An
     return status, json.loads(report.read_text()) if report else {}
 
 
-def test_ls(run_dir, tmp_path, capsys):
+def test_ls_lists_steps_damage_losses_and_leftovers(run_dir, tmp_path, capsys):
     (directory(run_dir, 20) / "optimizer-00000.safetensors").unlink()
     (run_dir / "checkpoints" / "step-00000050.partial").mkdir()
     status, report = ckpt("ls", run_dir, report=tmp_path / "r.json")
@@ -88,7 +88,7 @@ def test_ls(run_dir, tmp_path, capsys):
     assert "3.3333" in capsys.readouterr().out
 
 
-def test_show(run_dir, capsys):
+def test_show_describes_a_checkpoint_and_refuses_a_missing_step(run_dir, capsys):
     assert ckpt("show", run_dir, "--step", 30)[0] == 0
     said = capsys.readouterr().out
     assert "full: a run can resume from it" in said

@@ -25,7 +25,7 @@ def test_restored_generators_continue_the_same_sequence(tmp_path):
     assert [draw(), draw()] == expected
 
 
-def test_seeds_and_ranks_draw_differently():
+def test_other_seeds_and_other_ranks_draw_other_numbers():
     def first(seed: int, rank: int) -> tuple[float, ...]:
         rng.seed_all(seed, rank)
         return draw()

@@ -56,7 +56,7 @@ def test_a_host_name_gives_its_address_and_slurm_node(name, address, node):
         ("# nothing\n", "no host in it"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, text, said):
+def test_a_bad_line_of_a_hostfile_is_named(tmp_path, text, said):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(HostError, match=said):
         read_hostfile(tmp_path / "hosts")

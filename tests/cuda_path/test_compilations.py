@@ -26,7 +26,7 @@ class Documents:
 
 
 @pytest.mark.parametrize("name", ["SH", "Transformer-XL", "full T5"])
-def test_training_evaluation_a_sample_and_generation_compile_four_graphs(name, monkeypatch):
+def test_training_evaluation_and_generation_compile_at_most_four_graphs(name, monkeypatch):
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(flex, "BACKEND", counter)
     model = build(name, placement="all", full={"longest": 4096})  # one kind of attention

@@ -108,7 +108,7 @@ STARTS = {
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("way", STARTS)
-def test_two_trainers_on_one_directory(older, way):
+def test_a_second_trainer_on_one_directory_is_refused(older, way):
     """The first is suspended during its run, so that the second finds it alive."""
     if not Path(STARTS[way][0]).exists():
         pytest.skip(f"no {way} on this machine")

@@ -47,7 +47,7 @@ def train(corpus, tmp_path):
 
 
 @pytest.mark.skipif(REHEARSAL, reason="tests/tools/test_demo.py does so on a CPU")
-def test_a_few_zero_steps_lower_the_loss(train):
+def test_twenty_training_steps_lower_the_loss(train):
     found = losses(train("run", "train.steps=20"))
     assert len(found) == 20
     assert found[-1] < found[0] - 0.5

@@ -59,7 +59,7 @@ def loss_and_gradients(model, ids, labels, past=None) -> torch.Tensor:
 
 
 @pytest.mark.ranks
-def test_two_ranks_equal_one(on_ranks):
+def test_two_ranks_per_sequence_equal_one_rank(on_ranks):
     models = {name: build(settings) for name, settings in PASSED_ON.items()}
     expected = {name: loss_and_gradients(model, *batch()) for name, model in models.items()}
 

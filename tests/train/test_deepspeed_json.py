@@ -62,7 +62,7 @@ def test_a_key_that_agrees_with_the_recipe_is_accepted(tmp_path):
     assert complete(read(path), INTENT, str(path))["gradient_clipping"] == 0.5
 
 
-def test_differences_name_key_wanted_and_got():
+def test_differences_name_the_key_and_both_values():
     completed = complete(read(FILES[2]), INTENT, "here")
     parsed = DeepSpeedConfig(completed)
     parsed.gradient_clipping = 1.0

@@ -62,7 +62,7 @@ def test_a_branch_that_differs_from_the_trunk_steps_is_refused(runs, changes, me
 
 
 @pytest.mark.parametrize(("from_step", "steps", "shown"), [(8, 1, None), (9, 1, "step 9"), (8, 5, "due at step 10")])
-def test_a_branch_killed_before_its_first_checkpoint_starts_again(runs, from_step, steps, shown):
+def test_a_branch_shows_reached_steps_only_after_its_first_checkpoint(runs, from_step, steps, shown):
     """It begins at a step of the trunk, so it has no checkpoint of its own."""
     train = {**SETTINGS["train"], "steps": 20}
     runs.directory.mkdir()
