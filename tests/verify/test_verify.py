@@ -94,7 +94,7 @@ def test_a_gradient_summed_over_the_ranks_of_a_sequence_fails_even_in_bf16(recip
     assert [line["passed"] for line in report["combinations"]] == [True, False, True, False]
     assert "4 times what it should be = sp" in report["combinations"][1]["cause"]
     said = capfd.readouterr().err
-    assert "is a sequence-parallel unit given to DeepSpeed?" in said
+    assert "was the sequence-parallel group given to DeepSpeed?" in said
     assert "every failure has sp 4, and nothing that passed has" in said
 
 
@@ -110,6 +110,6 @@ def test_a_gradient_lost_between_slices_fails_and_names_where(recipe, broken, ca
     status, report = certificate(recipe, "--sp", "2", "--zero", "1")
     assert status == 1
     (line,) = report["combinations"]
-    assert "nearest to the loss layers.3.mixer.attention.qkv.weight" in line["cause"]
+    assert "nearest to the loss is layers.3.mixer.attention.qkv.weight" in line["cause"]
     assert "check the communication" in line["cause"]
     assert "FAIL" in capfd.readouterr().out
