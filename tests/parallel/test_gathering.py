@@ -23,7 +23,7 @@ import sys
 from bst_dist.faults import signals
 notice = signals.listen()
 from bst_dist.parallel import gathering
-gathering.FIRST_WORD_S = 0.2
+gathering.FIRST_WORD_S, gathering.NEXT_WORD_S = 0.2, 0.5
 print("ready", flush=True)
 sys.stdin.readline()
 try:
