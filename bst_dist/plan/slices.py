@@ -17,7 +17,8 @@ from bst_dist.plan.speed import Cluster
 
 PLACES = ("device", "host", "disk")
 FEWEST_BLOCKS = 2
-"""Blocks per rank in the smallest slice that is tried. In smaller slices, kernels are too small to be worth it."""
+"""Blocks per rank in the smallest slice that is tried: in smaller ones, kernels are too small to be worth it. The whole
+sequence is always tried."""
 SHARE = 4096
 """Tokens per device of the smallest slice in the search for the longest sequence."""
 LONGEST = 2**34
@@ -59,7 +60,7 @@ def sizes(planner: Planner) -> list[Size]:
     length, found, count = planner.recipe.train.sequence_length, [], 1
     sp = planner.degrees()[0]
     unit = planner.model.block * sp
-    while length % (count * unit) == 0 and length // count >= FEWEST_BLOCKS * unit:
+    while length % (count * unit) == 0 and (count == 1 or length // count >= FEWEST_BLOCKS * unit):
         places = PLACES if count > 1 else PLACES[:1]
         ways = {place: _best(planner, sp, count, place) for place in places}
         found.append(Size(length // count, count, (count - 1) * planner.activations.edge(1), ways))

@@ -54,6 +54,13 @@ def test_planned_edge_bytes_equal_the_carried_state(changes):
     assert Activations(config, bf16=False).edge(2) == sum(value.nbytes for value in left.after.values())
 
 
+@pytest.mark.parametrize(
+    ("gpus", "length", "slices"), [(1, 32, [1]), (1, 64, [1]), (1, 128, [1, 2]), (4, 128, [1]), (4, 512, [1, 2])]
+)
+def test_the_whole_sequence_is_always_planned_and_slices_keep_two_blocks_per_rank(gpus, length, slices):
+    assert [size.slices for size in sizes(planner(gpus, sequence_length=length))] == slices
+
+
 def test_smaller_slices_need_less_memory_except_edges(found):
     assert [size.slices for size in found] == [1, 2, 4]
     assert [size.edges_bytes for size in found] == [(size.slices - 1) * planner().activations.edge(1) for size in found]
