@@ -64,6 +64,8 @@ class LanguageModel(nn.Module):
         """Activation checkpointing: called as ``checkpoint(layer, *inputs)`` in place of ``layer(*inputs)``."""
         self.z_loss = 0.0
         """Weight of the squared log Z in `Losses.total` during training (`train.z_loss`)."""
+        self.fused_loss = False
+        """Whether the loss is compiled in training (`loss.linear_cross_entropy`)."""
         for layer in self.layers:
             layer.initialize(config.parametrisation.initial_depth(config.depth))
         with torch.no_grad():
@@ -94,8 +96,9 @@ class LanguageModel(nn.Module):
         mask = torch.ones_like(labels, dtype=torch.bool) if loss_mask is None else loss_mask
         scale = self.config.parametrisation.logit_scale(self.config.width)
         if self.output is not None:
-            return Losses(*self.output(self.norm(x), scale, labels, mask, self.z_loss))
-        return Losses(*linear_cross_entropy(self.norm(x), self.embedding.weight, labels, mask, scale, self.z_loss))
+            return Losses(*self.output(self.norm(x), scale, labels, mask, self.z_loss, self.fused_loss))
+        inputs = self.norm(x), self.embedding.weight, labels, mask
+        return Losses(*linear_cross_entropy(*inputs, scale, self.z_loss, self.fused_loss))
 
     def hidden(self, input_ids: Tensor, starts: Starts | None = None, past: Past | None = None) -> Tensor:
         """Return the residual stream after the last layer, (B, l) -> (B, l, D); arguments as in `forward`."""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+
+from bst_dist.model import flex
 
 TILE_LOGITS = 2**23
 """Logits per tile on a CPU: 32 MiB in single precision, about the size of its caches."""
@@ -11,6 +17,65 @@ TILE_LOGITS = 2**23
 GPU_TILE_LOGITS = 2**27
 """Logits per tile on a GPU: 512 MiB. In tiles of the CPU's size, 32k tokens of 32k ids would be 126 tiles and 2,500
 kernels, and each tile would read and write the gradient of the embedding."""
+
+
+class _Tile(NamedTuple):
+    """The result for the tokens of one tile."""
+
+    losses: Tensor
+    """(tokens, 1): the negative log-likelihood, in nats; zero for masked tokens."""
+    log_z: Tensor
+    """(tokens, 1): the logarithm of the softmax's denominator Z."""
+    d_logits: Tensor
+    """(tokens, V): the gradient of the product of hidden states and matrix, in its dtype."""
+
+
+def _in_place(logits: Tensor, target: Tensor, keep: Tensor, scale: float, z: float) -> _Tile:
+    """Compute a tile operation by operation, in the memory of one tile in single precision.
+
+    Args:
+        logits: (tokens, V), before they are multiplied by `scale`.
+        target: (tokens, 1) int64, the labels.
+        keep: (tokens, 1) bool, False for masked tokens.
+        z: weight of log^2 Z.
+    """
+    dtype = logits.dtype
+    logits = _scaled(logits, scale)
+    log_z = logits.logsumexp(-1, keepdim=True)
+    losses = (log_z - logits.gather(-1, target)) * keep
+    d_logits = logits.sub_(log_z).exp_()
+    if z:
+        d_logits.mul_(1 + 2 * z * log_z)
+    d_logits.scatter_add_(-1, target, torch.full_like(log_z, -1.0))
+    return _Tile(losses, log_z, d_logits.mul_(keep * scale).to(dtype))
+
+
+def _out_of_place(logits: Tensor, target: Tensor, keep: Tensor, scale: float, z: float) -> _Tile:
+    """Do the same in operations that a compiler fuses: it reads the logits and writes their gradient, and nothing else
+    of this size."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+    largest = wide.amax(-1, keepdim=True)
+    log_z = largest + (wide - largest).exp().sum(-1, keepdim=True).log()
+    losses = (log_z - wide.gather(-1, target)) * keep
+    softmax = (wide - log_z).exp()
+    if z:
+        softmax = softmax * (1 + 2 * z * log_z)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target
+    return _Tile(losses, log_z, ((softmax - is_target.to(wide.dtype)) * (keep * scale)).to(logits.dtype))
+
+
+@cache
+def _compiled(backend: object) -> Callable[..., _Tile]:
+    return torch.compile(_out_of_place, fullgraph=True, dynamic=False, backend=backend)
+
+
+def _fused(*tile: Tensor | float) -> _Tile:
+    return flex.limited(_compiled(flex.BACKEND), *tile)
+
+
+def _scaled(logits: Tensor, scale: float) -> Tensor:
+    """Return them in single precision at least, in place where that is their dtype."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(scale)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -21,7 +86,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float, z: float) -> tuple:
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float, z: float,
+                fused: bool) -> tuple:  # fmt: skip
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -32,24 +98,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         correct = None if needs_hidden or needs_weight else torch.zeros_like(mask)  # training does not need it
         squares = per_token.new_zeros(()) if z else None
-        rows = max(1, (TILE_LOGITS if device == "cpu" else GPU_TILE_LOGITS) // len(weight))
         with torch.autocast(device, enabled=False):
-            for first in range(0, len(hidden), rows):
-                part = slice(first, first + rows)
+            for part in _tiles(len(hidden), len(weight), device):
                 h, target, keep = hidden[part].to(dtype), labels[part, None], mask[part, None]
-                logits = (h @ matrix.T).to(wide).mul_(scale)
-                log_z = logits.logsumexp(-1, keepdim=True)
-                per_token[part] = ((log_z - logits.gather(-1, target)) * keep).squeeze(-1)
-                if squares is not None:
-                    squares += (log_z.square() * keep).sum()
+                logits = h @ matrix.T
                 if correct is not None:
+                    logits = _scaled(logits, scale)
+                    log_z = logits.logsumexp(-1, keepdim=True)
+                    per_token[part] = ((log_z - logits.gather(-1, target)) * keep).squeeze(-1)
                     correct[part] = (logits.argmax(-1, keepdim=True) == target).squeeze(-1) & mask[part]
                     continue
-                d_logits = logits.sub_(log_z).exp_()
-                if z:
-                    d_logits.mul_(1 + 2 * z * log_z)
-                d_logits.scatter_add_(-1, target, torch.full_like(log_z, -1.0))
-                d_logits = d_logits.mul_(keep * scale).to(dtype)
+                losses, log_z, d_logits = (_fused if fused else _in_place)(logits, target, keep, scale, z)
+                per_token[part] = losses.squeeze(-1)
+                if squares is not None:
+                    squares += (log_z.square() * keep).sum()
                 if needs_hidden:
                     d_hidden[part] = d_logits @ matrix
                 if needs_weight:
@@ -65,12 +127,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden * grad,
             None if d_weight is None else (d_weight * grad).to(d_weight.dtype),
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
+def _tiles(tokens: int, vocabulary: int, device: str) -> Iterator[slice]:
+    """Yield the tokens of each tile. The tiles are as equal as they can be, so that few are compiled."""
+    most = max(1, (TILE_LOGITS if device == "cpu" else GPU_TILE_LOGITS) // vocabulary)
+    rows = -(-tokens // -(-tokens // most)) if tokens else most
+    for first in range(0, tokens, rows):
+        yield slice(first, first + rows)
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float,
-                         z_loss: float = 0.0) -> tuple:  # fmt: skip
+                         z_loss: float = 0.0, fused: bool = False) -> tuple:  # fmt: skip
     """Return the negative log-likelihood in nats of `labels` under the logits ``scale * hidden @ weight.T``.
 
     Args:
@@ -80,6 +150,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: T
         mask: (B, l) bool; where it is False, loss and gradient are zero.
         z_loss: weight of log^2 Z, where Z is the sum of the exponentials of a token's logits; taken as 0 when gradients
             are disabled.
+        fused: with gradients, compile what is computed of each tile besides the products (`_out_of_place`).
 
     Returns:
         The sum over tokens plus `z_loss` times the sum of log^2 Z, a scalar with gradient; the negative log-likelihood
@@ -89,7 +160,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: T
     if not torch.is_grad_enabled():  # a Function's needs_input_grad ignores no_grad
         hidden, weight, z_loss = hidden.detach(), weight.detach(), 0.0
     flat = hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten()
-    total, per_token, correct, squares = _LinearCrossEntropy.apply(*flat, scale, z_loss)
+    total, per_token, correct, squares = _LinearCrossEntropy.apply(*flat, scale, z_loss, fused)
     return total, per_token.view(labels.shape), None if correct is None else correct.view(labels.shape), squares
 
 
@@ -103,8 +174,8 @@ class OutputHead(nn.Module):
         self.products_only = ("weight",)
 
     def forward(self, hidden: Tensor, scale: float, labels: Tensor | None = None, mask: Tensor | None = None,
-                z_loss: float = 0.0) -> Tensor | tuple:  # fmt: skip
+                z_loss: float = 0.0, fused: bool = False) -> Tensor | tuple:  # fmt: skip
         """Return the result of `linear_cross_entropy`; without labels the logits, (..., D) -> (..., V)."""
         if labels is None:
             return hidden @ self.weight.T * scale
-        return linear_cross_entropy(hidden, self.weight, labels, mask, scale, z_loss)
+        return linear_cross_entropy(hidden, self.weight, labels, mask, scale, z_loss, fused)

@@ -37,8 +37,13 @@ def recorded_group(start: Start, ranks: Ranks) -> SequenceGroup | None:
     return group and RecordedGroup(group.process_group, ranks.phases)
 
 
-def build_engine(start: Start, compiled: bool = False) -> Engine:
-    """Build the model, with equal weights on all ranks, and wrap it with DeepSpeed; `compiled`: compile its layers."""
+def build_engine(start: Start, compiled: bool = False, fused_loss: bool = False) -> Engine:
+    """Build the model, with equal weights on all ranks, and wrap it with DeepSpeed.
+
+    Args:
+        compiled: compile its layers.
+        fused_loss: compile its loss.
+    """
     torch.manual_seed(start.recipe.seed)
     model = start.objective.model()
     if start.recipe.initial_weights and not committed(start.run_dir):
@@ -47,6 +52,7 @@ def build_engine(start: Start, compiled: bool = False) -> Engine:
     model.checkpoint = activation.policy(start.recipe.activation_checkpointing, model.layers)
     for layer in model.layers:
         layer.compiled = compiled
+    model.fused_loss = fused_loss
     return Engine(model, start.recipe.optimizer, start.completed)
 
 
@@ -86,6 +92,11 @@ def identity_of(start: Start, engine: Engine, ranks: Ranks) -> Identity:
         layout=Layout(ranks.world, recipe.parallel.sp, engine.stage),
         rows=Rows(recipe.train.sequences, recipe.train.micro_sequences, start.mesh(ranks)),
     )
+
+
+def fuses_loss(recipe: Recipe, device: str) -> bool:
+    """Return whether the loss is compiled on this type of device, also where layers cannot be."""
+    return device == "cuda" and recipe.compile is not False
 
 
 def compiles(recipe: Recipe, device: str, stage: int) -> tuple[bool, str]:

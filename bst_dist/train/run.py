@@ -32,7 +32,7 @@ from bst_dist.report.performance import Performance
 from bst_dist.report.profiling import Profile
 from bst_dist.train import rundir
 from bst_dist.train.average import Average
-from bst_dist.train.building import build_engine, build_trainer, compiles, identity_of, recorded_group
+from bst_dist.train.building import build_engine, build_trainer, compiles, fuses_loss, identity_of, recorded_group
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.objective import Batches
 from bst_dist.train.reporting import header, outcome_of, probes_of, writers_of
@@ -81,7 +81,7 @@ class Run:
         compiled, self.uncompiled_since = compiles(
             start.recipe, ranks.device.type, start.completed["zero_optimization"]["stage"]
         )
-        self.engine = build_engine(start, compiled)
+        self.engine = build_engine(start, compiled, fuses_loss(self.recipe, ranks.device.type))
         identity = identity_of(start, self.engine, ranks)
         averaged = self.recipe.train.average
         state = EngineState(self.engine.deepspeed, averaged is not None)

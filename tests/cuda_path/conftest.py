@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention as torch_flex
 
-from bst_dist.model import attention, flex
+from bst_dist.model import attention, flex, loss
 
 
 @pytest.fixture(autouse=True)
@@ -16,4 +16,5 @@ def cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *inputs: None)  # it refuses gradients on a CPU
     monkeypatch.setattr(flex, "BACKEND", "aot_eager")
     torch._dynamo.reset()
-    flex._compiled.cache_clear()
+    for module in (flex, loss):
+        module._compiled.cache_clear()

@@ -26,10 +26,11 @@ class Documents:
 
 
 @pytest.mark.parametrize("name", ["SH", "Transformer-XL", "full T5"])
-def test_training_evaluation_and_generation_compile_at_most_four_graphs(name, monkeypatch):
+def test_training_evaluation_and_generation_compile_four_graphs_of_attention_and_one_of_the_loss(name, monkeypatch):
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(flex, "BACKEND", counter)
     model = build(name, placement="all", full={"longest": 4096})  # one kind of attention
+    model.fused_loss = True
     for _ in range(2):  # training; the backward pass is compiled together with the forward pass
         model(*tokens(4 * BLOCK))
     with torch.no_grad():  # evaluation during training, with another number of rows
@@ -43,4 +44,4 @@ def test_training_evaluation_and_generation_compile_at_most_four_graphs(name, mo
     found = Documents(12)
     monkeypatch.setattr("bst_dist.study.evaluation.scoring.TOKENS_AT_ONCE", 2048)
     score(model, found, found.lengths, np.ones(VOCABULARY, np.int64), begin=0, slice_length=512)
-    assert counter.frame_count <= 4
+    assert counter.frame_count <= 5

@@ -21,6 +21,7 @@ from bst_dist.model import compiled, flex
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.layers import Layer
+from bst_dist.model.loss import linear_cross_entropy
 from bst_dist.parallel.sequence.past import Past
 from tests.sm90.lowering import Launches, compile_kernels, launches, lower, pretended_h100, trace
 
@@ -104,10 +105,22 @@ class Attention:
             return flex.flex_sliding_attention(q, k, v, block, bias, True, begin, sums=self.sums)[0]
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What is compiled of the loss: the losses of a tile and the gradient of its logits, 300 tokens of 16,000 ids."""
+
+    z_loss: float = 0.0
+
+    def compute(self) -> Tensor:
+        hidden, weight = (torch.randn(n, 64, requires_grad=True) for n in (300, 16_000))
+        labels, mask = torch.zeros(1, 300, dtype=torch.long), torch.ones(1, 300, dtype=torch.bool)
+        return linear_cross_entropy(hidden.unsqueeze(0), weight, labels, mask, 0.5, self.z_loss, fused=True)[0]
+
+
 LARGE: dict[str, Any] = {"width": 1024, "heads": 8, "block": 512, "rows": 8, "length": 4096}
 """The shape of docs/plan.md and of `bst bench gpu`."""
 
-LAYERS: dict[str, Case | Attention] = {
+LAYERS: dict[str, Case | Attention | Loss] = {
     "sliding": Case("sliding", ROPE),
     "sliding, T5": Case("sliding", {}),
     "sliding, documents": Case("sliding", ROPE, documents="isolated"),
@@ -166,6 +179,8 @@ LAYERS: dict[str, Case | Attention] = {
     "attention, no gradients": Attention(gradients=False),
     "attention, no gradients, documents": Attention(gradients=False, documents=True),
     "attention, no gradients, T5": Attention(gradients=False, bias=True),
+    "loss": Loss(),
+    "loss, log² Z": Loss(z_loss=1e-4),
 }
 """Every kind of layer. Layers with a window use RoPE unless the name says otherwise."""
 

@@ -29,7 +29,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from bst_dist.model import attention, compiled, flex
+from bst_dist.model import attention, compiled, flex, loss
 
 CUDA = torch.device("cuda", 0)
 CAPABILITY = 90
@@ -103,8 +103,8 @@ def trace(call: Callable[[], object], compiled_as: Callable[[Graph], Callable[..
                            inference_compiler=keep(inference=True), partition_fn=partition,
                            decompositions=select_decomp_table())  # fmt: skip
     torch._dynamo.reset()
-    compiled._compiled.cache_clear()
-    flex._compiled.cache_clear()
+    for module in (compiled, flex, loss):
+        module._compiled.cache_clear()
     with ExitStack() as stack:
         stack.enter_context(patch.object(attention, "attention_path", lambda device: "flex"))
         stack.enter_context(patch.object(torch_flex, "_validate_device", lambda *_: None))

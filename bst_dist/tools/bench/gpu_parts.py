@@ -28,6 +28,7 @@ from bst_dist.generation.sampling import SamplingConfig
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.loss import linear_cross_entropy
 from bst_dist.parallel.sequence.past import Past
 from bst_dist.plan.accelerators import Accelerator, accelerator, of_device
 from bst_dist.plan.flops import forward_flops, train_flops_per_token
@@ -92,6 +93,9 @@ SMALL = Sizes(width=32, heads=2, block=16, length=64, rows=1, depth=2, vocabular
 DEEP = 4
 """Number of layers that are timed together."""
 
+QUEUED = 3
+"""Passes that are timed together, as in a step of three micro-batches: only the first finds the device idle."""
+
 BST = {"mixer": "bst", "context": {"variant": "SH"}}
 
 
@@ -140,7 +144,7 @@ def _in_turn(cases: dict[tuple[str, bool], Callable[[], None]], rounds: int, unt
         if done and time.monotonic() > until:
             break
         for key, case in cases.items():
-            seconds[key].append(seconds_of(case))
+            seconds[key].append(seconds_of(case, QUEUED))
     return seconds
 
 
@@ -180,19 +184,46 @@ AHEAD = [*((name, 1024) for name in LAYERS), ("sliding", 2048), ("BST SH", 2048)
 
 
 def kernels(small: bool, until: float) -> dict[str, Any]:
-    """Measure where the time of a compiled layer goes: launches and time of every kernel of both passes."""
+    """Measure where the time goes: launches and time of every kernel of both passes of a compiled layer, and of the
+    loss. DEEP layers are measured together, and the figures divided by DEEP.
+
+    The last row of a layer is the time in which no kernel runs: that of a pass without the profiler, less all kernels.
+    """
     sizes, device, rows = _sizes(small), on_device(), []
-    for name in ("sliding", "BST SH", "BST MF"):
+    for name in ("sliding", "BST SH", "BST MF", LOSS):
         if time.monotonic() > until:
             return {"rows": rows, "left_out": [f"{name}: time was over"]}
-        case = layer_pass(name, sizes, device, compiled=device.type == "cuda")
-        for _ in range(3):
-            seconds_of(case)
+        if name == LOSS:
+            case, count = loss_pass(sizes, device), 1
+        else:
+            case, count = layer_pass(name, sizes, device, device.type == "cuda", DEEP), DEEP
+        seconds_of(case, QUEUED)
+        whole = 1e6 * median(seconds_of(case, QUEUED) for _ in range(sizes.rounds))
         found = _kernels_of(case, device)
-        whole = sum(us for _, us, _ in found)
-        rows += [{"layer": name, "us": us, "share": us / whole, "launches": launches, "kernel": kernel}
+        found.append(("no kernel", whole - sum(us for _, us, _ in found), 0))
+        rows += [{"layer": name, "us": us / count, "share": us / whole, "launches": launches / count, "kernel": kernel}
                  for kernel, us, launches in found]  # fmt: skip
     return {"rows": rows}
+
+
+LOSS = "loss"
+
+
+def loss_pass(sizes: Sizes, device: torch.device) -> Callable[[], None]:
+    """Return a function that computes the loss in bf16 and its gradients, compiled on a GPU, from random states."""
+    shape = sizes.rows, sizes.length, sizes.width
+    hidden = torch.randn(shape, device=device, requires_grad=True)
+    weight = torch.randn(sizes.vocabulary, sizes.width, device=device, requires_grad=True)
+    labels = _tokens(sizes, device)[:, 1:]
+    mask = torch.ones_like(labels, dtype=torch.bool)
+
+    def call() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            inputs = hidden, weight, labels, mask, sizes.width**-0.5
+            linear_cross_entropy(*inputs, fused=device.type == "cuda")[0].backward()
+        hidden.grad = weight.grad = None
+
+    return call
 
 
 def _kernels_of(case: Callable[[], None], device: torch.device) -> list[tuple[str, float, int]]:
@@ -217,9 +248,10 @@ def stack(small: bool, until: float) -> dict[str, Any]:
             model = LanguageModel(sizes.config(**LAYERS[name], **places)).to(device)
             for layer in model.layers:
                 layer.compiled = device.type == "cuda"
+            model.fused_loss = device.type == "cuda"
             step = _model_pass(model, _tokens(sizes, device))
             first = seconds_of(step)
-            measured = [seconds_of(step) for _ in range(sizes.rounds) if time.monotonic() < until]
+            measured = [seconds_of(step, QUEUED) for _ in range(sizes.rounds) if time.monotonic() < until]
             if not measured:
                 return {"rows": rows, "left_out": [f"{name}, D {width}: time was over"]}
             speed = sizes.rows * sizes.length / median(measured)

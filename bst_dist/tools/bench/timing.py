@@ -47,13 +47,17 @@ def interleaved(
     return seconds
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """Return the seconds of one call, until the device has finished it."""
+def seconds_of(call: Callable[[], object], calls: int = 1) -> float:
+    """Return the seconds per call of several calls, until the device has finished the last.
+
+    The host queues a call while the device computes the one before, as in a training step of several micro-batches.
+    """
     _synchronize()
     begin = time.perf_counter()
-    call()
+    for _ in range(calls):
+        call()
     _synchronize()
-    return time.perf_counter() - begin
+    return (time.perf_counter() - begin) / calls
 
 
 def ratios(base: list[float], other: list[float]) -> Spread:
