@@ -139,10 +139,7 @@ class SlidingAttention(nn.Module):
         if starts is not None:
             asked.append(self._documents(starts, past, length, length))
             documents = past.once(*asked[0])
-        if self.config.position == "rope":
-            asked.append(self._angles(length, like))
-        else:
-            asked.append(self._buckets(self.distances))
+        asked.append(self._positions(like))
         if trains_with_flex(like):
             asked.append(self._tiles(length, length, like.device, documents))
         return {name: past.once(name, make) for name, make in asked}
@@ -208,6 +205,10 @@ class SlidingAttention(nn.Module):
         if isinstance(starts, Borders):  # several documents may begin in the window before the slice
             return name, lambda: documents_further_back(starts, past, length, keys, self.window)
         return name, lambda: documents_of(starts, length, keys, self.window)
+
+    def _positions(self, like: Tensor) -> tuple[str, Callable[[], Angles]] | tuple[str, Callable[[], Tensor]]:
+        """Those of a whole sequence: RoPE's angles, or the buckets of T5's bias."""
+        return self._buckets(self.distances) if self.bias is not None else self._angles(like.shape[1], like)
 
     def _angles(self, keys: int, like: Tensor) -> tuple[str, Callable[[], Angles]]:
         base, half = self.config.rope_base, self.half

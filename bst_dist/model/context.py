@@ -147,7 +147,8 @@ class CrossAttention(nn.Module):
         """Attend from each token to the states of its block that belong to its own document."""
         if self.causal:
             documents = past.once(*documents_in_blocks_asked(starts, self.block))
-            tiles = past.once(*self._tiles(q, documents)) if attention.trains_with_flex(q) else None
+            asks = attention.trains_with_flex(q)
+            tiles = past.once(*tiles_in_blocks_asked(q, self.block, documents)) if asks else None
             return attention.sliding_attention(q, k, v, self.block, None, True, documents, None, tiles)
         begun = starts.cut_off(self.block)[..., None, None]  # a document began in this block
         first, ends = (_whole_blocks(q, k[:, own], v[:, own]).reshape(q.shape) for own in FIRST_AND_ENDS)
@@ -157,16 +158,7 @@ class CrossAttention(nn.Module):
         """See `SlidingAttention.prepare`."""
         if not self.causal or not isinstance(starts, Borders):
             return {}
-        asked = [documents_in_blocks_asked(starts, self.block)]
-        if attention.trains_with_flex(like):
-            asked.append(self._tiles(like, past.once(*asked[0])))
-        return {name: past.once(name, make) for name, make in asked}
-
-    def _tiles(self, like: Tensor, documents: Documents) -> tuple:
-        """Return the arguments of `Past.once` for the tiles that FlexAttention visits: a name and a function."""
-        length, device = like.shape[1], like.device
-        band = flex.Band(length, length, self.block, include_self=True)
-        return f"tiles in blocks: {length}, {self.block}", lambda: flex.visited_tiles(band, device, documents.begin)
+        return prepared_in_blocks(like, self.block, past, starts)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from each token to its block's states up to its own; k, v (B, p + l, H, dh), p within the block."""
@@ -191,6 +183,21 @@ def documents_in_blocks_asked(starts: Borders, block: int) -> tuple:
         return documents_by(number, min(block, number.shape[1]) + 1, number.shape[1])
 
     return f"documents in blocks: {block}", make
+
+
+def tiles_in_blocks_asked(like: Tensor, block: int, documents: Documents) -> tuple:
+    """Return the arguments of `Past.once` for the tiles that FlexAttention visits with these documents."""
+    length, device = like.shape[1], like.device
+    band = flex.Band(length, length, block, include_self=True)
+    return f"tiles in blocks: {length}, {block}", lambda: flex.visited_tiles(band, device, documents.begin)
+
+
+def prepared_in_blocks(like: Tensor, block: int, past: Past, starts: Borders) -> dict[str, object]:
+    """Return both, for `prepare`."""
+    asked = [documents_in_blocks_asked(starts, block)]
+    if attention.trains_with_flex(like):
+        asked.append(tiles_in_blocks_asked(like, block, past.once(*asked[0])))
+    return {name: past.once(name, make) for name, make in asked}
 
 
 def _whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

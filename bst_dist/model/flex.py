@@ -58,6 +58,10 @@ def flex_sliding_attention(
     """Compute `attention.sliding_attention`, with documents as `begin` (B, l) int32: the first key each query may see.
 
     Return also the logarithm of the sum of each query's exponentials, (B, l, H), if `sums`, else None.
+
+    `tiles`: the result of `visited_tiles`; None: made here, which within a graph is not possible. FlexAttention finds a
+    row's tables by the stride of the dimension of heads, whose size is one. Inductor (torch 2.11 and 2.13) gives tables
+    that a graph makes the stride 0 there, so every row would get the tiles of the first. Inputs of a graph keep theirs.
     """
     if not uses_flex_tiles(q.shape[1]):
         out, logarithm = short_attention(q, k, v, window, bias, include_self, begin)
@@ -65,8 +69,12 @@ def flex_sliding_attention(
     varying = min(varying or window + 1, window + 1 if bias is None else bias.shape[1])
     settings = Settings(window, include_self, varying, sums)
     if torch.compiler.is_compiling():
+        if tiles is None:
+            raise ValueError("FlexAttention's tiles must be made outside of the graph")
         return _attend(q, k, v, bias, begin, settings, tiles)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
+        if tiles is None:
+            tiles = visited_tiles(Band(q.shape[1], k.shape[1], window, include_self), q.device, begin)
         return limited(_compiled(_attend, BACKEND, dynamic=False), q, k, v, bias, begin, settings, tiles)
     return _without_gradients(q, k, v, bias, begin, settings)
 
@@ -88,13 +96,10 @@ class Settings(NamedTuple):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor | None, settings: Settings,
-            tiles: tuple[Tensor, ...] | None = None, before: Tensor | None = None,
-            ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+            tiles: tuple[Tensor, ...], before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Call FlexAttention, and attach the computation of the bias's gradient.
 
-    Args:
-        tiles: the result of `visited_tiles`; None: computed here.
-        before: `Band.before` as a tensor; None: it is a constant of the graph.
+    `before`: `Band.before` as a tensor; None: it is a constant of the graph.
     """
     band = Band(q.shape[1], k.shape[1], settings.window, settings.include_self)
     constant, before = None if bias is None else bias.detach(), band.before if before is None else before
@@ -102,7 +107,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + constant[h, (query + before - key).clamp(0, constant.shape[1] - 1)]
 
-    mask = block_mask(band, begin, visited_tiles(band, q.device, begin) if tiles is None else tiles, before)
+    mask = block_mask(band, begin, tiles, before)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, aux = flex_attention(
         q, k, v, None if bias is None else add_bias, mask, scale=1.0, enable_gqa=k.shape[1] < q.shape[1],

@@ -63,15 +63,19 @@ class Case:
         return compiled.run(layer, x, Past(), self._starts(), keeps if self.selective else None)
 
     def _starts(self) -> Starts | None:
-        """Return where documents begin. A program depends only on the size of the table of masked documents."""
+        """Return where documents begin, in the first row elsewhere than in the others.
+
+        A program depends only on the size of the table of masked documents.
+        """
         if self.documents == "masked":
             begins = torch.zeros(self.rows, self.length, dtype=torch.bool)
             begins[:, 100 :: self.document] = True
+            begins[0] = begins[0].roll(60)
             return Borders.of(begins)
         if not self.documents:
             return None
         begins = torch.zeros(self.rows, self.length // self.block, dtype=torch.bool)
-        begins[:, 1::2] = True
+        begins[1:, 1::2] = True
         return begins
 
 
@@ -101,6 +105,8 @@ class Attention:
         q, k, v = (torch.randn(rows, n, heads, head, dtype=dtype, requires_grad=self.gradients) for n in shapes)
         bias = torch.zeros(heads, block + 1, requires_grad=self.gradients) if self.bias else None
         begin = torch.zeros(rows, LENGTH, dtype=torch.int32) if self.documents else None
+        if begin is not None:
+            begin[1, block:] = block  # the second row's second block begins a document
         with torch.set_grad_enabled(self.gradients):
             return flex.flex_sliding_attention(q, k, v, block, bias, True, begin, sums=self.sums)[0]
 

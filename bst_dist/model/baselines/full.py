@@ -5,7 +5,7 @@ Shapes: B rows, l tokens, p positions before them, H heads, dh head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from bst_base.errors import UserError
 from bst_dist.model import attention
 from bst_dist.model.attention import (
+    Documents,
     SlidingAttention,
     documents_further_back,
     for_heads,
@@ -52,13 +53,11 @@ class FullAttention(SlidingAttention):
             k, v = for_heads(k, self.heads), for_heads(v, self.heads)
         if self.bias is None and starts is None and self.config.include_self and not on_flex:
             return _fused(q, k, v).flatten(-2)
-        documents = None
-        if starts is not None:
-            documents = documents_further_back(starts, past, q.shape[1], k.shape[1], k.shape[1])
+        documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
         if on_flex:
             bias = self.by_distance(self.distances, past)
             varying, include_self = self.config.max_distance, self.config.include_self
-            tiles = None if documents is not None else self.tiles(q, k, past, None)
+            tiles = self.tiles(q, k, past, documents)
             out = sliding_attention(q, k, v, self.window, bias, include_self, documents, varying, tiles)
             return out.flatten(-2)
         if documents is not None:
@@ -66,6 +65,9 @@ class FullAttention(SlidingAttention):
         tiles = causal_tiles(q.shape[1], k.shape[1] - q.shape[1])
         mask = self._mask(min(QUERY_TILE, q.shape[1]), past)
         return tiled_attention(q, k, v, mask, tiles, empty_rows=not self.config.include_self).flatten(-2)
+
+    def _documents(self, starts: Starts, past: Past, length: int, keys: int) -> tuple[str, Callable[[], Documents]]:
+        return f"documents: {length}, {keys}, all", lambda: documents_further_back(starts, past, length, keys, keys)
 
     @property
     def distances(self) -> int:

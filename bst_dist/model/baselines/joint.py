@@ -14,16 +14,29 @@ Shapes: B rows, l tokens, Ds SSM width, S states, nb blocks of W tokens, H heads
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from bst_dist.model import attention
-from bst_dist.model.attention import PartialAttention, SlidingAttention, attention_path, one_softmax
+from bst_dist.model.attention import (
+    PartialAttention,
+    SlidingAttention,
+    attention_path,
+    one_softmax,
+    trains_with_flex,
+)
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
-from bst_dist.model.context import FIRST_AND_ENDS, build_context, documents_in_blocks_asked
-from bst_dist.model.flex import flex_sliding_attention
+from bst_dist.model.context import (
+    FIRST_AND_ENDS,
+    build_context,
+    documents_in_blocks_asked,
+    prepared_in_blocks,
+    tiles_in_blocks_asked,
+)
+from bst_dist.model.flex import Band, flex_sliding_attention, visited_tiles
 from bst_dist.model.products import fused_linears, whole
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.sequence.past import Past
@@ -60,17 +73,40 @@ class StateShare(nn.Module):
         k, v = (x.to(q.dtype) for x in self.context(z, past, starts))
         if isinstance(starts, Borders):
             return self._of_documents(q, k, v, past, starts)
-        return of_whole_blocks(q, k, v) if self.filters else within_blocks(q, k, v, self.block)
+        if self.filters:
+            return of_whole_blocks(q, k, v)
+        tiles = past.once(*self._tiles(q, k.shape[1])) if trains_with_flex(q) else None
+        return within_blocks(q, k, v, self.block, tiles)
 
     def _of_documents(self, q: Tensor, k: Tensor, v: Tensor, past: Past, starts: Borders) -> PartialAttention:
         """Attend from each token to the states of its block that belong to its own document."""
         if not self.filters:
             documents = past.once(*documents_in_blocks_asked(starts, self.block))
-            return attention.sliding_share(q, k, v, self.block, None, True, documents, None, None)
+            tiles = past.once(*tiles_in_blocks_asked(q, self.block, documents)) if trains_with_flex(q) else None
+            return attention.sliding_share(q, k, v, self.block, None, True, documents, None, tiles)
         begun = starts.cut_off(self.block).unsqueeze(-1)  # a document began in this block
         first, ends = (of_whole_blocks(q, k[:, own], v[:, own]) for own in FIRST_AND_ENDS)
         out = torch.where(begun.unsqueeze(-1), first.out, ends.out)
         return PartialAttention(out, torch.where(begun, first.sums, ends.sums))
+
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
+        """See `SlidingAttention.prepare`."""
+        if self.filters:
+            return {}
+        if isinstance(starts, Borders):
+            return prepared_in_blocks(like, self.block, past, starts)
+        asked = [self._tiles(like, like.shape[1])] if trains_with_flex(like) else []
+        return {name: past.once(name, make) for name, make in asked}
+
+    def _tiles(self, like: Tensor, keys: int) -> tuple[str, Callable[[], tuple[Tensor, ...]]]:
+        """Return the arguments of `Past.once` for the tiles that FlexAttention visits if each block is a document."""
+        length, device = like.shape[1], like.device
+
+        def make() -> tuple[Tensor, ...]:
+            begin = block_begins(keys, self.block, device)[keys - length :].unsqueeze(0)
+            return visited_tiles(Band(length, keys, self.block, include_self=True), device, begin)
+
+        return f"tiles of blocks: {length}, {keys}, {self.block}", make
 
 
 def of_whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> PartialAttention:
@@ -79,14 +115,24 @@ def of_whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> PartialAttention:
     return PartialAttention(*(x.unflatten(0, (len(q), -1)).flatten(1, 2) for x in found))
 
 
-def within_blocks(q: Tensor, k: Tensor, v: Tensor, block: int) -> PartialAttention:
-    """Attend from each token to its block's states up to its own; k, v (B, p + l, H, dh), p within the first block."""
+def block_begins(keys: int, block: int, device: torch.device) -> Tensor:
+    """Return the first position of each position's block, (keys,) int32."""
+    place = torch.arange(keys, device=device, dtype=torch.int32)
+    return place - place % block
+
+
+def within_blocks(q: Tensor, k: Tensor, v: Tensor, block: int,
+                  tiles: tuple[Tensor, ...] | None = None) -> PartialAttention:  # fmt: skip
+    """Attend from each token to its block's states up to its own; k, v (B, p + l, H, dh), p within the first block.
+
+    `tiles`: those that FlexAttention visits if each block is a document; None: made when needed.
+    """
     length, keys = q.shape[1], k.shape[1]
-    place = torch.arange(keys, device=q.device, dtype=torch.int32)
-    begin = place - place % block
+    begin = block_begins(keys, block, q.device)
     if attention_path(q.device) == "flex":  # sliding attention in which each block is a document
         begin = begin[keys - length :].expand(len(q), -1).contiguous()
-        return PartialAttention(*flex_sliding_attention(q, k, v, block, None, True, begin, sums=True))
+        return PartialAttention(*flex_sliding_attention(q, k, v, block, None, True, begin, tiles=tiles, sums=True))
+    place = torch.arange(keys, device=q.device, dtype=torch.int32)
     if length == keys:  # a block is a batch entry
         span = min(block, length)
         folded = (x.unflatten(1, (-1, span)).flatten(0, 1) for x in (q, k, v))

@@ -9,10 +9,19 @@ Shapes: B rows, l tokens, p positions before them, H heads, dh head width, W blo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from bst_dist.model.attention import SlidingAttention, documents_by, documents_further_back
+from bst_dist.model.attention import (
+    Documents,
+    SlidingAttention,
+    documents_by,
+    documents_further_back,
+    trains_with_flex,
+)
 from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear
@@ -25,35 +34,73 @@ class SegmentAttention(SlidingAttention):
     def forward(self, u: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
         """`starts`: where documents begin; a document sees nothing before it."""
         q, k, v = self.project(u, past)
-        before, out = k.shape[1] - q.shape[1], []
-        documents = None
-        if starts is not None:
-            documents = documents_further_back(starts, past, q.shape[1], k.shape[1], self.window)
-        for first, last, keys, values in self._segments(k, v, q.shape[1], past.position):
-            own = q[:, first:last]
-            if documents is None:
-                out.append(self.attend(own, keys, values, past, None, self.tiles(own, keys, past, None)))
-                continue
-            number = documents.number[:, before + last - keys.shape[1] : before + last]
-            out.append(self.attend(own, keys, values, past, documents_by(number, documents.kinds, last - first)))
+        length, out = q.shape[1], []
+        documents = None if starts is None else past.once(*self._documents(starts, past, length, k.shape[1]))
+        for segment in self._segments(length, k.shape[1] - length, past.position):
+            own = q[:, segment.first : segment.last]
+            keys, values = (segment.seen(x) for x in (k, v))
+            mine = None if documents is None else past.once(*_documents_of(segment, documents))
+            tiles = past.once(*self._tiles_of(segment, mine, own)) if trains_with_flex(own) else None
+            out.append(self.attend(own, keys, values, past, mine, tiles))
         return torch.cat(out, dim=1).flatten(-2)
 
-    def _segments(self, k: Tensor, v: Tensor, length: int, position: int):
-        """Yield each segment's tokens first ... last - 1, and the keys and values that they see.
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
+        """See `SlidingAttention.prepare`."""
+        length, documents, asked = like.shape[1], None, [self._positions(like)]
+        if starts is not None:
+            asked.append(self._documents(starts, past, length, length))
+            documents = past.once(*asked[-1])
+        for segment in self._segments(length, 0, past.position):
+            own, mine = like[:, segment.first : segment.last], None
+            if documents is not None:
+                asked.append(_documents_of(segment, documents))
+                mine = past.once(*asked[-1])
+            if trains_with_flex(own):
+                asked.append(self._tiles_of(segment, mine, own))
+        return {name: past.once(name, make) for name, make in asked}
 
-        Keys and values of earlier segments have no gradient.
-        """
-        before = k.shape[1] - length
+    def _segments(self, length: int, before: int, position: int) -> Iterator[Segment]:
         first = 0
         while first < length:
             last = min(length, first + self.window - (position + first) % self.window)
-            begin, own = max(0, before + first - self.window), before + first
-            yield (
-                first,
-                last,
-                *(torch.cat((x[:, begin:own].detach(), x[:, own : before + last]), dim=1) for x in (k, v)),
-            )
+            yield Segment(first, last, max(0, before + first - self.window), before + last)
             first = last
+
+    # The arguments of `Past.once`.
+
+    def _documents(self, starts: Starts, past: Past, length: int, keys: int) -> tuple[str, Callable[[], Documents]]:
+        name = f"documents further back: {length}, {keys}, {self.window}"
+        return name, lambda: documents_further_back(starts, past, length, keys, self.window)
+
+    def _tiles_of(self, segment: Segment, documents: Documents | None,
+                  own: Tensor) -> tuple[str, Callable[[], tuple[Tensor, ...]]]:  # fmt: skip
+        name, make = self._tiles(own.shape[1], segment.end - segment.begin, own.device, documents)
+        return f"{name}, {segment}", make
+
+
+class Segment(NamedTuple):
+    """A segment of a slice: the tokens first ... last - 1, which see the keys begin ... end - 1."""
+
+    first: int
+    last: int
+    begin: int
+    end: int
+    """Positions among the keys: those before the slice, then its own."""
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Return the keys or values that the segment sees; those of earlier segments have no gradient."""
+        own = self.end - (self.last - self.first)
+        return torch.cat((x[:, self.begin : own].detach(), x[:, own : self.end]), dim=1)
+
+
+def _documents_of(segment: Segment, documents: Documents) -> tuple[str, Callable[[], Documents]]:
+    """Return the arguments of `Past.once` for the documents of the keys that a segment sees."""
+
+    def make() -> Documents:
+        number = documents.number[:, segment.begin : segment.end]
+        return documents_by(number, documents.kinds, segment.last - segment.first)
+
+    return f"documents of {segment}", make
 
 
 class TransformerXLMixer(nn.Module):

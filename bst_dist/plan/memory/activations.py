@@ -245,7 +245,9 @@ class Activations:
             stack.enter_context(patch.object(attention, "sliding_share", fused_share))
             stack.enter_context(patch.object(full, "attention", _ON_A_GPU))
             stack.enter_context(patch.object(full, "sliding_attention", fused_attention))
-            stack.enter_context(patch.object(joint, "within_blocks", lambda *x: fused_share(*x, None)))
+            stack.enter_context(
+                patch.object(joint, "within_blocks", lambda q, k, v, block, _: fused_share(q, k, v, block, None))
+            )
             stack.enter_context(patch.object(loss, "TILE_LOGITS", GPU_TILE_LOGITS))
         return stack
 
