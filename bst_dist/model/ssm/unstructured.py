@@ -128,7 +128,10 @@ class HyenaFilter(LongFilter):
         return math.sqrt(2) * self.last[:, channels] @ x.to(self.last.dtype).T  # a sine's mean square is 1/2
 
     def _embedding(self, taps: int) -> Tensor:
-        """Return the position in [0, 1) and its cosines and sines at the bands' frequencies, (taps, 1 + 2 bands) float64."""
+        """Return the position in [0, 1) with its cosines and sines at the bands' frequencies.
+
+        (taps, 1 + 2 bands), in double precision.
+        """
         t = torch.arange(taps, device=self.skip.device, dtype=torch.float64).unsqueeze(1) / self.length
         angle = 2 * math.pi * t * torch.arange(1, self.bands + 1, device=t.device)
         return torch.cat((t, angle.cos(), angle.sin()), dim=1)
