@@ -19,7 +19,7 @@ GPU_TILE_LOGITS = 2**27
 kernels, and each tile would read and write the gradient of the embedding."""
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """The result for the tokens of one tile."""
 
     losses: Tensor
@@ -30,7 +30,7 @@ class _Tile(NamedTuple):
     """(tokens, V): the gradient of the product of hidden states and matrix, in its dtype."""
 
 
-def _in_place(logits: Tensor, target: Tensor, keep: Tensor, scale: float, z: float) -> _Tile:
+def _in_place(logits: Tensor, target: Tensor, keep: Tensor, scale: float, z: float) -> Tile:
     """Compute a tile operation by operation, in the memory of one tile in single precision.
 
     Args:
@@ -47,10 +47,10 @@ def _in_place(logits: Tensor, target: Tensor, keep: Tensor, scale: float, z: flo
     if z:
         d_logits.mul_(1 + 2 * z * log_z)
     d_logits.scatter_add_(-1, target, torch.full_like(log_z, -1.0))
-    return _Tile(losses, log_z, d_logits.mul_(keep * scale).to(dtype))
+    return Tile(losses, log_z, d_logits.mul_(keep * scale).to(dtype))
 
 
-def _out_of_place(logits: Tensor, target: Tensor, keep: Tensor, scale: float, z: float) -> _Tile:
+def _out_of_place(logits: Tensor, target: Tensor, keep: Tensor, scale: float, z: float) -> Tile:
     """Do the same in operations that a compiler fuses: it reads the logits and writes their gradient, and nothing else
     of this size."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
@@ -61,15 +61,16 @@ def _out_of_place(logits: Tensor, target: Tensor, keep: Tensor, scale: float, z:
     if z:
         softmax = softmax * (1 + 2 * z * log_z)
     is_target = torch.arange(logits.shape[1], device=logits.device) == target
-    return _Tile(losses, log_z, ((softmax - is_target.to(wide.dtype)) * (keep * scale)).to(logits.dtype))
+    return Tile(losses, log_z, ((softmax - is_target.to(wide.dtype)) * (keep * scale)).to(logits.dtype))
 
 
 @cache
-def _compiled(backend: object) -> Callable[..., _Tile]:
+def _compiled(backend: object) -> Callable[..., Tile]:
     return torch.compile(_out_of_place, fullgraph=True, dynamic=False, backend=backend)
 
 
-def _fused(*tile: Tensor | float) -> _Tile:
+def fused_tile(*tile: Tensor | float) -> Tile:
+    """Do the same in compiled kernels: one, where a tile has enough tokens."""
     return flex.limited(_compiled(flex.BACKEND), *tile)
 
 
@@ -108,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     per_token[part] = ((log_z - logits.gather(-1, target)) * keep).squeeze(-1)
                     correct[part] = (logits.argmax(-1, keepdim=True) == target).squeeze(-1) & mask[part]
                     continue
-                losses, log_z, d_logits = (_fused if fused else _in_place)(logits, target, keep, scale, z)
+                losses, log_z, d_logits = (fused_tile if fused else _in_place)(logits, target, keep, scale, z)
                 per_token[part] = losses.squeeze(-1)
                 if squares is not None:
                     squares += (log_z.square() * keep).sum()

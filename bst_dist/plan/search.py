@@ -89,7 +89,9 @@ class Planner:
     def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe, self.cluster, self.model = recipe, cluster, recipe.model
         self.bf16 = recipe.train.precision == "bf16"
-        self.activations = activations_of(self.model, self.bf16, recipe.data.documents)
+        self.activations = activations_of(
+            self.model, self.bf16, recipe.data.documents, fused_loss=recipe.compile is not False
+        )
         self.strategies = _strategies(recipe)
 
     @cached_property

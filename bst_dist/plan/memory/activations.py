@@ -32,7 +32,7 @@ from bst_dist.parallel.sequence.neighbour import LeftNeighbour
 from bst_dist.parallel.sequence.past import EarlierCall, Past
 from bst_dist.parallel.sequence.rehearsal import Rehearsal
 from bst_dist.parallel.sequence.slices import Edge
-from bst_dist.plan.memory.fused import fused_attention, fused_share
+from bst_dist.plan.memory.fused import fused_attention, fused_share, fused_tile
 from bst_dist.plan.memory.live import LiveBytes
 from bst_dist.plan.memory.moved import MovedBytes
 from bst_dist.plan.memory.parts import Part, Slice
@@ -58,10 +58,13 @@ class Activations:
         model: settings of the model, vocabulary included.
         documents: as `data.documents`.
         fused: sliding attention uses a fused kernel, as on a GPU; otherwise as on this machine.
+        fused_loss: so does the loss, as on a GPU unless the recipe has `compile: false`.
     """
 
-    def __init__(self, model: ModelConfig, bf16: bool, documents: str = "joined", fused: bool = True) -> None:
+    def __init__(self, model: ModelConfig, bf16: bool, documents: str = "joined", fused: bool = True,
+                 fused_loss: bool = True) -> None:  # fmt: skip
         self.model, self.bf16, self.documents, self.fused = model, bf16, documents, fused
+        self.fused_loss = fused and fused_loss
         self._known: dict[Any, Any] = {}
 
     def layer(
@@ -223,6 +226,7 @@ class Activations:
             one = {"depth": 1, "mixer": "sliding", "placement": "all"}
             model = LanguageModel(self.model.model_copy(update=one))
             model.layers[0] = stand_in = _StandIn()
+            model.fused_loss = self.fused_loss
             model._check_slice = lambda *_: None  # without layers any number of tokens is allowed
             ids = torch.zeros(1, tokens, dtype=torch.long)
             shape = (1, tokens, self.model.width)
@@ -249,6 +253,7 @@ class Activations:
                 patch.object(joint, "within_blocks", lambda q, k, v, block, _: fused_share(q, k, v, block, None))
             )
             stack.enter_context(patch.object(loss, "TILE_LOGITS", GPU_TILE_LOGITS))
+            stack.enter_context(patch.object(loss, "fused_tile", fused_tile))
         return stack
 
     @contextmanager
@@ -267,14 +272,14 @@ class Activations:
             yield live
 
 
-def activations_of(model: ModelConfig, bf16: bool, documents: str) -> Activations:
+def activations_of(model: ModelConfig, bf16: bool, documents: str, fused_loss: bool = True) -> Activations:
     """Return the Activations of a model. They are cached, so a process that plans it again runs no part twice."""
-    return _known(model.model_dump_json(), bf16, documents)
+    return _known(model.model_dump_json(), bf16, documents, fused_loss)
 
 
 @lru_cache(maxsize=4)
-def _known(model: str, bf16: bool, documents: str) -> Activations:
-    return Activations(ModelConfig.model_validate_json(model), bf16, documents)
+def _known(model: str, bf16: bool, documents: str, fused_loss: bool) -> Activations:
+    return Activations(ModelConfig.model_validate_json(model), bf16, documents, fused_loss=fused_loss)
 
 
 def _run(live: LiveBytes, module: nn.Module, shape: tuple[int, ...], call: Callable[[Tensor], Tensor],

@@ -1,4 +1,4 @@
-"""Sliding attention as a fused GPU kernel: allocates the same tensors as the kernel, without computing anything."""
+"""Sliding attention and the loss of a tile as on a GPU: the tensors that their kernels allocate, without results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bst_dist.model import attention
+from bst_dist.model import attention, loss
 
 
 @torch.library.custom_op("bst_plan::attention", mutates_args=())
@@ -57,3 +57,9 @@ def fused_share(
 def fused_attention(*arguments: Any) -> Tensor:
     """Replacement for `attention.sliding_attention`."""
     return fused_share(*arguments).out
+
+
+def fused_tile(logits: Tensor, target: Tensor, keep: Tensor, scale: float, z: float) -> loss.Tile:
+    """Replacement for `loss.fused_tile`: reads the logits for the sums, and again for their gradient."""
+    sums = logits.sum(-1, keepdim=True, dtype=torch.float32)
+    return loss.Tile(sums, sums, logits.clone())
