@@ -29,6 +29,8 @@ COUNTS = Path(__file__).with_name("counts.json")
 ROPE: dict[str, Any] = {"attention": {"position": "rope"}}
 LENGTH = 512
 PASSES = "forward", "backward"
+COLUMNS = ("layer", "forward", "backward", "Triton", "products", "attention", "other operators", "MB", "kernels",
+           "shared memory, bytes")  # fmt: skip
 FEW = 4
 """Up to this many kinds of operators are named in the table."""
 
@@ -222,8 +224,8 @@ def fallbacks(passes: list[Launches]) -> dict[str, int]:
 
 
 def table(counts: dict[str, dict[str, Any]]) -> str:
-    """Return the rows of the table in docs/gpu.md."""
-    lines = []
+    """Return the table in docs/gpu.md."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " --: |" * 5 + " --- |" + " --: |" * 3]
     for name, found in counts.items():
         kinds, own = found["kinds"], _named(found["fallbacks"])
         lines.append(

@@ -187,7 +187,8 @@ def kernels(small: bool, until: float) -> dict[str, Any]:
     """Measure where the time goes: launches and time of every kernel of both passes of a compiled layer, and of the
     loss. DEEP layers are measured together, and the figures divided by DEEP.
 
-    The last row of a layer is the time in which no kernel runs: that of a pass without the profiler, less all kernels.
+    The last row of a layer is the time of a pass without the profiler, less that of all kernels: gaps between kernels,
+    and the lower clock of a longer run, if the card reaches its power limit.
     """
     sizes, device, rows = _sizes(small), on_device(), []
     for name in ("sliding", "BST SH", "BST MF", LOSS):
@@ -200,7 +201,7 @@ def kernels(small: bool, until: float) -> dict[str, Any]:
         seconds_of(case, QUEUED)
         whole = 1e6 * median(seconds_of(case, QUEUED) for _ in range(sizes.rounds))
         found = _kernels_of(case, device)
-        found.append(("no kernel", whole - sum(us for _, us, _ in found), 0))
+        found.append(("rest", whole - sum(us for _, us, _ in found), 0))
         rows += [{"layer": name, "us": us / count, "share": us / whole, "launches": launches / count, "kernel": kernel}
                  for kernel, us, launches in found]  # fmt: skip
     return {"rows": rows}

@@ -1,5 +1,6 @@
-"""The plan's time model compared with one H200 (docs/gpu/h200-second.txt), to which its efficiencies are fitted."""
+"""The plan's time model compared with one H200 (docs/gpu/h200-fourth.json), which is later than the plan's constants."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,13 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.tools.bench.gpu_parts import LAYERS, planned, stack_sizes
 
-MEASURED = Path(__file__).parents[3] / "docs" / "gpu" / "h200-second.txt"
+MEASURED = Path(__file__).parents[3] / "docs" / "gpu" / "h200-fourth.json"
 
 
 def measured() -> dict[tuple[str, int], float]:
     """Return the measured tokens per second by model and width."""
-    lines = MEASURED.read_text().split("layers\n")[0].splitlines()[3:]
-    rows = [(line[:9].strip(), *line[9:].split()) for line in lines]
-    return {(name, int(width)): float(rate) for name, width, rate, *_ in rows}
+    rows = json.loads(MEASURED.read_text())["stack"]["rows"]
+    return {(row["model"], row["width"]): row["tokens_per_s"] for row in rows}
 
 
 def model(name: str, width: int) -> ModelConfig:
@@ -23,7 +23,7 @@ def model(name: str, width: int) -> ModelConfig:
 
 
 @pytest.mark.parametrize("name, width", [(name, width) for name in ("sliding", "BST SH") for width in (1024, 2048)])
-def test_planned_seconds_are_within_a_tenth_of_the_measured(name, width):
+def test_planned_seconds_are_within_a_twentieth_of_the_measured(name, width):
     sizes = stack_sizes(width)
     seconds = planned(model(name, width), sizes, accelerator("h200-141gb")).seconds
-    assert seconds == pytest.approx(sizes.rows * sizes.length / measured()[name, width], rel=0.1)
+    assert seconds == pytest.approx(sizes.rows * sizes.length / measured()[name, width], rel=0.05)
