@@ -85,9 +85,9 @@ class Recipe(Config):
     """DeepSpeed strategy: the name of a file in ds_configs/, or the path of your own. The recipe fills in the rest."""
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     compile: bool | None = None
-    """Compile each layer into one graph for training on CUDA. null: where possible (the run's header says); true:
-    required, so where it is impossible the run ends with the reason; false: never. What was run on a GPU:
-    docs/gpu.md."""
+    """Compile the loss, and each layer into one graph, for training on CUDA. null: layers where possible (the run's
+    header says); true: required, so where it is impossible the run ends with the reason; false: neither layers nor the
+    loss. What was run on a GPU: docs/gpu.md."""
     deterministic: bool = False
     """On a GPU, compute the same bits at every start, with slower kernels that add in a fixed order. CPU training
     always does."""

@@ -18,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+T = TypeVar("T")
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 TILE = 128
@@ -154,14 +155,14 @@ def _compiled(function: Callable[..., Tensor], backend: object, dynamic: bool | 
     return torch.compile(attend, fullgraph=True, dynamic=dynamic, backend=backend)
 
 
-def limited(compiled: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """Call a compiled function, which may have at most GRAPHS graphs.
+def limited(compiled: Callable[..., T], *arguments: object, graphs: int = GRAPHS) -> T:
+    """Call a compiled function, which may have at most that many graphs.
 
     The backward pass is compiled as it runs, outside of autocast. By default torch would trace it under the autocast of
     the forward pass, even where the forward pass disables autocast. This would cast the SSM's single precision.
     """
     with (
-        torch._dynamo.config.patch(recompile_limit=GRAPHS),
+        torch._dynamo.config.patch(recompile_limit=graphs),
         torch._functorch.config.patch(backward_pass_autocast="off"),
     ):
         return compiled(*arguments)

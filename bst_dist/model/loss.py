@@ -19,6 +19,11 @@ GPU_TILE_LOGITS = 2**27
 kernels, and each tile would read and write the gradient of the embedding."""
 
 
+GRAPHS = 32
+"""Most graphs of the loss: two sizes of tiles (`_tiles`) for each of two sizes of micro-batches, with eight lengths of
+sequences (`config._MOST_LENGTHS`)."""
+
+
 class Tile(NamedTuple):
     """The result for the tokens of one tile."""
 
@@ -71,7 +76,7 @@ def _compiled(backend: object) -> Callable[..., Tile]:
 
 def fused_tile(*tile: Tensor | float) -> Tile:
     """Do the same in compiled kernels: one, where a tile has enough tokens."""
-    return flex.limited(_compiled(flex.BACKEND), *tile)
+    return flex.limited(_compiled(flex.BACKEND), *tile, graphs=GRAPHS)
 
 
 def _scaled(logits: Tensor, scale: float) -> Tensor:

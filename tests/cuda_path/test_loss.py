@@ -46,3 +46,10 @@ def test_tiles_of_any_number_of_tokens_have_at_most_two_sizes(monkeypatch):
     assert counter.frame_count == 3
     results(True, 0.0, tokens=61)  # four tiles of 25, one of 22
     assert counter.frame_count == 4
+
+
+def test_the_loss_may_have_as_many_graphs_as_a_recipe_has_sizes_of_tiles(monkeypatch):
+    """Eight lengths, two sizes of micro-batches for each, two sizes of tiles for each of these."""
+    monkeypatch.setattr(flex, "BACKEND", "eager")
+    for tokens in range(20, 52):  # one tile each
+        results(True, 0.0, tokens)

@@ -1,4 +1,4 @@
-"""The plan's time model compared with one H200 (docs/gpu/h200-fourth.json), which is later than the plan's constants."""
+"""The plan's time model compared with one H200 (docs/gpu/h200-fourth.json), later than the plan's constants."""
 
 import json
 from pathlib import Path
