@@ -24,7 +24,7 @@ from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.model import attention, flex, products
 from bst_dist.parallel.sequence.past import Past
-from bst_dist.train.building import compiles
+from bst_dist.train.building import compiles, fuses_loss
 from bst_dist.verify.batches import _batch
 from bst_dist.verify.judge import ErrorLimits, judge, whole_error
 from tests.cuda_path.models import LENGTH, VOCABULARY, build, tokens
@@ -166,7 +166,7 @@ def test_layers_of_one_kind_share_a_graph_also_in_evaluation(monkeypatch):
 
 @pytest.mark.parametrize(("stage", "policy"), [(1, "every-kth-layer"), (2, "selective")])
 def test_a_deepspeed_step_has_the_gradients_of_uncompiled_layers(stage, policy, recipe_file, on_ranks, monkeypatch):
-    """Micro-batches have two rows and one, so each kind of layer has a graph for both shapes.
+    """Micro-batches have two rows and one, so each kind of layer has a graph for both shapes, and so has the loss.
 
     If uncompiled layers use the same fused products, the gradients only differ in the order of sums. Normally they use
     one product per map, and bf16 rounds at other places; then both are compared with float64.
@@ -191,6 +191,7 @@ def test_a_deepspeed_step_has_the_gradients_of_uncompiled_layers(stage, policy, 
             model = seeded(recipe)
             for layer in model.layers:
                 layer.compiled = compiled
+            model.fused_loss = compiled
             return model
 
         with monkeypatch.context() as patch:
@@ -214,7 +215,7 @@ def test_a_deepspeed_step_has_the_gradients_of_uncompiled_layers(stage, policy, 
         )
 
     graphs, loss_error, error, as_near_to_float64, of_uncompiled = on_ranks(1, compare)[0]
-    assert graphs == 4
+    assert graphs == 6  # two kinds of layers and the loss
     assert loss_error < 1e-6
     assert error < 1e-5
     assert as_near_to_float64
@@ -247,3 +248,10 @@ def test_layers_are_compiled_on_cuda_where_supported(settings):
     assert compiles(parse(Recipe, settings | {"compile": True}), "cuda", 2) == (True, "")
     assert compiles(parse(Recipe, settings | {"compile": False}), "cuda", 2) == (False, "no, compile: false")
     assert compiles(load_recipe("launch/recipes/bst-7b.yaml"), "cuda", 3) == (True, "")
+
+
+def test_the_loss_is_compiled_on_cuda_unless_the_recipe_forbids_it(settings):
+    in_slices = settings | {"train": settings["train"] | {"slice_tokens": 32}}  # layers are not compiled
+    for recipe, device, expected in [(settings, "cuda", True), (settings, "cpu", False), (in_slices, "cuda", True),
+                                     (settings | {"compile": False}, "cuda", False)]:  # fmt: skip
+        assert fuses_loss(parse(Recipe, recipe), device) is expected

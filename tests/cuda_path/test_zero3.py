@@ -111,6 +111,7 @@ def stepping(recipe_file, monkeypatch) -> Callable[..., Callable[..., Any]]:
                 model = seeded(recipe)
                 for layer in model.layers:
                     layer.compiled = compiled
+                model.fused_loss = compiled
                 return model
 
             monkeypatch.setattr(steps, "seeded_model", build_it)
@@ -142,7 +143,7 @@ def test_each_layer_is_gathered_and_released_as_a_whole(model, policy, precision
     kinds, depth = 2 if model is SH else 1, model["depth"]
     for errors, graphs, between, excess, passes in on_ranks(2, compare):
         assert max(errors) < (1e-5 if precision == "fp32" else 1e-2)  # would be 1 if one layer's gradient were missing
-        assert graphs == [2 * kinds, 2]  # uncompiled: FlexAttention for both shapes
+        assert graphs == [2 * kinds + 2, 2]  # layers and loss for both shapes; uncompiled: FlexAttention for both
         assert (between, excess) == (set(), 0)
         backward = [False] if policy == "selective" else [True, False]  # recomputation is part of the graph
         assert passes == ([True] * depth + backward * depth) * 2
