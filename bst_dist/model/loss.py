@@ -18,7 +18,6 @@ GPU_TILE_LOGITS = 2**27
 """Logits per tile on a GPU: 512 MiB. In tiles of the CPU's size, 32k tokens of 32k ids would be 126 tiles and 2,500
 kernels, and each tile would read and write the gradient of the embedding."""
 
-
 GRAPHS = 32
 """Most graphs of the loss: two sizes of tiles (`_tiles`) for each of two sizes of micro-batches, with eight lengths of
 sequences (`config._MOST_LENGTHS`)."""
