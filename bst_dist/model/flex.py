@@ -155,14 +155,14 @@ def _compiled(function: Callable[..., Tensor], backend: object, dynamic: bool | 
     return torch.compile(attend, fullgraph=True, dynamic=dynamic, backend=backend)
 
 
-def limited(compiled: Callable[..., T], *arguments: object, graphs: int = GRAPHS) -> T:
-    """Call a compiled function, which may have at most that many graphs.
+def limited(compiled: Callable[..., T], *arguments: object, graphs: int | None = None) -> T:
+    """Call a compiled function, which may have at most that many graphs; None: GRAPHS.
 
     The backward pass is compiled as it runs, outside of autocast. By default torch would trace it under the autocast of
     the forward pass, even where the forward pass disables autocast. This would cast the SSM's single precision.
     """
     with (
-        torch._dynamo.config.patch(recompile_limit=graphs),
+        torch._dynamo.config.patch(recompile_limit=graphs or GRAPHS),
         torch._functorch.config.patch(backward_pass_autocast="off"),
     ):
         return compiled(*arguments)

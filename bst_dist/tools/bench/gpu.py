@@ -32,10 +32,10 @@ from bst_base.files import write_json
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.tools.bench.gpu_parts import AHEAD, PARTS, compile_ahead
 
-AHEAD_S = 145
+AHEAD_S = 120
 """Seconds for compiling ahead. A layer that is not compiled by then is compiled by the part that uses it."""
 
-LIMITS_S = {"layers": 85, "kernels": 30, "stack": 80, "longest": 50, "generation": 60, "resume": 85}
+LIMITS_S = {"layers": 85, "kernels": 30, "stack": 80, "longest": 50, "generation": 60, "resume": 110}
 """Time limit of each part in seconds; with AHEAD_S less than nine minutes in all. A part may also use the time that
 earlier parts left over. A part knows its limit and leaves out cases that do not fit. Generation needs its time to
 compile attention without gradients, resume to start three runs."""
