@@ -203,10 +203,11 @@ def test_a_pass_does_not_synchronise_with_the_cpu(name):
 
 
 @pytest.mark.parametrize("name", ["sliding RoPE", "SH", "MF", "Block-Recurrent"])
-def test_compiled_layers_equal_uncompiled_layers(name):
+def test_compiled_layers_and_loss_equal_uncompiled_ones(name):
     model, ids, labels = build(name)
     model, ids, labels = model.to(DEVICE), ids.to(DEVICE), labels.to(DEVICE)
     exact = gradients(copy.deepcopy(model), ids, labels)
     for layer in model.layers:
         layer.compiled = True
+    model.fused_loss = True
     assert max(relative_errors(gradients(model, ids, labels), exact)) < 1e-3
