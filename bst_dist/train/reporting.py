@@ -68,6 +68,7 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
         lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens, edges: {recipe.train.edges}{every}"
     if ranks.device.type != "cpu":
         lines["layers"] = f"compiled: {compiled}"
+        lines["loss"] = f"compiled: {'yes' if engine.module.fused_loss else 'no, compile: false'}"
     elif recipe.train.precision == "bf16" and (slowdown := bf16_slowdown()) >= SLOW_BF16:
         lines["slow"] = (
             f"this CPU multiplies matrices {slowdown:.0f} times as slowly in bf16 as in fp32; a new run is faster with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,8 +48,10 @@ def train(corpus, tmp_path):
 
 
 @pytest.mark.skipif(REHEARSAL, reason="tests/tools/test_demo.py does so on a CPU")
-def test_twenty_training_steps_lower_the_loss(train):
+def test_twenty_training_steps_lower_the_loss(train, capfd):
     found = losses(train("run", "train.steps=20"))
+    header = capfd.readouterr().out
+    assert all(re.search(rf"^{part} +compiled: yes$", header, re.MULTILINE) for part in ("layers", "loss"))
     assert len(found) == 20
     assert found[-1] < found[0] - 0.5
 
