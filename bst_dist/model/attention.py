@@ -24,14 +24,8 @@ from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
 from bst_dist.model.products import fused_linears
 from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention_and_sums
+from bst_dist.model.unit import unit
 from bst_dist.parallel.sequence.past import Past
-
-
-def unit(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Return (..., H, dh) L2-normalised over dh, times a scale per head (H,)."""
-    inverse = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).clamp_min(1e-6)
-    inverse = inverse.reciprocal() if scale is None else scale / inverse
-    return x * inverse.unsqueeze(-1).to(x.dtype)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from bst_dist.model.attention import unit
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.baselines.gated_deltanet import DeltaRule
 from bst_dist.model.context import CrossAttention
@@ -26,6 +25,7 @@ from bst_dist.model.ssm.dplr import S4DPLR
 from bst_dist.model.ssm.s4d import S4D
 from bst_dist.model.ssm.selective import Selective
 from bst_dist.model.ssm.unstructured import LongFilter
+from bst_dist.model.unit import unit
 
 BLOCKS_LOOKED_AT = 4
 """The entropy is measured on this many last blocks of one row, so scores are never stored for more."""
