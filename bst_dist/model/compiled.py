@@ -109,8 +109,41 @@ def _compiled(backend: object, keeps: Keeps | None) -> Callable[..., Tensor]:
             layer.compute, x, past, starts, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
 
-    options = OPTIONS if backend == "inductor" else None
+    options = None
+    if backend == "inductor":
+        options = OPTIONS
+        combine_alike()
     return torch.compile(whole_layer, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+
+def combine_alike() -> None:
+    """Let Inductor combine only kernels that are alike; it is set for the whole process.
+
+    All parts of a combined kernel get as many registers as the largest part, and as many rows of blocks as the tallest.
+    A table in double precision needs 255 registers for each thread, which leaves room for an eighth of the threads: a
+    large cast combined with it took more than twice its time.
+    """
+    from torch._inductor.codegen import triton_combo_kernel as combos
+
+    def partition(nodes: list[Any], scheduling: Any, infos: dict[Any, Any]) -> list[list[Any]]:
+        kinds: dict[object, list[Any]] = {}
+        groups = combos._default_custom_combo_kernel_horizontal_partition(nodes, scheduling, infos)
+        for number, group in enumerate(groups):
+            for node in group:
+                kinds.setdefault((number, _in_double_precision(node), infos[node].tiling.get("y")), []).append(node)
+        return list(kinds.values())
+
+    combos.set_custom_combo_kernel_horizontal_partition(partition)
+
+
+def _in_double_precision(node: Any) -> bool:
+    """Whether a node of Inductor's scheduler reads, writes or computes numbers in double precision."""
+    from torch._inductor.virtualized import V
+
+    buffers = (V.graph.get_dtype(access.name) for access in node.read_writes.reads_and_writes())
+    bodies = (block for one in node.get_nodes() for block in (one._body.root_block, *one._body.subblocks.values()))
+    casts = (operation.args for body in bodies for operation in body.graph.nodes)
+    return torch.float64 in buffers or any(torch.float64 in args for args in casts)
 
 
 def _decide(keeps: Keeps, context: object, operation: Any, *args: Any, **_: Any) -> bool:

@@ -45,6 +45,15 @@ def contiguous_operand(x: Tensor) -> Tensor:
     return _ContiguousOperand.apply(x) if is_compiling() else x
 
 
+def computed_once(x: Tensor) -> Tensor:
+    """Return `x`, made within an autograd function; a compiled layer writes it to memory and keeps it.
+
+    Otherwise each kernel that reads `x` would compute it again, and so would the backward pass. The compiler recomputes
+    casts, sums and elementwise operations, but never a flip, not even one that moves nothing.
+    """
+    return _written_contiguously(x.flip(())) if is_compiling() else x
+
+
 class _ContiguousOperand(torch.autograd.Function):
     """The identity; the output is contiguous in memory."""
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bst_dist.model.config import SSMConfig
+from bst_dist.model.ssm.pairs import Pair
 from bst_dist.model.ssm.s4d import S4D, initial_frequencies
 from bst_dist.parallel.sequence.past import EarlierCall, Past
 
@@ -183,3 +184,19 @@ def test_channels_may_share_their_modes():
     assert shared.log_decay.shape == shared.frequency.shape == (1, 1, 3)
     assert shared.log_dt.shape == (1, 4)  # each channel has its own step size
     assert S4D(4, 2, config, own_dynamics=True).log_decay.shape == (2, 4, 3)
+
+
+def test_powers_and_their_gradients_in_single_precision_are_near_those_in_double():
+    """`power` is its own gradient; here autograd differentiates torch's complex exponential."""
+    torch.manual_seed(0)
+    log_a = torch.complex(-torch.rand(5).double() / 1000, 3 * torch.rand(5).double()).requires_grad_()
+    exponents = torch.arange(0, 4096, 7).unsqueeze(-1)
+    weights = torch.randn(2, len(exponents), 5)
+    wanted = torch.exp(log_a * exponents)
+    (gradient,) = torch.autograd.grad((wanted.real * weights[0] + wanted.imag * weights[1]).sum(), log_a)
+    parts = Pair(*(part.detach().clone().requires_grad_() for part in (log_a.real, log_a.imag)))
+    power = parts.power(exponents, torch.float32)
+    found = torch.autograd.grad((power.real * weights[0] + power.imag * weights[1]).sum(), parts)
+    assert power.real.dtype == torch.float32
+    torch.testing.assert_close(power.joined(), wanted.to(torch.complex64))
+    torch.testing.assert_close(torch.complex(*found), gradient, rtol=1e-6, atol=1e-3)

@@ -23,7 +23,7 @@ from bst_dist.model.config import LayerConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.loss import linear_cross_entropy
 from bst_dist.parallel.sequence.past import Past
-from tests.sm90.lowering import Launches, compile_kernels, launches, lower, pretended_h100, trace
+from tests.sm90.lowering import Launches, compile_kernels, launches, lower, precisions, pretended_h100, trace
 
 COUNTS = Path(__file__).with_name("counts.json")
 ROPE: dict[str, Any] = {"attention": {"position": "rope"}}
@@ -195,7 +195,7 @@ LAYERS: dict[str, Case | Attention | Loss] = {
 
 def count(name: str) -> dict[str, Any]:
     """Return the counts of all passes of one layer."""
-    graphs, passes, kernels, moved, atomics = trace(LAYERS[name].compute), [], [], [], 0
+    graphs, passes, kernels, moved, atomics, in_double = trace(LAYERS[name].compute), [], [], [], 0, []
     with pretended_h100():
         for graph in graphs:
             program = lower(graph)
@@ -203,6 +203,7 @@ def count(name: str) -> dict[str, Any]:
             passes.append(launches(program.code))
             kernels += compile_kernels(program.code)
             atomics += program.code.count("tl.atomic_")
+            in_double.append(precisions(program.code))
     return {
         "launches": dict(zip(PASSES, (one.total for one in passes), strict=False)),
         "bytes": dict(zip(PASSES, moved, strict=False)),
@@ -210,6 +211,8 @@ def count(name: str) -> dict[str, Any]:
         "fallbacks": fallbacks(passes),
         "compiled": len(kernels),
         "atomics": atomics,
+        "sines": dict(zip(PASSES, (sines for sines, _ in in_double), strict=False)),
+        "mixed": sum(mixed for _, mixed in in_double),
         "shared_bytes": max(kernel.shared for kernel in kernels),
     }
 

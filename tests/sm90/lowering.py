@@ -164,6 +164,7 @@ def pretended_h100() -> Iterator[None]:
         stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda device: None))
         stack.enter_context(patch.multiple("torch._inductor.config", fx_graph_cache=False, compile_threads=1,
                                            **compiled.OPTIONS))  # fmt: skip
+        compiled.combine_alike()
         yield
 
 
@@ -316,6 +317,25 @@ def compile_kernels(code: str) -> list[Kernel]:
         binary = compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
         found.append(Kernel(name, len(binary.asm["cubin"]), binary.metadata.shared))
     return found
+
+
+def precisions(code: str) -> tuple[int, int]:
+    """Return the sines and cosines that a program computes in double precision, and its kernels of mixed precision.
+
+    A combined kernel is mixed if some of its parts compute in double precision and some do not.
+    """
+    sines = mixed = 0
+    for source in re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", code, re.S):
+        pointers = re.findall(r"'(\w+)': '\*fp64'", source)
+        in_double = re.compile("|".join([r"tl\.float64", *(rf"\b{name}\b" for name in pointers)]))
+        parts = re.split(r"\bpid_offset = .*", source.partition("@triton.jit")[2].partition(":\n")[2])
+        parts = [part for part in parts if "numel = " in part]
+        double = [part for part in parts if in_double.search(part)]
+        mixed += 0 < len(double) < len(parts)
+        for part in double:
+            elements = math.prod(int(size) for size in re.findall(r"\b(?:[xy]|r0_)numel = (\d+)", part))
+            sines += elements * len(re.findall(r"libdevice\.(?:sin|cos)\(", part))
+    return sines, mixed
 
 
 PRODUCTS = re.compile(r"extern_kernels\.(?:mm|bmm|addmm|baddbmm)\((.*), out=")

@@ -66,6 +66,20 @@ def test_no_kernel_uses_atomic_additions(name):
     assert COMMITTED[name]["atomics"] == 0
 
 
+@pytest.mark.parametrize("name", COMMITTED)
+def test_kernels_in_double_precision_are_combined_only_with_each_other(name):
+    """All parts of a combined kernel have the registers of the largest: a cast beside a table took twice its time."""
+    assert COMMITTED[name]["mixed"] == 0
+
+
+@pytest.mark.parametrize("name", ["BST-SH, large", "BST-SH, large, masked documents"])
+def test_powers_of_transitions_are_computed_once(name):
+    """A kernel of the scan over chunks has a million numbers. Computing their factors in it took 30 million sines."""
+    sines = COMMITTED[name]["sines"]
+    assert sines["forward"] <= 200_000
+    assert sines["backward"] <= 20_000  # of the transition and B̄ of each mode
+
+
 def test_a_large_sh_layer_moves_few_bytes():
     assert sum(COMMITTED["BST-SH, large"]["bytes"].values()) <= MOST_BYTES
 

@@ -6,10 +6,12 @@ With torch's complex dtypes the same scan is some hundreds of separate kernels i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bst_dist.model.products import computed_once
 
 
 class Pair(NamedTuple):
@@ -38,12 +40,32 @@ class Pair(NamedTuple):
 
         The phase reaches 1e5 radians over long sequences, too large for single precision.
         """
-        size, phase = torch.exp(self.real * exponent), self.imag * exponent
-        return Pair((size * torch.cos(phase)).to(dtype), (size * torch.sin(phase)).to(dtype))
+        return Pair(*_Exponential.apply(*self.scaled(exponent), dtype))
 
     def joined(self) -> Tensor:
         """Return one complex tensor, the form in which states pass between calls and ranks."""
         return torch.complex(self.real, self.imag)
+
+
+class _Exponential(torch.autograd.Function):
+    """Exponential of a pair, cast to another dtype.
+
+    Sines and cosines are slow in double precision, so each is computed once, although kernels with many more elements
+    read it: the gradient is a product with the result.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, real: Tensor, imag: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        size = torch.exp(real)
+        out = computed_once((size * torch.cos(imag)).to(dtype)), computed_once((size * torch.sin(imag)).to(dtype))
+        ctx.dtype = real.dtype
+        ctx.save_for_backward(*out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_real: Tensor, d_imag: Tensor) -> tuple[Tensor, Tensor, None]:
+        real, imag, d_real, d_imag = (x.to(ctx.dtype) for x in (*ctx.saved_tensors, d_real, d_imag))
+        return real * d_real + imag * d_imag, real * d_imag - imag * d_real, None
 
 
 def pair_of(x: Tensor) -> Pair:

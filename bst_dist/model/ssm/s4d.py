@@ -214,12 +214,11 @@ def _join_chunks(ends: Pair, log_a: Pair, count: int) -> Pair:
 def _powers(log_a: Pair, chunk: int, dtype: torch.dtype) -> Pair:
     """Return Ā^l for l = 0 ... T, (*, T + 1), from two short tables: l = 16 q + r.
 
-    One exponential for each l would dominate the time of the layer. A compiled layer writes the two tables to memory;
-    otherwise each kernel that reads them would compute all exponentials, sines and cosines anew, in double precision.
+    One exponential for each l would dominate the time of the layer.
     """
     log_a = log_a.each(lambda x: x.unsqueeze(-1))
-    low = log_a.power(torch.arange(16, device=log_a.real.device), dtype).each(contiguous_operand)
-    high = log_a.power(torch.arange(0, chunk + 1, 16, device=log_a.real.device), dtype).each(contiguous_operand)
+    low = log_a.power(torch.arange(16, device=log_a.real.device), dtype)
+    high = log_a.power(torch.arange(0, chunk + 1, 16, device=log_a.real.device), dtype)
     table = high.each(lambda x: x.unsqueeze(-1)).times(low.each(lambda x: x.unsqueeze(-2)))
     return table.each(lambda x: x.flatten(-2)[..., : chunk + 1])
 

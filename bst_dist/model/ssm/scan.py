@@ -61,13 +61,15 @@ def start_incoming_states(
 
 def _inclusive_scan(x: Pair, log_a: Pair, documents: Tensor | None) -> Pair:
     """Return the state after each chunk, started from zero before the first: (B, m, *) -> (B, m, *)."""
-    step, m = 1, x.real.shape[1]
-    while step < m:
-        reach = x.each(lambda y: y[:, :-step]).times(log_a.power(step, x.real.dtype))  # noqa: B023
+    doublings = (x.real.shape[1] - 1).bit_length()
+    doubling = torch.arange(doublings, device=log_a.real.device)
+    exponents = (torch.ones_like(doubling) << doubling).view(doublings, *[1] * log_a.real.dim())
+    for i, transition in enumerate(zip(*log_a.power(exponents, x.real.dtype).each(Tensor.unbind), strict=True)):
+        step = 1 << i
+        reach = Pair(*(y[:, :-step] for y in x)).times(Pair(*transition))
         if documents is not None:
             reach = reach.scaled(_like(documents[:, step:] == documents[:, :-step], reach.real))
         x = Pair(*(torch.cat((y[:, :step], y[:, step:] + z), dim=1) for y, z in zip(x, reach, strict=True)))
-        step *= 2
     return x
 
 
