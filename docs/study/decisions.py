@@ -56,18 +56,25 @@ def _unigram(experiments: list[Experiment]) -> Iterator[str]:
         gains = {c: np.subtract(e.by_seed(c, "sliding", "loss_nats"), e.by_seed(c, "bst-sh", "loss_nats"))
                  for c in whole}  # fmt: skip
         if {"2 layers", "8 layers"} <= set(gains):
-            ratios = gains["8 layers"] / gains["2 layers"]
-            yield f"**P4, P5**: {ratio_verdict(ratios)}"
+            yield f"**P4, P5**: {ratio_verdict(gains['2 layers'], gains['8 layers'])}"
             yield difference(gains["2 layers"] - gains["8 layers"])
         behind = [c for c in whole if e.rows(c)["no-ssm"]["measured"]["loss_nats"]["value"]
                   < e.rows(c)["bst-sh"]["measured"]["loss_nats"]["value"]]  # fmt: skip
         if whole:
-            yield (f"**P6** {'does not hold' if behind else 'holds'} in the means of {len(whole) - len(behind)} of "
-                   f"{len(whole)} depths.")  # fmt: skip
+            yield (f"**P6** {'does not hold' if behind else 'holds'}: the means of {len(whole) - len(behind)} of "
+                   f"{len(whole)} depths are as predicted.")  # fmt: skip
 
 
-def ratio_verdict(ratios: np.ndarray) -> str:
-    """Return the decision by the interval of the mean ratio: below 1/4 P5 holds, above 1/2 P4 holds."""
+def ratio_verdict(shallow: np.ndarray, deep: np.ndarray) -> str:
+    """Return the decision by the interval of the mean ratio of advantages at 8 and 2 layers, each (seeds,).
+
+    Below 1/4 P5 holds, above 1/2 P4 holds. The rule does not say what a ratio means if there is no advantage at 2
+    layers: then nothing is decided.
+    """
+    if shallow.mean() <= 0:
+        return (f"undecided. `bst-sh` has no advantage at 2 layers ({shallow.mean():+.4f} nats per label in the mean, "
+                f"{deep.mean():+.4f} at 8), so a ratio of advantages means nothing.")  # fmt: skip
+    ratios = deep / shallow
     mean = float(ratios.mean())
     half = float(stats.t.ppf(0.975, len(ratios) - 1) * ratios.std(ddof=1) / np.sqrt(len(ratios)))
     low, high = mean - half, mean + half

@@ -137,7 +137,13 @@ def test_unfinished_conditions_are_neither_shown_nor_judged():
     ("ratios", "answer"), [((0.1, 0.11), "P5 holds"), ((0.9, 0.91), "P4 holds"), ((0.1, 0.9), "undecided")]
 )
 def test_the_ratio_is_judged_by_its_interval(ratios, answer):
-    assert decisions.ratio_verdict(np.array(ratios)).startswith(answer)
+    assert decisions.ratio_verdict(np.ones(2), np.array(ratios)).startswith(answer)
+
+
+def test_without_an_advantage_at_two_layers_a_ratio_decides_nothing():
+    """The ratio of two disadvantages would be far above 1/2."""
+    told = decisions.ratio_verdict(np.array([-0.1, -0.1]), np.array([-0.2, -0.201]))
+    assert told.startswith("undecided. `bst-sh` has no advantage at 2 layers (-0.1000 nats")
 
 
 def test_the_difference_of_advantages_has_the_interval_of_a_paired_t_test():
