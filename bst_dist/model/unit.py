@@ -10,14 +10,15 @@ from torch import Tensor
 
 def unit(x: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return (..., H, dh) L2-normalised over dh, times a scale per head (H,)."""
-    return _Unit.apply(x, scale)
+    return _Unit.apply(x, scale).to(x.dtype)
 
 
 class _Unit(torch.autograd.Function):
-    """`unit`, computed in single precision at least; it keeps `x` and a number per vector.
+    """`unit`, computed and returned in single precision at least; it keeps `x` and a number per vector.
 
     It divides nowhere: a compiled backward pass computes the factors of a vector again for each of its elements, and a
-    division takes as long as ten products.
+    division takes as long as ten products. The output is cast outside: with torch 2.11 a cast that changes nothing, as
+    the last operation of a forward pass, gives wrong gradients in a compiled graph.
     """
 
     @staticmethod
@@ -26,14 +27,13 @@ class _Unit(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         inverse = norm.square().clamp_min(1e-12).rsqrt()
         ctx.save_for_backward(x, scale, inverse)
-        return (x * _times(inverse, scale)).to(x.dtype)
+        return x * _times(inverse, scale)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor | None]:
         x, scale, inverse = ctx.saved_tensors
-        d_wide = d_out.to(inverse.dtype)
-        along = (d_wide * x).sum(-1, keepdim=True) * inverse
-        d_x = ((d_wide - x * (along * inverse)) * _times(inverse, scale)).to(x.dtype)
+        along = (d_out * x).sum(-1, keepdim=True) * inverse
+        d_x = ((d_out - x * (along * inverse)) * _times(inverse, scale)).to(x.dtype)
         return d_x, None if scale is None else along.squeeze(-1).flatten(0, -2).sum(0).to(scale.dtype)
 
 
