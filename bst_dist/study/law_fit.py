@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     held = sum(o.held_out for o in observed)
     say(f"{args.table}: {found.points} points of {found.runs} runs" + (f", {held} held out" if held else ""))
     show(laws.blocks(found))
+    if not (args.width and args.depth):
+        say("the aspect and additive forms need the model's width and depth: name their columns by --width and --depth")
     if args.plot:
         save(lambda: loss_figure(observed, found), args.plot)
         say(f"drew {args.plot}")

@@ -163,3 +163,4 @@ def test_table_with_too_few_points_for_any_law_exits_with_status_1(tmp_path, cap
     said = capsys.readouterr().out
     assert "chinchilla: not fitted: 2 points are too few" in said
     assert "form, objective" not in said  # an empty table
+    assert "the aspect and additive forms need the model's width and depth" in said

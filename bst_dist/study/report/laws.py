@@ -59,7 +59,7 @@ def _trust(laws: ArchitectureLaws) -> Iterator[str]:
         yield f"best width / depth: {math.exp(one.value):.3g} (95 % interval {_exp(one.low)} to {_exp(one.high)})"
     if (lack := laws.lack_of_fit) is not None:
         told = "the residuals are larger than the spread over seeds" if lack.p_value < 0.05 else "not detected"
-        yield f"lack of fit: F = {lack.statistic:.2f}, p = {lack.p_value:.3f}: {told}"
+        yield f"lack of fit: F = {lack.statistic:.2f}, {_p(lack.p_value)}: {told}"
     if laws.isoflop_exponent is not None:
         yield f"exponent of the optimal N in C by isoFLOP profiles: {laws.isoflop_exponent:.3f}"
     if laws.not_identified:
@@ -111,6 +111,10 @@ def _optimum_row(o: Optimum) -> list[str]:
 
 def _interval(one: Interval) -> str:
     return f"{one.value:.4g} (95 % interval {one.low:.4g} to {one.high:.4g})"
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def _exp(log: float) -> str:
