@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# One process a core, one thread a process: many small tests on small tensors.
+# One process per core, one thread per process: many small tests on small tensors.
 UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --durations 40 \
 	-m "not ranks and not gpu and not cluster" --ignore tests/cuda_path --ignore tests/sm90
 

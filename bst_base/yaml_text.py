@@ -21,7 +21,7 @@ _AMBIGUOUS = "!ambiguous"
 _PLAIN = (  # (tag, pattern, possible first characters); the first match decides
     (_BOOL, r"true|True|TRUE|false|False|FALSE", "tTfF"),
     (_NULL, r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    (_INT, r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)", "-+0123456789"),
+    (_INT, r"[-+]?(?:0|[1-9][0-9_]*|0x_*[0-9a-fA-F][0-9a-fA-F_]*|0o_*[0-7][0-7_]*|0b_*[01][01_]*)", "-+0123456789"),
     (
         _FLOAT,
         r"[-+]?(?:(?:0|[1-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.inf|\.Inf)"
@@ -76,11 +76,12 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     lines: dict[Any, int] = {}
     for key_node, _ in node.value:
         key, line = key_node.value, key_node.start_mark.line + 1
-        if isinstance(key_node, yaml.ScalarNode) and key in lines:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise _refuse(key_node, "a key must be text or a number; is this a {{ template }} that was not filled in?")
+        if key in lines:
             where = f"lines {lines[key]} and {line}" if lines[key] != line else f"line {line}, twice"
             raise _refuse(key_node, f"the key {key!r} is given twice ({where}); keep one of them")
-        if isinstance(key_node, yaml.ScalarNode):
-            lines[key] = line
+        lines[key] = line
     loader.flatten_mapping(node)
     pairs = ((loader.construct_object(each, deep=True) for each in pair) for pair in node.value)
     return dict(pairs)

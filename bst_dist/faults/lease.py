@@ -55,14 +55,15 @@ class Lease:
         self._thread.start()
 
     def require(self) -> None:
-        """Raise LeaseError when another start has taken over the directory."""
+        """Raise LeaseError when another start has taken over the directory, StorageError when this lease is missing."""
         newest = max(_epochs(self.path.parent), default=0)
-        if newest != self.epoch:
-            taken = _read(_file(self.path.parent, newest)) if newest else {}
+        if newest > self.epoch:
             raise LeaseError(
-                f"{self.path.parent.parent}: taken over by {_holder(taken)} (epoch {newest}, this start has "
-                f"{self.epoch}): this start ends and changes nothing more"
+                f"{self.path.parent.parent}: taken over by {_holder(_read(_file(self.path.parent, newest)))} (epoch "
+                f"{newest}, this start has {self.epoch}): this start ends and changes nothing more"
             )
+        if newest < self.epoch:
+            raise StorageError(f"{self.path}: this start's lease is not there: is the file system still mounted?")
 
     def release(self) -> None:
         """Release the lease, so that the next start does not wait."""

@@ -1,4 +1,4 @@
-"""Standard output whose errors do not end a run: a closed terminal, or a pipe without a reader.
+"""Standard output whose errors do not end a run: a closed terminal, a pipe without a reader, an encoding without "±".
 
 Only the standard library is imported here, because this is used while torch is still being imported.
 """
@@ -15,9 +15,12 @@ class IgnoreWriteErrors:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write to the stream; ignore an OSError."""
+        """Write to the stream; ignore an OSError. Characters that its encoding lacks are written as escapes."""
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except OSError:
             return len(text)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -39,6 +39,8 @@ def _snapshot(path: Path) -> str:
         with path.open("wb") as file:
             pickle.dump(torch.cuda.memory._snapshot(), file)
     except Exception as error:  # must not hide the out-of-memory error
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return f"no snapshot of the memory was written: {error}"
     return (
         f"memory snapshot: {path} (open it at {VIEWER}; with log.memory_history=true it shows which line allocated "

@@ -3,7 +3,8 @@
 Prepares Python's standard library as a corpus; trains a small Block-State Transformer on two ranks, stops halfway and
 resumes; trains the same model without a stop and checks that both are bitwise equal; evaluates before and after
 training, with an order-2 byte model and xz for comparison; generates a sample and draws the curves. Each step is shown
-as the command that you would type. Finished steps are reused: remove runs/ to start over.
+as the command that you would type. Finished steps are reused. To start over, remove runs/demo and
+runs/demo-uninterrupted.
 """
 
 from __future__ import annotations
@@ -253,6 +254,6 @@ def _guide(demo: Demo) -> str:
   bst ablate {run_dir}          # what do its context states carry?
   bst plan {RECIPE} --nodes 2   # and on 16 GPUs?
   tensorboard --logdir runs
-  rm -r runs && make demo       # the demo again
+  rm -r runs/demo runs/demo-uninterrupted && make demo   # the demo again
 
 Documentation by task: docs/README.md"""

@@ -68,28 +68,33 @@ class Evaluate(Callback):
             self.evaluate_and_report(report.step)
 
     def evaluate_and_report(self, step: int) -> None:
-        """Evaluate and report the losses; stop early when the ranks agree to stop."""
-        if self.batches and not self._evaluate_own(step):
-            return
-        for other in self.further:
-            self._write(other.evaluate(step))
-        if self.average and self.batches:
-            with self.average.in_place():
-                found = self.evaluate(step)
-            self._write(found and of_average(found))
+        """Evaluate, then report all losses together, or none of them if the ranks agree to stop before the last one.
 
-    def _evaluate_own(self, step: int) -> bool:
-        """Evaluate on the run's own validation split; return whether the evaluation was completed."""
-        with self.probes.watching() if self.probes else nullcontext():
-            found = self.evaluate(step)
-        self._write(found)
-        if found and self.probes:
+        The next start repeats an evaluation of which nothing was reported (`missed`).
+        """
+        found: list[EvalReport] = []
+        for report in self._reports(step):
+            if report is None:
+                return
+            found.append(report)
+        for report in found:
+            for writer in self.writers:
+                writer.write(report)
+        if self.batches and self.probes:
             self.probes.look(step)
-        return found is not None
 
-    def _write(self, found: EvalReport | None) -> None:
-        for writer in self.writers if found else ():
-            writer.write(found)
+    def _reports(self, step: int) -> Iterator[EvalReport | None]:
+        """Yield the losses on every set of sequences, then those of the averaged weights; None: the ranks stop."""
+        if self.batches:
+            with self.probes.watching() if self.probes else nullcontext():
+                found = self.evaluate(step)
+            yield found
+        for other in self.further:
+            yield other.evaluate(step)
+        for one in ([self] if self.batches else self.further) if self.average else ():
+            with self.average.in_place():
+                found = one.evaluate(step)
+            yield found and of_average(found)
 
     def forward(self, step: int) -> Iterator[tuple[Any, dict[str, Any], Any]]:
         """Run the model without gradients, and yield (batch, inputs on the device, losses) of each slice.

@@ -160,8 +160,8 @@ class Run:
             return roll_back(start, self.snapshots, self.copies, trainer, back.entry)
         finally:
             loader.close()
-            with suppress(OSError):  # a full disk was already reported
-                for writer in writers:
+            for writer in writers:
+                with suppress(OSError):  # a full disk was already reported
                     writer.close()
 
     def _callbacks(self, position: Position, loader: Batches, writers: Sequence[Writer], evaluate: Evaluate,

@@ -136,6 +136,7 @@ def test_a_key_given_twice_is_refused_with_both_lines(tmp_path, text, lines):
         ("true", True), ("False", False), ("~", None), ("null", None), ("", None), ("12:30:45", "12:30:45"),
         ("2024-01-02", "2024-01-02"),
         ("1e3x", "1e3x"), ("1k", "1k"), ("'no'", "no"), ('"012"', "012"), ("nope", "nope"), ("[1e2, a]", [100.0, "a"]),
+        ("0x_", "0x_"),
         ("0.0.1", "0.0.1"), ("1_000.5", 1000.5), ("only", "only"), ("yesterday", "yesterday"), ("e5", "e5"),
     ],
 )  # fmt: skip
@@ -153,6 +154,7 @@ def test_plain_yaml_values_are_read_as_expected(written, meant):
         ("a: [en, no]", "line 1: no could be"),
         ("012", "012 begins with a zero: write 12, 0o"),
         ("-007.5", "begins with a zero"),
+        ("a: 1\nname: {{ name }}", "line 2: a key must be text or a number; is this a {{ template }}"),
     ],
 )
 def test_ambiguous_yaml_values_are_refused(written, message):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bst_base.errors import StorageError
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.faults import lease
 from bst_dist.faults.lease import LEASE, LeaseError, acquire
@@ -82,6 +83,18 @@ def test_only_one_of_two_starts_replaces_a_dead_one(tmp_path, monkeypatch):
     with pytest.raises(LeaseError, match=f"process {os.getpid()}"):
         acquire(tmp_path)
     assert winners[0].epoch == 5
+
+
+def test_a_lease_that_is_not_there_is_an_unmounted_directory_and_not_a_successor(tmp_path):
+    told: list[str] = []
+    held = acquire(tmp_path, told.append)
+    away = (tmp_path / LEASE).rename(tmp_path / "away")
+    with pytest.raises(StorageError, match="this start's lease is not there: is the file system still mounted"):
+        held.require()
+    away.rename(tmp_path / LEASE)
+    held.require()
+    held.release()
+    assert not told
 
 
 def test_a_replaced_start_learns_of_its_successor(tmp_path):

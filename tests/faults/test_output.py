@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import subprocess
@@ -24,6 +25,13 @@ def test_writing_to_a_closed_pipe_is_ignored():
     os.close(reading)
     print("not heard", file=stream, flush=True)
     assert (stream.isatty(), stream.encoding.lower()) == (False, "utf-8")
+
+
+def test_characters_that_the_encoding_lacks_are_written_as_escapes():
+    written = io.BytesIO()
+    stream = IgnoreWriteErrors(io.TextIOWrapper(written, encoding="ascii"))
+    print("2.30 ± 0.08", "caf\udce9", file=stream, flush=True)
+    assert written.getvalue() == b"2.30 \\xb1 0.08 caf\\udce9\n"
 
 
 @pytest.mark.ranks

@@ -31,6 +31,13 @@ def test_failed_snapshot_does_not_hide_the_memory_error(tmp_path, monkeypatch):
     assert "no snapshot of the memory was written: [Errno 2]" in raised.value.__notes__[0]
 
 
+def test_a_snapshot_that_cannot_be_taken_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: lambda: None)  # cannot be pickled
+    with pytest.raises(torch.OutOfMemoryError), snapshot_when_out_of_memory(tmp_path, 0):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_errors_leave_no_snapshot(tmp_path):
     with pytest.raises(RuntimeError), snapshot_when_out_of_memory(tmp_path, 0):
         raise RuntimeError("something else")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from bst_base.errors import UserError
 from bst_base.settings import parse
 from bst_dist.checkpoint.directory import directory, read_manifest
 from bst_dist.config import Recipe
+from bst_dist.faults import signals, status
 from bst_dist.report.metrics import FILE, CorpusReport, read_lines
 from bst_dist.report.writers import scalars
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request, load, resolve
-from bst_dist.train.validation_sets import alone, standard_error
+from bst_dist.train.validation_sets import EvaluateCorpus, alone, standard_error
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
@@ -86,6 +89,34 @@ def test_loss_of_each_validation_corpus_equals_plain_torch(
     assert found["again"]["bits_per_byte"] == pytest.approx(own["bits_per_byte"], rel=1e-6)
     manifest = read_manifest(directory(tmp_path / "run", 1))
     assert manifest["validation_loss_nats"] == found["numbers"]["loss_nats"]  # used by checkpoint.keep_best
+
+
+@pytest.mark.ranks
+def test_an_evaluation_that_is_stopped_before_its_last_set_is_repeated_whole(
+    recipe_file, tmp_path, on_ranks, unmeasured, numbers
+):
+    sets = {"every": 6, "sequences": 3, "corpora": {"numbers": str(numbers)}}
+    recipe, run_dir = recipe_file(train={"average": {}}, evaluation=sets), tmp_path / "run"
+
+    def on_rank(ranks, resume: bool) -> int:
+        notice, evaluate = signals.listen(), EvaluateCorpus.evaluate
+
+        def stopped(self: EvaluateCorpus, step: int) -> CorpusReport | None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert notice.heard.wait(60)
+            return evaluate(self, step)
+
+        if not resume:
+            EvaluateCorpus.evaluate = stopped  # in this rank's own process
+        return train(Request(recipe, [], run_dir, resume, None), ranks, notice)
+
+    def evaluated() -> list[tuple[str, str]]:
+        return [(line["kind"], line["split"]) for line in read_lines(run_dir / FILE) if "split" in line]
+
+    assert on_ranks(1, on_rank, False) == [status.RESUBMIT]
+    assert not evaluated()
+    assert on_ranks(1, on_rank, True) == [status.DONE]
+    assert evaluated() == [("eval", "validation"), ("corpus", "numbers"), ("averaged", "validation")]
 
 
 def literal(start, url: str, sequences: int) -> np.ndarray:

@@ -51,11 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"also run sequences up to this length whole (default {AT_ONCE}; 0: none)")  # fmt: skip
     parser.add_argument("--checkpointing", default="every-layer", metavar="POLICY",
                         help="activation checkpointing policy for whole sequences; slices use none")  # fmt: skip
-    parser.add_argument("--mixer", default="bst", help="model.mixer (default bst)")
-    parser.add_argument("--variant", default="SH", help="model.context.variant of bst (default SH)")
-    sizes = {"width": 256, "heads": 4, "depth": 12, "block": 512, "vocabulary": 4096}
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"of the model ({default})")
+    parser.add_argument("--mixer", default="bst", help="mixer of all layers, a value of model.mixer")
+    parser.add_argument("--variant", default="SH", help="context variant of bst: SH, MH or MF")
+    sizes = {"width": (256, "model width D"), "heads": (4, "attention heads"), "depth": (12, "layers"),
+             "block": (512, "block W in tokens"), "vocabulary": (4096, "vocabulary size")}  # fmt: skip
+    for name, (default, text) in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

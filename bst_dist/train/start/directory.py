@@ -20,6 +20,8 @@ EARLY = (CHECKPOINTS, "heartbeats", LEASE, STACKS)
 """Entries that a start creates before it writes the recipe; older versions created heartbeats/."""
 BESIDE = (".out", ".err", ".log", ".partial")
 """Suffixes of files that may be in a new run's directory: a scheduler's logs, files of an interrupted write."""
+SNAPSHOTS = "memory-rank-*.pickle"
+"""Memory snapshots of a start whose memory ran out while it built the model."""
 FROM_ZERO = "--from-zero (its metrics are kept in metrics.dropped.jsonl)"
 
 # DeepSpeed settings that affect the run's numbers: how it computes, and what ZeRO quantizes. The other settings follow
@@ -93,7 +95,9 @@ def _require_free(run_dir: Path) -> None:
             "choose another --run-dir"
         )
     there = run_dir.iterdir() if run_dir.exists() else ()
-    strange = [path.name for path in there if path.name not in EARLY and not path.name.endswith(BESIDE)]
+    strange = [path.name for path in there if not (
+        path.name in EARLY or path.name.endswith(BESIDE) or path.match(SNAPSHOTS)
+    )]  # fmt: skip
     if strange:
         raise RunDirectoryError(
             f"{run_dir}: not a run (no {RECIPE}) and not empty ({', '.join(sorted(strange)[:4])}): choose another "

@@ -155,4 +155,11 @@ def _complete(recipe: Recipe, world: int, spread: Spread) -> dict[str, Any]:
     intent = deepspeed_json.Intent(
         world, spread.micro_rows, backward_passes, train.gradient_clipping, train.precision, recipe.optimizer.kind
     )
-    return deepspeed_json.complete(deepspeed_json.read(path), intent, where=str(path))
+    completed = deepspeed_json.complete(deepspeed_json.read(path), intent, where=str(path))
+    offload = completed["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device") == "nvme":
+        raise deepspeed_json.DeepSpeedConfigError(
+            f"{path}: zero_optimization.offload_optimizer.device nvme: checkpoints cannot store optimizer states that "
+            "are on a drive; write cpu there, or choose zero3_cpu_offload"
+        )
+    return completed

@@ -34,6 +34,7 @@ def tree(path: Path) -> dict[str, bytes]:
         (["train.stepz=3"], "did you mean 'train.steps'?"),
         (["optimiser.learning_rate=1"], "did you mean"),
         (["deepspeed=ds_configs/zero9.json"], "ds_configs/zero9.json: no such file"),
+        (["deepspeed=zero3_nvme_offload"], "checkpoints cannot store optimizer states that are on a drive"),
         (["train.carry=true"], "train.carry needs data.mode streaming"),
         (["train.steps=0"], "train.steps"),
         (["schedule.warmup_steps=7"], "schedule.warmup_steps 7 is longer than the run of 6 steps (train.steps)"),
@@ -156,7 +157,8 @@ def test_a_non_empty_directory_without_a_run_is_refused(recipe_file, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    "there", ["checkpoints", "lease", "stacks", "slurm-4711.out", "job.err", "recipe.yaml.partial"]
+    "there",
+    ["checkpoints", "lease", "stacks", "slurm-4711.out", "job.err", "recipe.yaml.partial", "memory-rank-00000.pickle"],
 )
 def test_a_directory_with_only_scheduler_or_early_exit_files_is_accepted(recipe_file, tmp_path, there):
     run_dir = tmp_path / "run"
