@@ -152,6 +152,18 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _can_roll_back(self) -> Recipe:
+        for field in ("non_finite", "spike"):
+            if getattr(self.guard, field) == "roll-back" and not (
+                self.checkpoint.every or self.checkpoint.at or self.branch
+            ):
+                raise ValueError(
+                    f"guard.{field} roll-back: with checkpoint.every 0 the run has no checkpoint before its last step; "
+                    "set checkpoint.every"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _fits_synthetic(self) -> Recipe:
         """Return the recipe with the vocabulary size of its synthetic task if it sets none.
 

@@ -151,6 +151,7 @@ def _room(path: Path, size: int) -> Iterator[Tensor]:
         received = torch.empty(size, dtype=torch.uint8)
         if size:
             try:
+                path.parent.mkdir(exist_ok=True)
                 file = stack.enter_context(appearing(path))
                 os.posix_fallocate(file.fileno(), 0, size)  # else writing a page without space kills the process
                 received = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)

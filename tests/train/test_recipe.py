@@ -54,6 +54,15 @@ def test_masked_documents_are_refused_for_models_that_cannot_separate_them(setti
         parse(Recipe, settings)
 
 
+@pytest.mark.parametrize("field", ["non_finite", "spike"])
+def test_a_guard_that_could_never_roll_back_is_refused(settings, field):
+    settings |= {"guard": {field: "roll-back"}, "checkpoint": {"every": 0}}
+    with pytest.raises(ConfigError, match=rf"guard.{field} roll-back: .* set checkpoint.every"):
+        parse(Recipe, settings)
+    settings["checkpoint"]["at"] = [2]
+    parse(Recipe, settings)
+
+
 @pytest.mark.parametrize(("override", "said"), [
     ("model.placement=1", "model.placement: input should be a list, or input should be 'all' (got 1)"),
     ("model.placement=[a]",
