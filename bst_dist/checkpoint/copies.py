@@ -5,7 +5,7 @@
                                  /weights-00000.safetensors …
 
 An object store has no atomic rename. So a reader only accepts a checkpoint with a manifest, and compares every file
-with the digest in it. When a checkpoint is removed, its manifest is removed first.
+with the digest in it. When a checkpoint is removed or replaced, its manifest is removed first.
 """
 
 from __future__ import annotations
@@ -61,22 +61,37 @@ class RunCopy:
         return sorted((step_of(Path(name).parent) for name in found), reverse=True)
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Read the manifest of a complete checkpoint in the store."""
+        """Read the manifest of a complete checkpoint in the store; raises CheckpointError when it was cut off."""
         name = f"{_place(step)}/{MANIFEST}"
-        return json.loads(self._told(name, "read", lambda: self._fs.cat_file(self._at(name))))
+        content = self._told(name, "read", lambda: self._fs.cat_file(self._at(name)))
+        try:
+            return json.loads(content)
+        except ValueError:  # a file system, where a write can be cut off
+            raise CheckpointError(f"{self.url}/{name}: not JSON: push this checkpoint again, or remove it") from None
+
+    def has(self, step: int, manifest: dict[str, Any]) -> bool:
+        """Whether the store has the checkpoint of `step` with this manifest, and not another one of the same step."""
+        try:
+            return step in self.steps() and contains(self.manifest(step), manifest)
+        except CheckpointError:
+            return False
 
     def put_checkpoint(self, checkpoint: Path) -> int:
-        """Upload a checkpoint unless the store already has it; return the number of bytes sent.
+        """Upload a checkpoint, in place of another one of its step; return the number of bytes sent.
 
-        Raises CheckpointError when the files do not match their manifest, so that no damage is copied.
+        Raises CheckpointError when the files do not match their manifest, so that no damage is copied, and when the run
+        replaces the checkpoint during the upload.
         """
-        if step_of(checkpoint) in self.steps():
-            return 0
+        manifest = read_manifest(checkpoint)
         if found := damage(checkpoint):
             raise CheckpointError(f"{checkpoint}: {found[0]}; it was not copied")
-        place = _place(step_of(checkpoint))
-        names = list(read_manifest(checkpoint)["files"])
+        step = step_of(checkpoint)
+        if step in self.steps():
+            self.remove(step)
+        place, names = _place(step), list(manifest["files"])
         sent = sum(_together(names, lambda name: self._put(checkpoint / name, f"{place}/{name}")))
+        if read_manifest(checkpoint) != manifest:
+            raise CheckpointError(f"{checkpoint}: changed while it was copied; copy it again")
         return sent + self._put(checkpoint / MANIFEST, f"{place}/{MANIFEST}")
 
     def put_files(self, run_dir: Path) -> int:
@@ -90,9 +105,9 @@ class RunCopy:
         self._told(place, "remove", lambda: self._fs.rm_file(self._at(f"{place}/{MANIFEST}")))
         self._told(place, "remove", lambda: self._fs.rm(self._at(place), recursive=True))
 
-    def get_files(self, run_dir: Path) -> None:
-        """Download the files directly in the run directory."""
-        for name in self._names("*"):
+    def get_files(self, run_dir: Path, last: str) -> None:
+        """Download the files directly in the run directory; when the file `last` is there, all others are."""
+        for name in sorted(self._names("*"), key=lambda name: name == last):
             with atomic_file(run_dir / name) as file:
                 file.write(self._told(name, "read", lambda name=name: self._fs.cat_file(self._at(name))))
 
@@ -152,6 +167,17 @@ class RunCopy:
     def _error(self, name: str, doing: str, error: Exception) -> StorageError:
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         return StorageError(f"{self.url}/{name}: cannot {doing}: {reason}")
+
+
+def contains(manifest: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a checkpoint has all files of another one with the same content, and skipped as much data.
+
+    One whose optimizer files retention has removed is contained in the full one that it was.
+    """
+    files = manifest["files"]
+    return manifest["skipped"] == other["skipped"] and all(
+        name in files and files[name]["sha256"] == record["sha256"] for name, record in other["files"].items()
+    )
 
 
 def _place(step: int) -> str:

@@ -8,36 +8,21 @@ from pathlib import Path
 
 import pytest
 import s3fs
+from fsspec.implementations.local import LocalFileSystem
 
 from bst_base.errors import StorageError, UserError
 from bst_dist.checkpoint.copies import RunCopy
 from bst_dist.checkpoint.directory import damage, directory
 from bst_dist.cli import main
 from tests.checkpoint.damage import flip
+from tests.checkpoint.pushing import contents, earlier, only_weights, pull, push
 
 STEP = "checkpoints/step-00000004"
-
-
-def push(run: Path, url: str, *more: str) -> int:
-    return main(["ckpt", "push", str(run), url, *more])
-
-
-def pull(url: str, run: Path, *more: str) -> int:
-    return main(["ckpt", "pull", url, str(run), *more])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
 def url(tmp_path) -> str:
     return f"file://{tmp_path}/store/demo"
-
-
-def earlier(run: Path, step: int) -> None:
-    """Give the run a valid checkpoint of an earlier step."""
-    shutil.copytree(directory(run, 4), directory(run, step))
 
 
 def test_push_and_pull_restore_a_run_byte_for_byte(older, url, tmp_path):
@@ -125,43 +110,32 @@ def test_the_copy_keeps_only_newest_and_pinned_checkpoints(older, url, capsys):
     assert "checkpoint 2 removed" in capsys.readouterr().out
 
 
-def test_a_second_push_sends_nothing(older, url, capsys):
+def test_a_second_push_sends_nothing_and_says_so(older, url, capsys):
     assert push(older, url) == 0
-    capsys.readouterr()
+    assert "already there" not in capsys.readouterr().out
     assert push(older, url) == 0
-    assert "sent" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "already there" in said and "sent to" not in said
 
 
-def test_push_watch_ends_when_the_run_finishes(older, url, monkeypatch):
-    """Each new checkpoint is sent while the run continues, and the last one when it has finished."""
-    naps = []
-
-    def nap(_):
-        naps.append(RunCopy(url).steps())
-        shutil.copytree(directory(older, 4), directory(older, 4 + len(naps)))
-        if len(naps) == 2:
-            (older / "outcome.json").write_text(json.dumps({"finished": True}))
-
-    monkeypatch.setattr("bst_dist.checkpoint.commands.push.time.sleep", nap)
-    assert push(older, url, "--watch") == 0
-    assert naps == [[4], [5, 4]]
-    assert RunCopy(url).steps() == [6, 5]
-
-
-def test_push_continues_with_the_newest_if_a_checkpoint_is_removed(older, url, monkeypatch, capsys):
-    put = RunCopy._put
-
-    def removed(self, path, name):
-        if path.parent == directory(older, 4):
-            shutil.copytree(directory(older, 4), directory(older, 5))
-            shutil.rmtree(directory(older, 4))
-        return put(self, path, name)
-
-    monkeypatch.setattr("bst_dist.checkpoint.copies._TRANSFERS", 1)
-    monkeypatch.setattr(RunCopy, "_put", removed)
+def test_the_newest_full_checkpoint_is_sent_and_fetched_beside_newer_weights(older, url, tmp_path, capsys):
+    only_weights(older, 5)
+    only_weights(older, 3)
     assert push(older, url) == 0
-    assert RunCopy(url).steps() == [5]
-    assert "checkpoint 4 was removed by the run" in capsys.readouterr().out
+    assert RunCopy(url).steps() == [5, 4]
+    assert pull(url, tmp_path / "back") == 0
+    assert directory(tmp_path / "back", 4).is_dir() and not directory(tmp_path / "back", 5).exists()
+    assert "checkpoint 5 is newer, but has only weights" in capsys.readouterr().out
+    assert pull(url, tmp_path / "back", "--step", "5") == 0
+    assert directory(tmp_path / "back", 5).is_dir()
+
+
+def test_weights_are_pushed_and_pulled_if_there_is_no_full_checkpoint(older, url, tmp_path):
+    only_weights(older, 5)
+    shutil.rmtree(directory(older, 4))
+    assert push(older, url) == 0
+    assert pull(url, tmp_path / "back") == 0
+    assert directory(tmp_path / "back", 5).is_dir()
 
 
 def test_pull_refuses_the_directory_of_another_run(older, url, tmp_path, capsys):
@@ -170,6 +144,23 @@ def test_pull_refuses_the_directory_of_another_run(older, url, tmp_path, capsys)
     (tmp_path / "other" / "recipe.yaml").write_text("name: other\n")
     assert pull(url, tmp_path / "other") == 2
     assert "another recipe" in capsys.readouterr().err
+
+
+def test_an_interrupted_pull_is_repeated_with_all_files(older, url, tmp_path, monkeypatch):
+    (older / "tokenizer.model").write_bytes(b"pieces")
+    assert push(older, url) == 0
+    read = LocalFileSystem.cat_file
+
+    def fails(self, path, *args, **kwargs):
+        if path.endswith("tokenizer.model"):
+            raise OSError("the network is gone")
+        return read(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fails)
+    assert pull(url, tmp_path / "back") == 74
+    monkeypatch.undo()
+    assert pull(url, tmp_path / "back") == 0
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == b"pieces"
 
 
 @pytest.mark.parametrize("arguments", [["--watch", "--step", "4"], ["--keep", "0"]])
