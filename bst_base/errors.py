@@ -29,5 +29,5 @@ class StorageError(UserError):
     @classmethod
     def of(cls, error: OSError, path: str | os.PathLike[str] | None = None, doing: str = "read") -> StorageError:
         """Return the error with the system's message, the host, and the path (by default the one in `error`)."""
-        where = error.filename if path is None else os.fspath(path)
-        return cls(f"{socket.gethostname()} cannot {doing} {where}: {error.strerror or error}")
+        where = (error.filename or "a file") if path is None else os.fspath(path)
+        return cls(f"{socket.gethostname()} cannot {doing} {where}: {error.strerror or str(error) or repr(error)}")

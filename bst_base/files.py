@@ -74,7 +74,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             yield partial
             for file in partial.iterdir():
                 if file.is_file():
-                    _sync(file)
+                    sync_file(file)
             sync_directory(partial)
             try:
                 partial.replace(path)
@@ -101,6 +101,16 @@ def remove_partials(directory: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+def sync_file(path: Path) -> None:
+    """Make what was written to the file durable, by whichever process or thread."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with path_in_errors(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_directory(path: Path) -> None:
     """Make renames inside `path` durable. Without it, a crash may lose a file's name although its bytes are safe.
 
@@ -108,7 +118,7 @@ def sync_directory(path: Path) -> None:
     are then only as durable as the mount makes them.
     """
     try:
-        _sync(path)
+        sync_file(path)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
@@ -125,12 +135,15 @@ def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def path_in_errors(path: Path | str) -> Iterator[None]:
+    """Add the path to an OSError without one: the system gives none for writes to an open file and for its sync."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bst_base.files import path_in_errors
+
 FileRecord = dict[str, Any]  # {"bytes": int, "sha256": str}; for a shard also "start", the offset of its first value
+PART = 1 << 26
+"""Bytes after which `Files` syncs a file that is still being written."""
 
 
 class Hashing:
@@ -37,13 +41,43 @@ class Files:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.records: dict[str, FileRecord] = {}
+        self.bytes = 0
+        """Bytes written so far. While this grows, the storage works, however slowly."""
 
     @contextmanager
     def open(self, name: str) -> Iterator[Hashing]:
         """Open the file `name` for writing; sync and record it when the context ends."""
-        with (self.root / name).open("wb") as file:
-            hashing = Hashing(file)
+        path = self.root / name
+        with path_in_errors(path), path.open("wb") as file:
+            hashing = _InParts(file, self)
             yield hashing
-            file.flush()
-            os.fsync(file.fileno())
+            hashing.sync()
         self.records[name] = hashing.record()
+
+
+class _InParts(Hashing):
+    """Writes and syncs at most PART bytes at a time, and counts them.
+
+    The page cache takes any amount at once, so a single sync at the end of a large file could take longer than the
+    watchdog waits for a sign of progress.
+    """
+
+    def __init__(self, file: Any, files: Files) -> None:
+        super().__init__(file)
+        self._files, self._unsynced = files, 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for begin in range(0, len(view), PART):
+            part = view[begin : begin + PART]
+            super().write(part)
+            self._files.bytes += len(part)
+            self._unsynced += len(part)
+            if self._unsynced >= PART:
+                self.sync()
+        return len(view)
+
+    def sync(self) -> None:
+        self.flush()
+        os.fsync(self._file.fileno())
+        self._unsynced = 0

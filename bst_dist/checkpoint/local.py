@@ -15,7 +15,6 @@ original. Each copy's name contains its step and the start that took it, so copi
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import shutil
 import socket
@@ -39,7 +38,6 @@ from bst_dist.checkpoint.snapshot import Evaluated, Position, Snapshots
 from bst_dist.faults import ledger
 from bst_dist.faults.lease import LEASE
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.report import metrics
 from bst_dist.report.metrics import Callback, StepReport
 
 TOKEN = "local-copies"
@@ -203,9 +201,9 @@ class LocalCopies:
         """
         with suppress(OSError):
             self._prune(kept)
-        if self.ranks.first:  # sync the metrics and the ledger, so that they survive this host's failure as copies do
-            for name in (metrics.FILE, ledger.FILE):
-                _sync(self.run_dir / name)
+        if self.ranks.first:  # the metrics and the ledger must survive this host's failure as the copies do
+            with suppress(OSError):  # the writers of these files report such errors
+                ledger.sync(self.run_dir)
         path, kept_for = key.path(self.root, self.ranks.rank), self._neighbours.kept
         _, why = _tried(lambda: write_copy(path, copied, own, manifest))
         _, unsent = _tried(lambda: self._neighbours.exchange(path, key.path(self.root, kept_for or 0)))
@@ -298,15 +296,6 @@ def _names(run_dir: Path, wanted: bool, resume: bool) -> tuple[str, str | None]:
     elif before:
         path.unlink()
     return name(token), before and name(before)
-
-
-def _sync(path: Path) -> None:
-    with suppress(OSError):  # the writer of the file reports such errors
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:

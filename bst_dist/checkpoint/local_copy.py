@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import torch
 
+from bst_base.files import path_in_errors
 from bst_dist.checkpoint.copying import Copied
 from bst_dist.checkpoint.directory import PARTIAL, CheckpointError
 from bst_dist.checkpoint.durable import Hashing
@@ -63,7 +64,7 @@ def appearing(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file that is renamed to `path` when the context succeeds, and removed otherwise."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
+        with path_in_errors(partial), partial.open("wb") as file:
             yield file
         partial.replace(path)
     except BaseException:

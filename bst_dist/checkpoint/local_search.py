@@ -64,7 +64,6 @@ def brought(ranks: Ranks, root: Path, heads: Sequence[int], found: Found) -> tup
     for taker, giver in givers.items():
         if own in (giver, taker):
             try:
-                found.key.path(root, taker).parent.mkdir(exist_ok=True)
                 hand_over(ranks, found.key.path(root, taker), giver, taker)
             except OSError as error:
                 why = f"{socket.gethostname()} has no room: {error.strerror}"

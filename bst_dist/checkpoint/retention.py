@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from bst_base.errors import StorageError
+from bst_base.errors import StorageError, UserError
 from bst_base.files import atomic_file
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
@@ -76,6 +79,16 @@ def readable(run_dir: Path) -> list[CheckpointEntry]:
     return found
 
 
+def files_held(run_dir: Path) -> int:
+    """Return the number of files below the checkpoints directory; it falls while checkpoints are removed."""
+    return sum(len(names) for *_, names in os.walk(run_dir / CHECKPOINTS))
+
+
+def has_full(run_dir: Path) -> bool:
+    """Whether a run has a checkpoint that it can resume from, according to the manifests."""
+    return any(one.full for one in readable(run_dir))
+
+
 def reasons(
     held: Sequence[CheckpointEntry], config: CheckpointConfig, constant_until: int | None = None
 ) -> dict[int, list[str]]:
@@ -93,7 +106,9 @@ def reasons(
     decays = constant_until is not None and bool(full) and full[0] > constant_until
     constant = [step for step in full if decays and step <= constant_until][:1]
     evaluated = [one for one in held if one.full and one.validation_loss is not None]
-    best = [one.step for one in sorted(evaluated, key=lambda one: one.validation_loss)[: config.keep_best]]
+    # NaN is neither larger nor smaller than other losses, so its place in the order would be chance.
+    finite = [one for one in evaluated if math.isfinite(one.validation_loss)]
+    best = [one.step for one in sorted(finite, key=lambda one: one.validation_loss)[: config.keep_best]]
     return {
         one.step: [
             *(["newest"] if one.step in newest else []),
@@ -113,8 +128,6 @@ def tidy(run_dir: Path, config: CheckpointConfig, constant_until: int | None = N
     try:
         retain(run_dir, config, constant_until)
         remove_leftovers(run_dir, (DELETED,))
-    except OSError as error:
-        _log.warning("%s: an old checkpoint could not be removed: %s", error.filename, error.strerror)
     except StorageError as error:
         _log.warning("old checkpoints could not be looked at: %s", error)
 
@@ -122,15 +135,17 @@ def tidy(run_dir: Path, config: CheckpointConfig, constant_until: int | None = N
 def retain(run_dir: Path, config: CheckpointConfig, constant_until: int | None = None) -> None:
     """Rename the checkpoints that are not kept; `remove_leftovers` then removes them.
 
-    Called right after the newest checkpoint was committed with its digests, so a valid one always remains.
+    Called right after the newest checkpoint was committed with its digests, so a valid one always remains. A checkpoint
+    for which this fails is logged, and stays.
     """
     held = readable(run_dir)
     kept = reasons(held, config, constant_until)
     for one in held:
-        if not kept[one.step]:
-            one.path.rename(one.path.with_name(one.path.name + DELETED))
-        elif kept[one.step] == ["weights"]:
-            keep_only_weights(one)
+        with _logged(one.path):
+            if not kept[one.step]:
+                delete(one.path)
+            elif kept[one.step] == ["weights"]:
+                keep_only_weights(one)
 
 
 def keep_only_weights(held: CheckpointEntry) -> None:
@@ -151,20 +166,50 @@ def leftovers(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> li
 
 
 def remove_leftovers(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> None:
-    """Remove these directories; call it only while no checkpoint is being written."""
+    """Remove these directories; call it only while no checkpoint is being written.
+
+    One that cannot be removed is logged, and the others are removed.
+    """
     for path in leftovers(run_dir, suffixes):
-        shutil.rmtree(path)
+        with _logged(path):
+            if path.is_symlink():  # to an archive, for example: what it points to is not this run's to remove
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Log the error for which a checkpoint could not be removed, and continue."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        why = getattr(error, "strerror", None) or error
+        _log.warning("%s: could not be removed: %s; tried again at the next checkpoint", path, why)
 
 
 def abandon(run_dir: Path, step: int) -> None:
     """Rename the checkpoints after `step` so that they are removed: the run takes those steps again with other data."""
     for path in committed(run_dir):
         if step_of(path) > step:
-            path.rename(path.with_name(path.name + DELETED))
+            if CheckpointEntry(path, {}).pinned:
+                _log.warning("%s: was pinned, and is removed: the run rolls back to step %d and takes the later steps "
+                             "again with other data", path, step)  # fmt: skip
+            delete(path)
 
 
 def set_aside(checkpoint: Path) -> None:
     """Rename a damaged checkpoint, so that it no longer counts; its files are kept."""
+    _rename(checkpoint, DAMAGED)
+
+
+def delete(checkpoint: Path) -> None:
+    """Rename a checkpoint, so that it no longer counts and `remove_leftovers` removes it."""
+    _rename(checkpoint, DELETED)
+
+
+def _rename(checkpoint: Path, suffix: str) -> None:
+    """Add a suffix to the name, and a number if there is such a name already."""
     names = chain([""], (f".{number}" for number in count(2)))
-    asides = (checkpoint.with_name(f"{checkpoint.name}{name}{DAMAGED}") for name in names)
-    checkpoint.rename(next(aside for aside in asides if not aside.exists()))
+    others = (checkpoint.with_name(f"{checkpoint.name}{name}{suffix}") for name in names)
+    checkpoint.rename(next(other for other in others if not os.path.lexists(other)))

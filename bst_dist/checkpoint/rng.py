@@ -29,10 +29,10 @@ def capture(device: torch.device) -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any], device: torch.device) -> None:
-    """Set every generator to a state returned by `capture`."""
+    """Set every generator to a state returned by `capture`; on a CPU, that of another device is left out."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "device" in state:
+    if "device" in state and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(state["device"], device)

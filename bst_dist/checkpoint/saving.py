@@ -25,16 +25,16 @@ from typing import Any, Protocol
 import torch
 
 from bst_base.errors import StorageError, UserError
-from bst_base.files import sync_directory
+from bst_base.files import path_in_errors, sync_directory
 from bst_base.sizes import shortage
 from bst_dist.checkpoint.copying import Copied, HostCopy
 from bst_dist.checkpoint.directory import (
     CHECKPOINTS,
-    DELETED,
     INDEX,
     MANIFEST,
     OPTIMIZER,
     PARTIAL,
+    PINNED,
     TENSORS,
     WEIGHTS,
     directory,
@@ -45,13 +45,16 @@ from bst_dist.checkpoint.directory import (
 from bst_dist.checkpoint.durable import FileRecord, Files
 from bst_dist.checkpoint.fragments import Fragment
 from bst_dist.checkpoint.index import Index, agreed
-from bst_dist.checkpoint.retention import remove_leftovers
+from bst_dist.checkpoint.retention import delete, files_held, remove_leftovers
 from bst_dist.checkpoint.shards import write
+from bst_dist.faults import ledger
 from bst_dist.faults.lease import NO_LEASE, SharedLease
 from bst_dist.parallel.ranks import Ranks
 
 SPARE_BYTES = 1 << 20
 """Disk space for small data: the manifest, headers, states of random generators."""
+SLICE_S = 5.0
+"""Seconds between two exchanges of ranks that wait for their threads."""
 
 
 class State(Protocol):
@@ -93,6 +96,8 @@ class _Pending:
     partial: Path
     manifest: dict[str, Any]
     started: float
+    files: Files
+    """This rank's files, also while they are being written."""
     written: Future[dict[str, FileRecord]]
     """The records of this rank's files."""
     contents: dict[str, FileRecord] | None = None
@@ -133,6 +138,7 @@ class Saver:
         partial = final.with_name(f"{final.name}.{self.lease.epoch}{PARTIAL}")
         fragments, index = self._owned()
         needed = _needed(index, kinds)
+        self._wait_for_removals()  # the directory being removed may free the space that is needed
         why = self.ranks.from_first(self._prepare(partial, needed) if self.ranks.first else None)
         if why:
             return Failed(manifest["step"], why)
@@ -141,10 +147,11 @@ class Saver:
         else:
             copied = [Copied(f.piece, name, [f.values[name]]) for kind in kinds for name in TENSORS[kind]
                       for f in fragments if name in f.values]  # fmt: skip
-        written = self._thread.submit(self._write, partial, copied, own, kinds)
+        files = Files(partial)
+        written = self._thread.submit(self._write, files, copied, own, kinds)
+        self._pending = _Pending(partial, {**manifest, INDEX: index.described()}, started, files, written)
         if not self.background:
-            wait([written])
-        self._pending = _Pending(partial, {**manifest, INDEX: index.described()}, started, written)
+            self._wait_for_files(self._pending)
         return None
 
     @property
@@ -190,10 +197,10 @@ class Saver:
         outcome = None
         if pending := self._pending:
             if not pending.settled:
+                self._wait_for_files(pending)
                 self._settle(pending)
             outcome = self._conclude(pending)
-        if self._tidying:
-            wait([self._tidying])
+        self._wait_for_removals()
         return outcome
 
     def _owned(self) -> tuple[list[Fragment], Index]:
@@ -207,8 +214,6 @@ class Saver:
 
     def _prepare(self, partial: Path, needed: int) -> str | None:
         """Create an empty directory to write to; return None, or the reason why this failed."""
-        if self._tidying:
-            wait([self._tidying])  # the directory being removed may free the space that is needed
         try:
             self.lease.require()  # with the lease, all other partial directories belong to starts that have ended
             remove_leftovers(self.run_dir, (PARTIAL,))
@@ -226,10 +231,34 @@ class Saver:
             )
         return None
 
+    def _wait_for_files(self, pending: _Pending) -> None:
+        """Wait until all ranks have written their files."""
+        self._wait_for_all(pending.written, lambda: pending.files.bytes)
+
+    def _wait_for_removals(self) -> None:
+        """Wait until rank 0's thread has removed old checkpoints."""
+        if self._tidying:
+            self._wait_for_all(self._tidying, lambda: files_held(self.run_dir) if self.ranks.first else 0)
+            self._tidying = None
+
+    def _wait_for_all(self, work: Future[Any], progress: Callable[[], int]) -> None:
+        """Wait until every rank's `work` is done, however long this takes.
+
+        A rank takes part in the next exchange only when its work is done, or `progress` has changed since the last one.
+        So the watchdog sees all ranks move while the storage works, however slowly, and names a rank whose storage
+        stands still: it is behind the others. No exchange lasts as long as the work, so torch's limit is not reached.
+        """
+        unfinished = 1.0
+        while unfinished:
+            seen = progress()
+            while wait([work], SLICE_S).not_done and progress() == seen:
+                pass
+            (unfinished,) = self.ranks.sum([not work.done()])
+
     def _write(
-        self, partial: Path, copied: list[Copied], own: dict[str, Any], kinds: Sequence[str]
+        self, files: Files, copied: list[Copied], own: dict[str, Any], kinds: Sequence[str]
     ) -> dict[str, FileRecord]:
-        files, rank = Files(partial), self.ranks.rank
+        rank = self.ranks.rank
         for kind in kinds:
             ours = [one for one in copied if one.tensor in TENSORS[kind]]
             with files.open(shard_file(kind, rank)) as file:
@@ -260,6 +289,7 @@ class Saver:
 
     def _commit_if_held(self, pending: _Pending) -> None:
         self.lease.require()
+        ledger.sync(self.run_dir)
         _commit(pending, directory(self.run_dir, pending.manifest["step"]))
 
     def _conclude(self, pending: _Pending) -> Saved | Failed:
@@ -268,8 +298,7 @@ class Saver:
         why = self.ranks.from_first(pending.settled.result())
         if why is not None:
             return Failed(pending.manifest["step"], why)
-        if self.ranks.first:
-            self._tidying = self._thread.submit(self.tidy)
+        self._tidying = self._thread.submit(self.tidy if self.ranks.first else lambda: None)
         written = sum(record["bytes"] for record in pending.contents.values())
         full = any(name.startswith(OPTIMIZER) for name in pending.contents)
         final = directory(self.run_dir, pending.manifest["step"])
@@ -288,7 +317,7 @@ def _needed(index: Index, kinds: Sequence[str]) -> int:
 def _write_and_read(path: Path) -> None:
     """Write a small file and read it back; raises OSError or StorageError when that fails."""
     content = os.urandom(4096)
-    with path.open("wb") as file:
+    with path_in_errors(path), path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -317,12 +346,15 @@ def _tried(work: Callable[[], object]) -> str | None:
 
 
 def _commit(pending: _Pending, final: Path) -> None:
-    with (pending.partial / MANIFEST).open("w", encoding="utf-8") as file:
+    path = pending.partial / MANIFEST
+    with path_in_errors(path), path.open("w", encoding="utf-8") as file:
         json.dump({**pending.manifest, "files": dict(sorted(pending.contents.items()))}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    if (final / PINNED).exists():
+        (pending.partial / PINNED).touch()
     sync_directory(pending.partial)
     if final.exists():  # a weights-only checkpoint, or one from before a roll-back
-        final.rename(final.with_name(final.name + DELETED))
+        delete(final)
     pending.partial.rename(final)
     sync_directory(final.parent)

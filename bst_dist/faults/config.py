@@ -29,9 +29,9 @@ class GuardConfig(Config):
 class WatchdogConfig(Config):
     limit_s: float = Field(480.0, ge=0, le=1e9, allow_inf_nan=False)
     """Seconds that a rank may spend in one phase of a step without communicating; after that the job ends with status
-    70 and names the rank that blocks it. 0: no watchdog. Allow for compilation in the first step, and for a checkpoint
-    that is not written in the background: that is one phase. NCCL and DeepSpeed would end a job after 600 s without
-    naming a rank; their limit follows this one."""
+    70 and names the rank that blocks it. 0: no watchdog. Allow for compilation in the first step. A checkpoint may take
+    longer: ranks that wait for one communicate as long as its files grow. NCCL and DeepSpeed would end a job after
+    600 s without naming a rank; their limit follows this one."""
 
     @property
     def exchange_limit_s(self) -> float | None:

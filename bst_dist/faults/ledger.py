@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from bst_base.files import atomic_file
+from bst_base.files import atomic_file, path_in_errors, sync_directory, sync_file
+from bst_dist.report import metrics
 from bst_dist.report.metrics import keep_dropped, read_lines
 
 FILE = "ledger.jsonl"
@@ -63,8 +64,11 @@ class Ledger:
         """Append an entry, and write it to the file before this returns."""
         self.entries.append(entry)
         if self._path is not None:
-            with self._path.open("ab") as file:
+            new = not self._path.exists()
+            with path_in_errors(self._path), self._path.open("ab") as file:
                 file.write(_line(entry))
+            if new:
+                sync_directory(self._path.parent)
 
     def lately(self, data_step: int, within: int) -> int:
         """Return the number of rejected steps among the last `within` steps' data before `data_step`."""
@@ -76,6 +80,16 @@ def read(run_dir: Path, step: int, skipped: int) -> list[Entry]:
     """Read the entries that remain valid when a run continues after `step` steps with this much data skipped."""
     entries = [Entry(**line) for line in read_lines(run_dir / FILE)]
     return [entry for entry in entries if (entry.skipped, entry.step) <= (skipped, step)]
+
+
+def sync(run_dir: Path) -> None:
+    """Make the metrics and the ledger so far durable, before a checkpoint or local copies of their last step count.
+
+    The guard decides from both files. If a crash took their last lines, a resumed run could decide otherwise.
+    """
+    for name in (metrics.FILE, FILE):
+        if (run_dir / name).exists():
+            sync_file(run_dir / name)
 
 
 def _line(entry: Entry) -> bytes:

@@ -8,7 +8,6 @@ import torch
 
 from bst_base.settings import ConfigError
 from bst_dist.activation import policy as activation
-from bst_dist.checkpoint.directory import committed
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.snapshot import Identity
 from bst_dist.config import Recipe, digest, identity
@@ -23,7 +22,7 @@ from bst_dist.plan.hardware import peak_flops
 from bst_dist.report.utilisation import Speed, edge_flops_per_token, recomputed_flops_per_token
 from bst_dist.train.engine import Engine
 from bst_dist.train.start.changes import fixed, may_change
-from bst_dist.train.start.initial_weights import load_initial
+from bst_dist.train.start.initial_weights import load_initial, loads_initial
 from bst_dist.train.start.request import Start
 from bst_dist.train.step import Trainer
 
@@ -37,16 +36,17 @@ def recorded_group(start: Start, ranks: Ranks) -> SequenceGroup | None:
     return group and RecordedGroup(group.process_group, ranks.phases)
 
 
-def build_engine(start: Start, compiled: bool = False, fused_loss: bool = False) -> Engine:
+def build_engine(start: Start, compiled: bool = False, fused_loss: bool = False, from_zero: bool = False) -> Engine:
     """Build the model, with equal weights on all ranks, and wrap it with DeepSpeed.
 
     Args:
         compiled: compile its layers.
         fused_loss: compile its loss.
+        from_zero: as in the request.
     """
     torch.manual_seed(start.recipe.seed)
     model = start.objective.model()
-    if start.recipe.initial_weights and not committed(start.run_dir):
+    if loads_initial(start, from_zero):
         load_initial(model, start.recipe.initial_weights, start.objective.about().get("tokenizer_sha256"))
     model.z_loss = start.recipe.train.z_loss
     model.checkpoint = activation.policy(start.recipe.activation_checkpointing, model.layers)

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,18 @@ import torch
 
 from bst_base import files
 from bst_base.files import atomic_directory, atomic_file, sync_directory
+from bst_dist.checkpoint import durable
 from bst_dist.checkpoint.directory import MANIFEST
 from bst_dist.checkpoint.durable import Files
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.shards import Piece
 from bst_dist.checkpoint.snapshot import CheckpointConfig, Identity, Position, Snapshots
+from bst_dist.faults import ledger
+from bst_dist.faults.ledger import Entry, Ledger
 from bst_dist.parallel.mesh import Mesh
+from bst_dist.report import metrics
+from bst_dist.report.metrics import MetricsFile, StepReport
 from tests.checkpoint.alone import Alone
 
 Event = tuple[str, str, Any]
@@ -48,9 +54,13 @@ class Tensors:
         return 1
 
 
-def save(root: Path, tell: Callable[[], None]) -> None:
+def snapshots(root: Path) -> Snapshots:
     identity = Identity("recipe", {}, 0, Layout(1, 1, 0), Rows(1, 1, Mesh(1, 0)))
-    run = Snapshots(root, Tensors(), Alone(), identity, CheckpointConfig(keep_last=1, weights_every=2))
+    return Snapshots(root, Tensors(), Alone(), identity, CheckpointConfig(keep_last=1, weights_every=2))
+
+
+def save(root: Path, tell: Callable[[], None]) -> None:
+    run = snapshots(root)
     for step in (1, 2, 3):
         run.start(Position(step, step, {}, []))
         run.finish()
@@ -68,6 +78,18 @@ def write_directory(root: Path, tell: Callable[[], None]) -> None:
     with atomic_directory(root / "folder") as folder:
         (folder / "a").write_bytes(b"a")
     tell()
+
+
+def report_and_save(root: Path, tell: Callable[[], None]) -> None:
+    """Like `save`, after a line of metrics and an entry of the ledger for each step."""
+    reports, book = MetricsFile(root, 0), Ledger(path=root / ledger.FILE)
+
+    def report(step: int) -> None:
+        reports.write(StepReport(step, step, *[0.0] * 8))
+        book.add(Entry(step, 0, "a test", "skip"))
+
+    report(1)
+    save(root, lambda: (tell(), report(2)))
 
 
 def recorded(work: Callable[..., None], root: Path) -> list[Event]:
@@ -160,6 +182,41 @@ def test_no_data_is_lost_in_a_crash_and_every_fsync_is_needed(tmp_path, work):
         assert violations(events[:place] + events[place + 1 :]), f"nothing needs the sync of {events[place][1]}"
 
 
+def test_metrics_and_ledger_are_not_behind_a_checkpoint_after_a_crash(tmp_path):
+    """The guard decides from them, so a run that resumes with fewer lines may decide otherwise."""
+    (tmp_path / "root").mkdir()
+    events = recorded(report_and_save, tmp_path / "root")
+    commits = [place for place, (kind, _, more) in enumerate(events) if kind == "rename" and counts(more[0])
+               and Path(more[0]).name.startswith("step-")]  # fmt: skip
+    assert len(commits) == 3
+    for name in (metrics.FILE, ledger.FILE):
+        path = str(tmp_path / "root" / name)
+        ends = [0]
+        for line in Path(path).read_bytes().splitlines(keepends=True):
+            ends.append(ends[-1] + len(line))
+        # After the commits of steps 1, 2 and 3, one more line each was written.
+        for written, place in enumerate(commits, 1):
+            synced = [more for kind, other, more in events[:place] if (kind, other) == ("fsync", path)]
+            assert max(synced, default=0) >= ends[written], name
+    created = [place for place, (kind, path, _) in enumerate(events) if kind == "create" and path.endswith(ledger.FILE)]
+    assert ("fsync", str(tmp_path / "root")) in [event[:2] for event in events[created[0] : commits[0]]]
+
+
+def test_a_checkpoint_whose_metrics_cannot_be_synced_fails(tmp_path, monkeypatch):
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if opened(descriptor).name == metrics.FILE:
+            raise OSError(errno.EIO, "Input/output error")
+        original(descriptor)
+
+    MetricsFile(tmp_path, 0).write(StepReport(1, 1, *[0.0] * 8))
+    monkeypatch.setattr(os, "fsync", fsync)
+    run = snapshots(tmp_path)
+    run.start(Position(1, 1, {}, []))
+    assert re.search(rf"cannot write {tmp_path}/metrics.jsonl: Input/output error", run.finish().why)
+
+
 def test_a_file_is_recorded_with_its_size_and_digest(tmp_path):
     written = Files(tmp_path)
     with written.open("a") as file:
@@ -168,6 +225,23 @@ def test_a_file_is_recorded_with_its_size_and_digest(tmp_path):
     content = (tmp_path / "a").read_bytes()
     assert content == b"front \0\0\1\0\2\0"
     assert written.records == {"a": {"bytes": 12, "sha256": hashlib.sha256(content).hexdigest()}}
+
+
+def test_a_long_write_is_synced_and_counted_in_parts(tmp_path, monkeypatch):
+    """A sync of everything at the end could take longer than the watchdog waits for a sign of progress."""
+    monkeypatch.setattr(durable, "PART", 4)
+    synced: list[tuple[int, int]] = []
+    written = Files(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append((os.fstat(descriptor).st_size, written.bytes)))
+    with written.open("a") as file:
+        for content in (b"012", b"345", b"6789abcdef"):
+            assert file.write(content) == len(content)
+    assert synced == [(6, 6), (10, 10), (14, 14), (16, 16)]
+    assert (tmp_path / "a").read_bytes() == b"0123456789abcdef"
+    assert written.records["a"] == {"bytes": 16, "sha256": hashlib.sha256(b"0123456789abcdef").hexdigest()}
+    with written.open("b") as file:
+        file.write(b"xy")
+    assert written.bytes == 18
 
 
 def test_every_kind_of_file_of_a_checkpoint_is_synced(tmp_path):

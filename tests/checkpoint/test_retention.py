@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,103 @@ def test_leftovers_are_found_and_removed(tmp_path):
     assert [path.name for path in leftovers(tmp_path)] == ["step-00000005.deleted", "step-00000020.partial"]
     remove_leftovers(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+@pytest.fixture
+def stuck(monkeypatch):
+    """Return a function after which directories of the given names cannot be removed."""
+    names: set[str] = set()
+    original = shutil.rmtree
+
+    def rmtree(path: Path, *args: object, **options: object) -> None:
+        if path.name in names:
+            raise OSError(errno.EBUSY, "Device or resource busy")  # without a file name, as from some calls
+        original(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    return lambda *given: names.update(given)
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_a_leftover_that_cannot_be_removed_does_not_keep_the_others(tmp_path, stuck, caplog):
+    for name in ("step-00000001.deleted", "step-00000002.deleted", "step-00000003.7.partial", "step-00000004.deleted"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    stuck("step-00000001.deleted", "step-00000003.7.partial")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["step-00000001.deleted", "step-00000003.7.partial"]
+    assert [message.removeprefix(f"{tmp_path}/checkpoints/") for message in caplog.messages] == [
+        f"{name}: could not be removed: Device or resource busy; tried again at the next checkpoint"
+        for name in names(tmp_path)
+    ]
+
+
+def test_of_a_linked_checkpoint_only_the_link_is_removed(tmp_path, caplog):
+    archive = hold(tmp_path / "archive", 5)
+    for step in (10, 20):
+        hold(tmp_path, step)
+    directory(tmp_path, 5).symlink_to(archive)
+    retention.tidy(tmp_path, CheckpointConfig(keep_last=1))
+    assert names(tmp_path) == ["step-00000020"]
+    assert len(list(archive.iterdir())) == 4
+    assert caplog.messages == []
+
+
+def test_a_checkpoint_that_cannot_be_renamed_does_not_keep_the_others(tmp_path, monkeypatch, caplog):
+    for step in (10, 20, 30, 40):
+        hold(tmp_path, step)
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == "step-00000020":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    retention.tidy(tmp_path, CheckpointConfig(keep_last=1))
+    assert names(tmp_path) == ["step-00000020", "step-00000040"]
+    assert "step-00000020: could not be removed: Permission denied" in caplog.text
+
+
+def test_a_full_disk_does_not_prevent_removals(tmp_path, monkeypatch, caplog):
+    """To keep only the weights of a checkpoint, its manifest is written anew."""
+    for step in (10, 20, 30):
+        hold(tmp_path, step)
+
+    def full(_: CheckpointEntry) -> None:
+        raise StorageError("manifest.json: the disk is full")
+
+    monkeypatch.setattr(retention, "keep_only_weights", full)
+    retention.tidy(tmp_path, CheckpointConfig(keep_last=1, weights_every=20))
+    assert names(tmp_path) == ["step-00000020", "step-00000030"]
+    assert "step-00000020: could not be removed: manifest.json: the disk is full" in caplog.text
+
+
+def test_a_step_is_deleted_again_while_its_first_removal_is_stuck(tmp_path, stuck):
+    hold(tmp_path, 30)
+    stuck("step-00000010.deleted")
+    for _ in range(2):
+        hold(tmp_path, 10)
+        retention.tidy(tmp_path, CheckpointConfig(keep_last=1))
+    assert names(tmp_path) == ["step-00000010.deleted", "step-00000030"]
+
+
+def test_a_loss_that_is_not_a_number_is_not_the_best(tmp_path):
+    for step, loss in ((10, 2.0), (20, float("nan")), (30, float("inf")), (40, 3.0)):
+        hold(tmp_path, step, loss)
+    assert reasons(readable(tmp_path), CheckpointConfig(every=100, keep_last=1))[10] == ["best"]
+    retain(tmp_path, CheckpointConfig(every=100, keep_last=1))
+    assert steps(tmp_path) == [40, 10]
+
+
+def test_a_pinned_checkpoint_that_a_roll_back_removes_is_named(tmp_path, caplog):
+    for step in (10, 20, 30):
+        (hold(tmp_path, step) / PINNED).touch()
+    retention.abandon(tmp_path, 20)
+    assert steps(tmp_path) == [20, 10]
+    assert caplog.messages == [
+        f"{directory(tmp_path, 30)}: was pinned, and is removed: the run rolls back to step 20 and takes the later "
+        "steps again with other data"
+    ]

@@ -25,6 +25,14 @@ def test_restored_generators_continue_the_same_sequence(tmp_path):
     assert [draw(), draw()] == expected
 
 
+def test_the_state_of_a_gpu_is_restored_on_a_cpu_without_that_of_the_device():
+    rng.seed_all(1, rank=0)
+    state = rng.capture(CPU) | {"device": torch.zeros(16, dtype=torch.uint8)}
+    expected = draw()
+    rng.restore(state, CPU)
+    assert draw() == expected
+
+
 def test_other_seeds_and_other_ranks_draw_other_numbers():
     def first(seed: int, rank: int) -> tuple[float, ...]:
         rng.seed_all(seed, rank)

@@ -26,6 +26,7 @@ from bst_dist.checkpoint import copying, durable, retention, saving
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     MANIFEST,
+    PINNED,
     CheckpointError,
     committed,
     damage,
@@ -206,7 +207,7 @@ def test_a_failed_removal_of_an_old_checkpoint_is_logged(tmp_path, monkeypatch, 
     state = Tensors()
     run = snapshots(tmp_path, state, keep_last=1)
     assert [save(run, state, step).path for step in (1, 2)] == [directory(tmp_path, step) for step in (1, 2)]
-    assert "step-00000001.deleted: an old checkpoint could not be removed: Permission denied" in caplog.text
+    assert "step-00000001.deleted: could not be removed: Permission denied" in caplog.text
 
 
 def test_a_weights_only_checkpoint_is_a_third_as_large_and_not_resumed(tmp_path):
@@ -227,6 +228,34 @@ def test_a_full_checkpoint_replaces_weights_only_of_the_same_step(tmp_path):
     save(run, state, 1, full=False)
     save(run, state, 1)
     assert resume(tmp_path) == 1
+
+
+def test_a_checkpoint_that_replaces_a_pinned_one_is_pinned(tmp_path):
+    state = Tensors()
+    run = snapshots(tmp_path, state, weights_every=1, keep_last=1)
+    (save(run, state, 1, full=False).path / PINNED).touch()
+    for step in (1, 2, 3):
+        save(run, state, step)
+    run.finish()
+    assert {step_of(path): (path / PINNED).exists() for path in committed(tmp_path)} == {3: False, 2: False, 1: True}
+    assert read_manifest(directory(tmp_path, 1))["files"].keys() > {"optimizer-00000.safetensors"}
+
+
+def test_a_stuck_leftover_prevents_neither_the_start_nor_a_checkpoint(tmp_path, monkeypatch, caplog):
+    stuck, original = tmp_path / "checkpoints" / "step-00000007.3.partial", shutil.rmtree
+
+    def refuse(path: Path, *args: Any, **options: Any) -> None:
+        if path == stuck:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        original(path, *args, **options)
+
+    stuck.mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    state = Tensors()
+    run = snapshots(tmp_path, state)
+    run.rehearse()
+    assert isinstance(save(run, state, 1), Saved)
+    assert f"{stuck}: could not be removed: Device or resource busy" in caplog.text
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -371,6 +400,31 @@ def full_disk(monkeypatch):
         raise OSError(28, "No space left on device", "there")
 
     monkeypatch.setattr(saving, "write", write)
+
+
+@pytest.mark.parametrize("name", ["weights-00000.safetensors", "rank-00000.pt", MANIFEST, "1.0.partial", "checkpoints"])
+def test_errors_of_writes_and_syncs_name_the_file(tmp_path, monkeypatch, name):
+    """The system does not name it in errors about an open file."""
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if str(Path(f"/proc/self/fd/{descriptor}").readlink()).endswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    failed = save(snapshots(tmp_path, Tensors()), Tensors(), 1)
+    message = rf"(rank 0: )?\S+ cannot write {tmp_path}/\S*{name}: No space left on device"
+    assert re.fullmatch(message, failed.why), failed.why
+
+
+def test_an_error_of_the_first_test_write_names_the_file(tmp_path, monkeypatch):
+    def fsync(_: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StorageError, match=rf"cannot write {tmp_path}/checkpoints/step-rehearsal\S+/0: Disk quota"):
+        snapshots(tmp_path, Tensors()).rehearse()
 
 
 def after_steps(run_dir: Path, until: int, said: list[str], **settings: Any) -> None:

@@ -19,8 +19,18 @@ from bst_dist.checkpoint.directory import (
     load_weights,
     step_of,
 )
+from bst_dist.checkpoint.retention import has_full
 from bst_dist.train.config import InitialWeightsConfig
 from bst_dist.train.rundir import tokenizer_of
+from bst_dist.train.start.request import Start
+
+
+def loads_initial(start: Start, from_zero: bool) -> bool:
+    """Whether the model is built with the recipe's initial weights: not if the run can resume from a full checkpoint.
+
+    `from_zero`: as in the request; then it always is, because all full checkpoints may be damaged.
+    """
+    return start.recipe.initial_weights is not None and (from_zero or not has_full(start.run_dir))
 
 
 def load_initial(model: nn.Module, config: InitialWeightsConfig, tokenizer_sha256: str | None = None) -> None:

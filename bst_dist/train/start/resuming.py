@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from bst_dist.checkpoint.directory import CheckpointError, committed, step_of
+from bst_dist.checkpoint.directory import CheckpointError, step_of
 from bst_dist.checkpoint.local import LocalCopies
 from bst_dist.checkpoint.retention import abandon
 from bst_dist.checkpoint.snapshot import Position, Snapshots
@@ -15,6 +15,7 @@ from bst_dist.parallel.ranks import Ranks
 from bst_dist.train.start.branch import origin
 from bst_dist.train.start.changes import with_batch
 from bst_dist.train.start.directory import FROM_ZERO, shown_steps
+from bst_dist.train.start.initial_weights import loads_initial
 from bst_dist.train.start.request import Request, Start
 from bst_dist.train.step import Trainer
 
@@ -28,22 +29,23 @@ def begin_at(
     the trunk's checkpoint for a branch, else nothing. Also returns a description of the local copies, if they were
     loaded. Raises CheckpointError on all ranks when steps were taken and none of their checkpoints is valid.
     """
+    # Asked before damaged checkpoints are renamed, so the answer is that of `build_engine`.
+    loaded = ranks.from_first(loads_initial(start, request.from_zero) if ranks.first else None)
     position, local = _from_copies(start, copies, ranks) if request.resume else (None, None)
     if position is None:
         position = _newest(start, snapshots, ranks, own=request.resume)
     if position is not None:
         start.objective.loader(start.mesh(ranks)).check(position.data)
         return position, local
-    if initial := start.recipe.initial_weights:
-        if committed(start.run_dir):
-            raise CheckpointError(f"{start.run_dir}: no valid checkpoint to resume: start a run in another --run-dir")
-        ranks.print_first(f"starting from the weights of step {initial.step} of {initial.run}")
+    initial = start.recipe.initial_weights
     shown = ranks.from_first(shown_steps(start.run_dir) if ranks.first else None)
-    if shown and not request.from_zero:
+    if (shown and not request.from_zero) or (initial and not loaded):
         raise CheckpointError(
-            f"{start.run_dir}: {shown}, and none of its checkpoints is valid; restore one, or start at step 0 with "
-            f"{FROM_ZERO}"
+            f"{start.run_dir}: {shown or 'it had a checkpoint'}, and none of its checkpoints is valid; restore one, or "
+            f"start at step 0 with {FROM_ZERO}"
         )
+    if initial:
+        ranks.print_first(f"starting from the weights of step {initial.step} of {initial.run}")
     if request.resume:
         ranks.print_first(f"no checkpoint in {start.run_dir} yet: starting at step 0")
     return Position(step=0, tokens=0, data={}, carried=[]), None

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from bst_base.settings import ConfigError, parse
-from bst_dist.checkpoint.directory import CheckpointError, load_weights, newest_valid
+from bst_dist.checkpoint.directory import CheckpointError, committed, directory, load_weights, newest_valid
 from bst_dist.config import Recipe, digest
 from bst_dist.model.lm import LanguageModel
+from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.config import InitialWeightsConfig
 from bst_dist.train.run import train
 from bst_dist.train.start.initial_weights import load_initial
 from bst_dist.train.start.request import Request
+from tests.checkpoint.damage import flip
 
 
 def weights(run_dir):
@@ -95,3 +97,51 @@ def test_training_starts_with_initial_weights_and_resumes_without_them(recipe_fi
     go("tuned", *changes, resume=True, until=4)
     for name, weight in weights(tmp_path / "away").items():
         torch.testing.assert_close(weights(tmp_path / "tuned")[name], weight, rtol=0, atol=1e-7)
+
+
+@pytest.fixture
+def tuned(recipe_file, on_ranks, tmp_path):
+    """A run that starts with initial weights and was killed after two steps, the second of which has a full checkpoint;
+    `resume` continues it, and `starts_again` checks that it begins with these weights."""
+
+    def go(run, *changes, resume=True, from_zero=False):
+        request = Request(recipe_file(checkpoint={"every": 4}), changes, tmp_path / run, resume, 2, from_zero)
+        on_ranks(1, lambda ranks: train(request, ranks))
+
+    go("first", resume=False)
+    changes = [f"initial_weights.run={tmp_path / 'first'}", "initial_weights.step=2", "optimizer.learning_rate=1e-9",
+               "optimizer.ssm_learning_rate=1e-9", "optimizer.weight_decay=0", "seed=8",
+               "checkpoint.weights_every=1"]  # fmt: skip
+    run = tmp_path / "tuned"
+    go("tuned", *changes, resume=False)
+    (run / "outcome.json").unlink()
+
+    def starts_again(**options):
+        go("tuned", *changes, **options)
+        assert [line["step"] for line in read_lines(run / FILE) if line["kind"] == "train"] == [1, 2]
+        assert read_lines(run / "metrics.dropped.jsonl")
+        for name, weight in weights(tmp_path / "first").items():
+            torch.testing.assert_close(weights(run)[name], weight, rtol=0, atol=1e-7)
+
+    return SimpleNamespace(run=run, resume=lambda: go("tuned", *changes), starts_again=starts_again)
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_a_run_killed_before_its_first_full_checkpoint_starts_again_with_initial_weights(tuned, from_zero):
+    shutil.rmtree(directory(tuned.run, 2))
+    assert committed(tuned.run) == [directory(tuned.run, 1)]
+    tuned.starts_again(from_zero=from_zero)
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_without_a_valid_checkpoint_starts_again_with_initial_weights_only_from_zero(tuned, tmp_path):
+    flip(directory(tuned.run, 2) / "optimizer-00000.safetensors")
+    shutil.copytree(tuned.run, tmp_path / "before")
+    with pytest.raises(AssertionError, match=r"none of its checkpoints is valid; restore one, or start .* --from-zero"):
+        tuned.resume()
+    shutil.rmtree(tuned.run)
+    shutil.move(tmp_path / "before", tuned.run)
+    tuned.starts_again(from_zero=True)

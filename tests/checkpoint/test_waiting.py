@@ -1,0 +1,161 @@
+"""Ranks that wait for their checkpoint: a slow one is written to its end, a stuck one is ended by the watchdog."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bst_dist.checkpoint import saving
+from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
+from bst_dist.checkpoint.saving import Saved, Saver
+from bst_dist.checkpoint.shards import Piece
+from bst_dist.faults.config import WatchdogConfig
+from bst_dist.faults.disks import Disks
+from bst_dist.faults.heartbeats import LocalBoard
+from bst_dist.faults.watchdog import Watchdog
+from bst_dist.parallel.phases import Phases
+from tests.checkpoint.alone import Alone
+
+KINDS = ("weights", "optimizer")
+
+
+class Together(Alone):
+    """Stub of `Ranks` for one of several ranks that are threads of this process."""
+
+    def __init__(self, rank: int, meeting: threading.Barrier, table: list[Any]) -> None:
+        super().__init__()
+        self.rank, self.world, self.first, self.phases = rank, len(table), rank == 0, Phases()
+        self._meeting, self._table = meeting, table
+
+    def gather(self, value: Any) -> list[Any]:
+        with self.phases.exchanging("gather"):
+            self._table[self.rank] = value
+            self._meeting.wait(60)
+            found = list(self._table)
+            self._meeting.wait(60)
+            return found
+
+    def sum(self, values: list[float]) -> list[float]:
+        return [float(sum(column)) for column in zip(*self.gather(values), strict=True)]
+
+    def from_first(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+
+class Part:
+    """A state of one tensor for each rank."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+
+    def owned(self) -> list[Fragment]:
+        return [Fragment(Piece(f"a{self.rank}", (9,), 0, 9), {kind: torch.ones(9) for kind in (WEIGHT, *MOMENTS)})]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {f"a{rank}": (9,) for rank in range(self.world)}
+
+    def moments(self) -> dict[str, int]:
+        return {}
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Two ranks; `of_rank_1` is called with each shard that rank 1 writes, before its content is written."""
+    meeting, table = threading.Barrier(2), [None] * 2
+    ranks = [Together(rank, meeting, table) for rank in (0, 1)]
+    original = saving.write
+
+    def write(file: Any, pieces: list[Piece], values: Any) -> int:
+        if pieces[0].name.endswith("1"):
+            of_rank_1[0](file)
+        return original(file, pieces, values)
+
+    of_rank_1: list[Callable[[Any], None]] = []
+    monkeypatch.setattr(saving, "write", write)
+    monkeypatch.setattr(saving, "SLICE_S", 0.02, raising=False)
+    return ranks, of_rank_1.append
+
+
+def save(ranks: list[Together], run_dir: Path, background: bool, tidy: Callable[[], None] = lambda: None) -> list[Any]:
+    """Write a checkpoint on all ranks, and return their outcomes."""
+    outcomes: list[Any] = [None] * len(ranks)
+
+    def run(own: Together) -> None:
+        saver = Saver(run_dir, Part(own.rank, own.world), own, background, tidy)
+        own.phases.enter("checkpoint")
+        outcomes[own.rank] = saver.start({"step": 1}, {}, KINDS) or saver.finish()
+
+    threads = [threading.Thread(target=run, args=(own,)) for own in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return outcomes
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_ranks_exchange_while_the_files_of_one_of_them_grow(tmp_path, two, background):
+    ranks, writes = two
+    before, seen = [], []
+
+    def slowly(file: Any) -> None:
+        before.append(ranks[0].phases.exchanges)
+        until = time.monotonic() + 20
+        while time.monotonic() < until and ranks[0].phases.exchanges < before[0] + 8:
+            file.write(b"x")
+            time.sleep(0.01)
+        seen.append(ranks[0].phases.exchanges - before[0])
+
+    writes(slowly)
+    assert all(isinstance(outcome, Saved) for outcome in save(ranks, tmp_path, background))
+    assert seen[0] >= 8
+    assert ranks[0].phases.exchanges == ranks[1].phases.exchanges
+
+
+def test_ranks_exchange_while_old_checkpoints_are_removed(tmp_path, two):
+    ranks, writes = two
+    old, seen = tmp_path / "checkpoints" / "step-00000000.deleted", []
+    old.mkdir(parents=True)
+    for number in range(500):
+        (old / str(number)).touch()
+
+    def slowly() -> None:
+        before = ranks[1].phases.exchanges
+        for path in old.iterdir():
+            if ranks[1].phases.exchanges < before + 8:
+                time.sleep(0.03)
+            path.unlink()
+        seen.append(ranks[1].phases.exchanges - before)
+
+    writes(lambda _: None)
+    assert all(isinstance(outcome, Saved) for outcome in save(ranks, tmp_path, True, slowly))
+    assert seen[0] >= 8
+    assert ranks[0].phases.exchanges == ranks[1].phases.exchanges
+
+
+def test_the_watchdog_ends_a_rank_whose_files_do_not_grow_and_names_it(tmp_path, two):
+    ranks, writes = two
+    said: dict[int, str] = {}
+    ended, board = threading.Event(), LocalBoard()
+
+    def end_of(rank: int) -> Callable[..., None]:
+        def end(status: int, message: str, stacks: bool = False) -> None:
+            said[rank] = message
+            ended.set()
+
+        return end
+
+    writes(lambda _: ended.wait(60))
+    dogs = [Watchdog(WatchdogConfig(limit_s=4), tmp_path, own.rank, 2, own.phases, board, Disks(), end_of(own.rank))
+            for own in ranks]  # fmt: skip
+    with dogs[0], dogs[1]:
+        save(ranks, tmp_path, background=True)
+    assert "rank 1 on" in said[0].splitlines()[1]
+    assert "behind the others" in said[0].splitlines()[1]
+    assert "checkpoint" in said[0].splitlines()[1]
