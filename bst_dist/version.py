@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 DISTRIBUTION = "bst-dist"
+COMMIT = "bst_dist/commit.txt"
+"""The file with the commit of a copy of this code, as `bst sweep pack` makes it; relative to the folder of packages."""
 PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "numpy")
 
 
@@ -39,10 +41,13 @@ def _root() -> Path:
 
 
 def _commit() -> str | None:
-    """Return the checkout's commit, with ``-dirty`` when the work tree differs; None for an installed package."""
+    """Return the checkout's commit, with ``-dirty`` when the work tree differs, or that which a copy was made from.
+
+    None for an installed package.
+    """
     root = _root()
     if not (root / ".git").exists():
-        return None
+        return (root / COMMIT).read_text(encoding="utf-8").strip() if (root / COMMIT).is_file() else None
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

@@ -31,7 +31,7 @@ from bst_base.settings import ConfigError, parse
 from bst_base.stopping import STATUS, deferred_interrupt
 from bst_dist.config import Recipe, load_recipe, with_vocabulary
 from bst_dist.plan import slices
-from bst_dist.plan.accelerators import Accelerator, accelerator
+from bst_dist.plan.accelerators import Accelerator, accelerator, accelerators
 from bst_dist.plan.figures import describe
 from bst_dist.plan.measured import measure
 from bst_dist.plan.report import show, show_longest, show_sizes, show_table
@@ -50,17 +50,21 @@ R = TypeVar("R")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe, YAML, or the name of one of launch/recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
-    parser.add_argument("--nodes", type=_numbers, default=[1], metavar="N,...", help="nodes (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="accelerators per node (default 8)")
-    parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help="type of accelerator (default h100-80gb)")
-    parser.add_argument("--lengths", type=_numbers, metavar="L,...", help="sequence lengths in tokens, for a table")
-    parser.add_argument("--slices", action="store_true", help="memory and time by train.slice_tokens, and the best one")
+    parser.add_argument("--nodes", type=_numbers, default=[1], metavar="N,...",
+                        help="number of nodes; several numbers give a table (default: 1)")  # fmt: skip
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="accelerators per node (default: 8)")
+    parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=(
+        f"accelerator: {', '.join(accelerators())}, or a name of --accelerators (default: h100-80gb)"
+    ))  # fmt: skip
+    parser.add_argument("--lengths", type=_numbers, metavar="L,...", help="sequence lengths in tokens; gives a table")
+    parser.add_argument("--slices", action="store_true",
+                        help="table of memory and time by train.slice_tokens, and the fastest that fits")  # fmt: skip
     parser.add_argument("--longest", type=_numbers, metavar="GPUS,...",
-                        help="the longest sequence that fits on this many GPUs, in slices and whole")  # fmt: skip
+                        help="the longest sequence that fits on this many GPUs, whole and in slices")  # fmt: skip
     parser.add_argument("--host-gb", type=float, default=1000, metavar="GB",
-                        help="with --longest: host memory per node that edges may use (default 1000)")  # fmt: skip
+                        help="with --longest: host memory per node that edges may use (default: 1000)")  # fmt: skip
     parser.add_argument("--from-run", type=Path, metavar="RUN",
-                        help="calibrate times with this run's directory, on such devices")  # fmt: skip
+                        help="multiply all times by this run's measured time / planned time")  # fmt: skip
     parser.add_argument("--accelerators", type=Path, metavar="FILE", help="YAML file with your own accelerators")
 
 

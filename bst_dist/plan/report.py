@@ -131,7 +131,7 @@ def show_longest(console: Console, recipe: Recipe, device: Accelerator, host_gb:
                      f"{row.in_slices['host']:,}", f"{disk:,.1f}"]  # fmt: skip
         lines.append([f"{row.devices:,}", *cells])
     columns = ("GPUs", "at once", "slices of", "edges on the device", f"in {host_gb:,.0f} GB of host memory",
-               "on disk: GB a million tokens")  # fmt: skip
+               "on disk: GB per million tokens")  # fmt: skip
     print_table(Sheet(columns, lines, flush_right=True))
 
 

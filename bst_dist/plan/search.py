@@ -267,7 +267,7 @@ def _strategies(recipe: Recipe) -> dict[int | str, Strategy]:
     """Return the strategy of each stage, and GATHERED_ONCE.
 
     The recipe's DeepSpeed file is used for its own stage, the shipped files for the others. Raise PlanError if the
-    recipe's file offloads parameters or the optimizer.
+    recipe's file offloads parameters or the optimizer, or partitions parameters inside nodes too.
     """
     found: dict[int | str, Strategy] = {}
     for key, name in {**{stage: f"zero{stage}" for stage in STAGES}, GATHERED_ONCE: GATHERED_ONCE}.items():
@@ -276,4 +276,9 @@ def _strategies(recipe: Recipe) -> dict[int | str, Strategy]:
     own = Strategy.read(deepspeed_file(recipe), written(recipe.deepspeed))
     if own.offloads:
         raise PlanError(f"{own.name}: bst plan does not cover offloading of parameters or of the optimizer")
+    if own.hierarchical:
+        raise PlanError(
+            f"{own.name}: bst plan does not cover a second partition of the parameters inside each node "
+            "(zero_hpz_partition_size): plan zero3, which needs less memory and sends more between nodes"
+        )
     return found | {own.stage: own}

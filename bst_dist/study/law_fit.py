@@ -2,7 +2,7 @@
 
     bst law fit points.csv --n parameters --d tokens --loss loss
     bst law fit points.csv --n params --flops flops --loss nll --width d_model --depth layers --run run --plot laws.png
-    bst law fit docs/study/table.csv --n parameters --d tokens --loss loss_nats --width width --depth depth \
+    bst law fit docs/study/table.csv --n parameters --d tokens --loss loss_nats --width width --depth depth \\
         --run trunk --group architecture --where role=grid
 
 Fits three forms under two objectives (docs/sweeps.md). The forms aspect and additive need width and depth. Intervals
@@ -36,20 +36,20 @@ NUMBERS = ("n", "d", "flops", "loss", "width", "depth")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", type=Path, metavar="TABLE", help="a CSV with a line of column names, or a .jsonl")
-    parser.add_argument("--n", required=True, metavar="COLUMN", help="parameters N")
+    parser.add_argument("--n", required=True, metavar="COLUMN", help="column with the parameters N")
     tokens = parser.add_mutually_exclusive_group(required=True)
-    tokens.add_argument("--d", metavar="COLUMN", help="tokens D")
-    tokens.add_argument("--flops", metavar="COLUMN", help="training FLOPs, in place of D = FLOPs / 6N")
+    tokens.add_argument("--d", metavar="COLUMN", help="column with the training tokens D")
+    tokens.add_argument("--flops", metavar="COLUMN", help="training FLOPs, in place of --d: D = FLOPs / 6N")
     parser.add_argument("--loss", required=True, metavar="COLUMN", help="loss in nats per token")
     parser.add_argument("--width", metavar="COLUMN", help="width of the model")
     parser.add_argument("--depth", metavar="COLUMN", help="number of layers")
     parser.add_argument("--run", metavar="COLUMN", help="run that a point belongs to (default: each to its own)")
     parser.add_argument("--group", metavar="COLUMN", help="fit a law for each value of this, such as an architecture")
-    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows")
+    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE",
+                        help="use only rows with this value; may be given several times, all must match")  # fmt: skip
     parser.add_argument("--held-out", metavar="COLUMN=VALUE", help="rows to predict instead of fitting")
-    parser.add_argument(
-        "--drop-largest", type=at_least(0), default=0, metavar="K", help="leave out the K largest losses"
-    )
+    parser.add_argument("--drop-largest", type=at_least(0), default=0, metavar="K",
+                        help="leave out the K points with the largest losses (default: 0)")  # fmt: skip
     parser.add_argument("--draws", type=at_least(2), default=200, metavar="N", help="resamples (default: %(default)s)")
     parser.add_argument("--plot", type=picture, metavar="PATH", help="also draw losses and laws: a png, pdf or svg")
 

@@ -11,6 +11,7 @@ from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.figures import mfu, tokens_a_step
+from bst_dist.plan.memory.zero import Strategy
 from bst_dist.plan.search import HEADROOM, Planner
 from bst_dist.plan.speed import Cluster
 
@@ -38,6 +39,20 @@ def test_plan_with_enough_memory_uses_no_recomputation_or_sequence_parallelism()
     best = Planner(parse(Recipe, SETTINGS), Cluster(1, 4, device(80))).best()
     assert (best.work.checkpointing.policy, best.work.slice.sp, best.fits) == ("none", 1, True)
     assert best.work.slice.rows * best.work.accumulation * 4 == 16
+
+
+@pytest.mark.parametrize(("strategy", "setting"), [("zero3_hierarchical", "zero_hpz_partition_size"),
+                                                   ("zero3_cpu_offload", "offload")])  # fmt: skip
+def test_strategies_that_are_not_modelled_are_refused(recipe_file, capsys, strategy, setting):
+    assert main(["plan", recipe_file, f"deepspeed={strategy}"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{strategy}: bst plan does not cover" in said
+    assert setting in said
+
+
+def test_hierarchical_partitions_of_one_rank_are_plain_zero3():
+    """DeepSpeed's default, 1, is no second partition."""
+    assert Strategy.of({"stage": 3, "zero_hpz_partition_size": 1}, "own") == Strategy.of({"stage": 3}, "own")
 
 
 def test_plan_with_less_memory_is_slower_and_fits(monkeypatch):

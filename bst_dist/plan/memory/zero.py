@@ -47,6 +47,8 @@ class Strategy:
     max_reuse_distance: int = 1_000_000_000
     offloads: bool = False
     """Whether parameters or optimizer are offloaded; the plan does not cover this."""
+    hierarchical: bool = False
+    """Whether the ranks of a node hold a second partition of the parameters (hpZ); the plan does not cover this."""
 
     @staticmethod
     def read(path: Path, name: str) -> Strategy:
@@ -63,7 +65,8 @@ class Strategy:
         found = {key: int(given[key]) for key in sizes if key in given}
         offloads = any(given.get(f"offload_{what}") for what in ("optimizer", "param"))
         overlap = bool(given.get("overlap_comm", stage == 3))
-        return Strategy(name, stage, overlap_comm=overlap, offloads=offloads, **found)
+        hierarchical = int(given.get("zero_hpz_partition_size", 1)) > 1
+        return Strategy(name, stage, overlap_comm=overlap, offloads=offloads, hierarchical=hierarchical, **found)
 
 
 Place: TypeAlias = tuple[int, int, int]

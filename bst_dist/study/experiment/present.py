@@ -11,6 +11,7 @@ from bst_dist.study.experiment.readings import apart
 from bst_dist.study.experiment.table import Row, Table
 from bst_dist.study.report import document
 from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Picture
+from bst_dist.study.statistics import mean
 
 
 def blocks(table: Table) -> list[Block]:
@@ -28,10 +29,11 @@ def sheet(table: Table) -> Sheet:
         size = "" if row.parameters is None else f"{row.parameters:,}"
         cells = [_level(row, column) for column in table.columns]
         lines.append([*place, row.arm, f"{row.done} of {len(row.statuses)}", size, *cells])
+    references = {row.condition: row for row in table.rows if row.arm == table.experiment.reference}
     for row in table.rows:
         if row.differences:
             place = [row.condition] if named else []
-            cells = [_difference(row, column) for column in table.columns]
+            cells = [_difference(row, references[row.condition], column) for column in table.columns]
             lines.append([*place, f"{row.arm} − {table.experiment.reference}", "", "", *cells])
     return Sheet(head, lines, rule_after=len(table.rows))
 
@@ -68,13 +70,14 @@ def _level(row: Row, column: Column) -> str:
     return f"{found.text(column.digits)}{mark}"
 
 
-def _difference(row: Row, column: Column) -> str:
+def _difference(row: Row, reference: Row, column: Column) -> str:
+    """Return the cell of a difference; a percentage is of the reference's mean over the seeds that both have."""
     found = row.differences.get(column.key)
     if found is None:
         return ""
     mark = " *" if apart(found) else ""
     if not column.relative:
         return f"{found.text(column.digits, sign=True)}{mark}"
-    reference = row.levels[column.key].value - found.value
-    error = "" if found.standard_error is None else f" ± {found.standard_error / reference:.0%}"
-    return f"{found.value / reference:+.0%}{error}{mark}"
+    whole = mean([value for seed, value in reference.values[column.key].items() if seed in row.values[column.key]])
+    error = "" if found.standard_error is None else f" ± {found.standard_error / whole.value:.0%}"
+    return f"{found.value / whole.value:+.0%}{error}{mark}"

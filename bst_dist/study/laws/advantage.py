@@ -13,7 +13,7 @@ from bst_base.errors import UserError
 from bst_dist.study.laws.gap import Axis, Gaps, gaps_by, pair
 from bst_dist.study.laws.observation import Observation
 from bst_dist.study.laws.power import pairs_needed, visible
-from bst_dist.study.laws.regression import regress
+from bst_dist.study.laws.regression import RegressionError, clustered_mean, regress
 from bst_dist.study.laws.verdict import (
     UNITS,
     Change,
@@ -53,14 +53,15 @@ class Advantage:
     gain: Estimate
     """ln of the compute-equivalent gain."""
     changes: list[Change]
-    more_pairs: dict[str, int]
-    """Factor -> number of further pairs needed, if the answer is undecided."""
+    more_pairs: dict[str, int | None]
+    """Factor -> number of further pairs needed, if the answer is undecided; None if no number would be enough."""
     adjusted: dict[str, Estimate]
-    """Factor -> the change adjusted for the difference of sizes, if the answer is confounded."""
+    """Factor -> the change adjusted for the difference of sizes, if the answer is confounded and there are enough
+    pairs."""
     interaction: Estimate | None
     crossing: Crossing | None
     by_block: list[Estimate]
-    """Mean gap by block of the sequence."""
+    """Mean gap by block of the sequence; errors are clustered by pair of runs."""
     zones: list[Zone]
     """The advantage by part of the sequence (`laws/zones.py`), in each arm with sequences beyond a stack's reach."""
     by_document: Estimate | None
@@ -84,14 +85,17 @@ class Comparison:
 
 
 def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis = "flops") -> Comparison:
-    """Return the advantage of every other architecture over the baseline in `arm` at equal `axis`, and the verdicts."""
+    """Return the advantage of every other architecture over the baseline in `arm` at equal `axis`, and the verdicts.
+
+    `observed` contains the runs that are not done too: a variant without a pair counts in Holm's adjustment.
+    """
     at_rate = [o for o in observed if o.rate_factor == 1]
     ours = [o for o in at_rate if not o.held_out]
     every, missing = _pairs(ours, baseline, arm, axis)
-    changes, untested = judge(every) if every else ([], {})
+    changes, untested = judge(every, absent=len(missing)) if every else ([], {})
     if axis == "time_s" and (loud := disturbed(ours)):
         changes, untested = [], dict.fromkeys((gaps.variant for gaps in every), loud)
-    errors = visible(every) if any(c.answer == "undecided" for c in changes) else {}
+    errors = visible(every, absent=len(missing)) if any(c.answer == "undecided" for c in changes) else {}
     arms = sorted({o.arm for o in ours} - {arm})
     others = {name: {gaps.variant: gaps for gaps in _pairs(ours, baseline, name, axis)[0]} for name in arms}
     by_zone = zones(ours, baseline, arm, arms, axis) if axis == "flops" else {}
@@ -107,7 +111,10 @@ def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis
 
 def disturbed(observed: Sequence[Observation]) -> str:
     """Return why times of these runs allow no verdict; an empty string if the machine was quiet during all of them."""
-    worst = max(observed, key=lambda o: o.slowed if math.isfinite(o.slowed) else math.inf)
+    done = [o for o in observed if o.usable]
+    worst = max(done, key=lambda o: o.slowed if math.isfinite(o.slowed) else math.inf, default=None)
+    if worst is None:
+        return ""
     if not math.isfinite(worst.slowed):
         return f"whether the machine was quiet is not known of {worst.name}"
     if worst.slowed > QUIET:
@@ -117,9 +124,9 @@ def disturbed(observed: Sequence[Observation]) -> str:
 
 
 def _pairs(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis) -> tuple[list[Gaps], dict[str, str]]:
-    """Return the gaps of every variant that has a pair, and for each other variant the reason."""
+    """Return the gaps of every variant that has a pair in the arm, and for each other variant the reason."""
     found, missing = [], {}
-    for name in dict.fromkeys(o.architecture for o in observed if o.architecture != baseline):
+    for name in dict.fromkeys(o.architecture for o in observed if o.arm == arm and o.architecture != baseline):
         try:
             found.append(pair(observed, name, baseline, arm, axis))
         except UserError as error:
@@ -131,18 +138,23 @@ def _advantage(observed: Sequence[Observation], gaps: Gaps, baseline: str, chang
                errors: dict[str, float], axis: Axis,
                contrasts: dict[str, dict[str, Estimate]], by_zone: list[Zone]) -> Advantage:  # fmt: skip
     ours = [o for o in observed if not o.held_out]
-    by_block, _ = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_block")
+    by_block, blocks = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_block")
     by_document, _ = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_document")
     documents = by_document.mean(0) if by_document.size else np.empty(0)
     return Advantage(
         gaps, mean_gap(gaps), mean_gain(gaps), changes,
-        {c.factor: max(1, pairs_needed(c.pairs, c.change.standard_error or 0.0, errors[c.factor]) - c.pairs)
-         for c in changes if c.answer == "undecided"},
-        {c.factor: adjusted(ours, gaps, baseline, c.factor) for c in changes if c.answer == "confounded"},
-        interaction(gaps), crossing(gaps), [mean(column) for column in by_block.T], by_zone,
+        {c.factor: _more_pairs(c, errors[c.factor]) for c in changes if c.answer == "undecided"},
+        {c.factor: found for c in changes
+         if c.answer == "confounded" and (found := adjusted(ours, gaps, baseline, c.factor)) is not None},
+        interaction(gaps), crossing(gaps), [clustered_mean(column, blocks) for column in by_block.T], by_zone,
         mean(documents, "documents") if len(documents) > 1 else None, int((documents > 0).sum()), len(documents),
         _held_out(observed, gaps, baseline, axis), contrasts,
     )  # fmt: skip
+
+
+def _more_pairs(change: Change, errors: float) -> int | None:
+    needed = pairs_needed(change.pairs, change.change.standard_error or 0.0, errors)
+    return None if needed is None else max(1, needed - change.pairs)
 
 
 def _held_out(observed: Sequence[Observation], gaps: Gaps, baseline: str, axis: Axis) -> list[HeldOutGap]:
@@ -157,8 +169,8 @@ def _held_out(observed: Sequence[Observation], gaps: Gaps, baseline: str, axis: 
     ]
 
 
-def adjusted(observed: Sequence[Observation], gaps: Gaps, baseline: str, factor: str) -> Estimate:
-    """Return the change per unit of a factor, adjusted for the difference of sizes.
+def adjusted(observed: Sequence[Observation], gaps: Gaps, baseline: str, factor: str) -> Estimate | None:
+    """Return the change per unit of a factor, adjusted for the difference of sizes; None if there are too few pairs.
 
     It comes from one regression of ln L on compute, size, depth, architecture, and architecture x both factors. So the
     dependence of the loss on N at equal compute is estimated from all runs, not assumed.
@@ -171,7 +183,10 @@ def adjusted(observed: Sequence[Observation], gaps: Gaps, baseline: str, factor:
     products = [variant * (logs[n] - logs[n].mean()) for n in names]
     kept = [v - v.mean() for v in logs.values() if np.ptp(v) > 1e-9]
     columns = np.column_stack([np.ones(len(own)), variant, *kept, *products])
-    found = regress(columns, np.log([o.loss for o in own]), np.array([o.block for o in own]))
+    try:
+        found = regress(columns, np.log([o.loss for o in own]), np.array([o.block for o in own]))
+    except RegressionError:
+        return None
     weights = np.zeros(columns.shape[1])
     weights[2 + len(kept) + names.index(factor)] = -np.log(UNITS[factor].factor)
     return found.estimate(weights)

@@ -35,15 +35,17 @@ class Corner:
     lost: Estimate | None
     """ln of the loss at the rule's rate minus that at the best rate in the range tried; None without a fit."""
     answer: Suits
+    why: str = ""
+    """Why it is undecided, if it could not be tested."""
 
 
 def audit(observed: Sequence[Observation]) -> list[Corner]:
-    """Return all corners where several rates were tried. With one seed or fewer than three rates they are undecided."""
+    """Return all corners where other rates were planned. With one seed or fewer than three rates they are undecided."""
     corners: dict[tuple[str, str], list[Observation]] = {}
-    for o in (o for o in observed if o.usable and not o.held_out):
+    for o in (o for o in observed if not o.held_out):
         corners.setdefault((o.architecture, o.block.rpartition("-s")[0]), []).append(o)
-    found = {key: _at_the_audited_length(own) for key, own in corners.items()}
-    found = {key: own for key, own in found.items() if len({o.rate_factor for o in own}) > 1}
+    found = {key: [o for o in audited if o.usable] for key, own in corners.items()
+             if (audited := _at_the_audited_length(own))}  # fmt: skip
     fits = {key: _parabola(own) for key, own in found.items()}
     squares = sum(f[2] for f in fits.values() if f)
     degrees = sum(f[3] for f in fits.values() if f)
@@ -52,7 +54,7 @@ def audit(observed: Sequence[Observation]) -> list[Corner]:
 
 
 def _at_the_audited_length(own: list[Observation]) -> list[Observation]:
-    """Return the runs that differ only in their rate: those of lengths and seeds at which other rates were tried."""
+    """Return the runs that differ only in their rate: those of lengths and seeds at which other rates were planned."""
     tried = {(o.seed, o.length) for o in own if o.rate_factor != 1}
     return [o for o in own if (o.seed, o.length) in tried]
 
@@ -81,7 +83,8 @@ def _corner(architecture: str, corner: str, own: list[Observation], fitted: Para
     factors, seeds = sorted({o.rate_factor for o in own}), len({o.seed for o in own})
     losses = {f: float(np.exp(np.mean([np.log(o.loss) for o in own if o.rate_factor == f]))) for f in factors}
     if fitted is None or scale is None:
-        return Corner(architecture, corner, losses, seeds, None, None, "undecided")
+        why = "" if any(f != 1 for f in factors) else "no run at another rate has finished"
+        return Corner(architecture, corner, losses, seeds, None, None, "undecided", why)
     (b, c), covariance, *_ = fitted
     # The gain of a rate over the rule's is linear in b and c, so its error is exact. Passed: no rate tried gains much.
     where = np.linspace(np.log(factors[0]), np.log(factors[-1]), 101)

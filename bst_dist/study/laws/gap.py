@@ -7,9 +7,10 @@ baseline's curve. A sweep is designed so that the points coincide and the interp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Gaps:
     block: Vector
     """The pair of runs that each gap belongs to. Gaps of one pair are not independent."""
     left_out: tuple[str, ...] = ()
-    """Measurements without a partner, each with the reason."""
+    """Measurements without a pair, each with the reason; those that are not done yet as their number."""
 
     def __len__(self) -> int:
         return len(self.gap)
@@ -63,22 +64,20 @@ def pair(observed: Sequence[Observation], variant: str, baseline: str, arm: str,
     """Return the gaps of `variant` within an arm; raises UserError if there is no pair."""
     own = [o for o in observed if o.arm == arm]
     curves: dict[str, list[Observation]] = {}
-    for o in own:
-        if o.architecture == baseline and o.usable:
-            curves.setdefault(o.block, []).append(o)
+    for o in (o for o in own if o.architecture == baseline):
+        curves.setdefault(o.block, []).append(o)
     found, left_out = [], []
     for o in sorted((o for o in own if o.architecture == variant), key=lambda o: (o.block, o.flops)):
-        curve = sorted(curves.get(o.block, []), key=lambda c: getattr(c, axis))
-        if not o.usable:
-            left_out.append(f"{o.name}: its loss is {o.loss}")
-        elif not curve:
-            left_out.append(f"{o.name}: {baseline} has no finished run in its block")
+        every = curves.get(o.block, [])
+        curve = sorted((c for c in every if c.usable), key=lambda c: getattr(c, axis))
+        if (problem := _problem(o, every, baseline)) is not None:
+            left_out.append(problem)
         elif (at := _read_off(curve, axis, o)) is None:
-            left_out.append(f"{o.name}: beyond the baseline's curve in {axis}")
+            left_out.append(_Unpaired(o.name, f"beyond the baseline's curve in {axis}"))
         else:
             found.append((o, *at, np.log(o.parameters / curve[0].parameters)))
     if not found:
-        raise UserError(f"no pair of {variant} and {baseline} has finished in arm {arm}: run more of the sweep")
+        raise UserError(f"no pair of {variant} and {baseline} has finished in arm {arm}{_counted(left_out)}")
     return Gaps(
         variant=variant,
         arm=arm,
@@ -89,8 +88,58 @@ def pair(observed: Sequence[Observation], variant: str, baseline: str, arm: str,
         depth=np.array([float(o.depth) for o, *_ in found]),
         tokens_per_parameter=np.array([o.tokens / o.parameters for o, *_ in found]),
         block=np.array([o.block for o, *_ in found]),
-        left_out=tuple(left_out),
+        left_out=tuple(_lines(left_out, variant)),
     )
+
+
+class _Unpaired(NamedTuple):
+    """A measurement of the variant without a pair."""
+
+    name: str
+    why: str
+    reason: str = ""
+    """Why the run failed or diverged."""
+    later: bool = False
+    """Whether it may still get a pair: a run is waiting or running."""
+
+
+def _problem(o: Observation, of_block: Sequence[Observation], baseline: str) -> _Unpaired | None:
+    """Return why a measurement has no pair; None if it may have one. `of_block`: the baseline's in its block."""
+    later = ("waiting", "running")
+    if o.status != "done":
+        return _Unpaired(o.name, o.status, o.reason, o.status in later)
+    if not o.usable:
+        return _Unpaired(o.name, f"its loss is {o.loss}")
+    partner = next((c for c in of_block if c.length == o.length and not c.usable), None)
+    if partner is not None and partner.status != "done":
+        return _Unpaired(o.name, f"the run of {baseline} {partner.status}", partner.reason, partner.status in later)
+    curve = [c for c in of_block if c.usable]
+    if not curve:
+        return _Unpaired(o.name, f"{baseline} has no finished run in its block")
+    if not all(_same_text(o, c) for c in curve):
+        return _Unpaired(o.name, f"trained on other text than the run of {baseline}")
+    return None
+
+
+def _same_text(one: Observation, other: Observation) -> bool:
+    """Whether two runs were trained on the same text, as far as this is known."""
+    return not one.corpora or not other.corpora or one.corpora == other.corpora
+
+
+def _lines(left_out: Sequence[_Unpaired], variant: str) -> list[str]:
+    """Return one line per measurement, and one line for all that are not done yet for the same reason."""
+    later = Counter(one.why for one in left_out if one.later)
+    return [": ".join(filter(None, (one.name, one.why, one.reason))) for one in left_out if not one.later] + [
+        f"{count} run{'s' * (count > 1)} of {variant}: {why}" for why, count in later.items()
+    ]
+
+
+def _counted(left_out: Sequence[_Unpaired]) -> str:
+    """Return the end of the message that there is no pair: the reasons, and what to do."""
+    counts = Counter(one.why for one in left_out)
+    told = ", ".join(f"{count} {why}" for why, count in counts.items())
+    more = not left_out or any(one.later for one in left_out)
+    return (f": of its runs {told}" if told else "") + (": run more of the sweep" if more else "")
 
 
 def gaps_by(observed: Sequence[Observation], variant: str, baseline: str, arm: str,
@@ -100,14 +149,15 @@ def gaps_by(observed: Sequence[Observation], variant: str, baseline: str, arm: s
     Both are empty if the pairs differ in their number of positions or documents.
     """
     own = [o for o in observed if o.arm == arm and o.usable and getattr(o, part)]
-    base = {(o.block, o.length): getattr(o, part) for o in own if o.architecture == baseline}
+    base = {(o.block, o.length): o for o in own if o.architecture == baseline}
     rows, blocks = [], []
     for o in own:
         partner = base.get((o.block, o.length))
-        if o.architecture == variant and partner is not None:
-            if len(partner) != len(getattr(o, part)) or (rows and len(rows[0]) != len(partner)):
+        if o.architecture == variant and partner is not None and _same_text(o, partner):
+            mine, theirs = getattr(o, part), getattr(partner, part)
+            if len(theirs) != len(mine) or (rows and len(rows[0]) != len(theirs)):
                 return np.empty((0, 0)), np.empty(0)
-            rows.append(np.log(np.divide(partner, getattr(o, part))))
+            rows.append(np.log(np.divide(theirs, mine)))
             blocks.append(o.block)
     return (np.array(rows), np.array(blocks)) if rows else (np.empty((0, 0)), np.empty(0))
 

@@ -32,7 +32,8 @@ class JointFit:
 
 
 def e_difference(points: Points, first: str, second: str, draws: int = 100) -> Estimate:
-    """Return E of the second group minus E of the first, as a share of the lowest loss; the error is by bootstrap."""
+    """Return E of the second group minus E of the first, as a share of their lowest loss; the error is by bootstrap."""
+    points = points.take(np.isin(points.group, (first, second)))
     found = []
     for seed, group in enumerate((first, second)):
         own = points.take(points.group == group)

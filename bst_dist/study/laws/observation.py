@@ -1,4 +1,4 @@
-"""Measured losses: the input of the law fits and of the verdicts."""
+"""Measured losses, and planned ones that are missing: the input of the law fits and of the verdicts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bst_dist.study.laws.law import Points
 
 @dataclass(frozen=True)
 class Observation:
-    """One measured loss."""
+    """One planned loss, measured or not."""
 
     name: str
     architecture: str
@@ -37,7 +37,7 @@ class Observation:
     flops: float
     time_s: float
     loss: float
-    """Nats per token."""
+    """Nats per token; NaN unless the run is done."""
     by_block: tuple[float, ...] = ()
     """The loss by position in the sequence, one value per block of W tokens."""
     by_document: tuple[float, ...] = ()
@@ -48,11 +48,17 @@ class Observation:
     slowed: float = math.nan
     """Median step time / 10 % quantile of the step times - 1. It is large if other programs used the machine. NaN if
     unknown."""
+    status: str = "done"
+    """done, running, waiting, failed or diverged."""
+    reason: str = ""
+    """Why it failed or diverged."""
+    corpora: str = ""
+    """SHA-256 of the text that it was trained on; empty if unknown."""
 
     @property
     def usable(self) -> bool:
-        """Whether the loss is a number that has a logarithm."""
-        return math.isfinite(self.loss) and self.loss > 0
+        """Whether the run is done and its loss is a number that has a logarithm."""
+        return self.status == "done" and math.isfinite(self.loss) and self.loss > 0
 
 
 def grid(observed: Sequence[Observation]) -> list[Observation]:

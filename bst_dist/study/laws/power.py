@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bst_dist.study.laws.gap import Gaps
-from bst_dist.study.laws.verdict import ANSWERS, MARGIN, POWER, Measured, Rule, tail
+from bst_dist.study.laws.verdict import ANSWERS, MARGIN, MISMATCH, POWER, Measured, Rule, tail
 
 STUDIES = 400
 MANY_PAIRS = 48
@@ -52,9 +52,9 @@ class Simulation:
     """Many simulated studies with the pairs of one design, each with its own noise."""
 
     def __init__(self, every: Sequence[Gaps], noise: Noise, studies: int = STUDIES, seed: int = 0,
-                 margin: float = MARGIN) -> None:  # fmt: skip
+                 margin: float = MARGIN, absent: int = 0) -> None:  # fmt: skip
         self.every, self.studies = list(every), studies
-        self.rule = Rule(every, margin=margin)
+        self.rule = Rule(every, margin=margin, absent=absent)
         generator = np.random.default_rng(seed)
         base: dict[tuple[str, float], np.ndarray] = {}
         level: dict[str, np.ndarray] = {}
@@ -135,27 +135,31 @@ def predict(every: Sequence[Gaps], noise: Noise, studies: int = STUDIES, margin:
     ]  # fmt: skip
 
 
-def visible(every: Sequence[Gaps], studies: int = 200) -> dict[str, float]:
+def visible(every: Sequence[Gaps], studies: int = 200, absent: int = 0) -> dict[str, float]:
     """Return for each factor the smallest change detected with power 0.8, in standard errors of the change.
 
-    The simulated studies have the same pairs, with the seeds repeated up to about MANY_PAIRS.
+    The simulated studies have the same pairs, with the seeds repeated up to about MANY_PAIRS. Confounded variants,
+    which never get the answer "grows", are left out; `absent` is that of `Rule`.
     """
     found: dict[str, float] = {}
     enlarged = [repeated(gaps, max(1, round(MANY_PAIRS / gaps.pairs))) for gaps in every]
     # With much noise, detected changes are far above the margin, so none of them is called equivalent.
-    simulation = Simulation(enlarged, Noise(0.05, 0.3), studies)
+    simulation = Simulation(enlarged, Noise(0.05, 0.3), studies, absent=absent)
     for test, case in enumerate(simulation.rule.cases):
-        if case.factor not in found:
+        if case.factor not in found and abs(case.mismatch) <= MISMATCH:
             error = float(np.std(simulation.null_measurements[test].change))
             found[case.factor] = simulation.smallest_seen(test) / error
     return found
 
 
-def pairs_needed(pairs: int, standard_error: float, errors: float, margin: float = MARGIN) -> int:
+def pairs_needed(pairs: int, standard_error: float, errors: float, margin: float = MARGIN) -> int | None:
     """Return the number of pairs with which a change as large as the margin equals `errors` standard errors.
 
-    `standard_error` is the error of the change with `pairs` pairs. It is proportional to 1 / sqrt(pairs).
+    `standard_error` is the error of the change with `pairs` pairs. It is proportional to 1 / sqrt(pairs). None if
+    `errors` is infinite: no number of pairs would do.
     """
+    if not math.isfinite(errors):
+        return None
     return math.ceil(pairs * (errors * standard_error / margin) ** 2)
 
 

@@ -80,6 +80,13 @@ def regress(columns: Vector, target: Vector, clusters: Vector) -> Regression:
     return Regression(estimator.coefficients @ target, scores.T @ scores, estimator.degrees)
 
 
+def clustered_mean(values: Vector, clusters: Vector) -> Estimate:
+    """Return the mean of `values` (n,); one cluster alone has no standard error."""
+    if len(np.unique(clusters)) < 2:
+        return Estimate(float(values.mean()), None)
+    return regress(np.ones((len(values), 1)), values, clusters).estimate(0)
+
+
 class CoefficientTest:
     """The t test and the permutation test of one coefficient, prepared once for any number of targets.
 

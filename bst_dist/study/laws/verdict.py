@@ -13,8 +13,8 @@ answer is the first that holds:
 3. grows or shrinks: the change differs from 0 both in its t test and in a permutation test (the larger p counts).
 4. undecided: none of these. The report then gives the number of pairs needed to detect a change as large as the margin.
 
-A variant that cannot be tested is included in Holm's adjustment with p = 1, so that the adjustment of the others does
-not become weaker.
+A variant that cannot be tested, or of which no pair of runs has finished, is included in Holm's adjustment with p = 1,
+so that the adjustment of the others does not become weaker.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from scipy import stats
 
 from bst_dist.study.laws.gap import Gaps
-from bst_dist.study.laws.regression import CoefficientTest, RegressionError, holm, regress
+from bst_dist.study.laws.regression import CoefficientTest, RegressionError, clustered_mean, holm, regress
 from bst_dist.study.statistics import Estimate
 
 LEVEL, POWER, MARGIN = 0.05, 0.8, 0.005
@@ -122,10 +122,11 @@ class Outcome(NamedTuple):
 class Rule:
     """The rule, prepared for a set of pairs. It is applied to their measured gaps and to gaps of simulated studies."""
 
-    def __init__(self, every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN) -> None:
+    def __init__(self, every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN, absent: int = 0) -> None:
+        """Prepare; `absent`: the number of planned variants that have no pair, and so are not in `every`."""
         self.margin, self.cases, self.untested = margin, [], {}  # type: float, list[Case], dict[str, str]
         names = {name for gaps in every for name in columns(gaps)[1] if name in UNITS}
-        self.tests = len(every) * len(names)
+        self.tests = (len(every) + absent) * len(names)
         for place, gaps in enumerate(every):
             matrix, varying = columns(gaps)
             try:
@@ -160,9 +161,13 @@ class Rule:
         return Outcome(p_difference, p_equivalence, answer)
 
 
-def judge(every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN) -> tuple[list[Change], dict[str, str]]:
-    """Apply the rule to all variants together. Return the changes, and for each untestable variant the reason."""
-    rule = Rule(every, draws, margin)
+def judge(every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN,
+          absent: int = 0) -> tuple[list[Change], dict[str, str]]:  # fmt: skip
+    """Apply the rule to all variants together. Return the changes, and for each untestable variant the reason.
+
+    `absent`: the number of planned variants without a pair.
+    """
+    rule = Rule(every, draws, margin, absent)
     if not rule.cases:
         return [], rule.untested
     measured = [rule.measure(case, case.gaps.gap[None]) for case in rule.cases]
@@ -195,9 +200,7 @@ def tail(value: np.ndarray, error: np.ndarray, degrees: float) -> np.ndarray:
 
 def mean_gap(gaps: Gaps) -> Estimate:
     """Return the mean advantage over all pairs, in ln of the loss; one pair alone has no standard error."""
-    if gaps.pairs < 2:
-        return Estimate(float(gaps.gap.mean()), None)
-    return regress(np.ones((len(gaps), 1)), gaps.gap, gaps.block).estimate(0)
+    return clustered_mean(gaps.gap, gaps.block)
 
 
 def mean_gain(gaps: Gaps) -> Estimate:

@@ -44,7 +44,8 @@ def zones(observed: Sequence[Observation], baseline: str, arm: str, others: Sequ
     for name in (arm, *others):
         for zone in ZONES:
             every = _gaps([o for o in observed if o.arm == name], zone, baseline, name, axis)
-            changes = judge(every)[0] if every and name == arm else []
+            absent = len({o.architecture for o in observed if o.arm == name} - {baseline}) - len(every)
+            changes = judge(every, absent=absent)[0] if every and name == arm else []
             answers = {c.variant: c.answer for c in changes if c.factor == "depth"}
             for gaps in every:
                 found.setdefault(gaps.variant, []).append(
@@ -55,8 +56,8 @@ def zones(observed: Sequence[Observation], baseline: str, arm: str, others: Sequ
 
 def _gaps(observed: Sequence[Observation], zone: str, baseline: str, arm: str, axis: Axis) -> list[Gaps]:
     """Return the gaps of every variant, with the mean loss of the zone in place of the whole loss."""
-    parts = [replace(o, loss=float(np.mean(o.by_block[_part(o, zone)]))) for o in observed
-             if o.usable and len(o.by_block) > o.depth]  # fmt: skip
+    parts = [replace(o, loss=float(np.mean(o.by_block[_part(o, zone)]))) if o.usable else o for o in observed
+             if not o.usable or len(o.by_block) > o.depth]  # fmt: skip
     found = []
     for variant in dict.fromkeys(o.architecture for o in parts if o.architecture != baseline):
         try:

@@ -21,7 +21,7 @@ from bst_dist.study.pack.order import in_order_of_value
 from bst_dist.study.pack.wheels import PROJECT, gather
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.design import Run
-from bst_dist.version import versions
+from bst_dist.version import COMMIT, versions
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import open_corpora
 
@@ -73,13 +73,15 @@ def size_of(folder: Path) -> int:
 
 
 def _copy_code(target: Path) -> None:
-    """Copy this program so that it can be imported without installation."""
+    """Copy this program so that it can be imported without installation, and write down its commit."""
     source = Path(bst_dist.__file__).parents[1]
     for name in PACKAGES:
         shutil.copytree(source / name, target / name, ignore=NOT_CARRIED)
     if root() == source:  # a checkout; in an installed program the packages contain these files
         shutil.copytree(source / STRATEGIES, target / STRATEGIES)
         shutil.copytree(source / "launch", target / "launch")
+    if commit := versions().get("commit"):
+        (target / COMMIT).write_text(commit + "\n")
     about = target / f"{PROJECT.replace('-', '_')}-{metadata.version(PROJECT)}.dist-info"
     about.mkdir()
     (about / "METADATA").write_text(metadata.distribution(PROJECT).read_text("METADATA") or "")

@@ -21,7 +21,7 @@ from bst_base.arguments import at_least
 from bst_base.errors import UserError
 from bst_dist.checkpoint.directory import CHECKPOINTS
 from bst_dist.study.pack import results
-from bst_dist.study.pack.contents import SIDE_BY_SIDE, Pack, read_pack
+from bst_dist.study.pack.contents import SIDE_BY_SIDE, Pack, Packed, read_pack
 from bst_dist.study.runs.runner import Runner, Worker
 from bst_dist.study.runs.state import State
 from bst_dist.study.sweep.collect import row_of
@@ -34,7 +34,19 @@ END_S = 40.0
 
 def main(argv: list[str] | None = None) -> int:
     """Train for the given time; return the exit status."""
-    parser = argparse.ArgumentParser(prog="run.sh", description=__doc__)
+    args = arguments().parse_args(argv)
+    try:
+        return Machine(read_pack(args.folder), args).train()
+    except UserError as error:
+        print(f"run.sh: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of run.sh's arguments. run.py reads --state too, so it may not be abbreviated."""
+    parser = argparse.ArgumentParser(prog="run.sh", description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help=argparse.SUPPRESS)  # run.py gives it
     parser.add_argument(
         "--minutes", type=float, default=9.0, metavar="N", help="how long to train (default: %(default)s)"
@@ -45,14 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, metavar="DIR", help="where to keep runs and packages (default: state/)")
     parser.add_argument("--side-by-side", type=at_least(1), default=SIDE_BY_SIDE, metavar="N",
                         help="parallel runs per GPU, or on the CPU (default: %(default)s)")  # fmt: skip
-    args = parser.parse_args(argv)
-    try:
-        return Machine(read_pack(args.folder), args).train()
-    except UserError as error:
-        print(f"run.sh: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        return 130
+    return parser
 
 
 class Machine:
@@ -64,9 +69,11 @@ class Machine:
         self.state = State(args.state / "study", pack.retries)
         self.jobs = pack.jobs(args.state / "data")
         self.until = self.began + max(END_S, args.minutes * 60 - END_S)
-        self.workers, self.written = args.side_by_side, self.began
+        self.side_by_side, self.written = args.side_by_side, self.began
+        self.workers = self.side_by_side * max(1, torch.cuda.device_count())
         self.log: list[str] = []
-        self.seen: set[str] = set()
+        self.seen: dict[str, Packed] = {}
+        """The runs that were started in this call, in this order."""
         self._tell(f"{pack.name} on {_device()}: {len(self.jobs)} runs, {args.minutes:g} minutes")
         if args.results:
             self._tell(f"{self._take_over(args.results)} runs were done elsewhere")
@@ -77,14 +84,16 @@ class Machine:
         Raises UserError if the first runs all fail (`_watch`).
         """
         before = self.state.counts(self.jobs)["done"]
-        runner = Runner(self.jobs, self.state, self.workers * max(1, torch.cuda.device_count()), self._tell,
-                        per_device=self.workers, until=self.until)  # fmt: skip
+        runner = Runner(self.jobs, self.state, self.workers, self._tell, per_device=self.side_by_side,
+                        until=self.until)  # fmt: skip
         try:
             runner.run(self._watch)
         finally:
             self._write()
         counts = self.state.counts(self.jobs)
         self._tell(f"{counts['done'] - before} runs done this time, {counts['done']} of {len(self.jobs)} in total")
+        if remedy := self.state.remedy(self.jobs):
+            self._tell(remedy)
         self._write()
         return 0
 
@@ -111,14 +120,20 @@ class Machine:
         return taken
 
     def _watch(self, workers: Sequence[Worker]) -> None:
-        """Write the results every WRITE_EVERY_S seconds; raise UserError if the first runs have all failed."""
-        self.seen |= {worker.run.name for worker in workers}
+        """Write the results every WRITE_EVERY_S seconds; raise UserError if the first runs have all failed.
+
+        A run has failed when it is not started again: neither memory that ran out nor a first failure counts.
+        """
+        self.seen |= {worker.run.name: worker.run for worker in workers}
         if time.monotonic() - self.written > WRITE_EVERY_S:
             self._write()
-        failed = [name for name in self.seen if self.state.failed_starts(name)]
-        if len(failed) >= 2 * self.workers and not any(results.finished(self.state.directory(n)) for n in self.seen):
-            last = self.state.failed_starts(failed[-1])[-1].reason
-            raise UserError(f"the first {len(failed)} runs all failed, so the others are not tried: {last}")
+        if any(results.finished(self.state.directory(name)) for name in self.seen):
+            return
+        statuses = [self.state.status_of(job) for job in self.seen.values()]
+        failed = [run_status for run_status in statuses if run_status.status == "failed"]
+        if len(failed) >= 2 * self.workers:
+            raise UserError(f"the first {len(failed)} runs all failed, so the others are not tried: "
+                            f"{failed[-1].reason}\n{self.state.remedy(self.jobs)}")  # fmt: skip
 
     def _write(self) -> None:
         """Write the results so far, and delete the checkpoints of finished runs that no other run needs."""
@@ -147,7 +162,7 @@ class Machine:
     def _summary(self) -> dict[str, Any]:
         return {
             "sweep": self.pack.name, "device": _device(), "host": platform.node(),
-            "seconds": time.monotonic() - self.began, "side_by_side": self.workers,
+            "seconds": time.monotonic() - self.began, "side_by_side": self.side_by_side,
             "runs": dict(self.state.counts(self.jobs)), "versions": versions(), "packed_with": self.pack.versions,
         }  # fmt: skip
 

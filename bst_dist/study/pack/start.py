@@ -7,6 +7,7 @@ Needs Python, torch, numpy and pip, but no network. A second call continues. `--
 
 from __future__ import annotations
 
+import argparse
 import lzma
 import os
 import shutil
@@ -21,7 +22,9 @@ DATA = "data.tar.xz"
 def main(argv: list[str]) -> str:
     """Unpack and install at the first call, then replace this process by the program; return an error message."""
     folder = Path(__file__).resolve().parent
-    state = Path(argv[argv.index("--state") + 1]).resolve() if "--state" in argv[:-1] else folder / "state"
+    parser = argparse.ArgumentParser(prog="run.sh", add_help=False, allow_abbrev=False)
+    parser.add_argument("--state", type=Path, metavar="DIR", default=folder / "state")
+    state = parser.parse_known_args(argv)[0].state.resolve()
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     known = (folder / "pythons").read_text().split()
     if python not in known:
@@ -40,9 +43,7 @@ def main(argv: list[str]) -> str:
     paths = [str(folder / "code"), str(state / "packages"), *([before] if before else [])]
     # pip has compiled nothing, so bytecode is written at import, and processes that start later reuse it.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": ""}
-    program = [sys.executable, "-m", "bst_dist.study.pack.machine", str(folder), *argv]
-    if "--state" not in argv:
-        program += ["--state", str(state)]
+    program = [sys.executable, "-m", "bst_dist.study.pack.machine", str(folder), *argv, "--state", str(state)]
     return os.execve(sys.executable, program, environment)
 
 

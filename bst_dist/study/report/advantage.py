@@ -57,11 +57,15 @@ def sentence(change: Change, one: Advantage) -> str:
             f"{unit.per}, from {power(change.from_value)} to {power(change.to_value)}; "
             f"{change.answer}")  # fmt: skip
     if change.answer == "undecided":
-        text += f", and about {one.more_pairs[change.factor]:,} more pairs of runs are needed"
+        more = one.more_pairs[change.factor]
+        text += (", and no number of pairs would show it" if more is None else
+                 f", and about {more:,} more pairs of runs are needed")  # fmt: skip
     if change.answer == "confounded":
         off = f"{100 * math.expm1(change.mismatch):+.1f} %"
+        found = one.adjusted.get(change.factor)
         text += (f": the ratio of parameter counts ({change.variant} to baseline) changes by {off} over this range. "
-                 f"Corrected for the sizes: {percent_interval(one.adjusted[change.factor])}")  # fmt: skip
+                 + (f"Corrected for the sizes: {percent_interval(found)}" if found else
+                    "There are too few pairs to correct for the sizes"))  # fmt: skip
     return text + "."
 
 

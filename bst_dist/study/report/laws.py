@@ -58,7 +58,7 @@ def _trust(laws: ArchitectureLaws) -> Iterator[str]:
         one = laws.intervals["log_aspect"]
         yield f"best width / depth: {math.exp(one.value):.3g} (95 % interval {_exp(one.low)} to {_exp(one.high)})"
     if (lack := laws.lack_of_fit) is not None:
-        told = "the residuals are larger than the spread over seeds" if lack.p_value < 0.05 else "not detected"
+        told = "the residuals are larger than the scatter within a shape" if lack.p_value < 0.05 else "not detected"
         yield f"lack of fit: F = {lack.statistic:.2f}, {_p(lack.p_value)}: {told}"
     if laws.isoflop_exponent is not None:
         yield f"exponent of the optimal N in C by isoFLOP profiles: {laws.isoflop_exponent:.3f}"

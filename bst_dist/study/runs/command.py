@@ -45,10 +45,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--hostfile", type=Path, metavar="FILE",
                        help="train on these hosts, as many runs in parallel as their slots allow")  # fmt: skip
-    where.add_argument("--slurm", type=at_least(1), metavar="N", help="submit an array of N tasks")
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="with --slurm: an option for sbatch"
-    )
+    where.add_argument("--slurm", type=at_least(1), metavar="N",
+                       help="submit a Slurm array of N tasks; each trains runs until none is left")  # fmt: skip
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=(
+        "with --slurm: an option for sbatch, as --sbatch=--time=24:00:00; may be given several times"
+    ))  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only show the runs or commands that would start")
 
 
@@ -109,6 +110,8 @@ def show_status(study: Study) -> dict[str, Any]:
             say(f"running   {job.name}: step {line['step'] if line else 0} of {job.recipe.train.steps}")
         elif run_status.status in ("failed", "diverged"):
             say(f"{run_status.status:<9} {job.name}: {run_status.reason}")
+    if remedy := study.state.remedy(study.jobs):
+        say(remedy)
     done = sum(job.work for job, run_status in statuses if run_status.status == "done")
     say(f"{done / sum(job.work for job in study.jobs):.0%} of the work is done")
     return {

@@ -79,14 +79,27 @@ class Result:
         """Largest `memory_bytes` of the performance reports."""
         return max(line["memory_bytes"] for line in self.performance)
 
-    def time_s(self, until: int | None = None) -> float:
-        """Return the total step time up to and including step `until`, without starts, checkpoints and evaluations."""
-        return sum(line["step_time_s"] for line in self.train if until is None or line["step"] <= until)
+    def until(self, step: int) -> Result:
+        """Return the metrics up to and including a step."""
+        return Result(self.directory, [line for line in self.lines if line["step"] <= step])
+
+    def time_s(self) -> float:
+        """Return the total step time, without starts, checkpoints and evaluations."""
+        return sum(line["step_time_s"] for line in self.train)
 
     @property
     def versions(self) -> dict[str, str | None]:
         """Versions recorded at its last start."""
-        return json.loads((self.directory / ENVIRONMENT).read_text(encoding="utf-8"))["starts"][-1]["versions"]
+        return self._last_start["versions"]
+
+    @property
+    def corpora(self) -> str:
+        """SHA-256 of each corpus that it was trained on, separated by spaces; empty for a synthetic task."""
+        return " ".join(corpus["sha256"] for corpus in self._last_start.get("corpora", ()))
+
+    @cached_property
+    def _last_start(self) -> dict[str, Any]:
+        return json.loads((self.directory / ENVIRONMENT).read_text(encoding="utf-8"))["starts"][-1]
 
 
 def read_result(directory: Path) -> Result:

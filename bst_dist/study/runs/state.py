@@ -3,7 +3,7 @@
 <root>/plan.json            blocks that were dropped to fit the budget
 <root>/recipes/<run>.yaml   recipe that the run is started with
 <root>/runs/<run>/          run directory
-<root>/attempts/<run>.jsonl starts that did not finish the run, one JSON object per line
+<root>/attempts/<run>.jsonl starts that did not finish the run, one JSON object per line; without it the run is new
 <root>/logs/<run>.log       output of the run
 <root>/documents/, lengths/ results of evaluations of the run, if any were requested
 <root>/locks/<run>          lock file, held by the process that trains the run, on any host
@@ -88,6 +88,15 @@ class State:
     def ready(self, run: Job) -> bool:
         """Whether the run's trunk, if it has one, is done."""
         return run.trunk is None or self._own(run.trunk).status == "done"
+
+    def remedy(self, runs: Iterable[Job]) -> str:
+        """Return how to have runs started again that failed too often; an empty string if there are none."""
+        failed = [run.name for run in runs if self._own(run.name).status == "failed"]
+        if not failed:
+            return ""
+        times = f"{self.retries + 1} time{'s' * (self.retries > 0)}"
+        return (f"{len(failed)} of the runs failed {times} and will not be started again. To have one started again, "
+                f"delete its list of failed starts: {self.path('attempts', failed[0])}")  # fmt: skip
 
     def failed_starts(self, name: str) -> list[FailedStart]:
         """Return the starts that did not finish the run, oldest first."""

@@ -68,6 +68,8 @@ def train(name: str, jobs: Sequence[Job], state: State, workers: int) -> Counter
     counts = state.counts(jobs)
     summary = ", ".join(f"{number} {status}" for status, number in counts.items())
     say(f"{name}: {summary} after {duration(time.monotonic() - started)}")
+    if remedy := state.remedy(jobs):
+        say(remedy)
     return counts
 
 

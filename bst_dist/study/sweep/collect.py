@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bst_dist.study.evaluation.scoring import score
 from bst_dist.study.evaluation.trained import open_run
 from bst_dist.study.runs.recipes import Job
-from bst_dist.study.runs.results import read_result
+from bst_dist.study.runs.results import Result, read_result
 from bst_dist.study.runs.state import State
 from bst_dist.study.sweep.design import Run
 from bst_dist.study.sweep.table import Row
@@ -68,25 +67,32 @@ def row_of(known: dict[str, Any], run: Job, state: State, documents: int = 0) ->
 
 
 def _measured(run: Job, parameters: float, state: State) -> dict[str, Any]:
-    """Return the measured columns of a finished run. The time includes the steps shared with its trunk."""
+    """Return the measured columns of a finished run. The times include the steps shared with its trunk."""
     directory = state.directory(run.name)
     result = read_result(directory)
-    shared = read_result(state.directory(run.trunk)).time_s(run.recipe.branch.step) if run.trunk else 0.0
+    shared = read_result(state.directory(run.trunk)).until(run.recipe.branch.step) if run.trunk else None
     return {
         "tokens": result.tokens,
         "flops": 6 * parameters * result.tokens,
         "loss_nats": result.final["loss_nats"],
         "bits_per_byte": result.final["bits_per_byte"],
         "loss_by_block": result.final["loss_by_block"],
-        "time_s": shared + result.time_s(),
-        "slowed": _slowed([line["step_time_s"] for line in result.train[1:] or result.train]),
+        "time_s": result.time_s() + (shared.time_s() if shared else 0.0),
+        "slowed": _slowed(_step_s(shared) if shared else [], _step_s(result)),
         "micro_sequences": read_recipe(directory).train.micro_sequences,
+        "corpora": result.corpora,
         "versions": result.versions,
     }
 
 
-def _slowed(step_s: list[float]) -> float:
-    return float(np.median(step_s) / np.quantile(step_s, 0.1) - 1)
+def _step_s(result: Result) -> list[float]:
+    return [line["step_time_s"] for line in result.warm]
+
+
+def _slowed(shared: list[float], own: list[float]) -> float:
+    """Return the column `slowed`: only both parts together show that one of them was slower from end to end."""
+    parts = (step_s for step_s in (shared, own, shared + own) if step_s)
+    return max(float(np.median(step_s) / np.quantile(step_s, 0.1) - 1) for step_s in parts)
 
 
 def _by_document(run_dir: Path, at_most: int) -> list[float]:
@@ -95,6 +101,8 @@ def _by_document(run_dir: Path, at_most: int) -> list[float]:
     Two runs are compared on the same documents, so the difficulty of a document cancels. The rest shows how much an
     advantage depends on the choice of documents. Raises UserError if the checkpoint or the corpus cannot be read.
     """
+    from bst_dist.study.evaluation.scoring import score  # it needs scipy, which a packed folder does not have
+
     trained = open_run(run_dir)
     length, losses = trained.recipe.train.sequence_length, []
     for corpus in open_corpora(trained.recipe.data, "validation"):

@@ -41,8 +41,11 @@ class Plan:
         noise = Noise(self.sweep.noise.seed, self.sweep.noise.within)
         return predict(planned_gaps(self.runs, self.sweep.baseline, self.sweep.arm), noise)
 
-    def pairs_needed(self, power: Sequence[Power]) -> dict[str, int]:
-        """Return for each factor the number of pairs with 80 % power to detect a change as large as the margin."""
+    def pairs_needed(self, power: Sequence[Power]) -> dict[str, int | None]:
+        """Return for each factor the number of pairs with 80 % power to detect a change as large as the margin.
+
+        None if no number would be enough.
+        """
         errors = visible(planned_gaps(self.runs, self.sweep.baseline, self.sweep.arm))
         return {p.factor: pairs_needed(p.pairs, p.standard_error, errors[p.factor]) for p in power}
 

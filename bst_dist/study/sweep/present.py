@@ -15,6 +15,7 @@ from bst_dist.study.laws import audit as rates
 from bst_dist.study.laws import verdict
 from bst_dist.study.laws.advantage import Comparison, compare
 from bst_dist.study.laws.audit import Corner, audit
+from bst_dist.study.laws.observation import grid
 from bst_dist.study.laws.scaling import Laws, fit_laws
 from bst_dist.study.report import advantage, laws
 from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Picture
@@ -22,6 +23,7 @@ from bst_dist.study.report.figures import gap_figure, loss_figure, place_figure
 from bst_dist.study.report.style import STYLE
 from bst_dist.study.report.words import number, percent, power
 from bst_dist.study.runs.results import trained_with
+from bst_dist.study.sweep.caveats import caveats, counted
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.coordinates import SLOPE, Check
 from bst_dist.study.sweep.table import Row, observations
@@ -69,29 +71,11 @@ def blocks(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> list[Blo
 
 def _answer(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterator[Block]:
     yield from advantage.answer(found.flops)
-    counts = Counter(row.status for row in rows)
     yield Paragraph(
-        f"{len(rows)} measurements were planned: " + ", ".join(f"{n} {status}" for status, n in counts.items())
-        + f". The advantage is ln L({sweep.baseline}) − ln L(variant) at equal training FLOPs and equal N, in percent "
+        f"{counted(rows)}. The advantage is ln L({sweep.baseline}) − ln L(variant) at equal training FLOPs, in percent "
         f"of the loss; a positive value means that the variant is better. Verdicts use arm {sweep.arm} only."
-    )  # fmt: skip
-    yield from _reservations(counts, found)
-
-
-def _reservations(counts: Counter[str], found: Findings) -> Iterator[Block]:
-    """Yield the caveats of the verdict: unfinished runs, and a learning rate that was not shown to be right."""
-    if unfinished := counts["waiting"] + counts["running"]:
-        yield Paragraph(f"{unfinished} measurements have not finished. A verdict read before they finish is wrong more "
-                        "often than its p-value says.")  # fmt: skip
-    answers = Counter(corner.answer for corner in found.audit)
-    if answers["failed"]:
-        yield Paragraph("The learning-rate audit failed, so a change with depth or compute may be an effect of the "
-                        "learning rate.")  # fmt: skip
-    elif answers["undecided"]:
-        yield Paragraph("The learning-rate audit is undecided in some corners, so a change with depth or compute may "
-                        "be an effect of the learning rate.")  # fmt: skip
-    elif not found.audit:
-        yield Paragraph("There was no learning-rate audit: only the default learning rate was tried.")
+    )
+    yield from caveats(rows, found.audit)
 
 
 def _advantage(found: Findings) -> Iterator[Block]:
@@ -122,7 +106,7 @@ def _advantage(found: Findings) -> Iterator[Block]:
 def _laws(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterator[Block]:
     yield Heading(2, "Scaling laws")
     own = [o for o in observations(list(rows)) if o.arm == sweep.arm]
-    if not own:
+    if not grid(own):
         yield Paragraph("No run has finished.")
         return
     yield Picture("loss", loss_figure(own, found.laws), "Validation loss against training FLOPs. Lines join the "
@@ -180,7 +164,8 @@ def audit_blocks(corners: Sequence[Corner]) -> Iterator[Block]:
     yield Sheet(
         ("architecture", "corner", "seeds", "loss by factor", "best", "cost of the default rate", "answer"),
         [[c.architecture, c.corner, str(c.seeds), ", ".join(f"{f:g}: {loss:.4f}" for f, loss in c.losses.items()),
-          number(c.best, ".2f") or "no valley", _lost(c), c.answer] for c in corners],
+          number(c.best, ".2f") or "no valley", _lost(c), ": ".join(filter(None, (c.answer, c.why)))]
+         for c in corners],
     )  # fmt: skip
 
 

@@ -72,10 +72,12 @@ class Row(Config):
     time_s: Measured = math.nan
     """Time of all steps, including those of the shared trunk, without starts, checkpoints and evaluations."""
     slowed: Measured = math.nan
-    """Median step time / 10 % quantile of the step times - 1. Above 0.1 the machine had other work, and there is no
-    verdict at equal time."""
+    """Median step time / 10 % quantile of the step times - 1: the largest of its own steps, of those shared with the
+    trunk, and of both together. Above 0.1 the machine had other work, and there is no verdict at equal time."""
     micro_sequences: int = 0
     """Micro-batch size of the run, which is less than the recipe's if memory ran out."""
+    corpora: str = ""
+    """SHA-256 of each corpus that it was trained on, in the recipe's order; empty if unknown, as in older tables."""
     versions: dict[str, str | None] = Field(default_factory=dict)
     """Versions of the software and hardware that it ran on."""
 
@@ -123,7 +125,7 @@ def read(path: Path) -> list[Row]:
 
 
 def observations(rows: list[Row]) -> list[Observation]:
-    """Return the finished measurements as observations for the laws and the verdict."""
+    """Return the planned measurements, finished or not, as observations for the laws and the verdict."""
     return [
         Observation(
             name=row.run, architecture=row.architecture, arm=row.arm, block=row.block, run=row.trunk, seed=row.seed,
@@ -131,7 +133,7 @@ def observations(rows: list[Row]) -> list[Observation]:
             non_embedding=float(row.parameters_non_embedding), tokens=float(row.tokens),
             length=row.tokens_per_parameter, flops=row.flops, time_s=row.time_s, loss=row.loss_nats,
             by_block=row.loss_by_block, by_document=row.loss_by_document, held_out=row.role == "hold-out",
-            rate_factor=row.rate_factor, slowed=row.slowed,
+            rate_factor=row.rate_factor, slowed=row.slowed, status=row.status, reason=row.reason, corpora=row.corpora,
         )
-        for row in rows if row.status == "done"
+        for row in rows
     ]  # fmt: skip

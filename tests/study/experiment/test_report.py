@@ -108,6 +108,19 @@ def test_table_contains_the_results_of_the_runs(made, capsys):
     assert "differences are paired by seed" in shown
 
 
+def test_percentages_are_of_the_reference_with_the_same_seeds(made, capsys):
+    """The seed that only the arm or only the reference has says nothing about the difference."""
+    m = made(seeds=[0, 1, 2, 3])
+    slow = {("sliding", 0): 4.0, ("fir", 0): 2.0, ("sliding", 1): 4.0, ("fir", 1): 2.0, ("fir", 2): 0.1,
+            ("sliding", 3): 0.1}  # fmt: skip
+    for trial in m.trials:
+        if (seconds := slow.get((trial.arm, trial.seed))) is not None:
+            m.finish(trial, [6.0, 4.0, 2.5, 2.0], (9, seconds, seconds, seconds))
+    row = _rows(m.report())["fir"]
+    assert row["difference"]["tokens_per_s"]["value"] == 16 - 8  # of seeds 0 and 1
+    assert "+100% ± 0% *" in capsys.readouterr().out  # of 8 tokens/s
+
+
 def test_written_files_contain_the_same_table(made):
     m = made()
     for trial in m.trials:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,19 @@ def test_shared_e_is_recovered_and_different_e_is_detected(sweep):
     assert difference.low <= 0 <= difference.high
     noisy = joined(sweep(PUBLISHED, 0.02, 1, "sliding"), sweep(other, 0.02, 2, "bst"))
     assert equality(e_difference(noisy, "sliding", "bst", 30), 0.01) == "undecided"  # not rejected does not mean equal
+
+
+def test_equality_of_e_does_not_depend_on_other_architectures(sweep):
+    """Runs of a third architecture say nothing about the scatter of two, so they add no degrees of freedom."""
+
+    def of(law, seed, group):
+        made = sweep(law, 0.002, seed, group)
+        return replace(made, run=np.char.add(f"{group} ", made.run))
+
+    two = joined(of(PUBLISHED, 1, "sliding"), of(PUBLISHED, 2, "bst"))
+    three = joined(two, of(Law(1.5, 300.0, 0.36, 1900.0, 0.36), 3, "mega"))
+    assert e_difference(three, "sliding", "bst", 10) == e_difference(two, "sliding", "bst", 10)
+    assert e_difference(three, "sliding", "bst", 10).degrees == 2 * 24 - 2 * 5  # runs - unknowns
 
 
 def test_isoflop_optima_agree_with_the_law():

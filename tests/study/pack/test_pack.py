@@ -22,13 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
 from packaging.utils import parse_wheel_filename
 
 from bst_base.errors import UserError
-from bst_base.settings import parse
 from bst_dist.study.pack import folder, results, wheels
 from bst_dist.study.pack.contents import read_pack
 from bst_dist.study.pack.machine import Machine
@@ -36,47 +34,12 @@ from bst_dist.study.pack.order import PRIOR, UNKNOWN, in_order_of_value
 from bst_dist.study.runs.runner import Runner
 from bst_dist.study.runs.state import FailedStart, State
 from bst_dist.study.sweep import table
-from bst_dist.study.sweep.config import SweepConfig
-from bst_dist.study.sweep.design import Designer
 from bst_dist.study.sweep.soundness import planned_gaps
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture
-def sweep(tmp_path, corpus):
-    """A file with the settings of a small sweep on a small corpus."""
-    base = {
-        "model": {"block": 32}, "data": {"corpus": str(corpus)}, "deepspeed": "ds_configs/zero0.json", "ranks": 1,
-        "train": {"sequence_length": 64, "sequences": 4, "micro_sequences": 4, "precision": "fp32"},
-        "evaluation": {"every": 0, "sequences": 4}, "log": {"tensorboard": False},
-    }  # fmt: skip
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    settings = {
-        "name": "t", "recipe": str(tmp_path / "base.yaml"), "directory": str(tmp_path / "out"),
-        "architectures": {"sliding": {"model.mixer": "sliding"}, "bst": {"model.mixer": "bst"}}, "baseline": "sliding",
-        "sizes": [5e4, 8e4], "depths": [2], "tokens_per_parameter": [0.05, 0.1], "seeds": [0, 1],
-        "arms": {"all": {}}, "shape": {"head_width": 4}, "budget": {"flops_per_s": 1e9},
-    }  # fmt: skip
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(settings))
-    return settings
-
-
-def planned(settings, **others):
-    config = parse(SweepConfig, {**settings, **others})
-    designer = Designer(config)
-    return config, designer.runs(designer.cells())
-
-
-@pytest.fixture
-def packed(sweep, tmp_path, monkeypatch):
-    """The plan of a packed folder without wheels, its runs, and its path."""
-    monkeypatch.setattr(folder, "gather", lambda *_: [])
-    config, runs = planned(sweep)
-    return folder.make(config, runs, tmp_path / "pack", 5, ["3.11"], 10**8), runs, tmp_path / "pack"
-
-
-def test_blocks_are_ordered_by_information_gain_per_cost(sweep):
+def test_blocks_are_ordered_by_information_gain_per_cost(sweep, planned):
     """Compared with least squares on pseudo-observations, with one more per coefficient for the prior."""
     config, runs = planned(sweep, depths=[2, 4], arms={"near": {}}, sizes=[5e4, 8e4])
     gaps = planned_gaps(runs, "sliding", "near")[0]
@@ -106,7 +69,7 @@ def test_blocks_are_ordered_by_information_gain_per_cost(sweep):
     assert set(depths[:4]) == {2, 4}  # both are needed to estimate the effect of depth
 
 
-def test_audits_run_after_their_size_and_trunks_before_branches(sweep):
+def test_audits_run_after_their_size_and_trunks_before_branches(sweep, planned):
     config, runs = planned(sweep, audit={"factors": [2.0], "seeds": 2})
     order = in_order_of_value(runs, lambda run: run.own_flops, config.noise, "sliding")
     place = {run.name: index for index, run in enumerate(order)}
@@ -133,7 +96,7 @@ def test_the_folder_trains_the_same_runs_from_its_own_corpus(packed):
     assert names == {"code", "data.tar.xz", "pack.json", "pythons", "README.md", "run.py", "run.sh"}
 
 
-def test_failed_pack_leaves_no_folder(sweep, tmp_path, monkeypatch):
+def test_failed_pack_leaves_no_folder(sweep, planned, tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "gather", lambda *_: [])
     config, runs = planned(sweep)
     with pytest.raises(UserError, match=r"the folder would have .* MB, of which .* MB are the corpus"):
@@ -259,7 +222,18 @@ def test_packed_sweep_stops_early_if_all_first_runs_fail(machine, tmp_path):
         machine("fail")
     assert "no kernel image" in (tmp_path / "back" / "log.txt").read_text()
     rows = table.read(tmp_path / "back" / "table.json")
-    assert {row.status for row in rows} == {"waiting", "failed"} or {row.status for row in rows} == {"waiting"}
+    assert {row.status for row in rows} == {"failed"}  # the trunks, and with them their branches
+
+
+def test_runs_of_a_packed_folder_know_their_commit(sweep, planned, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "gather", lambda *_: [])
+    monkeypatch.setattr(folder, "versions", lambda: {"bst_dist": "1", "commit": "abc-dirty"})
+    config, runs = planned(sweep)
+    folder.make(config, runs, tmp_path / "pack", 5, ["3.11"], 10**8)
+    command = [sys.executable, "-c", "from bst_dist.version import versions; print(versions()['commit'])"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "pack" / "code")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "abc-dirty"
 
 
 def test_time_limit_ends_a_part_and_finished_runs_are_skipped_later(machine, packed, tmp_path):

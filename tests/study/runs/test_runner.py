@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import yaml
 from bst_base.errors import UserError
 from bst_base.settings import parse
 from bst_dist.study.report import document
+from bst_dist.study.runs.command import Study, show_status
 from bst_dist.study.runs.runner import SAVING_S, Runner, Worker
 from bst_dist.study.runs.state import State
 from bst_dist.study.sweep import present, table
@@ -128,6 +130,34 @@ def test_rows_count_the_steps_shared_with_the_trunk(sweep):
         assert row.flops == pytest.approx(run.flops)
 
 
+def test_a_disturbed_trunk_counts_as_a_disturbed_machine(sweep):
+    """The trunk is most of the time of a row, so its steps up to the branch are in `slowed` too."""
+    rows, _ = sweep(only=f"bst-all-{ONE}")
+    assert [row.slowed for row in rows] == [0.0, 0.0]
+    steps = {run.multiple: run.recipe.branch.step for run in sweep.runs if run.name in {row.run for row in rows}}
+    metrics = sweep.state.directory(rows[0].trunk) / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+
+    def slowed(slow):
+        changed = [{**x, "step_time_s": 2.0 if x["kind"] == "train" and slow(x["step"]) else 1.0} for x in lines]
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in changed))
+        return [row.slowed for row in collect(sweep.runs, sweep.state, "sliding") if row.run in {r.run for r in rows}]
+
+    assert slowed(lambda step: step > 0.9 * steps[0.1]) == [0.0, 1.0]  # most steps of the longer branch's trunk
+    assert slowed(lambda step: step > 0.4 * steps[0.1]) == [1.0, 1.0]
+    assert slowed(lambda step: True) == [1.0, 1.0]  # only beside the branch's own steps
+
+
+def test_rows_contain_the_hashes_of_the_corpora(sweep):
+    rows, _ = sweep(only=f"sliding-all-{ONE}")
+    assert [row.corpora for row in rows] == ["", ""]
+    corpora = [{"path": "/a", "sha256": "1" * 64}, {"path": "/b", "sha256": "2" * 64}]
+    start = {"versions": {"torch": "x"}, "corpora": corpora}
+    (sweep.state.directory(rows[1].run) / "environment.json").write_text(json.dumps({"starts": [start]}))
+    rows = [row for row in collect(sweep.runs, sweep.state, "sliding") if row.status == "done"]
+    assert [row.corpora for row in rows] == ["", f"{'1' * 64} {'2' * 64}"]
+
+
 def test_diverged_runs_are_recorded_with_their_branches_and_not_started_again(sweep):
     rows, _ = sweep({f"sliding-all-{ONE}-trunk": "diverge"}, only=f"sliding-all-{ONE}")
     assert [row.status for row in rows] == ["diverged"] * 2
@@ -140,6 +170,23 @@ def test_failed_runs_are_retried_up_to_the_limit_and_recorded(sweep):
     assert [row.status for row in rows] == ["failed", "done"]
     assert rows[0].reason == "Segmentation fault somewhere"
     assert sum("m0.1" in line for line in said) == 2
+
+
+def test_failed_run_is_started_again_as_the_message_says(sweep, capsys):
+    told = {f"sliding-all-{ONE}-m0.1": "fail", f"bst-all-{ONE}-trunk": "fail"}
+    sweep(told, ONE)
+    show_status(Study("sweep", "t", sweep.runs, sweep.state))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 of the runs failed 2 times and will not be started again. To have one started again, delete its " in said
+    sweep.state.path("attempts", next(r.name for r in sweep.runs if f"bst-all-{ONE}-trunk" in r.name)).unlink()
+    assert sweep.state.remedy(sweep.runs).startswith("1 of the runs failed 2 times")
+    (left,) = re.findall(r"failed starts: (\S+)", sweep.state.remedy(sweep.runs))
+    Path(left).unlink()
+    assert sweep.state.remedy(sweep.runs) == ""
+    rows, _ = sweep(only=ONE)
+    assert {row.status for row in rows} == {"done"}
+    show_status(Study("sweep", "t", sweep.runs, sweep.state))
+    assert "started again" not in capsys.readouterr().out
 
 
 def test_run_stopped_by_a_signal_does_not_count_as_failed(sweep):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from bst_base.shipped import SWEEPS
 from bst_dist.study.runs.command import Study, add_file
 from bst_dist.study.runs.state import State
 from bst_dist.study.sweep.config import SweepConfig, load_sweep
 from bst_dist.study.sweep.plan import Plan, make_plan
-from bst_dist.study.sweep.table import Row, read
+from bst_dist.study.sweep.table import Row, TableError, read
 
 TABLE = "table.json"
 
@@ -32,6 +34,20 @@ def open_plan(args: argparse.Namespace) -> tuple[Plan, Study]:
 
 
 def open_table(args: argparse.Namespace) -> tuple[SweepConfig, list[Row]]:
-    """Load the sweep and the table that `bst sweep collect` wrote."""
+    """Load the sweep and the table that `bst sweep collect` wrote.
+
+    Raises TableError for the table of another sweep: one without the arm of the verdict or without the baseline.
+    """
     sweep = open_sweep(args)
-    return sweep, read(sweep.root / TABLE)
+    path = sweep.root / TABLE
+    rows = read(path)
+    _require(path, "arms", sweep.arm, [row.arm for row in rows])
+    _require(path, "architectures", sweep.baseline, [row.architecture for row in rows])
+    return sweep, rows
+
+
+def _require(path: Path, what: str, wanted: str, found: Sequence[str]) -> None:
+    if wanted not in found:
+        names = ", ".join(dict.fromkeys(found)) or "none"
+        raise TableError(f"{path}: {wanted} is not among its {what} ({names}): give the settings that it was "
+                         "collected with, or run `bst sweep collect` again")  # fmt: skip

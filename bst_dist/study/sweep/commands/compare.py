@@ -1,9 +1,10 @@
-"""Which architecture is ahead, and does its advantage grow or shrink? The verdict by the rule of laws/verdict.py.
+"""Which architecture is ahead, and does its advantage grow or shrink with depth and compute?
 
     bst sweep compare launch/sweeps/mini.yaml
     bst sweep compare launch/sweeps/mini.yaml --at time_s
 
 The advantage is ln L_baseline - ln L_variant of paired runs, in per cent of the loss; above 0 the variant is better.
+The verdict follows the rule that docs/sweeps.md explains (bst_dist/study/laws/verdict.py).
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import argparse
 from typing import Any
 
 from bst_dist.study.laws.advantage import compare
+from bst_dist.study.laws.audit import audit
 from bst_dist.study.report import advantage
+from bst_dist.study.report.document import Paragraph
 from bst_dist.study.report.terminal import show
 from bst_dist.study.report.words import plain
+from bst_dist.study.sweep.caveats import caveats, counted
 from bst_dist.study.sweep.commands.common import add_sweep, open_table
 from bst_dist.study.sweep.table import observations
 
@@ -28,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     sweep, rows = open_table(args)
-    found = compare(observations(rows), sweep.baseline, sweep.arm, args.at)
-    show([*advantage.answer(found), *advantage.tables(found), *advantage.held_out(found)])
-    return plain(found)
+    observed = observations(rows)
+    found = compare(observed, sweep.baseline, sweep.arm, args.at)
+    limits = [Paragraph(f"{counted(rows)}."), *caveats(rows, audit(observed))]
+    show([*advantage.answer(found), *limits, *advantage.tables(found), *advantage.held_out(found)])
+    return {**plain(found), "caveats": [limit.text for limit in limits]}

@@ -17,7 +17,7 @@ from typing import Any
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.laws.power import Power
 from bst_dist.study.laws.verdict import MARGIN, UNITS
-from bst_dist.study.report.words import percent, plain
+from bst_dist.study.report.words import number, percent, plain
 from bst_dist.study.sweep.commands.common import add_sweep, open_plan
 from bst_dist.study.sweep.plan import Plan
 from bst_dist.study.sweep.price import shape_key
@@ -89,7 +89,7 @@ def show_power(plan: Plan) -> dict[str, Any]:
              f"standard deviation of {noise.seed:.2%} of the loss between seeds (noise.seed)")  # fmt: skip
     rows = [
         [UNITS[p.factor].per, percent(p.standard_error, sign=False), f"{p.at_margin:.0%}", _seen(p),
-         f"{p.equivalent:.0%}", f"{needed[p.factor]:,}"]
+         f"{p.equivalent:.0%}", number(needed[p.factor], ",") or "no number"]
         for p in every
     ]  # fmt: skip
     names = ("change of the advantage per", "standard error", f"power at {MARGIN:.1%}", "change with 80 % power",

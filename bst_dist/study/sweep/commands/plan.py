@@ -5,7 +5,8 @@
 
 --measure first times every shape on this machine for this many seconds; --gpu takes the speed that `bst plan` expects
 on such devices, including launches of small kernels. Either result is kept for later commands; without both, the cost
-is computed from budget.flops_per_s. Blocks are dropped, with all their architectures, until the sweep fits the budget.
+is computed from budget.flops_per_s. If the sweep exceeds its budget, whole cells of the grid (one size, depth, seed and
+arm, with all architectures) are left out until it fits.
 """
 
 from __future__ import annotations
