@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from bst_base.host import free_port
 from bst_dist.cluster.channel import Channel, Closed, Message, proof, proved
@@ -51,16 +51,19 @@ class Agent:
         self.reported: set[int] = set()
         self.released = False
         self.alone = False
+        self.told = False
         self.beaten = 0.0
         self.said_dropped = 0
+        self.question: int | None = None
+        """Number of the question that is being answered."""
         self.selector = selectors.DefaultSelector()
         self.selector.register(channel, selectors.EVENT_READ, self._listen)
         self.duties: dict[str, Callable[[Message], None]] = {
             "beat": lambda _: None,  # receiving it has already updated `channel.heard`
-            "clock": lambda _: self.channel.send("clock", seconds=time.time()),
-            "probe": lambda wanted: self.channel.send("probe", **probe(**wanted)),
+            "clock": lambda _: self._answer("clock", seconds=time.time()),
+            "probe": lambda wanted: self._answer("probe", **probe(**wanted)),
             "unmark": self._unmark,
-            "port": lambda _: self.channel.send("port", number=free_port()),
+            "port": lambda _: self._answer("port", number=free_port()),
             "start": self._start,
             "stop": lambda _: self._stop_ranks(self.grace_s, by_user=True),
             "kill": self._on_kill,
@@ -77,10 +80,10 @@ class Agent:
                     for key, _ in found:
                         key.data()
                     self.channel.flush()
+                    if stop_signals:
+                        self._obey(stop_signals[0])
                     self._report_ended()
                     self._beat()
-                    if stop_signals:
-                        self._stop_ranks(self.grace_s)
                     self._look_for_the_launching_process(looked)
                 self._report_ended()
                 self.channel.drain(LAST_WORDS_S)
@@ -88,6 +91,13 @@ class Agent:
                 self._finish_alone()
             finally:
                 self._kill()
+
+    def _obey(self, stop_signal: int) -> None:
+        """Stop the ranks, and any that are started later, because this process was told to stop; report it once."""
+        if not self.told:
+            self.told = True
+            self.channel.send("told", signal=stop_signal)
+        self._stop_ranks(self.grace_s)
 
     def _look_for_the_launching_process(self, looked: float) -> None:
         """Stop the ranks when the launching process has been silent for too long, even if it returns later.
@@ -106,7 +116,7 @@ class Agent:
 
     def _do(self, messages: Sequence[Message]) -> None:
         for message in messages:
-            kind = message.pop("kind")
+            kind, self.question = message.pop("kind"), message.pop("question", None)
             try:
                 self.duties[kind](message)
             except Closed:
@@ -114,9 +124,13 @@ class Agent:
             except Exception as error:  # report any error, or the user would only see "connection closed"
                 self.channel.send("failed", duty=kind, why=f"{type(error).__name__}: {error}")
 
+    def _answer(self, kind: str, **fields: Any) -> None:
+        """Answer the message that is being handled, with the number of its question."""
+        self.channel.send(kind, question=self.question, **fields)
+
     def _unmark(self, where: Message) -> None:
         unmark(**where)
-        self.channel.send("unmarked")
+        self._answer("unmarked")
 
     def _start(self, job: Message) -> None:
         share = Share(**job["share"])
@@ -140,7 +154,7 @@ class Agent:
 
     def _on_kill(self, _: Message) -> None:
         self._kill()
-        self.channel.send("killed")
+        self._answer("killed")
 
     def _leave(self, _: Message) -> None:
         self.released = True

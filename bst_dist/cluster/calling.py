@@ -32,9 +32,14 @@ ANNOUNCED = re.compile(rb"bst-agent (?P<key>\S+) (?P<secret>[0-9a-f]{64})\b")
 """The first line that an agent prints; launchers may put a label before it."""
 FAILED = re.compile(r"bst-agent (?P<key>\S+) failed: (?P<reason>.*)")
 """The line that an agent prints when it cannot reach this process."""
+EMPTY = re.compile(r"[-=\s\0]*")
+"""A line that says nothing; Open MPI puts a line of dashes around its messages."""
+CONSEQUENCE = re.compile(r"^pdsh@.* exited with |^srun: error: .* [Ee]xited with ")
+"""A line that says that an agent failed, and not why."""
 STRANGER_S, STRANGERS = 20.0, 64
 """Maximum seconds that an unauthenticated connection stays open, and how many are allowed besides the agents'."""
-KEPT_LINES = 200
+KEPT_LINES, LAST_LINES = 200, 15
+"""Lines of the launcher's output that are kept, and that are printed when an agent did not start."""
 END_S = 5.0
 """Maximum seconds to wait until the launcher ends after its agents."""
 
@@ -84,12 +89,22 @@ class AgentGateway:
                 self._send_away(channel)
 
     def said(self, host: str) -> str:
-        """Return the last line that the launcher printed about a host, else its last line, else an empty string."""
+        """Return the last line that the launcher printed about a host, else its last line, else an empty string.
+
+        Lines that give a reason are preferred.
+        """
         if host in self.refused:
             return self.refused[host]
         names = {host, host.rpartition("@")[2], host.rpartition("@")[2].partition(".")[0]}
-        about = [line for line in self._said if any(name in line for name in names)] or list(self._said)
-        return about[-1] if about else ""
+        named = re.compile(rf"(?<![\w.-])(?:{'|'.join(map(re.escape, names))})(?![\w-])")
+        about = [line for line in self._said if named.search(line)] or list(self._said)
+        reasons = [line for line in about if not CONSEQUENCE.search(line)]
+        return (reasons or about or [""])[-1]
+
+    @property
+    def last_lines(self) -> list[str]:
+        """The last lines that the launcher printed, besides the agents' secrets."""
+        return list(self._said)[-LAST_LINES:]
 
     def close(self) -> None:
         """Close the port and all unauthenticated connections, and end the launcher.
@@ -128,7 +143,7 @@ class AgentGateway:
         for line in lines:
             if found := ANNOUNCED.search(line):
                 self._secrets.setdefault(found["key"].decode(errors="replace"), found["secret"].decode())
-            elif text := line.decode(errors="replace").strip():
+            elif not EMPTY.fullmatch(text := line.decode(errors="replace").strip()):
                 self._take_failure(text)
         self._let_in()
 

@@ -9,12 +9,13 @@ ended. The controller reads all pending messages before it decides, and its time
 from __future__ import annotations
 
 import math
+import os
 import selectors
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class LaunchOptions:
     ssh_port: int | None = None
     master_port: int = 0
     """Rendezvous port of the ranks on rank 0's host; 0: any free port there."""
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    """Environment of the launcher, which some launchers pass to the agents."""
 
 
 class Controller:
@@ -62,8 +65,11 @@ class Controller:
         self.channels: dict[str, Channel] = {}
         self.gone: dict[str, str] = {}
         """Hosts whose connection has ended -> the reason."""
+        self.told: dict[str, int] = {}
+        """Hosts whose agent was told to stop, by a scheduler for example -> the signal."""
         self.ended = Ended(0)
         self._passed_on = 0
+        self._question = 0
         self._answers: dict[str, Message] = {}
         self._beaten = -math.inf
         self._selector = selectors.DefaultSelector()
@@ -79,7 +85,8 @@ class Controller:
         return self._gateway.job
 
     def __enter__(self) -> Controller:
-        self._gateway.start(self.command, launchers.environment(self.options.launcher, self.options.ssh_port))
+        launcher, ssh_port = self.options.launcher, self.options.ssh_port
+        self._gateway.start(self.command, launchers.environment(launcher, ssh_port, self.options.environment))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,7 +97,10 @@ class Controller:
         self._selector.close()
 
     def call(self) -> dict[str, str]:
-        """Wait until the agents connect; return the hosts whose agent did not, with the reason if it is known."""
+        """Wait until the agents connect; return the hosts whose agent did not, with the reason if it is known.
+
+        Then the launcher's last lines are printed too.
+        """
         until = self.hearing.listened_s + CALL_S
         while len(self.channels) + len(self._gateway.refused) < len(self.hosts) and self.hearing.listened_s < until:
             self._pump()
@@ -98,32 +108,36 @@ class Controller:
                 self._pump()  # read its last output
                 break
         missing = [host.name for host in self.hosts if host.name not in self.channels]
+        if missing and (lines := self._gateway.last_lines):
+            print(f"bst launch: the last lines of {self.options.launcher}:", *lines, sep="\n  ", file=sys.stderr)
         return {name: f"no agent called back{self._launcher_said(name)}" for name in missing}
 
     def ask(self, kind: str, fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Message]:
         """Send a question to each host in `fields` in parallel; return the answers that arrived in time, by host.
 
-        After a second stop signal it only waits for answers to "kill".
+        An answer carries the number of its question, so a late one is not taken for the answer to another question.
+        After a stop signal it only waits for answers to "kill".
         """
+        self._question += 1
         self._answers.clear()
-        for host, question in fields.items():
-            self._send(host, kind, **question)
+        for host, details in fields.items():
+            self.send(host, kind, question=self._question, **details)
         until = self.hearing.listened_s + CALL_S
         while self.hearing.listened_s < until and not fields.keys() - self.gone.keys() <= self._answers.keys():
-            if kind != "kill" and len(self.stop_signals) > 1:
+            if kind != "kill" and self.stop_signals:
                 break
             self._pump()
         return dict(self._answers)
 
-    def clock_offsets_s(self) -> dict[str, float]:
-        """Return host -> seconds by which its clock is ahead of this one.
+    def clock_offsets_s(self, hosts: Collection[str]) -> dict[str, float]:
+        """Return, for each of the hosts that answer, the seconds by which its clock is ahead of this one.
 
         Measured with the fastest of three round trips, so the error is at most half of its duration.
         """
         found: dict[str, list[tuple[float, float]]] = {}
         for _ in range(3):
             asked = time.time()
-            for host, answer in self.ask("clock", {host: {} for host in self.channels}).items():
+            for host, answer in self.ask("clock", {host: {} for host in hosts}).items():
                 waited = answer["arrived"] - asked
                 found.setdefault(host, []).append((waited, float(answer["seconds"]) - asked - waited / 2))
         return {host: min(offsets)[1] for host, offsets in found.items()}
@@ -143,50 +157,65 @@ class Controller:
             raise HostError(f"{host} was lost before its ranks could be started")
         return self.channels[host].remote_address
 
-    def run(self, program: Sequence[str], environment: Mapping[str, str], shares: Mapping[str, Share]) -> Ended:
-        """Run `program` on all ranks until they end or a signal stops them; return how it ended."""
+    def listen(self, seconds: float) -> None:
+        """Handle the messages of the next seconds."""
+        until = self.hearing.listened_s + seconds
+        while self.hearing.listened_s < until:
+            self._pump()
+
+    def run(self, program: Sequence[str], environment: Mapping[str, str], shares: Mapping[str, Share],
+            notice: str = STOP) -> Ended:  # fmt: skip
+        """Run `program` on all ranks until they end or a signal stops them; return how it ended.
+
+        `notice`: the message printed at a signal, with a placeholder for its name.
+        """
         self.ended = Ended(next(iter(shares.values())).world)
         for host in self.channels:
             self.hearing.hear(host)
         devices = {host.name: {"CUDA_VISIBLE_DEVICES": host.devices} for host in self.hosts if host.devices}
         for host, share in shares.items():
-            self._send(host, "start", command=list(program), directory=str(self.options.directory),
+            self.send(host, "start", command=list(program), directory=str(self.options.directory),
                        environment={**environment, **devices.get(host, {})}, share=vars(share))  # fmt: skip
-        self._watch(shares)
+        self._watch(shares, notice)
         if not self.ended.over:
             self._end_ranks(shares)
         return self.ended
 
-    def _watch(self, shares: Mapping[str, Share]) -> None:
-        """Watch until all ranks have ended, or until a failure and a short wait for further reports about it."""
-        give_up: float | None = None
-        while not self.ended.over and (give_up is None or self.hearing.listened_s < give_up):
+    def _watch(self, shares: Mapping[str, Share], notice: str) -> None:
+        """Watch until all ranks have ended, until the grace period after a stop signal is over, or until a failure.
+
+        After a failure, reports of the other ranks are waited for shortly: they cannot go on without the one that is
+        gone, and whether they were told to stop makes no difference.
+        """
+        give_up = math.inf
+        while not self.ended.over and self.hearing.listened_s < give_up:
             self._pump()
             self._look_for_the_lost(shares)
             if self.stop_signals and self.ended.stop_signal is None:
                 self.ended.stop_signal = self.stop_signals[0]
                 name = signal.Signals(self.ended.stop_signal).name
-                print(f"bst launch: {STOP.format(name)}", file=sys.stderr, flush=True)
+                print(f"bst launch: {notice.format(name)}", file=sys.stderr, flush=True)
                 self._tell("stop")
-                give_up = self.hearing.listened_s + self.options.grace_s + SETTLE_S
+                give_up = min(give_up, self.hearing.listened_s + self.options.grace_s + SETTLE_S)
             elif len(self.stop_signals) > 1:
                 self.ended.at_once = True
                 return
             elif (repeats := getattr(self.stop_signals, "repeats", 0)) > self._passed_on:
                 self._passed_on = repeats
                 self._tell("stop")
-            if self.ended.failed and not self.ended.stop_signal and give_up is None:
-                give_up = self.hearing.listened_s + self.ended.settle_s
+            if self.ended.failed:
+                give_up = min(give_up, self.hearing.listened_s + self.ended.settle_s)
 
     def _look_for_the_lost(self, shares: Mapping[str, Share]) -> None:
+        """Record and print the hosts that are lost while their ranks run."""
         for host in shares.keys() - self.ended.lost.keys():
             silent = self.hearing.silent_s(host) if host in self.channels else 0.0
             if self._has_ended(shares[host]):
                 continue
-            if host in self.gone:
-                self.ended.lost[host] = self.gone[host]
-            elif silent > self.options.lost_after_s:
-                self.ended.lost[host] = f"silent for {silent:.0f} s"
+            if host not in self.gone and silent <= self.options.lost_after_s:
+                continue
+            self.ended.lost[host] = self.gone.get(host, f"silent for {silent:.0f} s")
+            print(f"bst launch: lost {host}: {self.ended.lost[host]}", file=sys.stderr, flush=True)
 
     def _has_ended(self, share: Share) -> bool:
         """Whether all ranks of a host have ended, so that its loss does not matter."""
@@ -202,7 +231,7 @@ class Controller:
         reachable = shares.keys() - self.ended.lost.keys()
         self.ask("kill", {host: {} for host in reachable})
         for host in self.ended.lost:
-            self._send(host, "kill")  # if only the agent was stopped, it reads this when it continues
+            self.send(host, "kill")  # if only the agent was stopped, it reads this when it continues
             self._drop(host, "given up")
         free = max(silent, default=0.0) + lease_s(self.options.lost_after_s, self.options.grace_s) + BEAT_S
         while silent and self.hearing.clock() < free and len(self.stop_signals) < 2:
@@ -251,17 +280,20 @@ class Controller:
             self.ended.left_alone[host] = LeftAlone(float(message["silent_s"]), self._when(host, message))
         elif kind == "cut short":
             self.ended.cut_short |= {int(rank) for rank in message["ranks"]}
+        elif kind == "told":
+            self.told[host] = int(message["signal"])
         elif kind == "failed":
             self._drop(host, f"its agent failed at its task ({message['duty']}): {message['why']}")
         elif kind == "beat":
             self.hearing.beat(host, float(message["at"]))
-        else:
+        elif message["question"] == self._question:
             self._answers[host] = {**message, "arrived": time.time()}
 
     def _when(self, host: str, message: Message) -> float:
         return self.hearing.when(host, float(message["at"]))
 
-    def _send(self, host: str, kind: str, **fields: Any) -> None:
+    def send(self, host: str, kind: str, **fields: Any) -> None:
+        """Send a message whose answer, if there is one, is not waited for; a host that is gone is skipped."""
         if host in self.channels:
             self._attempt(host, partial(self.channels[host].send, kind, **fields))
 
@@ -274,7 +306,7 @@ class Controller:
 
     def _tell(self, kind: str) -> None:
         for host in list(self.channels):
-            self._send(host, kind)
+            self.send(host, kind)
 
     def _drop(self, host: str, reason: str) -> None:
         channel = self.channels.pop(host, None)

@@ -11,7 +11,8 @@ from string import Template
 
 from bst_base.errors import UserError
 
-PREFIXES = ("NCCL_", "GLOO_", "TORCH", "DS_", "DEEPSPEED_", "OMP_", "MKL_", "UCX_", "FI_", "PYTHON", "CUDA_", "AWS_")
+PREFIXES = ("NCCL_", "GLOO_", "TORCH", "DS_", "DEEPSPEED_", "CUDA_", "OMP_", "MKL_", "UCX_", "FI_", "PYTHON", "AWS_",
+            "WANDB_", "MLFLOW_")  # fmt: skip
 NAMES = ("LD_LIBRARY_PATH",)
 OF_ONE_HOST = ("CUDA_VISIBLE_DEVICES",)
 """Variables that are valid on one host only and are not passed on."""
@@ -22,7 +23,7 @@ SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD")
 
 
 class EnvironmentFileError(UserError):
-    """An invalid file of environment variables."""
+    """An invalid file of environment variables, or one that was named and does not exist."""
 
 
 def handed_on(environment: Mapping[str, str], directories: Sequence[Path] | None = None) -> dict[str, str]:
@@ -32,8 +33,12 @@ def handed_on(environment: Mapping[str, str], directories: Sequence[Path] | None
     an accelerator) must not reach the ranks. Raises EnvironmentFileError.
     """
     found: dict[str, str] = {}
-    for directory in directories if directories is not None else (Path.home(), Path.cwd()):
-        path = directory / environment.get(FILE_VARIABLE, FILE)
+    tried = directories if directories is not None else (Path.home(), Path.cwd())
+    paths = dict.fromkeys(directory / environment.get(FILE_VARIABLE, FILE) for directory in tried)
+    if FILE_VARIABLE in environment and not any(path.is_file() for path in paths):
+        named = f"{FILE_VARIABLE}={environment[FILE_VARIABLE]}"
+        raise EnvironmentFileError(f"{named}: no such file: {', '.join(map(str, paths))}")
+    for path in paths:
         if path.is_file():
             found |= read_file(path, environment)
     concerns = {name: value for name, value in environment.items() if name.startswith(PREFIXES) or name in NAMES}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ class Host:
     """Maximum number of ranks: usually its accelerators; on a CPU, ranks share its cores."""
     devices: str | None = None
     """The accelerators that the ranks see, as in CUDA_VISIBLE_DEVICES; None: all."""
+    slurm_node: str | None = None
+    """The host's NodeName, if Slurm gave it."""
 
     @property
     def address(self) -> str:
@@ -29,8 +31,9 @@ class Host:
 
     @property
     def node(self) -> str:
-        """Slurm's name of the host: the name without user and domain."""
-        return self.address if _IS_ADDRESS.fullmatch(self.address) else self.address.partition(".")[0]
+        """Slurm's name of the host; if Slurm did not give it, the name without user and domain."""
+        short = self.address if _IS_ADDRESS.fullmatch(self.address) else self.address.partition(".")[0]
+        return self.slurm_node or short
 
 
 _IS_ADDRESS = re.compile(r"[\d.]+|.*:.*")
@@ -88,33 +91,46 @@ def _host(text: str, where: str) -> tuple[Host, bool]:
 def slurm_hosts(environment: Mapping[str, str] = os.environ) -> list[Host]:
     """Return the hosts of the Slurm allocation that this process runs in, with one slot per task.
 
-    With one task per node and several accelerators, each accelerator is a slot: jobs that start their own processes
-    request one task. Raises HostError outside an allocation.
+    If every node has one task, each of its accelerators is a slot: jobs that start their own processes request one
+    task. Raises HostError outside an allocation.
     """
     if "SLURM_JOB_NODELIST" not in environment:
         raise HostError("not inside a Slurm allocation (no SLURM_JOB_NODELIST): use sbatch, or give --hostfile")
-    command = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
-    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    slots = _slurm_slots(environment.get("SLURM_TASKS_PER_NODE", "1"), len(names))
-    accelerators = _slurm_accelerators(environment)
-    return [Host(name, accelerators if count == 1 else count) for name, count in zip(names, slots, strict=True)]
+    names, tasks = _slurm_names(environment["SLURM_JOB_NODELIST"]), slurm_tasks(environment)
+    if len(tasks) != len(names):
+        said = environment.get("SLURM_TASKS_PER_NODE", "1")
+        raise HostError(f"SLURM_TASKS_PER_NODE {said!r} is for {len(tasks)} nodes, but the allocation has {len(names)}")
+    slots = [_slurm_accelerators(environment)] * len(tasks) if set(tasks) == {1} else tasks
+    return [Host(name, count, slurm_node=name) for name, count in zip(names, slots, strict=True)]
+
+
+def _slurm_names(nodes: str) -> list[str]:
+    """Return the names in Slurm's list of nodes, such as ``n[1-3]``; raises HostError when scontrol cannot."""
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except subprocess.CalledProcessError as error:
+        why = f"{' '.join(command)}: {error.stderr.strip() or f'status {error.returncode}'}"
+    except FileNotFoundError:
+        why = "scontrol is not on the PATH"
+    raise HostError(f"the nodes of this Slurm allocation are not known: {why}; start outside of the container, or give "
+                    "--hostfile")  # fmt: skip
 
 
 def _slurm_accelerators(environment: Mapping[str, str]) -> int:
-    """Return the accelerators per node; 1 when none were requested, or when Slurm gives no single number."""
-    asked_for = environment.get("SLURM_GPUS_PER_NODE") or environment.get("SLURM_GPUS_ON_NODE") or ""
-    found = re.fullmatch(r"(?:\w+:)*(\d+)", asked_for)  # 8, or h100:8
+    """Return the accelerators of a node with one task; 1 if none were requested, or if Slurm gives no single number."""
+    asked_for = (environment.get(f"SLURM_GPUS_{each}") for each in ("PER_NODE", "ON_NODE", "PER_TASK"))
+    found = re.fullmatch(r"(?:\w+:)*(\d+)", next(filter(None, asked_for), ""))  # 8, or h100:8
     return max(1, int(found[1])) if found else 1
 
 
-def _slurm_slots(tasks: str, nodes: int) -> Sequence[int]:
-    """Parse Slurm's ``2(x3),1`` into one number per node."""
-    slots: list[int] = []
-    for part in tasks.split(","):
+def slurm_tasks(environment: Mapping[str, str]) -> list[int]:
+    """Return the tasks of each node, from Slurm's ``2(x3),1``."""
+    text = environment.get("SLURM_TASKS_PER_NODE", "1")
+    tasks: list[int] = []
+    for part in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if found is None:
-            raise HostError(f"SLURM_TASKS_PER_NODE is {tasks!r}, which does not say how many tasks a node has")
-        slots += [int(found[1])] * int(found[2] or 1)
-    if len(slots) != nodes:
-        raise HostError(f"SLURM_TASKS_PER_NODE {tasks!r} is for {len(slots)} nodes, but the allocation has {nodes}")
-    return slots
+            raise HostError(f"SLURM_TASKS_PER_NODE is {text!r}, which does not say how many tasks a node has")
+        tasks += [int(found[1])] * int(found[2] or 1)
+    return tasks

@@ -9,19 +9,22 @@
 Start it on a machine that sees the recipe, the corpus and the run directory as the hosts do. This directory and its
 Python must have the same path everywhere. All hosts are checked before any rank starts. Then one agent on each host
 starts its ranks and watches them. When a rank fails or a host is lost, all ranks are ended; with --max-restarts the run
-restarts from its newest checkpoint on the remaining hosts. Slots that the batch does not divide over stay idle and
-replace lost ones.
+restarts from its newest checkpoint on the remaining hosts. A run uses at most train.sequences x parallel.sp slots; the
+others stay idle and replace lost ones. If the ranks do not divide the sequences of a step, some ranks compute masked
+sequences.
 
 A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop. A second Ctrl-C ends
 them at once and loses what was trained since the last checkpoint. Repeating any other signal changes nothing.
 
-The ranks get the environment variables of NCCL, gloo, torch, DeepSpeed, CUDA, OpenMP and AWS (known by their prefix),
-LD_LIBRARY_PATH, and those in a file .deepspeed_env, here or in the home directory. They do not get
-CUDA_VISIBLE_DEVICES: choose a host's devices with `devices=0,1` after the slots in the hostfile.
+The ranks get LD_LIBRARY_PATH, the variables whose names begin with NCCL_, GLOO_, TORCH, DS_, DEEPSPEED_, CUDA_, OMP_,
+MKL_, UCX_, FI_, PYTHON, AWS_, WANDB_ or MLFLOW_, and those in a file .deepspeed_env, here or in the home directory.
+Over ssh they do not get CUDA_VISIBLE_DEVICES: choose a host's devices with `devices=0,1` after the slots in the
+hostfile.
 
-Exit status: 0: all requested steps are done. 2: the arguments or the recipe are wrong, or a host failed a check. 75:
-stopped by a signal, with a checkpoint; start it again with --resume. 70: the ranks hung. 1: a host was lost. Otherwise
-the failed rank's own status, 128 + N after signal N.
+Exit status: 0: all requested steps are done. 2: the arguments or the recipe are wrong, the run diverged, or a host
+failed a check. 75: stopped by a signal, with a checkpoint if ranks of the run were running. 74: a host could not read
+or write a file. 70: the ranks hung. 1: a host was lost, or a rank failed with an error. 128 + N: a rank was killed by
+signal N. After 75, 74, 70 and a lost host start it again with --resume.
 """
 
 from __future__ import annotations
@@ -37,13 +40,14 @@ from typing import Any
 from bst_base.arguments import at_least, seconds
 from bst_base.host import without_brackets
 from bst_base.shipped import RECIPES, find
+from bst_base.stopping import Stopped
 from bst_dist.cluster.controller import LaunchOptions, agent_command
 from bst_dist.cluster.elastic import idle, shares, usable
 from bst_dist.cluster.environment import handed_on, kept_back, shown
 from bst_dist.cluster.hosts import Host, HostError, read_hostfile, slurm_hosts
-from bst_dist.cluster.launchers import LAUNCHERS, require
-from bst_dist.cluster.local import add_grace, correct_stop_signal, default_ranks, program
-from bst_dist.cluster.preflight import CHECKS, Needs, PreflightError
+from bst_dist.cluster.launchers import LAUNCHERS, OVER_SSH, require
+from bst_dist.cluster.local import add_grace, correct_stop_signal, default_ranks, outcome_since, program
+from bst_dist.cluster.preflight import CHECKS, Needs
 from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import catch_stop_signals
 from bst_dist.cluster.restarts import Restarts
@@ -66,12 +70,16 @@ single precision."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_program_arguments(parser)
+    parser.add_argument("--hostfile", type=Path, metavar="FILE", help=(
+        "one line `name slots=RANKS` per host; rank 0 is on the first (default with Slurm: the job's nodes)"
+    ))  # fmt: skip
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help=(
+        "how to start an agent on each host; local: on this machine, without ssh (default: pdsh)"
+    ))  # fmt: skip
     parser.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="lines `name slots=RANKS`; rank 0 is on the first"
+        "--dry-run", action="store_true", help="print commands and files; contact no host, write nothing"
     )
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="how to start a process on each host")
-    parser.add_argument("--dry-run", action="store_true", help="only show what would be run and read")
-    parser.add_argument("--check", action="store_true", help="only check all hosts")
+    parser.add_argument("--check", action="store_true", help="check all hosts and stop; exit status 2 if a check fails")
     parser.add_argument("--accept", action="append", default=[], choices=CHECKS, metavar="CHECK", help=(
         f"start even if this check fails; may be given several times: {', '.join(CHECKS)}"
     ))  # fmt: skip
@@ -99,40 +107,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @unhurried_output()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Check the hosts, run the job with restarts, and return its outcome; `passed` is true for exit status 0."""
-    environment = handed_on(os.environ)
-    for line in kept_back(os.environ):
+    environment, own = handed_on(os.environ), dict(os.environ)
+    for line in kept_back(os.environ) if args.launcher in OVER_SSH else ():
         say(line)
-    choose_accelerator()
+    choose_accelerator()  # for this process: the agents get the environment as it was
     asked = request(args)
     recipe = load(asked)
     hosts = _hosts(args, recipe)
     start = resolve(recipe, asked, usable(recipe, sum(host.slots for host in hosts)))
     asked = replace(asked, run_dir=start.run_dir.resolve())
     options = LaunchOptions(args.launcher, Path.cwd(), args.lost_after, args.grace, args.port, args.address,
-                            args.ssh_port, args.master_port)  # fmt: skip
+                            args.ssh_port, args.master_port, own)  # fmt: skip
     job = Job(asked, start.recipe, environment, _needs(asked, start.recipe), args.accept)
     if args.dry_run:
         return _show(job, hosts, options)
     require(options.launcher)
-    restarts = Restarts(asked.run_dir, args.max_restarts)
     with catch_stop_signals() as stop_signals:
-        supervisor = Supervisor(job, hosts, options, restarts, stop_signals)
-        try:
-            if args.check:
-                supervisor.check()
-                return {"passed": True, "hosts": [host.name for host in hosts]}
-            status = supervisor.run().status
-        except PreflightError:
-            if not stop_signals:
-                raise
-            status = 128 + stop_signals[0]
+        supervisor = Supervisor(job, hosts, options, Restarts(asked.run_dir, args.max_restarts), stop_signals)
+        if args.check:
+            supervisor.check()
+            return {"passed": True, "hosts": [host.name for host in hosts]}
+        return _train(supervisor, recipe.train.steps)
+
+
+def _train(supervisor: Supervisor, steps: int) -> dict[str, Any]:
+    """Run the job to its end and return its report; `steps`: of the whole run."""
+    run_dir, stop_signals, restarts = supervisor.job.asked.run_dir, supervisor.stop_signals, supervisor.restarts
+    before = rundir.read_outcome(run_dir)
+    try:
+        status = supervisor.run().status
+    except Stopped as stopped:
+        say(str(stopped))
+        status = RESUBMIT
     if status:
-        say(f"status {status}, restarts: {restarts.total}; results so far: {asked.run_dir}")
-    outcome = rundir.read_outcome(asked.run_dir) or {}
+        say(f"status {status}, restarts: {restarts.total}; results so far: {run_dir}")
+    outcome = outcome_since(before, run_dir)
     if status == RESUBMIT:
-        stop_signal = stop_signals[0] if stop_signals else None
-        outcome = correct_stop_signal(asked.run_dir, outcome, stop_signal, recipe.train.steps)
-    report = {"passed": status == 0, "exit_status": status, "run_dir": str(asked.run_dir)}
+        outcome = correct_stop_signal(run_dir, outcome, stop_signals[0] if stop_signals else None, steps)
+    report = {"passed": status == 0, "exit_status": status, "run_dir": str(run_dir)}
     return {**report, "restarts": restarts.total, **outcome}
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bst_base.errors import UserError
-from bst_dist.cluster.hosts import Host
-from bst_dist.cluster.processes import route_to
+from bst_dist.cluster.environment import OF_ONE_HOST
+from bst_dist.cluster.hosts import Host, HostError, slurm_tasks
+from bst_dist.cluster.processes import family_of, route_to
 
 SSH = ("ssh", *("-o", "BatchMode=yes"), *("-o", "ConnectTimeout=8"), *("-o", "ServerAliveInterval=15"))
 # The variables from which each launcher reads options for ssh; the name changed between versions of Open MPI.
@@ -30,10 +32,10 @@ _SLURM_JOB = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTERS", "SL
 
 
 def pdsh(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
-    """Return pdsh's command line: over ssh to all hosts in parallel."""
+    """Return pdsh's command line: over ssh to all hosts in parallel; it puts the host before each line of output."""
     names = ",".join(host.name for host in hosts)
     line = f"cd {shlex.quote(str(directory))} && exec {shlex.join(agent)} --key "
-    return ["pdsh", "-R", "ssh", "-S", "-N", "-f", str(len(hosts)), "-w", names, line.replace("%", "%%") + "%n"]
+    return ["pdsh", "-R", "ssh", "-S", "-f", str(len(hosts)), "-w", names, line.replace("%", "%%") + "%n"]
 
 
 def openmpi(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
@@ -41,7 +43,7 @@ def openmpi(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> lis
 
     Without ``--bind-to none`` Open MPI would bind each agent, and with it all its ranks, to a single core.
     """
-    _refuse_users(hosts)
+    _refuse_for_mpi("openmpi", hosts)
     command = ["mpirun", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "--bind-to", "none"]
     start = ["-n", "1", "--wdir", str(directory), *agent, "--key"]
     return command + _joined([["--host", host.name, *start, str(key)] for key, host in enumerate(hosts)])
@@ -49,7 +51,7 @@ def openmpi(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> lis
 
 def mpich(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
     """Return the command line of MPICH's process manager, Hydra, over ssh."""
-    _refuse_users(hosts)
+    _refuse_for_mpi("mpich", hosts)
     names = ",".join(host.name for host in hosts)
     parts = [["-n", "1", *agent, "--key", str(key)] for key in range(len(hosts))]  # one per host, in order
     # Hydra's daemons connect to this machine by its name, which other hosts may not be able to resolve.
@@ -62,19 +64,27 @@ def slurm(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[
     """Return srun's command line: a step with all cores and accelerators of the job on each node, without binding."""
     names = ",".join(host.node for host in hosts)
     nodes = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", f"--nodelist={names}"]
-    whole = ["--overlap", "--cpu-bind=none", "--mpi=none", *_all_accelerators(hosts, os.environ)]
+    whole = ["--overlap", "--cpu-bind=none", "--mpi=none", *_all_accelerators(os.environ)]
     return ["srun", *nodes, *whole, "--no-kill", "--kill-on-bad-exit=0", f"--chdir={directory}", *agent]
 
 
-def _all_accelerators(hosts: Sequence[Host], environment: Mapping[str, str]) -> list[str]:
-    """Return srun's option for the accelerators of all ranks of a node, when the job requested them per task.
+def _all_accelerators(environment: Mapping[str, str]) -> list[str]:
+    """Return srun's option for the accelerators of all tasks of a node, when the job requested them per task.
 
     The step has one task per node and would only get the accelerators of one task. Accelerators requested per node or
-    per job are all available to the step without an option.
+    per job are all available to the step without an option. Raises HostError if nodes have different numbers of tasks:
+    Slurm 22.05 gives a step the same number on every node, and spreads a sum (--gpus) as it likes.
     """
     of_task = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]
-    slots = {host.slots for host in hosts}
-    return [f"--gpus-per-node={int(of_task) * slots.pop()}"] if of_task.isdigit() and len(slots) == 1 else []
+    if not of_task.isdigit():
+        return []
+    tasks = set(slurm_tasks(environment))
+    if len(tasks) > 1:
+        counts = environment["SLURM_TASKS_PER_NODE"]
+        raise HostError(f"the job's accelerators are requested per task, and its nodes have different numbers of tasks "
+                        f"({counts}): the agents' step cannot get them all; request --gpus-per-node, or add "
+                        "--ntasks-per-node")  # fmt: skip
+    return [f"--gpus-per-node={int(of_task) * tasks.pop()}"]
 
 
 def local(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
@@ -121,13 +131,15 @@ def command(launcher: str, hosts: Sequence[Host], directory: Path, agent: Sequen
 
 
 def environment(launcher: str, ssh_port: int | None, given: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment of the launcher."""
+    """Return the environment of the launcher; MPI's launchers pass it to agents, so it names no device of this host."""
     if launcher == "slurm":
         return {name: value for name, value in given.items()
                 if not name.startswith(("SLURM_", "SRUN_")) or name in _SLURM_JOB}  # fmt: skip
+    if launcher not in OVER_SSH:
+        return dict(given)
     options = shlex.join([*SSH[1:], *_port(ssh_port)])
-    variables = _SSH_VARIABLES.get(launcher, ())
-    return {**given, **{name: f"{options} {given.get(name, '')}".strip() for name in variables}}
+    kept = {name: value for name, value in given.items() if name not in OF_ONE_HOST}
+    return kept | {name: f"{options} {given.get(name, '')}".strip() for name in _SSH_VARIABLES[launcher]}
 
 
 def ssh(launcher: str, ssh_port: int | None, given: Mapping[str, str] = os.environ) -> list[str]:
@@ -140,9 +152,12 @@ def _port(ssh_port: int | None) -> list[str]:
     return ["-p", str(ssh_port)] if ssh_port is not None else []
 
 
-def _refuse_users(hosts: Sequence[Host]) -> None:
-    """Raise UserError for a host name with a user, which MPI's launchers do not support."""
+def _refuse_for_mpi(launcher: str, hosts: Sequence[Host]) -> None:
+    """Raise UserError for a host with a user or an IPv6 address, which MPI's launchers do not support."""
     for host in hosts:
+        if family_of(host.address) == socket.AF_INET6:
+            raise UserError(f"{host.name}: --launcher {launcher} accepts no IPv6 address: write the host's name, or "
+                            "use --launcher pdsh")  # fmt: skip
         if host.address != host.name:
             raise UserError(f"{host.name}: mpirun accepts no user in a host name: set `User` in "
                             "~/.ssh/config, or use --launcher pdsh")  # fmt: skip

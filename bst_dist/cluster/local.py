@@ -16,9 +16,9 @@ A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a c
 them at once and loses what was trained since the last checkpoint. Repeating any other signal changes nothing, unless a
 file system of the run hangs so that no checkpoint can be written: then it ends the ranks.
 
-Exit status: 0: all requested steps are done. 2: the arguments or the recipe are wrong. 75: stopped by a signal, with a
-checkpoint. 74: a host could not read or write a file, or a file system hangs. 70: the ranks hung. After 75, 74 and 70
-start it again with --resume. Otherwise the failed rank's own status, 128 + N after signal N.
+Exit status: 0: all requested steps are done. 2: the arguments or the recipe are wrong, or the run diverged. 75: stopped
+by a signal, with a checkpoint. 74: a host could not read or write a file, or a file system hangs. 70: the ranks hung.
+After 75, 74 and 70 start it again with --resume. Otherwise the failed rank's own status, 128 + N after signal N.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,12 @@ def add_grace(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_program_arguments(parser)
     parser.add_argument("--ranks", type=at_least(1), metavar="N", help=(
-        "processes to start (default: the recipe's number, or one per accelerator, or one)"
+        "processes to start on this machine (default: the recipe's `ranks`; if that is null, one per accelerator, or "
+        "one on a CPU)"
     ))  # fmt: skip
-    parser.add_argument(
-        "--nodes", type=at_least(1), default=1, metavar="N", help="hosts that run this command (default: 1)"
-    )
+    parser.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help=(
+        "number of hosts that run this command, each with its own --node (default: 1)"
+    ))  # fmt: skip
     parser.add_argument(
         "--node",
         type=at_least(0),
@@ -74,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I",
         help="with --nodes: which of them this is, from 0 (default: 0)",
     )
-    parser.add_argument("--master", metavar="ADDRESS:PORT", help="with --nodes: where node 0 is; an IPv6 "
-                        "address in brackets")  # fmt: skip
+    parser.add_argument("--master", metavar="ADDRESS:PORT", help="with --nodes: address of node 0 and a "
+                        "free port there; an IPv6 address in brackets")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="only check the recipe: start no rank, write nothing")
     add_grace(parser)
 
@@ -91,16 +92,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     start = resolve(recipe, asked, share.world)
     if args.check:
         return check(start, share)
-    before = rundir.read_outcome(start.run_dir)  # of the previous start: unchanged if the ranks refuse to begin
+    before = rundir.read_outcome(start.run_dir)
     ended = launch(program(asked), share, args.grace)
     if why := ended.explain({}):
         print(f"bst train: {why}; results so far: {start.run_dir}", file=sys.stderr)
-    outcome = rundir.read_outcome(start.run_dir)
-    outcome = {} if outcome is None or outcome == before else outcome
+    outcome = outcome_since(before, start.run_dir)
     if share.first == 0:
         outcome = correct_stop_signal(start.run_dir, outcome, ended.stop_signal, recipe.train.steps)
     report = {"passed": ended.status == 0, "exit_status": ended.status, "run_dir": str(start.run_dir)}
     return {**report, "ranks": share.world, **outcome}
+
+
+def outcome_since(before: Mapping[str, Any] | None, run_dir: Path) -> dict[str, Any]:
+    """Return the outcome that the ranks have written; `before`: that of the previous start, as it was before this one.
+
+    Empty if the ranks were killed, or refused to begin, which leaves the file unchanged.
+    """
+    outcome = rundir.read_outcome(run_dir)
+    return {} if outcome is None or outcome == before else outcome
 
 
 def correct_stop_signal(run_dir: Path, outcome: dict[str, Any], stop_signal: int | None, steps: int) -> dict[str, Any]:

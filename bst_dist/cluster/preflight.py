@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import signal
 import subprocess
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +21,18 @@ from rich.markup import escape
 from bst_base.errors import UserError
 from bst_base.sizes import readable_size
 from bst_dist.cluster import launchers
+from bst_dist.cluster.channel import Message
 from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.processes import signal_session
 
 CLOCK_S = 2.0
 """Clock offset in seconds above which a warning is printed. No result depends on clocks, but users compare the times
 of logs and files."""
 CHECKS = ("ssh", "versions", "code", "files", "shared", "space", "ranks", "devices", "memory", "sum", "speed")
 """The names of the checks, as `--accept` takes them."""
-
+LOGIN_S = 30.0
+"""Maximum seconds for an ssh login; ssh's own limit ends with the TCP connection, and a login may hang after that."""
 
 Found = Iterator[tuple[str, str]]
 """Pairs of a check's name and a problem that it found."""
@@ -59,24 +66,44 @@ class Checked:
     clock_offset_s: float = math.nan
 
 
-def unreachable(hosts: Sequence[Host], options: LaunchOptions) -> dict[str, str]:
-    """Return the hosts that ssh cannot log in to without a password, with its error; all are tried in parallel."""
+def unreachable(hosts: Sequence[Host], options: LaunchOptions, stop_signals: Sequence[int] = ()) -> dict[str, str]:
+    """Return the hosts that ssh cannot log in to without a password, with its error; all are tried in parallel.
+
+    A stop signal ends the wait; hosts that have not answered by then are not in the result.
+    """
     ssh = launchers.ssh(options.launcher, options.ssh_port)
-
-    def tried(host: Host) -> str | None:
-        done = subprocess.run([*ssh, host.name, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        return (done.stderr.strip().splitlines() or ["ssh failed"])[-1] if done.returncode else None
-
+    commands = [[*ssh, host.name, "true"] for host in hosts]
     with ThreadPoolExecutor(min(64, len(hosts))) as pool:
-        reasons = pool.map(tried, hosts)
+        reasons = pool.map(partial(_login_problem, stop_signals=stop_signals), commands)
     return {host.name: reason for host, reason in zip(hosts, reasons, strict=True) if reason is not None}
 
 
-def require_reachable(hosts: Sequence[Host], options: LaunchOptions, accepted: Collection[str] = ()) -> None:
+def _login_problem(command: Sequence[str], stop_signals: Sequence[int]) -> str | None:
+    """Return why an ssh command failed; None if it succeeded or was ended because of a stop signal.
+
+    Its errors go to a file, because a connection that ssh keeps for later (ControlPersist) keeps a pipe open.
+    """
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+                                   start_new_session=True)  # fmt: skip
+        deadline = time.monotonic() + LOGIN_S
+        while process.poll() is None and not stop_signals and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if process.poll() is None:
+            signal_session(process, signal.SIGKILL)
+            process.wait()
+            return None if stop_signals else f"ssh: no answer within {LOGIN_S:g} s"
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines()
+    return (lines or ["ssh failed"])[-1] if process.returncode else None
+
+
+def require_reachable(hosts: Sequence[Host], options: LaunchOptions, accepted: Collection[str] = (),
+                      stop_signals: Sequence[int] = ()) -> None:  # fmt: skip
     """Print all hosts and raise PreflightError unless ssh can log in to every one of them."""
     if "ssh" in accepted:
         return
-    if reasons := unreachable(hosts, options):
+    if reasons := unreachable(hosts, options, stop_signals):
         checked = [Checked(host, [reasons[host.name]] if host.name in reasons else []) for host in hosts]
         show(checked)
         require(checked)
@@ -86,19 +113,35 @@ def examine(controller: Controller, needs: Needs, accepted: Collection[str] = ()
     """Wait for the agents, query each about its host, and return the problems and warnings of each host."""
     if missing := controller.call():
         return [Checked(host, [missing[host.name]] if host.name in missing else []) for host in controller.hosts]
-    first, *others = [host.name for host in controller.hosts]
-    question = {"job": controller.job, "files": [str(path) for path in needs.files], "run_dir": str(needs.run_dir)}
-    answers = controller.ask("probe", {first: {**question, "write": True}})  # writes the mark that the others read
-    answers |= controller.ask("probe", {name: {**question, "write": False} for name in others})
-    controller.ask("unmark", {first: {"job": controller.job, "run_dir": str(needs.run_dir)}})
+    answers = _answers(controller, needs)
     checked = [Checked(host, answer=answers.get(host.name, {})) for host in controller.hosts]
-    offsets = controller.clock_offsets_s()
+    offsets = controller.clock_offsets_s([host.name for host in controller.hosts if host.name in answers])
     for one in checked:
         one.clock_offset_s = offsets.get(one.host.name, math.nan)
         if one.host.name in controller.gone:
             one.problems.append(controller.gone[one.host.name])
     judge(checked, controller.job, needs.free_bytes, accepted)
     return checked
+
+
+def _answers(controller: Controller, needs: Needs) -> dict[str, Message]:
+    """Return what each host reports about itself; hosts that do not answer in time are missing.
+
+    The first host that answers has written the mark that the others read. One that does not answer may write it later,
+    and removes it then.
+    """
+    where = {"job": controller.job, "run_dir": str(needs.run_dir)}
+    question = {**where, "files": [str(path) for path in needs.files]}
+    names = [host.name for host in controller.hosts]
+    answers: dict[str, Message] = {}
+    while names and not answers and not controller.stop_signals:
+        writer = names.pop(0)
+        answers = controller.ask("probe", {writer: {**question, "write": True}})
+        if not answers:
+            controller.send(writer, "unmark", **where)
+    others = controller.ask("probe", {name: {**question, "write": False} for name in names})
+    controller.ask("unmark", dict.fromkeys(answers, where))
+    return answers | others
 
 
 def judge(checked: Sequence[Checked], job: str, needed_bytes: int, accepted: Collection[str] = ()) -> None:

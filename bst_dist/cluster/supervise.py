@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from bst_base.stopping import Stopped
 from bst_dist.cluster import preflight
 from bst_dist.cluster.collective import ANY_SPEED
 from bst_dist.cluster.controller import Controller, LaunchOptions
@@ -18,11 +20,13 @@ from bst_dist.cluster.local import program
 from bst_dist.cluster.preflight import Needs, PreflightError
 from bst_dist.cluster.processes import Share
 from bst_dist.cluster.restarts import Restarts
-from bst_dist.cluster.verdict import Ended
+from bst_dist.cluster.verdict import SETTLE_KILLED_S, Ended
 from bst_dist.config import Recipe
 from bst_dist.train.start.request import Request
 
 COLLECTIVE = (sys.executable, "-m", "bst_dist.cluster.collective")
+STOP = "told to stop ({}): the check of all ranks ends"
+"""The message at a signal during that check."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,15 @@ class Supervisor:
         self.stop_signals = stop_signals
 
     def check(self) -> None:
-        """Check all hosts; raises PreflightError when one fails."""
+        """Check all hosts; raises PreflightError when one fails, and Stopped after a stop signal."""
         with self._all_fit():
             pass
 
     def run(self) -> Ended:
         """Train until the run has ended or is not restarted any more; return how the last start ended.
 
-        Raises PreflightError before the first start when a host fails a check.
+        Raises PreflightError before the first start when a host fails a check, and Stopped when a stop signal arrives
+        before or between starts.
         """
         with self._all_fit() as controller:
             ended, started = self._train(controller, self.job.asked), True
@@ -65,6 +70,7 @@ class Supervisor:
             try:
                 again = self._again(ended)
             except HostError as error:  # lost after it was examined
+                self._heed()
                 say(str(error))
                 again = None
             ended, started = again or ended, again is not None
@@ -74,22 +80,47 @@ class Supervisor:
 
     @contextmanager
     def _all_fit(self) -> Iterator[Controller]:
-        """Yield a controller of all hosts after the preflight; raises PreflightError when a host fails a check."""
-        if self.options.launcher in OVER_SSH:
-            preflight.require_reachable(self.hosts, self.options, self.job.accepted)
-        with Controller(self.hosts, self.options, self.stop_signals) as controller:
-            checked = preflight.examine(controller, self.job.needs, self.job.accepted)
-            preflight.show(checked)
-            preflight.require(checked)
-            self._rehearse(controller)
-            yield controller
+        """Yield a controller of all hosts after the preflight; raises PreflightError when a host fails a check.
+
+        After a stop signal it raises Stopped in place of errors about hosts, which may be consequences of it.
+        """
+        try:
+            if self.options.launcher in OVER_SSH:
+                preflight.require_reachable(self.hosts, self.options, self.job.accepted, self.stop_signals)
+                self._heed()
+            with Controller(self.hosts, self.options, self.stop_signals) as controller:
+                checked = preflight.examine(controller, self.job.needs, self.job.accepted)
+                self._heed(controller)
+                preflight.show(checked)
+                preflight.require(checked)
+                self._rehearse(controller)
+                yield controller
+        except (PreflightError, HostError):
+            self._heed()
+            raise
+
+    def _heed(self, controller: Controller | None = None) -> None:
+        """Raise Stopped if this process or an agent was told to stop; called while no rank of the run is running."""
+        told = [("", number) for number in self.stop_signals]
+        told += [(f"{host} was ", number) for host, number in controller.told.items()] if controller else []
+        if told:
+            who, number = told[0]
+            raise Stopped(f"{who}told to stop ({signal.Signals(number).name}) while no rank of the run was running: "
+                          "nothing had to be saved")  # fmt: skip
 
     def _rehearse(self, controller: Controller) -> None:
-        """Run the collective check on all ranks; raises PreflightError when a rank fails or is slow."""
+        """Run the collective check on all ranks; raises PreflightError when a rank fails or is slow.
+
+        Slurm signals the processes of a step: the agents, and these ranks, which it kills. So after a rank was killed,
+        the agents' reports about a signal are waited for.
+        """
         placed = self._shares(controller, sum(host.slots for host in self.hosts))
         speed = [ANY_SPEED] if "speed" in self.job.accepted else []
-        ended = controller.run([*COLLECTIVE, *speed], self.job.environment, placed)
-        if ended.status and not ("sum" in self.job.accepted and not self.stop_signals):
+        ended = controller.run([*COLLECTIVE, *speed], self.job.environment, placed, STOP)
+        if any(status < 0 for status in ended.statuses.values()) and not controller.told:
+            controller.listen(SETTLE_KILLED_S)
+        self._heed(controller)
+        if ended.status and "sum" not in self.job.accepted:
             raise PreflightError(f"the check of all ranks together failed: {ended.explain(_host_of(placed))}")
 
     def _train(self, controller: Controller, asked: Request) -> Ended:
@@ -102,7 +133,7 @@ class Supervisor:
             say(f"idle, as spares: {unused}")
         command = program(_laid_out(asked, self.job.recipe, shape))
         ended = controller.run(command, self.job.environment, placed)
-        if why := ended.explain(_host_of(placed)):
+        if not ended.lost and (why := ended.explain(_host_of(placed))):  # the controller has named lost hosts
             say(why)
         return ended
 
@@ -112,22 +143,23 @@ class Supervisor:
         `ended`: how the previous start ended.
         """
         fit = self._left(ended)
-        while fit and not self.stop_signals:
+        while fit:
+            self._heed()
             with Controller(fit, self.options, self.stop_signals) as controller:
                 checked = preflight.examine(controller, self.job.needs, self.job.accepted)
+                self._heed(controller)
                 unfit = {one.host.name: "; ".join(one.problems) for one in checked if one.problems}
                 if not unfit:
                     return self._train(controller, replace(self.job.asked, resume=True))
             fit = self._without(fit, unfit)
-        if self.stop_signals:
-            return replace(ended, stop_signal=self.stop_signals[0])
+        self._heed()
         say("no host left to restart on")
         return None
 
     def _left(self, ended: Ended) -> list[Host]:
         """Return the hosts to try again. Lost hosts are tried again only over ssh, which can tell if they are back."""
         if self.options.launcher in OVER_SSH:
-            return self._without(self.hosts, preflight.unreachable(self.hosts, self.options))
+            return self._without(self.hosts, preflight.unreachable(self.hosts, self.options, self.stop_signals))
         self.hosts = self._without(self.hosts, ended.lost)
         return self.hosts
 

@@ -175,13 +175,15 @@ class Ranks:
 def own_device(count: int) -> int:
     """Return the device index of this process among the `count` that it sees. Raise UserError if there are too few.
 
-    If the launcher shows each process only its own device (Slurm's --gpus-per-task=1), the index is 0.
+    If the launcher shows each process only its own device (Slurm's --gpus-per-task=1), the index is 0. With
+    LOCAL_WORLD_SIZE, one launching process has started all of them, and all see the same devices.
     """
     number = local_rank(os.environ) or 0
-    if count == 1 and number > 0:
+    if count == 1 and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
         return 0
     if number >= count:
-        raise UserError(f"process {number} of this host has no accelerator of its own: {count} are visible to it")
+        visible = f"{count} {'is' if count == 1 else 'are'} visible to it"
+        raise UserError(f"process {number} of this host has no accelerator of its own: {visible}")
     return number
 
 

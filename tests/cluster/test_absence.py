@@ -6,10 +6,13 @@ Sockets are real. Time and the wait for sockets are simulated, so that a suspens
 from __future__ import annotations
 
 import itertools
+import math
 import selectors
 import socket
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,8 @@ RANKS = {"a": [0], "b": [1, 2]}
 LOST_S = 5.0
 AWAY_S = 100.0
 OPTIONS = LaunchOptions("here", Path.cwd(), LOST_S, 5.0, address="127.0.0.1")
+LAST_TURN = 20_000
+"""Half an hour of simulated time."""
 STOPS = ("in the wait", "before the look", "after the look", "before judging")
 
 
@@ -43,6 +48,8 @@ class Stage:
         self.ahead = {"a": 0.0, "b": 5e6}
         """Offsets of the hosts' own clocks, which are independent."""
         self.meanwhile, self.deaf = lambda: None, False
+        self.events: dict[int, Callable[[], object]] = {}
+        """What happens at a turn, without a suspension."""
         self.controller = Controller(HOSTS, OPTIONS, clock=lambda: self.now)
         self.real, self.controller._selector = self.controller._selector, self
         look = self.controller._look_for_the_lost
@@ -63,7 +70,9 @@ class Stage:
             self._at("after the look")
             return found
         self.turns += 1
+        assert self.turns < LAST_TURN, "waits without end"
         self.now += seconds
+        self.events.get(self.turns, lambda: None)()
         if self.turns < self.beating or not self.stop:
             for host in self.agents:
                 self.say(host, "beat")
@@ -210,6 +219,35 @@ def test_a_silent_host_is_lost_after_the_timeout():
     ended = stage.run()
     assert list(ended.lost) == ["b"]
     assert ended.lost["b"] == f"silent for {LOST_S:.0f} s"
+
+
+@pytest.mark.parametrize(("failure", "status"), [("rank", 137), ("host", FAILED)])
+def test_a_failure_after_a_stop_signal_ends_the_wait_although_there_is_no_grace_period(failure, status, capsys):
+    """The other ranks cannot write their checkpoint without the one that is gone: waiting for it would never end."""
+    stage, stop_signals = Stage(), []
+    stage.controller.options, stage.controller.stop_signals = replace(OPTIONS, grace_s=math.inf), stop_signals
+    fail = {"rank": lambda: stage.say("b", "ended", rank=1, status=-9), "host": lambda: stage.gone("b")}[failure]
+    stage.events = {10: lambda: stop_signals.append(15), 30: fail}
+    said: list[str] = []
+    stage.events[60] = lambda: said.append(capsys.readouterr().err)  # while reports of other ranks are waited for
+    ended = stage.run()
+    assert (ended.status, ended.stop_signal) == (status, 15)
+    if failure == "host":
+        assert list(ended.lost) == ["b"]
+        assert "bst launch: lost b: its agent is gone" in said[0]
+    else:
+        assert ended.explain({1: "b"}) == "rank 1 on b was killed by SIGKILL (out of memory?)"
+
+
+@pytest.mark.parametrize("late", ["probe", "clock"])
+def test_a_late_answer_is_not_taken_for_the_answer_to_another_question(late):
+    """A host whose file system hung may answer after the wait for its answer has ended."""
+    stage = Stage()
+    assert stage.controller.ask(late, {"a": {}}) == {}
+    (asked,) = [message for message in stage.agents["a"].receive() if message["kind"] == late]
+    stage.events[stage.turns + 1] = lambda: stage.say("a", late, question=asked["question"], seconds=1.0)
+    assert stage.controller.ask("clock", {"a": {}}) == {}
+    stage.controller.__exit__()
 
 
 def test_time_of_suspension_does_not_count_as_silence_of_a_host():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import selectors
 import shlex
 import signal
@@ -129,6 +130,26 @@ def test_a_stop_signal_reaches_the_ranks_and_their_status_is_returned(job):
     assert (ended.status, ended.stop_signal) == (75, signal.SIGUSR1)
 
 
+def test_an_agent_that_is_told_to_stop_reports_the_signal(job):
+    """As Slurm does it, which signals the processes of a step and not the launching process."""
+    job.meanwhile(lambda: job.agent("b").send_signal(signal.SIGUSR1))
+    ended = job.run("time.sleep(600)")
+    assert ended.status == 128 + signal.SIGTERM
+    assert job.controller.told == {"b": signal.SIGUSR1}
+    assert job.stop_signals == []
+
+
+def test_the_message_at_a_stop_signal_can_be_chosen(tmp_path, capfd):
+    """In the check of all ranks nothing is saved."""
+    stop_signals = [signal.SIGUSR1]
+    with Controller(HOSTS, OPTIONS, stop_signals) as controller:
+        while len(controller.channels) < len(HOSTS):
+            controller.listen(0.1)
+        placed = shares(HOSTS, 3, "127.0.0.1", 1)
+        controller.run([sys.executable, "-c", "import time; time.sleep(600)"], {}, placed, "heard of {}")
+    assert capfd.readouterr().err == "bst launch: heard of SIGUSR1\n"
+
+
 def test_a_second_stop_kills_the_ranks_at_once(job):
     job.meanwhile(lambda: job.stop_signals.extend([15, 15]))
     ended = job.run("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)")
@@ -136,12 +157,35 @@ def test_a_second_stop_kills_the_ranks_at_once(job):
     job.require_nothing_left()
 
 
-def test_two_stop_signals_end_the_wait_for_an_answer(job):
+def test_a_stop_signal_ends_the_wait_for_an_answer(job):
     with job.controller as controller:
         assert controller.call() == {}
-        job.stop_signals.extend([2, 2])
+        job.stop_signals.append(signal.SIGTERM)
         controller.channels["a"].send = lambda *_, **__: None  # the request is lost, and would be waited for
+        before = controller.hearing.listened_s
         assert controller.ask("clock", {"a": {}}) == {}
+        assert controller.hearing.listened_s == before
+
+
+def test_every_question_gets_the_answer_of_every_agent(job):
+    with job.controller as controller:
+        assert controller.call() == {}
+        assert set(controller.clock_offsets_s(["a", "b"])) == {"a", "b"}
+        assert set(controller.clock_offsets_s(["b"])) == {"b"}
+        where = {"job": "7", "run_dir": str(job.directory / "run")}
+        found = controller.ask("probe", {"b": {**where, "files": [], "write": True}})
+        assert found["b"]["nonce"] == "7"
+        assert set(controller.ask("unmark", {"b": where})) == {"b"}
+        assert list(job.directory.iterdir()) == []
+        assert set(controller.ask("kill", {"a": {}, "b": {}})) == {"a", "b"}
+
+
+def test_agents_start_in_the_given_environment(tmp_path, monkeypatch):
+    """Not in that of this process, which has been changed since it was started."""
+    given = dict(os.environ)
+    monkeypatch.setenv("CHANGED_SINCE", "1")
+    ended = Job(tmp_path, replace(OPTIONS, environment=given)).run("sys.exit('CHANGED_SINCE' in os.environ)")
+    assert ended.status == 0
 
 
 def test_a_host_whose_agent_is_killed_is_lost_and_so_are_its_ranks(job):
@@ -259,6 +303,34 @@ def test_hosts_that_do_not_call_back_are_named_with_the_launcher_output(monkeypa
     with Controller(HOSTS, OPTIONS) as controller:
         missing = controller.call()
     assert missing["b"] == "no agent called back: b: no route to it"
+
+
+PDSH = ["node-1: bash: line 1: /opt/python: No such file or directory", "pdsh@vm: node-1: ssh exited with exit code 7"]
+OPENMPI = ["-----", "prterun was unable to launch the application", "Executable: /opt/python", "\0\0", "-----"]
+OTHERS = ["node-1: no space", "node-10: the disk of node-10 is full", "my-node-1: down"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"), [(PDSH, PDSH[0]), (PDSH[1:], PDSH[1]), (OPENMPI, "Executable: /opt/python"), (OTHERS, OTHERS[0])]
+)
+def test_the_reason_is_found_in_the_launcher_output_and_its_last_lines_are_printed(monkeypatch, capsys, lines, said):
+    """Its last line often only says that something failed."""
+    many = [f"line {number}" for number in range(30)]
+    script = "".join(f"printf '%b\\n' '{line.replace(chr(0), chr(92) + '0')}'; " for line in (*many, *lines))
+    monkeypatch.setitem(launchers.LAUNCHERS, "here", lambda *_: ["sh", "-c", f"{script} exit 1"])
+    with Controller([Host("node-1", 1)], OPTIONS) as controller:
+        assert controller.call() == {"node-1": f"no agent called back: {said}"}
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0] == "bst launch: the last lines of here:"
+    kept = [line for line in (*many, *lines) if line.strip("-\0")]
+    assert printed[1:] == [f"  {line}" for line in kept[-15:]]
+
+
+def test_a_launcher_that_says_nothing_is_not_quoted(monkeypatch, capsys):
+    monkeypatch.setitem(launchers.LAUNCHERS, "here", lambda *_: ["false"])
+    with Controller([Host("node-1", 1)], OPTIONS) as controller:
+        assert controller.call() == {"node-1": "no agent called back"}
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_only_variables_that_concern_the_ranks_are_passed_on(tmp_path):
-    concerns = {"NCCL_DEBUG": "WARN", "AWS_REGION": "x", "CUDA_LAUNCH_BLOCKING": "1", "LD_LIBRARY_PATH": "/opt/lib"}
+    concerns = {"NCCL_DEBUG": "WARN", "AWS_REGION": "x", "CUDA_LAUNCH_BLOCKING": "1", "LD_LIBRARY_PATH": "/opt/lib",
+                "WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "http://host:5000"}  # fmt: skip
     other = {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "RANK": "3", "SLURM_PROCID": "1"}
     assert handed_on(concerns | other, [tmp_path]) == concerns
     (line,) = kept_back(concerns | other)
@@ -54,6 +55,14 @@ def test_set_variables_take_precedence_over_the_file(tmp_path):
     (tmp_path / "other").write_text("NCCL_DEBUG=INFO\nMY_OWN=1\n")
     found = handed_on({"NCCL_DEBUG": "WARN", "DS_ENV_FILE": "other"}, [tmp_path])
     assert found == {"NCCL_DEBUG": "WARN", "MY_OWN": "1", "DS_ENV_FILE": "other"}
+
+
+def test_a_file_that_was_named_and_is_missing_is_reported(tmp_path):
+    given, tried = {"DS_ENV_FILE": "other"}, f"{tmp_path}/other, {tmp_path}/b/other"
+    with pytest.raises(EnvironmentFileError, match=f"DS_ENV_FILE=other: no such file: {tried}"):
+        handed_on(given, [tmp_path, tmp_path / "b"])
+    (tmp_path / "other").write_text("A=1\n")
+    assert handed_on(given, [tmp_path, tmp_path / "b"]) == {"A": "1", **given}
 
 
 def test_secrets_are_not_shown():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from bst_dist.cluster import hosts
 from bst_dist.cluster.hosts import Host, HostError, read_hostfile, slurm_hosts
 
 
@@ -67,22 +68,65 @@ def test_a_missing_hostfile_is_reported(tmp_path):
         read_hostfile(tmp_path / "none")
 
 
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch) -> Callable[[str], None]:
+    """``scontrol(script)`` puts a program of this name on the PATH."""
+
+    def write(script: str) -> None:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return write
+
+
+ALLOCATION = {"SLURM_JOB_NODELIST": "n[1-3]"}
+
+
 @pytest.mark.parametrize(("tasks", "slots"), [("8(x3)", [8, 8, 8]), ("2,1(x2)", [2, 1, 1]), ("4(x2),1", [4, 4, 1])])
-def test_slurm_task_counts_give_the_slots_per_node(tasks, slots):
-    assert hosts._slurm_slots(tasks, 3) == slots
+def test_slurm_task_counts_give_the_slots_per_node(scontrol, tasks, slots):
+    scontrol("echo n1; echo n2; echo n3")
+    found = slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": tasks})
+    assert [(host.name, host.slots) for host in found] == list(zip(("n1", "n2", "n3"), slots, strict=True))
+    with pytest.raises(HostError, match="is for 1 nodes, but the allocation has 3"):
+        slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "8"})
+    with pytest.raises(HostError, match="does not say how many tasks"):
+        slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "many"})
 
 
 @pytest.mark.parametrize(
     ("asked_for", "slots"),
-    [({}, [1, 4]), ({"SLURM_GPUS_PER_NODE": "8"}, [8, 4]), ({"SLURM_GPUS_PER_NODE": "h100:2"}, [2, 4]),
-     ({"SLURM_GPUS_ON_NODE": "2"}, [2, 4]), ({"SLURM_GPUS_PER_NODE": "0"}, [1, 4])],
+    [({}, 1), ({"SLURM_GPUS_PER_NODE": "8"}, 8), ({"SLURM_GPUS_PER_NODE": "h100:2"}, 2),
+     ({"SLURM_GPUS_ON_NODE": "2"}, 2), ({"SLURM_GPUS_PER_NODE": "0"}, 1), ({"SLURM_GPUS_PER_TASK": "8"}, 8)],
 )  # fmt: skip
-def test_one_slurm_task_gets_a_rank_per_accelerator(asked_for, slots, tmp_path, monkeypatch):
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho n1; echo n2\n")
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    found = slurm_hosts({"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "1,4", **asked_for})
-    assert found == [Host("n1", slots[0]), Host("n2", slots[1])]
+def test_one_slurm_task_per_node_gets_a_rank_per_accelerator(scontrol, asked_for, slots):
+    """Not if other nodes have several tasks: there a task is a rank."""
+    scontrol("echo n1; echo n2; echo n3")
+    found = slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "1(x3)", **asked_for})
+    assert [host.slots for host in found] == [slots] * 3
+    found = slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "2(x2),1", **asked_for})
+    assert [host.slots for host in found] == [2, 2, 1]
+
+
+def test_slurm_node_names_are_kept_as_they_are(scontrol):
+    """A cluster may give its nodes names with a domain; an agent is identified by such a name."""
+    scontrol("echo n1.example.org; echo n2.example.org; echo n3.example.org")
+    found = slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "1(x3)"})
+    assert [host.node for host in found] == [f"n{number}.example.org" for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("echo 'slurm_load: no controller' >&2; exit 1", "scontrol .*: slurm_load: no controller"),
+     (None, "scontrol is not on the PATH")],
+)  # fmt: skip
+def test_an_allocation_whose_nodes_cannot_be_listed_is_reported(scontrol, tmp_path, monkeypatch, script, said):
+    """For example in a container without Slurm's programs."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script:
+        scontrol(script)
+    with pytest.raises(HostError, match=f"{said}.*--hostfile"):
+        slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "1(x3)"})
 
 
 def test_slurm_hosts_outside_an_allocation_are_refused():

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
+from bst_base.stopping import Stopped
 from bst_dist.cli import main
-from bst_dist.faults.status import USER_ERROR
-from bst_dist.train.rundir import read_outcome
+from bst_dist.cluster.controller import LaunchOptions
+from bst_dist.cluster.launch import _train
+from bst_dist.cluster.restarts import Restarts
+from bst_dist.cluster.verdict import Ended
+from bst_dist.faults.status import RESUBMIT, USER_ERROR
+from bst_dist.train.rundir import OUTCOME, read_outcome
 
 
 def test_a_dry_run_shows_the_commands_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
@@ -28,6 +38,55 @@ def test_a_dry_run_shows_the_commands_and_writes_nothing(recipe, tmp_path, capsy
     assert "NCCL_DEBUG=WARN" in said
     assert f"writes       {tmp_path}/run" in said
     assert not (tmp_path / "run").exists()
+
+
+class NeverStarted:
+    """Stub of a supervisor that records the options of the launch."""
+
+    seen: ClassVar[list[LaunchOptions]] = []
+
+    def __init__(self, job, hosts, options, restarts, stop_signals) -> None:
+        self.seen.append(options)
+
+    def check(self) -> None:
+        return
+
+
+def test_agents_do_not_inherit_what_this_machine_lacks(recipe, tmp_path, capsys, monkeypatch):
+    """Launched from a machine without an accelerator, whose devices were also hidden by the user."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("bst_dist.cluster.launch.Supervisor", NeverStarted)
+    monkeypatch.setattr(NeverStarted, "seen", [])
+    command = ["launch", str(recipe(6)), "--launcher", "local", "--check", "--run-dir", str(tmp_path / "run")]
+    assert main(command) == 0
+    assert os.environ["DS_ACCELERATOR"] == "cpu"  # in this process, which must not look for one
+    (options,) = NeverStarted.seen
+    assert "DS_ACCELERATOR" not in options.environment
+    assert options.environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert "applies to this machine only" not in capsys.readouterr().err  # an agent here inherits it
+
+
+@pytest.mark.parametrize("how", ["stopped", "refused"])
+def test_a_start_without_training_does_not_report_the_previous_one(tmp_path, capsys, how):
+    """The previous start was stopped, and has left its outcome in the run directory."""
+    before = {"step": 7, "stopped": "SIGTERM"}
+    (tmp_path / OUTCOME).write_text(json.dumps(before))
+
+    def run() -> Ended:
+        if how == "stopped":
+            raise Stopped("told to stop (SIGUSR1) while no rank of the run was running")
+        return Ended(1, {0: USER_ERROR})
+
+    supervisor = SimpleNamespace(job=SimpleNamespace(asked=SimpleNamespace(run_dir=tmp_path)), run=run,
+                                 stop_signals=[signal.SIGUSR1], restarts=Restarts(tmp_path, 0))  # fmt: skip
+    status = RESUBMIT if how == "stopped" else USER_ERROR
+    found = _train(supervisor, steps=10)
+    assert found == {"passed": False, "exit_status": status, "run_dir": str(tmp_path), "restarts": 0}
+    assert read_outcome(tmp_path) == before
+    said = capsys.readouterr()
+    assert "step 7" not in said.out
+    assert ("told to stop (SIGUSR1)" in said.err) == (how == "stopped")
 
 
 def test_a_launcher_that_is_not_installed_is_a_user_error(recipe, tmp_path, capsys, monkeypatch):

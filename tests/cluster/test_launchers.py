@@ -39,14 +39,27 @@ def test_batch_job_options_are_not_passed_to_the_agents_step():
 
 
 @pytest.mark.parametrize(
-    ("asked_for", "option"),
-    [("1", ["--gpus-per-node=8"]), ("h100:2", ["--gpus-per-node=16"]), (None, [])],
+    ("tasks", "asked_for", "option"),
+    [
+        ("8(x2)", "1", ["--gpus-per-node=8"]),
+        ("8(x2)", "h100:2", ["--gpus-per-node=16"]),
+        ("1(x2)", "8", ["--gpus-per-node=8"]),  # one task, whose accelerators are the slots
+        ("8(x2)", "", []),
+        ("8,3", "", []),
+    ],
 )
-def test_the_agents_get_the_accelerators_of_all_ranks_of_a_node(monkeypatch, asked_for, option):
-    monkeypatch.delenv("SLURM_GPUS_PER_TASK", raising=False)
-    if asked_for:
-        monkeypatch.setenv("SLURM_GPUS_PER_TASK", asked_for)
+def test_the_agents_get_the_accelerators_of_all_ranks_of_a_node(monkeypatch, tasks, asked_for, option):
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", tasks)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", asked_for)
     assert [word for word in line("slurm") if word.startswith("--gpus")] == option
+
+
+def test_accelerators_per_task_of_uneven_tasks_are_refused(monkeypatch):
+    """One step cannot get them: of Slurm 22.05, tried on the hosts of test_slurm.py."""
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2,1")
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    with pytest.raises(UserError, match=r"different numbers of tasks \(2,1\): .* request --gpus-per-node"):
+        line("slurm", [Host("node-01", 2), Host("node-02", 1)])
 
 
 @pytest.mark.parametrize(
@@ -63,6 +76,13 @@ def test_preflight_uses_the_same_ssh_options_as_the_launcher(launcher, variable)
     assert "-p" not in ssh(launcher, None, given)
 
 
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpich"])
+def test_devices_of_this_machine_are_not_chosen_for_the_hosts(launcher):
+    """MPICH passes its whole environment on, and Open MPI passes it to the agent on this machine."""
+    assert "CUDA_VISIBLE_DEVICES" not in environment(launcher, None, {"CUDA_VISIBLE_DEVICES": "3"})
+    assert environment("local", None, {"CUDA_VISIBLE_DEVICES": "3"}) == {"CUDA_VISIBLE_DEVICES": "3"}
+
+
 def test_mpich_uses_the_local_address_that_reaches_the_first_host():
     """If no route to that host is known, it uses this machine's name."""
     words = line("mpich", [Host("127.0.0.1", 1), Host("host.invalid", 1)])
@@ -71,9 +91,12 @@ def test_mpich_uses_the_local_address_that_reaches_the_first_host():
 
 
 @pytest.mark.parametrize("launcher", ["openmpi", "mpich"])
-def test_mpi_launchers_refuse_hosts_with_a_user_name(launcher):
+def test_mpi_launchers_refuse_hosts_with_a_user_name_or_an_ipv6_address(launcher):
     with pytest.raises(UserError, match="me@node-02"):
         line(launcher, HOSTS)
+    with pytest.raises(UserError, match=f"fd00::1: --launcher {launcher} accepts no IPv6 address"):
+        line(launcher, [Host("node-01", 8), Host("fd00::1", 8)])
+    assert "-w fd00::1 " in " ".join(line("pdsh", [Host("fd00::1", 8)]))
 
 
 def test_a_launcher_that_is_not_installed_is_a_user_error(monkeypatch, tmp_path):

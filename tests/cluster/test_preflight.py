@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bst_dist.cluster.controller import LaunchOptions
 from bst_dist.cluster.hosts import Host
-from bst_dist.cluster.preflight import CHECKS, Checked, PreflightError, judge, require, show
+from bst_dist.cluster.preflight import (
+    CHECKS,
+    Checked,
+    Needs,
+    PreflightError,
+    examine,
+    judge,
+    require,
+    show,
+    unreachable,
+)
 from bst_dist.cluster.probe import memory_errors, old_ranks, probe, unmark
 
 SOUND: dict[str, Any] = {
@@ -147,3 +160,86 @@ def test_a_probe_sees_the_mark_of_another_and_leaves_no_files(tmp_path):
     unmark("job", str(run_dir))
     assert list(run_dir.parent.iterdir()) == []  # no run directory is created, because it would have to be empty
     assert old_ranks(str(run_dir)) == []
+
+
+SSH = """#!/bin/sh
+case "$*" in
+    *hung*) exec sleep 3600;;
+    *down*) echo "ssh: connect to host down: Connection refused" >&2; exit 255;;
+esac
+"""
+
+
+@pytest.fixture
+def ssh(tmp_path, monkeypatch) -> LaunchOptions:
+    """Options with an ssh that answers for some hosts only."""
+    (tmp_path / "ssh").write_text(SSH)
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return LaunchOptions("pdsh", tmp_path)
+
+
+def test_hosts_that_ssh_cannot_log_in_to_are_named_with_its_error(ssh):
+    found = unreachable([Host("ok", 1), Host("down", 1)], ssh)
+    assert found == {"down": "ssh: connect to host down: Connection refused"}
+
+
+def test_a_host_whose_login_hangs_is_named_after_a_time_limit(ssh, monkeypatch):
+    monkeypatch.setattr("bst_dist.cluster.preflight.LOGIN_S", 0.25)
+    found = unreachable([Host("hung-1", 1), Host("hung-2", 1)], ssh)
+    assert found == {f"hung-{number}": "ssh: no answer within 0.25 s" for number in (1, 2)}
+
+
+def test_a_stop_signal_ends_the_wait_for_logins(ssh, monkeypatch):
+    monkeypatch.setattr("bst_dist.cluster.preflight.LOGIN_S", 3600.0)
+    assert unreachable([Host("hung-1", 1)], ssh, [15]) == {}
+
+
+class Silent:
+    """Stub of a controller; `silent` hosts do not answer the probe. Records who is asked what, as kind and hosts."""
+
+    def __init__(self, *silent: str) -> None:
+        self.hosts, self.silent, self.job, self.gone = [Host(f"n{i}", 8) for i in range(3)], silent, "job", {}
+        self.asked: list[tuple[str, list[str]]] = []
+        self.wrote: list[str] = []
+        self.removes: list[str] = []
+        self.stop_signals: list[int] = []
+
+    def send(self, host: str, kind: str, **fields: Any) -> None:
+        assert (kind, fields) == ("unmark", {"job": "job", "run_dir": "/shared/run"})
+        self.removes.append(host)
+
+    def call(self) -> dict[str, str]:
+        return {}
+
+    def ask(self, kind: str, fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        self.asked.append((kind, list(fields)))
+        self.wrote += [host for host, question in fields.items() if question.get("write")]
+        return {host: copy.deepcopy(SOUND) for host in fields if host not in self.silent}
+
+    def clock_offsets_s(self, hosts: Collection[str]) -> dict[str, float]:
+        self.asked.append(("clock", list(hosts)))
+        return dict.fromkeys(hosts, 0.0)
+
+
+@pytest.mark.parametrize(("silent", "writer", "left"), [("n1", "n0", ["n0", "n2"]), ("n0", "n1", ["n1", "n2"])])
+def test_a_host_that_did_not_answer_is_asked_nothing_more(silent, writer, left):
+    """Each question to it would take a minute. If it was to write the mark, the next host does."""
+    stub = Silent(silent)
+    checked = examine(stub, Needs([], Path("/shared/run"), 0))
+    problems = {one.host.name: one.problems for one in checked}
+    assert problems == {silent: ["no answer: does a file system hang?"], **{name: [] for name in left}}
+    assert stub.wrote[-1] == writer
+    assert [kind for kind, hosts in stub.asked if silent in hosts] == ["probe"]
+    assert ("unmark", [writer]) in stub.asked
+    assert stub.removes == [host for host in stub.wrote if host == silent]
+    assert ("clock", left) in stub.asked
+
+
+def test_a_stop_signal_leaves_no_mark(monkeypatch):
+    """The first host has been asked to write it, and is not waited for."""
+    stub = Silent("n0")
+    ask = stub.ask
+    monkeypatch.setattr(stub, "ask", lambda *question: (stub.stop_signals.append(15), ask(*question))[1])
+    examine(stub, Needs([], Path("/shared/run"), 0))
+    assert stub.wrote == stub.removes == ["n0"]

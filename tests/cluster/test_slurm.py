@@ -211,8 +211,9 @@ with Controller(hosts, LaunchOptions("slurm", Path.cwd())) as controller:
     [
         ("--ntasks-per-node=2", "--gpus-per-task=1", "--cpus-per-task=1"),
         ("--ntasks-per-node=1", "--gpus-per-node=2", "--exclusive"),  # one task, which starts the ranks
+        ("--ntasks-per-node=1", "--gpus-per-task=2", "--exclusive"),
     ],
-    ids=["a-device-a-task", "one-task"],
+    ids=["a-device-a-task", "one-task", "one-task-all-devices"],
 )
 def test_per_task_job_options_do_not_limit_the_ranks_of_a_node(slurm, tmp_path, options):
     """Two ranks per node; both see both devices and every core, and differ in LOCAL_RANK."""

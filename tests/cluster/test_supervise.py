@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from bst_base.stopping import Stopped
 from bst_dist.cluster.controller import LaunchOptions
+from bst_dist.cluster.elastic import Shape
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.preflight import PreflightError
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.supervise import Job, Supervisor
 from bst_dist.cluster.verdict import Ended
+from bst_dist.faults.status import FAILED, RESUBMIT, USER_ERROR
 from bst_dist.report.metrics import FILE
 
 HOSTS = [Host("a", 1), Host("b", 1)]
@@ -23,8 +27,11 @@ HOSTS = [Host("a", 1), Host("b", 1)]
 class Stub:
     """Stub of a controller: rank 1 of two ends with the given status."""
 
-    def __init__(self, status: int) -> None:
-        self.hosts, self.status, self.command = HOSTS, status, []
+    def __init__(self, status: int, told: dict[str, int] | None = None) -> None:
+        self.hosts, self.status, self.command, self.told = HOSTS, status, [], told or {}
+
+    def listen(self, seconds: float) -> None:
+        return
 
     def free_port(self, host: str) -> int:
         return 29500
@@ -32,7 +39,7 @@ class Stub:
     def address(self, host: str) -> str:
         return host
 
-    def run(self, program, environment, placed) -> Ended:
+    def run(self, program, environment, placed, notice="") -> Ended:
         self.command = list(program)
         ended = Ended(2)
         ended.end(0, 0, 1.0)
@@ -40,10 +47,11 @@ class Stub:
         return ended
 
 
-def rehearse(tmp_path: Path, status: int, accepted: list[str], stop_signals: Sequence[int] = ()) -> list[str]:
+def rehearse(tmp_path: Path, status: int, accepted: list[str], stop_signals: Sequence[int] = (),
+             told: dict[str, int] | None = None) -> list[str]:  # fmt: skip
     """Return the command that all ranks were told to run."""
     job = Job(None, None, {}, None, accepted)
-    stub = Stub(status)
+    stub = Stub(status, told)
     Supervisor(job, HOSTS, LaunchOptions("pdsh", tmp_path), Restarts(tmp_path, 0), stop_signals)._rehearse(stub)
     return stub.command
 
@@ -63,8 +71,63 @@ def test_an_accepted_check_does_not_prevent_the_start(tmp_path):
 
 
 def test_a_stop_signal_during_the_check_prevents_the_start(tmp_path):
-    with pytest.raises(PreflightError):
-        rehearse(tmp_path, 75, ["sum"], stop_signals=[15])
+    with pytest.raises(Stopped, match=r"told to stop \(SIGTERM\) while no rank of the run was running"):
+        rehearse(tmp_path, -15, ["sum"], stop_signals=[15])
+
+
+@pytest.mark.parametrize("status", [-signal.SIGUSR1, -signal.SIGTERM, 0])
+def test_a_signal_of_the_scheduler_to_agents_and_ranks_is_a_stop(tmp_path, status):
+    """Slurm signals the processes of a job's steps, and not the batch script that `bst launch` runs in."""
+    with pytest.raises(Stopped, match=r"b was told to stop \(SIGUSR1\) while no rank of the run was running"):
+        rehearse(tmp_path, status, [], told={"b": signal.SIGUSR1})
+    if status:
+        with pytest.raises(PreflightError, match="rank 1 on b was killed by SIG"):
+            rehearse(tmp_path, status, [])
+
+
+@pytest.mark.parametrize("error", [PreflightError("not started: fix b"), HostError("b was lost")])
+@pytest.mark.parametrize("stop_signals", [[], [signal.SIGUSR1]])
+def test_a_signal_before_the_first_start_is_a_stop_whatever_it_interrupts(tmp_path, monkeypatch, error, stop_signals):
+    supervisor = Supervisor(Job(None, None, {}, None), HOSTS, LaunchOptions("pdsh", tmp_path), Restarts(tmp_path, 0),
+                            stop_signals)  # fmt: skip
+
+    def interrupted(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("bst_dist.cluster.preflight.require_reachable", interrupted)
+    for started in (supervisor.run, supervisor.check):
+        with pytest.raises(Stopped if stop_signals else type(error)) as raised:
+            started()
+        assert raised.value.exit_status == (RESUBMIT if stop_signals else USER_ERROR)
+
+
+def test_a_signal_between_two_starts_is_a_stop(tmp_path, monkeypatch):
+    """Not the failure before it: the run would have been started again."""
+    stop_signals: list[int] = []
+    monkeypatch.setattr("bst_dist.cluster.supervise.Controller", None)  # nothing is started
+    supervisor = Supervisor(Job(None, None, {}, None), HOSTS, LaunchOptions("slurm", tmp_path), Restarts(tmp_path, 5),
+                            stop_signals)  # fmt: skip
+    monkeypatch.setattr(supervisor, "_all_fit", lambda: nullcontext(Stub(0)))
+    monkeypatch.setattr(supervisor, "_train", lambda *_: Ended(2, {0: -9}))
+    monkeypatch.setattr(supervisor, "_wait", lambda seconds: stop_signals.append(signal.SIGTERM))
+    with pytest.raises(Stopped, match="no rank of the run was running"):
+        supervisor.run()
+
+
+def test_a_lost_host_is_named_once(tmp_path, monkeypatch, capsys):
+    """The controller names it when it notices."""
+    job, options = Job(None, None, {}, None), LaunchOptions("pdsh", tmp_path)
+    supervisor = Supervisor(job, HOSTS, options, Restarts(tmp_path, 0), [])
+    monkeypatch.setattr("bst_dist.cluster.supervise.choose", lambda *_: Shape(2, 1))
+    monkeypatch.setattr("bst_dist.cluster.supervise._laid_out", lambda asked, *_: asked)
+    monkeypatch.setattr("bst_dist.cluster.supervise.program", lambda asked: [])
+    stub = Stub(0)
+    monkeypatch.setattr(stub, "run", lambda *_: Ended(2, lost={"b": "silent for 30 s"}))
+    assert supervisor._train(stub, None).status == FAILED
+    assert "lost b" not in capsys.readouterr().err
+    monkeypatch.setattr(stub, "run", lambda *_: Ended(2, {1: -9}))
+    supervisor._train(stub, None)
+    assert "rank 1 on b was killed by SIGKILL" in capsys.readouterr().err
 
 
 def test_a_run_waits_for_hosts_that_are_not_ready_yet(tmp_path, monkeypatch):

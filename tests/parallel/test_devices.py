@@ -32,11 +32,12 @@ def test_without_a_launcher_there_is_no_local_rank():
     [
         ({"OMPI_COMM_WORLD_LOCAL_RANK": "5"}, 8, 5),  # mpirun -n 8: not all on the first device
         ({"SLURM_LOCALID": "1"}, 1, 0),  # srun --gpus-per-task=1: each process sees only its own
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, 1, 0),
         ({}, 8, 0),
     ],
 )
 def test_a_process_uses_the_device_of_its_local_rank(monkeypatch, environment, count, device):
-    for name in LOCAL_RANKS:
+    for name in (*LOCAL_RANKS, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -125,6 +126,14 @@ def test_more_processes_than_devices_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="no accelerator of its own: 2 are visible"):
         ranks.own_device(2)
+
+
+def test_ranks_that_see_one_device_do_not_share_it(monkeypatch):
+    """As with `bst train --ranks 8` where CUDA_VISIBLE_DEVICES shows one: all ranks have the same environment."""
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="process 5 of this host has no accelerator of its own: 1 is visible to it"):
+        ranks.own_device(1)
 
 
 def test_cpu_use_on_a_host_with_accelerators_needs_an_explicit_setting(tmp_path):

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from bst_dist.cli import main
+from bst_dist.cluster.processes import Share
+from bst_dist.cluster.verdict import Ended
 from bst_dist.verify import command
 
 pytestmark = pytest.mark.ranks
@@ -47,6 +49,19 @@ def certificate(recipe: Path, *options: str) -> tuple[int, dict[str, Any]]:
     path = recipe.with_name("report.json")
     status = main(["verify", str(recipe), *options, "--json", str(path)])
     return status, json.loads(path.read_text())
+
+
+def test_a_signal_is_answered_in_the_name_of_this_command(recipe, monkeypatch, capsys):
+    """Nothing is saved here, unlike in `bst train`."""
+    said: list[str] = []
+
+    def launch(program: list[str], share: Share, notice: str) -> Ended:
+        said.append(notice.format("SIGTERM"))
+        return Ended(1, {0: -15})
+
+    monkeypatch.setattr(command, "launch", launch)
+    assert main(["verify", str(recipe)]) == 2
+    assert said == ["bst verify: told to stop (SIGTERM): the ranks end without a verdict"]
 
 
 def test_every_combination_of_a_grid_passes_without_a_corpus(recipe, capfd):
