@@ -12,6 +12,7 @@ import torch
 from bst_dist.checkpoint.shards import Piece, Shards, write_header, write_values
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.roles import single_precision
 from bst_dist.model.weightless import weightless
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,12 +22,11 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def stored_dtypes(weights: Shards, config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return the dtype of each stored tensor: `dtype`, but single precision for the SSM dynamics, which need it."""
+    """Return the dtype of each stored tensor: `dtype`, but single precision for the SSM dynamics and for networks that
+    compute a filter, which need it."""
     with weightless():
-        model = LanguageModel(config)
-    own = {id(parameter) for parameter in model.parameter_groups()["ssm"]}
-    dynamics = {name for name, parameter in model.named_parameters() if id(parameter) in own}
-    return {name: torch.float32 if name in dynamics else dtype for name in weights.shapes}
+        needing = single_precision(LanguageModel(config))
+    return {name: torch.float32 if name in needing else dtype for name in weights.shapes}
 
 
 def write_weights(

@@ -10,8 +10,11 @@ from typing import Any
 from bst_base.settings import dump
 from bst_dist.checkpoint.retention import CheckpointEntry
 from bst_dist.config import Recipe
+from bst_dist.hub.fast_tokenizer import is_bpe
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.comparison.run_summary import eval_report
+from bst_dist.study.evaluation.prompts import begin_token
+from data_pipeline.format.tokenizer import Tokenizer
 
 _TEMPLATE = """---
 library_name: transformers
@@ -24,13 +27,7 @@ tags: [block-state-transformer, long-context, pretrained]
 {summary}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({place}, trust_remote_code=True)
-inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
-```
+{code}```
 
 {carried} {begin}
 
@@ -54,6 +51,21 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_spec
 </details>
 """
 
+_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({place}, trust_remote_code=True)
+inputs = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
+"""
+_REGISTERED = "import bst_dist.hub  # it has the tokenizer: pip install 'bst-dist[hub]'\n"
+_CODE_OF_IDS = """import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)
+ids = torch.tensor([[{first}]])  # of the corpus; they stand for no text here
+print(model.generate(ids, max_new_tokens=50)[0].tolist())
+"""
 _CARRIED = {
     False: "What a generated token costs does not depend on how many came before: each layer carries a window of keys "
     "and values, or a state, and no more.",
@@ -61,8 +73,8 @@ _CARRIED = {
 }
 _FIGURES = ("loss_nats_per_token", "bits_per_byte")
 _BEGIN = {
-    "joined": "Documents were joined in training, so a text begins after the end of another one: the tokenizer puts "
-    "that token in front.",
+    "joined": "Documents were joined in training, so a text begins after the end of another one: {who} that token in "
+    "front.",
     "masked": "Documents did not see each other in training: a text begins with its own first token, and nothing "
     "stands in front of it.",
     "isolated": "Documents were isolated in training: a text begins with its own first token, and nothing stands in "
@@ -71,23 +83,32 @@ _BEGIN = {
 
 
 def model_card(
-    run_dir: Path, one: CheckpointEntry, recipe: Recipe, shapes: dict[str, tuple[int, ...]], averaged: bool = False,
-    repository: str | None = None,
+    run_dir: Path, one: CheckpointEntry, recipe: Recipe, tokenizer: Tokenizer, shapes: dict[str, tuple[int, ...]],
+    averaged: bool = False, repository: str | None = None,
 ) -> str:  # fmt: skip
     """Return the card of a checkpoint with tensors of these shapes, as Markdown. `averaged`: it is for the averaged
     weights. `repository`: the repository on the hub where it will be uploaded."""
+    who = "the tokenizer puts" if tokenizer.has_text else "put"
     versions = one.manifest.get("versions", {})
     return _TEMPLATE.format(
         name=recipe.name,
-        place=f'"{repository}"' if repository else "DIRECTORY",
+        code=_code(recipe, tokenizer, f'"{repository}"' if repository else "DIRECTORY"),
         summary=_summary(recipe, shapes),
         carried=_CARRIED["full" in recipe.model.mixers()],
-        begin=_BEGIN[recipe.data.documents],
+        begin=_BEGIN[recipe.data.documents].format(who=who),
         training=_training(one, recipe, averaged),
         evaluation=_table(_evaluations(run_dir, one.step, averaged)),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()) or "Not recorded.",
         recipe=dump(without_place(recipe)),
     )
+
+
+def _code(recipe: Recipe, tokenizer: Tokenizer, place: str) -> str:
+    """Return Python code that loads the export from `place` and generates from it."""
+    if not tokenizer.has_text:
+        first = (begin_token(recipe, tokenizer) or [0])[0]
+        return _CODE_OF_IDS.format(place=place, first=first)
+    return ("" if is_bpe(tokenizer) else _REGISTERED) + _CODE.format(place=place)
 
 
 def without_place(recipe: Recipe) -> Recipe:
@@ -143,5 +164,8 @@ def _table(evaluations: dict[str, dict[str, Any]]) -> str:
 
 
 def _figure(figures: dict[str, Any], key: str) -> str:
+    """Return a figure with its error; nothing for the bits per byte of ids without text, which are null or NaN."""
+    if figures[key] is None or math.isnan(figures[key]):
+        return ""
     error = figures.get(f"{key}_standard_error")
     return f"{figures[key]:.4f}" + (f" ± {error:.4f}" if error is not None else "")

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         prefix = f"{BSTForCausalLM.base_model_prefix}."
         write_weights(folder, weights, dtypes, args.file_size, {"step": str(one.step)}, prefix)
         _write_configuration(folder, one, recipe, tokenizer)
-        card = model_card(args.run, one, recipe, weights.shapes, args.averaged, args.push)
+        card = model_card(args.run, one, recipe, tokenizer, weights.shapes, args.averaged, args.push)
         (folder / CARD).write_text(card, encoding="utf-8")
         _write_digests(folder)
     files = {path.name: path.stat().st_size for path in sorted(args.output.iterdir())}
@@ -112,9 +112,9 @@ def _write_configuration(folder: Path, one: CheckpointEntry, recipe: Recipe, tok
     if not tokenizer.has_text:  # a corpus of ids: there is no tokenizer to publish
         (folder / tokenizer.file).write_bytes(tokenizer.model)
         return
-    published = isinstance(tokenizer, HuggingFaceTokenizer)
-    (folder / (CORPUS_FILE if published else FILE)).write_bytes(tokenizer.model)
-    if published or is_bpe(tokenizer):
+    own = CORPUS_FILE if isinstance(tokenizer, HuggingFaceTokenizer) else FILE
+    (folder / own).write_bytes(tokenizer.model)
+    if is_bpe(tokenizer):
         fast_tokenizer(tokenizer, begin[0] if begin else None).save_pretrained(folder)
     else:
         begins = {"bos_token": tokenizer.piece(begin[0])} if begin else {}

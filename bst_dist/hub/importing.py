@@ -38,7 +38,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.model.weightless import weightless
 from bst_dist.train.rundir import RECIPE
 from bst_dist.version import versions
-from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
+from data_pipeline.format.tokenizer import IdsOnly, Tokenizer, read_tokenizer
 
 CONFIG = "config.json"
 
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _tokenizer(model: Path) -> Tokenizer:
     """Return the corpus's tokenizer, byte for byte."""
-    own = model / CORPUS_FILE
-    return read_tokenizer(own if own.is_file() else model / FILE)
+    own = (model / name for name in (CORPUS_FILE, FILE, IdsOnly.file))
+    return read_tokenizer(next((path for path in own if path.is_file()), model / FILE))
 
 
 def _require_digests(model: Path) -> None:

@@ -24,6 +24,7 @@ from bst_base.settings import parse
 from bst_dist.generation.rows import Rows
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.roles import single_precision
 
 
 class BSTConfig(PreTrainedConfig):
@@ -158,10 +159,14 @@ class BSTForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: (B, at least T), zero for padding before or after a row's tokens; columns of earlier calls
                 come first.
             past_key_values: the cache that an earlier call with `use_cache` returned; it is updated in place.
-            labels: (B, T), the inputs themselves; -100 for tokens that are left out of the loss.
+            labels: (B, T), the inputs themselves; -100 for tokens that are left out of the loss. A token after padding
+                is left out too, because nothing predicts it.
             logits_to_keep: return logits of this many last columns, or of these columns; 0: of all columns. A column of
                 padding has the logits of the nearest token of its row.
+
+        Raise ValueError if hidden states or attentions are asked for, or dynamics were cast to 16 bits.
         """
+        self._require_possible(kwargs)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         runs = _Runs(input_ids, attention_mask)
@@ -176,8 +181,22 @@ class BSTForCausalLM(PreTrainedModel, GenerationMixin):
             logits = self.model.logits(hidden[:, kept])
         loss = None
         if labels is not None:
+            labels = labels.masked_fill(runs.first_columns(), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+    def _require_possible(self, asked: dict[str, Any]) -> None:
+        for name in ("output_hidden_states", "output_attentions"):
+            if asked.get(name, getattr(self.config, name)):
+                raise ValueError(f"{name}: this model returns logits, a loss and its cache only: leave it out")
+        if self.model.embedding.weight.dtype.itemsize >= 4:  # else the whole model was cast
+            return
+        for name, parameter in single_precision(self.model).items():
+            if parameter.dtype.itemsize < 4:
+                raise ValueError(
+                    f"model.{name} is {parameter.dtype}, but needs single precision: in place of model.to(dtype) load "
+                    f"with from_pretrained(…, dtype={parameter.dtype}), which computes only matrix products in it"
+                )
 
     def _precision(self) -> Any:
         low = self.config.dtype in (torch.bfloat16, torch.float16)
@@ -219,6 +238,10 @@ class _Runs:
                 raise ValueError("attention_mask hides tokens between others: padding must be at the ends of a row")
             if not self.counts.all():
                 raise ValueError("attention_mask hides all tokens of a row: each needs one to begin with")
+
+    def first_columns(self) -> Tensor:
+        """Return which columns hold the first token of their row in this call, (B, T) bool."""
+        return torch.arange(self.columns, device=self.ids.device) == self.first[:, None]
 
     def tokens(self) -> list[Tensor]:
         """Return the tokens of each row, (n,)."""

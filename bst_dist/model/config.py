@@ -14,6 +14,12 @@ from bst_base.settings import Config
 from bst_dist.model.parametrisation import ParametrisationConfig, StandardConfig
 
 
+def _ordered_steps(settings: Any) -> Any:
+    if settings.dt_min > settings.dt_max:
+        raise ValueError(f"dt_min ({settings.dt_min}) must be at most dt_max ({settings.dt_max})")
+    return settings
+
+
 class AttentionConfig(Config):
     """Self-attention inside the sliding window."""
 
@@ -81,11 +87,7 @@ class SSMConfig(Config):
     chunk: int = Field(64, ge=1, le=65536)
     """Tokens computed as one causal matrix (T); must divide the block."""
 
-    @model_validator(mode="after")
-    def _check(self) -> SSMConfig:
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min ({self.dt_min}) must be at most dt_max ({self.dt_max})")
-        return self
+    _check = model_validator(mode="after")(_ordered_steps)
 
 
 class DPLRConfig(Config):
@@ -102,11 +104,7 @@ class DPLRConfig(Config):
     chunk: int = Field(64, ge=1, le=65536)
     """Tokens computed as one causal matrix (T); must divide the block."""
 
-    @model_validator(mode="after")
-    def _check(self) -> DPLRConfig:
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min ({self.dt_min}) must be at most dt_max ({self.dt_max})")
-        return self
+    _check = model_validator(mode="after")(_ordered_steps)
 
 
 class FilterConfig(Config):
@@ -155,11 +153,7 @@ class SelectiveConfig(Config):
     chunk: int = Field(64, ge=1, le=65536)
     """Tokens computed as one causal matrix (T); must divide the block."""
 
-    @model_validator(mode="after")
-    def _check(self) -> SelectiveConfig:
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min ({self.dt_min}) must be at most dt_max ({self.dt_max})")
-        return self
+    _check = model_validator(mode="after")(_ordered_steps)
 
 
 class SSDConfig(SelectiveConfig):
@@ -243,11 +237,7 @@ class GatedDeltaNetConfig(Config):
     chunk: int = Field(64, ge=1, le=65536)
     """Tokens computed as one triangular system (T); must divide the block."""
 
-    @model_validator(mode="after")
-    def _check(self) -> GatedDeltaNetConfig:
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min ({self.dt_min}) must be at most dt_max ({self.dt_max})")
-        return self
+    _check = model_validator(mode="after")(_ordered_steps)
 
 
 class FullAttentionConfig(Config):
@@ -388,6 +378,8 @@ class ModelConfig(LayerConfig):
             outside = [place for place in self.placement if not 0 <= place < self.depth]
             if outside:
                 raise ValueError(f"placement {outside} is outside the {self.depth} layers (0 to {self.depth - 1})")
+        if "gss" in self.mixers() and self.width % self.gss.reduce:
+            raise ValueError(f"gss.reduce ({self.gss.reduce}) must divide width ({self.width})")
         if self.parametrisation.kind == "completep" and self.context.ssm_width is not None:
             raise ValueError("under completep, context.ssm_width must be proportional to the width: leave it out")
         return self

@@ -131,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * grad,
-            None if d_weight is None else (d_weight * grad).to(d_weight.dtype),
+            None if d_weight is None else d_weight * grad,
             None, None, None, None, None,
         )  # fmt: skip
 

@@ -77,6 +77,18 @@ def roles_of(module: nn.Module) -> dict[str, Role]:
     return {name: said.get(name, Role.VECTOR) for name, _ in module.named_parameters(recurse=False)}
 
 
+def single_precision(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters, by name, that have to stay in single precision when the others are stored in 16 bits: the
+    dynamics, and all parameters of modules with `single_precision`."""
+    found: dict[str, nn.Parameter] = {}
+    for place, module in model.named_modules():
+        whole = getattr(module, "single_precision", False)
+        own = module.named_parameters(place, recurse=whole)
+        roles = {} if whole else roles_of(module)
+        found |= {name: p for name, p in own if whole or roles[name.rpartition(".")[2]] is Role.DYNAMICS}
+    return found
+
+
 def matrices_of(module: nn.Module) -> Iterator[tuple[nn.Parameter, Stack]]:
     """Yield the matrices of a module and its submodules, each with the linear maps it holds."""
     for each in module.modules():

@@ -16,7 +16,7 @@ from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.report.metrics import FILE
 from bst_dist.train.rundir import RECIPE
-from data_pipeline.format.tokenizer import TokenizerConfig, train_tokenizer
+from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, parse_tokenizer, train_tokenizer
 
 WORDS = ["naïve", "café", "for", "x", "=", "(", ")", "\n", "    ", "return", "é", "😀", "12", "class"]
 
@@ -32,7 +32,8 @@ def sentencepiece_model() -> bytes:
 def make_run(tmp_path, sentencepiece_model):
     """``make_run(…)`` makes a run directory with its own tokenizer and a checkpoint; no parameter is 0 or 1."""
 
-    def make(name: str = "run", documents: str = "joined", **changes) -> Path:
+    def make(name: str = "run", documents: str = "joined", tokenizer: Tokenizer | None = None, **changes) -> Path:
+        tokenizer = tokenizer or parse_tokenizer(sentencepiece_model)
         settings = {
             "name": "small", "seed": 0, "train": {"steps": 9, "sequence_length": 32, "sequences": 2},
             "data": {"corpus": "none", "documents": documents, "storage": {"options": {"key": "$HIDDEN_KEY"}}},
@@ -47,7 +48,7 @@ def make_run(tmp_path, sentencepiece_model):
                 parameter += 0.1 * torch.randn_like(parameter)
         write_checkpoint(directory(run_dir, 7), model)
         (run_dir / RECIPE).write_text(dump(recipe))
-        (run_dir / "tokenizer.model").write_bytes(sentencepiece_model)
+        (run_dir / tokenizer.file).write_bytes(tokenizer.model)
         line = {"kind": "eval", "split": "validation", "step": 7, "tokens": 99, "loss_nats": 2.5, "bits_per_byte": 3.5}
         (run_dir / FILE).write_text(json.dumps(line) + "\n")
         return run_dir

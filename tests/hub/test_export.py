@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +24,13 @@ from bst_dist.cli import main
 from bst_dist.config import load_recipe
 from bst_dist.study.evaluation.trained import open_run, tokenizer_of
 from bst_dist.train.start import directory
-from data_pipeline.format.tokenizer import TokenizerConfig, adopt_tokenizer
+from data_pipeline.format.tokenizer import (
+    IdsOnly,
+    TokenizerConfig,
+    adopt_tokenizer,
+    parse_tokenizer,
+    train_tokenizer,
+)
 
 
 def equal(one, other):
@@ -63,8 +71,7 @@ def test_a_run_of_two_ranks_is_imported_evaluated_and_trained_from(recipe_file, 
 
 def test_a_published_tokenizer_survives_export_and_import(make_run, tmp_path):
     """The export contains the corpus's tokenizer, and its form for transformers, which adds no end token to a text."""
-    run_dir, folder = make_run(), tmp_path / "exported"
-    (run_dir / "tokenizer.model").unlink()
+    folder = tmp_path / "exported"
     published = tokenizers.Tokenizer(tokenizers.models.BPE())
     published.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     published.decoder = tokenizers.decoders.ByteLevel()
@@ -74,14 +81,43 @@ def test_a_published_tokenizer_survives_export_and_import(make_run, tmp_path):
     ))  # fmt: skip
     published.save(str(tmp_path / "tokenizer.json"))
     ours = adopt_tokenizer(tmp_path / "tokenizer.json", TokenizerConfig())
-    (run_dir / ours.file).write_bytes(ours.model)
-    assert main(["export", str(run_dir), str(folder)]) == 0
+    assert main(["export", str(make_run(tokenizer=ours)), str(folder)]) == 0
     theirs = AutoTokenizer.from_pretrained(folder)
     for text in ("for x = 12", "naïve <|endoftext|>\n\n 😀"):
         assert theirs(text).input_ids == [ours.eos_id, *ours.encode(text)]
         assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
     assert main(["import", str(folder), str(tmp_path / "back")]) == 0
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == ours.model
+
+
+def test_a_run_on_token_ids_survives_export_and_import(exported, tmp_path):
+    ids = IdsOnly.of(330, 1)
+    run_dir, folder = exported(tokenizer=ids)
+    assert main(["import", str(folder), str(tmp_path / "back")]) == 0
+    assert equal(run_dir, tmp_path / "back")
+    assert (tmp_path / "back" / ids.file).read_bytes() == ids.model
+
+
+def unigram():
+    texts = [f"a few words of text {i * 7919}, and a few more words: naïve, café, return" for i in range(400)]
+    return parse_tokenizer(train_tokenizer(texts, TokenizerConfig(vocab_size=300, model_type="unigram")))
+
+
+@pytest.mark.parametrize(("kind", "documents"), [
+    ("bpe", "joined"), ("unigram", "joined"), ("ids", "joined"), ("ids", "isolated"),
+])  # fmt: skip
+def test_the_code_of_the_model_card_runs(exported, tmp_path, kind, documents):
+    tokenizer = {"bpe": lambda: None, "unigram": unigram, "ids": lambda: IdsOnly.of(330, 1)}[kind]()
+    _, folder = exported(tokenizer=tokenizer, documents=documents)
+    card = (folder / "README.md").read_text()
+    code = card.split("```python")[1].split("```")[0].replace("DIRECTORY", repr(str(folder)))
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+    assert ("okenizer" in card.split("## Training")[0]) == (kind != "ids")
+    if kind == "ids":
+        assert done.stdout.startswith("[1, " if documents == "joined" else "[0, ")
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -135,6 +171,15 @@ def test_the_model_card_shows_figures_with_standard_errors(make_run, tmp_path):
     assert main(["export", str(run_dir), str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| validation of prose, 12 documents | 2.0000 ± 0.2500 | 3.0000 |" in card
+
+
+@pytest.mark.parametrize("unknown", [None, math.nan])
+def test_the_model_card_shows_no_bits_per_byte_of_token_ids(make_run, tmp_path, unknown):
+    run_dir = make_run(tokenizer=IdsOnly.of(330, 1))
+    line = {"kind": "eval", "split": "test", "step": 7, "tokens": 9, "loss_nats": 2.5, "bits_per_byte": unknown}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert main(["export", str(run_dir), str(tmp_path / "out")]) == 0
+    assert "in training | 2.5000 |  |\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_digests_can_be_checked_by_sha256sum(exported):

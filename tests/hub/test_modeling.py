@@ -119,12 +119,13 @@ def test_reading_continues_from_a_cache(loaded):
     torch.testing.assert_close(torch.cat((first.logits, rest), 1), model(ids).logits, rtol=2e-5, atol=2e-5)
 
 
-def test_loss_and_gradients_equal_ours(loaded):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_and_gradients_equal_ours(loaded, side):
     model, tokenizer, run_dir = loaded()
-    ours, inputs = open_run(run_dir).model, padded(tokenizer, "right")
+    ours, given, inputs = open_run(run_dir).model, padded(tokenizer, side), padded(tokenizer, "right")
     model.train()
-    labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
-    loss = model(**inputs, labels=labels).loss
+    labels = given.input_ids.masked_fill(given.attention_mask == 0, -100)
+    loss = model(**given, labels=labels).loss
     loss.backward()
     ids = torch.nn.functional.pad(inputs.input_ids, (0, -inputs.input_ids.shape[1] % 8))
     mask = torch.nn.functional.pad(inputs.attention_mask, (0, ids.shape[1] - inputs.attention_mask.shape[1])).bool()
@@ -151,6 +152,25 @@ def test_half_precision_equals_that_of_training(exported):
 def test_a_mask_other_than_padding_is_refused(loaded, mask):
     with pytest.raises(ValueError, match="attention_mask hides"):
         loaded()[0](torch.ones(1, 4, dtype=torch.long), attention_mask=torch.tensor(mask))
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+@pytest.mark.parametrize("said_by", ["call", "config"])
+def test_outputs_that_the_model_does_not_have_are_refused(loaded, name, said_by):
+    model, ids = loaded()[0], torch.ones(1, 4, dtype=torch.long)
+    if said_by == "config":
+        setattr(model.config, name, True)
+    with pytest.raises(ValueError, match=f"{name}: this model returns logits"):
+        model(ids, **({name: True} if said_by == "call" else {}))
+    assert model(ids, **{name: False}).logits.shape == (1, 4, 330)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dynamics_cast_to_16_bits_are_refused(loaded, dtype):
+    model, ids = loaded()[0], torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=rf"log_dt is {dtype}, .*from_pretrained\(…, dtype={dtype}\)"):
+        model.to(dtype)(ids)
+    model.to(torch.float64)(ids)
 
 
 def test_the_exported_directory_works_with_trust_remote_code(exported, tmp_path):

@@ -50,7 +50,17 @@ def test_a_later_token_changes_no_earlier_loss_bitwise(mixer, variant):
 @every_model
 @pytest.mark.parametrize("slices", [[32, 32], [16, 16, 16, 16], [48, 8, 8], [64 - 16, 8, 1, 1, 6]])
 def test_slices_with_a_carried_past_equal_one_sequence(mixer, variant, slices):
-    model = make(mixer, variant)
+    require_equal_in_slices(make(mixer, variant), slices)
+
+
+@every_model
+def test_slices_within_a_block_need_not_be_whole_chunks(mixer, variant):
+    torch.manual_seed(0)
+    model = LanguageModel(config(mixer, variant, ssm={"state": 4, "chunk": 4})).double()
+    require_equal_in_slices(model, [6, 10, 16, 7, 1, 8, 16])
+
+
+def require_equal_in_slices(model, slices):
     ids, labels = tokens()
     whole = model(ids, labels).per_token
     state, position, found = None, 0, []
@@ -176,11 +186,17 @@ def test_activation_checkpointing_changes_no_gradient():
         ({"placement": [2]}, "placement .2. is outside the 2 layers"),
         ({"ssm": {"chunk": 12}}, "chunk .12. must divide block .16."),
         ({"mixer": "blst"}, "bst"),
+        ({"mixer": "gss", "gss": {"reduce": 5}}, r"gss.reduce \(5\) must divide width \(16\)"),
+        ({"mixer": "bst", "filler": "gss", "gss": {"reduce": 32}}, r"gss.reduce \(32\) must divide width \(16\)"),
     ],
 )
 def test_incompatible_sizes_are_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         config(**changes)
+
+
+def test_the_width_of_gss_does_not_matter_where_no_layer_uses_it():
+    assert config(width=18).width % config().gss.reduce
 
 
 def test_a_slice_of_one_and_a_half_blocks_is_refused():

@@ -12,6 +12,7 @@ from torch import nn
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import MIXERS
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.roles import single_precision
 
 DEPTH, WIDTH = 3, 64
 SETTINGS = {
@@ -60,6 +61,15 @@ def test_only_maps_into_the_residual_stream_start_smaller(mixer):
 def test_the_dynamics_of_each_kernel_have_a_group_of_their_own(kernel):
     groups = named_groups(with_kernel(kernel))
     assert groups["ssm"] == {f"layers.0.mixer.cross.context.ssm.{name}" for name in KERNELS[kernel]}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dynamics_and_networks_that_compute_a_filter_keep_single_precision(kernel):
+    model, place = with_kernel(kernel), "layers.0.mixer.cross.context.ssm."
+    every = {name.removeprefix(place) for name, _ in model.named_parameters() if name.startswith(place)}
+    kept = single_precision(model)
+    assert set(kept) == {place + name for name in (every if kernel == "hyena" else KERNELS[kernel])}
+    assert all(parameter is model.get_parameter(name) for name, parameter in kept.items())
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -108,14 +108,14 @@ def test_block_ends_equal_full_convolutions_of_every_filter(chunk):
 
 def test_block_ends_of_slices_equal_one_call():
     ssm = make(maps=5, own=True, chunk=4)
-    z = torch.randn(2, 64, 3, dtype=torch.float64)
+    z = torch.randn(2, 80, 3, dtype=torch.float64)
     whole = ssm.block_ends(z, 16, NOTHING)
     state, position, found = None, 0, []
-    for length in (32, 8, 4, 1, 1, 2, 16):
+    for length in (32, 8, 4, 1, 1, 2, 6, 7, 3, 16):
         past = EarlierCall(state, position)
         found.append(ssm.block_ends(z[:, position : position + length], 16, past))
         state, position = past.after, position + length
-    assert [part.shape[1] for part in found] == [2, 0, 0, 0, 0, 1, 1]
+    assert [part.shape[1] for part in found] == [2, 0, 0, 0, 0, 1, 0, 0, 1, 1]
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-12, atol=1e-13)
 
 
@@ -138,9 +138,10 @@ def test_dynamics_stay_in_single_precision_under_autocast():
     torch.testing.assert_close(y, ssm(z, NOTHING), rtol=0, atol=0)
 
 
-def test_a_length_between_chunks_is_refused():
-    with pytest.raises(ValueError, match="multiple of the chunk"):
-        make()(torch.randn(1, 12, 3, dtype=torch.float64), NOTHING)
+@pytest.mark.parametrize("length", [9, 12, 15])
+def test_a_length_between_chunks_is_one_chunk(length):
+    ssm, z = make(), torch.randn(1, length, 3, dtype=torch.float64)
+    torch.testing.assert_close(ssm(z, NOTHING), step_by_step(ssm, z), rtol=1e-12, atol=1e-13)
 
 
 def test_legs_frequencies_are_those_of_the_normal_part_of_hippo():

@@ -62,7 +62,11 @@ def test_impossible_numbers_are_refused_in_one_line(name, around):
         ({"attention": {"buckets": 32, "max_distance": 16}}, "max_distance"),
         ({"placement": [1, 1]}, "twice"),
         ({"placement": [3]}, "placement"),
-        ({"ssm": {"dt_min": 0.2, "dt_max": 0.1}}, "dt_min"),
+        ({"ssm": {"dt_min": 0.2, "dt_max": 0.1}}, r"dt_min \(0.2\) must be at most dt_max \(0.1\)"),
+        ({"ssm": {"kernel": "s4-dplr", "dt_min": 0.2, "dt_max": 0.1}}, "dt_min"),
+        ({"ssm": {"kernel": "ssd", "dt_min": 0.2, "dt_max": 0.1}}, "dt_min"),
+        ({"mamba2": {"dt_min": 0.2, "dt_max": 0.1}}, "dt_min"),
+        ({"gated_deltanet": {"dt_min": 0.2, "dt_max": 0.1}}, "dt_min"),
     ],
 )
 def test_inconsistent_settings_are_refused(change, said):

@@ -52,3 +52,26 @@ def corpus(tmp_path_factory, texts) -> Path:
     with open_workers(1) as workers:
         prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
     return output
+
+
+@pytest.fixture(scope="session")
+def corpus_of_ids(tmp_path_factory) -> Path:
+    """A prepared corpus of token ids that came without a tokenizer; each document ends with the id 1."""
+    folder, output = tmp_path_factory.mktemp("ids"), tmp_path_factory.mktemp("prepared") / "ids"
+    random = np.random.default_rng(0)
+    documents = [np.append(random.integers(2, 320, 40 + 10 * i), 1) for i in range(20)]
+    np.concatenate(documents).astype(np.uint16).tofile(folder / "all.bin")
+    source = {"kind": "nanogpt", "path": str(folder), "vocab_size": 320, "eos_id": 1}
+    settings = {"source": source, "output": str(output), "validation_fraction": 0.4}
+    with open_workers(1) as workers:
+        prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
+    return output
+
+
+@pytest.fixture
+def run_on_ids(make_run, corpus, corpus_of_ids) -> Path:
+    """A run on the corpus of ids."""
+    run_dir = make_run("ids")
+    recipe = run_dir / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(corpus), str(corpus_of_ids)))
+    return run_dir

@@ -114,7 +114,7 @@ class BlockRecurrentMixer(nn.Module):
         past.leave_serial_state("state", state)
         k, v = (torch.stack(x, dim=1).flatten(0, 1) for x in (keys, values))  # (B nb, S, H, dh)
         q = unit(self.query(u).unflatten(-1, (len(self.scale), -1)), self.scale)
-        cross = _attend(q.unflatten(1, (len(keys), -1)).flatten(0, 1), k, v)  # (B nb, W, D)
+        cross = _attend(q.unflatten(1, (len(keys), -1)).flatten(0, 1), k, v)  # (B nb, W, H dh)
         return self.out(torch.cat((own, cross.view(own.shape)), dim=-1))
 
     def _windows(self, k: Tensor, v: Tensor, length: int, past: Past, starts: Tensor | None) -> list[Window | None]:

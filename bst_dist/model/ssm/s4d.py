@@ -110,7 +110,7 @@ class S4D(nn.Module):
         """Do the same when documents begin at any token (`borders`)."""
         batch, length, width = z.shape
         z = z.to(self.skip.dtype)
-        u, chunk, m = self._chunks(z.masked_fill(~starts.last(min(self.chunk, length)).unsqueeze(-1), 0))
+        u, chunk, m = self._chunks(z.masked_fill(~starts.last(_chunk(length, self.chunk)).unsqueeze(-1), 0))
         log_a, b = self.log_transition()
         powers = _powers(log_a, chunk, u.dtype)
         ends = _to_states(u @ _into_state(powers, b).mT, batch, m, len(log_a.real))
@@ -126,7 +126,7 @@ class S4D(nn.Module):
         """See `SlidingAttention.prepare`."""
         if self.own_dynamics or not isinstance(starts, Borders):
             return {}
-        name, make = columns_asked(starts, min(self.chunk, like.shape[1]))
+        name, make = columns_asked(starts, _chunk(like.shape[1], self.chunk))
         return {name: past.once(name, make)}
 
     @torch.autocast("cuda", enabled=False)
@@ -160,9 +160,7 @@ class S4D(nn.Module):
         Channels are the batch of a matmul over tokens. Nothing is copied if each channel's tokens are contiguous.
         """
         batch, length, width = z.shape
-        chunk = min(chunk or self.chunk, length)
-        if length % chunk:
-            raise ValueError(f"S4D: {length} tokens are neither a multiple of the chunk ({chunk}) nor shorter than it")
+        chunk = _chunk(length, chunk or self.chunk)
         m = length // chunk
         u = z.view(batch, m, chunk, width).permute(3, 0, 1, 2).reshape(width, batch * m, chunk)
         return contiguous_operand(u.to(self.skip.dtype)), chunk, m
@@ -185,6 +183,11 @@ class S4D(nn.Module):
         out = Pair(*(2 * self.read_out).unbind(-1)).each(lambda x: x.unsqueeze(-1)).times(later)  # (C, Ds, n, T)
         both = torch.cat((out.real, -out.imag), dim=2)  # (C, Ds, 2n, T)
         return both.permute(1, 0, 3, 2).reshape(both.shape[1], -1, both.shape[2])
+
+
+def _chunk(length: int, chunk: int) -> int:
+    """Return the chunk of a slice: `chunk`, or the whole slice if it is a part of a block that is not whole chunks."""
+    return length if length % chunk else chunk
 
 
 def _narrow(x: Pair, like: Pair) -> Pair:

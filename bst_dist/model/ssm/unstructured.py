@@ -112,6 +112,10 @@ class ExplicitFilter(LongFilter):
 class HyenaFilter(LongFilter):
     """A filter whose values a network computes from the position. Its size does not depend on the trained length."""
 
+    single_precision = True
+    """For `roles.single_precision`: sines of high frequency multiply rounding errors. With initial values and 1,024
+    taps, parameters in bf16 change the filter by 56 %, in fp16 by 8 %."""
+
     def __init__(self, width: int, maps: int, config: HyenaConfig, own_dynamics: bool = False):
         super().__init__(width, maps, config)
         self.bands = config.bands

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from bst_base.arguments import picture
+from bst_base.arguments import at_least, picture
 from bst_base.errors import UserError
 from bst_base.stopping import STATUS, deferred_interrupt
 from bst_base.terminal import Sheet, print_table, say
@@ -50,12 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                             "number of documents to read, evenly spread over the split (default: %(default)s)"
                         ))  # fmt: skip
     parser.add_argument("--tokens", metavar="T", type=int,
-                        help="tokens to read from the beginning of each (default: 8 sequences)")  # fmt: skip
+                        help="tokens to read from the beginning of each document "
+                        "(default: 8 x train.sequence_length)")  # fmt: skip
     parser.add_argument("--split", default="validation", help="the documents to read (default: %(default)s)")
     parser.add_argument("--corpus", metavar="CORPUS",
                         help="another prepared corpus of the same tokenizer (default: its recipe's)")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of noise and shuffling (default: %(default)s)")
+    parser.add_argument("--checkpoint", metavar="STEP", type=int,
+                        help="weights after this step (default: those of the newest valid checkpoint)")  # fmt: skip
+    parser.add_argument("--seed", type=at_least(0), default=0,
+                        help="seed of noise and shuffling (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", metavar="PATH", type=picture, help="the figure to draw: .png, .pdf or .svg")
 
 
@@ -176,18 +179,19 @@ def measure(
 
 def _show(args: argparse.Namespace, trained: Trained, where: str, found: Ablation) -> None:
     last, rows, before = found.document_edges[-2], [], ""
+    bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte.value:.4f} bits per byte"
     for one in found.increases:
         name = str(one.intervention)
         rows.append([
             name if name != before else "", str(one.layers[0]) if len(one.layers) == 1 else "all",
-            one.loss.text(4, sign=True), one.bits_per_byte.text(4, sign=True),
+            one.loss.text(4, sign=True), "" if one.bits_per_byte is None else one.bits_per_byte.text(4, sign=True),
             *(f"{one.in_document[place].value:+.4f}" for place in (0, -1)),
         ])  # fmt: skip
         before = name
     print_table(
         Sheet(("", "layer", "nats per token", "bits per byte", "first block", f"from {last:,}"), rows),
         f"{args.run} after {trained.step:,} steps: {args.split} of {where}\nunchanged model: "
-        f"{found.loss.value:.4f} nats per token, {found.bits_per_byte.value:.4f} bits per byte\n"
+        f"{found.loss.value:.4f} nats per token{bits}\n"
         "increase of the loss with each intervention:",
         f"{found.documents:,} documents, {found.tokens:,} tokens, {found.time_s:.0f} s; ± standard "
         f"error over documents;\nlast: nats per token in a document's first block, and from token {last:,} on",

@@ -14,7 +14,7 @@ import numpy as np
 
 from bst_dist.model.lm import LanguageModel
 from bst_dist.study.ablation.interventions import Intervention, intervened
-from bst_dist.study.evaluation.scoring import Documents, score_slices, streams
+from bst_dist.study.evaluation.scoring import Documents, bits_per_byte, reported, score_slices, streams
 from bst_dist.study.statistics import Estimate, ratio
 
 IN_BLOCK = 16
@@ -34,15 +34,22 @@ class Text:
     """The token before a document's first token; None if the first is not predicted (isolated or masked documents)."""
 
     @property
+    def predicted(self) -> np.ndarray:
+        """(n,) number of tokens to predict of each document."""
+        return np.maximum(self.lengths.astype(np.int64) - (self.begin is None), 0)
+
+    @property
     def tokens(self) -> int:
         """Number of tokens to predict."""
-        return int(np.maximum(self.lengths.astype(np.int64) - (self.begin is None), 0).sum())
+        return int(self.predicted.sum())
 
 
 @dataclass(frozen=True)
 class Losses:
     """Sums over tokens."""
 
+    document_edges: np.ndarray
+    """(P + 1,) edges of the bins of the position in a document, in tokens."""
     nats: np.ndarray
     """(n, P)"""
     nats_in_block: np.ndarray
@@ -65,7 +72,8 @@ class Increase:
     intervention: Intervention
     layers: Sequence[int]
     loss: Estimate
-    bits_per_byte: Estimate
+    bits_per_byte: Estimate | None
+    """None if the ids stand for no text."""
     in_document: list[Estimate]
     """(P,)"""
     in_block: list[Estimate]
@@ -77,7 +85,7 @@ class Increase:
             "intervention": str(self.intervention),
             "layers": list(self.layers),
             **self.loss.report("loss_increase_nats_per_token"),
-            **self.bits_per_byte.report("bits_per_byte_increase"),
+            **reported(self.bits_per_byte, "bits_per_byte_increase"),
             "by_place_in_document": [place.report("loss_increase_nats_per_token") for place in self.in_document],
             "by_place_in_block": [place.report("loss_increase_nats_per_token") for place in self.in_block],
         }
@@ -92,7 +100,8 @@ class Ablation:
     bytes: int
     loss: Estimate
     """Loss of the unchanged model in nats per token."""
-    bits_per_byte: Estimate
+    bits_per_byte: Estimate | None
+    """None if the ids stand for no text."""
     document_edges: list[int]
     """(P + 1,) tokens"""
     tokens_in_document: list[int]
@@ -113,7 +122,7 @@ class Ablation:
             "tokens": self.tokens,
             "bytes": self.bytes,
             **self.loss.report("loss_nats_per_token"),
-            **self.bits_per_byte.report("bits_per_byte"),
+            **reported(self.bits_per_byte, "bits_per_byte"),
             "places_in_document": self.document_edges,
             "tokens_in_document": self.tokens_in_document,
             "loss_in_document": [place.report("loss_nats_per_token") for place in self.in_document],
@@ -144,11 +153,12 @@ def losses(
 ) -> Losses | None:  # fmt: skip
     """Score the text with the model as it is; return None once `stopped` is true. `progress` gets the tokens done."""
     block, done = model.config.block, 0
-    edges, edges_in_block = document_bins(int(text.lengths.max()), block), block_bins(block)
+    edges, edges_in_block = document_bins(int(text.predicted.max()), block), block_bins(block)
     shapes = (len(text.lengths), len(edges) - 1), (len(text.lengths), len(edges_in_block) - 1)
     found = Losses(
-        *map(np.zeros, shapes), *(np.zeros(shape, np.int64) for shape in shapes), np.zeros(len(text.lengths), np.int64)
-    )
+        edges, *map(np.zeros, shapes), *(np.zeros(shape, np.int64) for shape in shapes),
+        np.zeros(len(text.lengths), np.int64),
+    )  # fmt: skip
     pieces = streams(text.lengths, None, first=int(text.begin is None))
     for part in score_slices(
         model, text.corpus, pieces, begin=text.begin, slice_length=slice_length, precision=precision
@@ -185,7 +195,7 @@ def increase(intervention: Intervention, layers: Sequence[int], with_it: Losses,
         intervention,
         layers,
         ratio(more, tokens),
-        ratio(more / np.log(2), without.bytes[read]),
+        bits_per_byte(more, without.bytes[read]),
         by_place(with_it.nats - without.nats, without.tokens),
         by_place(with_it.nats_in_block - without.nats_in_block, without.tokens_in_block),
     )
@@ -203,8 +213,8 @@ def summary(untouched: Losses, increases: list[Increase], block: int, time_s: fl
     read = tokens > 0
     return Ablation(
         int(read.sum()), int(tokens.sum()), int(untouched.bytes.sum()),
-        ratio(nats[read], tokens[read]), ratio(nats[read] / np.log(2), untouched.bytes[read]),
-        document_bins(int(tokens.max()), block).tolist(), untouched.tokens.sum(0).tolist(),
+        ratio(nats[read], tokens[read]), bits_per_byte(nats[read], untouched.bytes[read]),
+        untouched.document_edges.tolist(), untouched.tokens.sum(0).tolist(),
         by_place(untouched.nats, untouched.tokens),
         block_bins(block).tolist(), by_place(untouched.nats_in_block, untouched.tokens_in_block),
         increases, time_s,

@@ -69,7 +69,7 @@ def _validation(first: RunSummary, other: RunSummary) -> tuple[int, float] | tup
 
 def _by_document(one: Documents, other: Documents) -> Estimate | None:
     """Return the difference in bits per byte on the same documents, valid for different tokenizers too; else None."""
-    if not one.bytes or one.bytes != other.bytes:
+    if not any(one.bytes) or one.bytes != other.bytes:
         return None
     return ratio((np.array(other.nats) - np.array(one.nats)) / math.log(2), np.array(one.bytes))
 

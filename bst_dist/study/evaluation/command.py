@@ -63,18 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="validation", help="the documents to read (default: %(default)s)")
     parser.add_argument("--corpus", metavar="CORPUS",
                         help="another prepared corpus of the same tokenizer (default: its recipe's)")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
+    parser.add_argument("--checkpoint", metavar="STEP", type=int,
+                        help="weights after this step (default: those of the newest valid checkpoint)")  # fmt: skip
     parser.add_argument("--averaged", action="store_true", help="evaluate the averaged weights (train.average)")
-    parser.add_argument("--context", metavar="L", type=int,
-                        help="tokens after which the model forgets (default: whole documents)")  # fmt: skip
+    parser.add_argument("--context", metavar="L", type=int, help=(
+        "reset the model's state after every L tokens (default: only at the beginning of a document)"
+    ))  # fmt: skip
     parser.add_argument(
         "--precision", choices=["fp32", "bf16"], help="precision of matrix products (default: as trained)"
     )
-    parser.add_argument("--batch-size", metavar="N", type=int, help="most sequences per forward pass "
+    parser.add_argument("--batch-size", metavar="N", type=int, help="most documents or sequences per forward pass "
                         f"(default: as many as make {TOKENS_AT_ONCE:,} tokens)")  # fmt: skip
     parser.add_argument("--ranks", metavar="N", type=at_least(1),
                         help=(
-                            "processes on this machine that share the documents, each with its own device"
+                            "processes on this machine that share the documents, each with its own device (default: 1)"
                         ))  # fmt: skip
     lengths = parser.add_argument_group("length generalisation")
     lengths.add_argument("--lengths", metavar="L,L", type=_lengths, help="lengths in tokens, multiples of the block")
@@ -85,15 +87,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     keys.add_argument("--needle", metavar="L,L", type=_lengths, nargs="?", const=[],
                       help="lengths of the texts in tokens (default: the trained one)")  # fmt: skip
     tasks = parser.add_argument_group("runs that learn a synthetic task")
-    tasks.add_argument("--rows", metavar="N", type=int,
+    tasks.add_argument("--rows", metavar="N", type=at_least(1),
                        help=f"rows to read (default: {synthetic.ROWS}; --needle: {needle.ROWS} a line)")  # fmt: skip
-    tasks.add_argument("--length", metavar="L", type=int,
+    tasks.add_argument("--length", metavar="L", type=at_least(1),
                        help="tokens per row, a multiple of the block (default: as trained)")  # fmt: skip
     harness = parser.add_argument_group("lm-evaluation-harness")
     harness.add_argument("--harness", metavar="TASK,TASK", type=lambda names: names.split(","), help="tasks by name")
     harness.add_argument("--harness-tasks", metavar="DIR", type=Path, help="your own tasks: YAML files in DIR")
-    harness.add_argument("--limit", metavar="N", type=int, help="only the first N examples of each task")
-    harness.add_argument("--fewshot", metavar="N", type=int, help="few-shot examples (default: as the task says)")
+    harness.add_argument("--limit", metavar="N", type=at_least(1), help="only the first N examples of each task")
+    harness.add_argument("--fewshot", metavar="N", type=at_least(0),
+                         help="few-shot examples (default: as the task says)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:

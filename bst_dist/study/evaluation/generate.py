@@ -8,7 +8,8 @@
 A prompt is read as the beginning of a document. A single sample is printed while it is generated, with control
 characters as symbols. Several are generated in batches and printed as JSON lines, in order. A text ends after --tokens
 tokens, at the end of the document, or before a --stop. The same seed gives the same text. --interactive loads the model
-once and continues every line that you type; an empty line or Ctrl-D ends it.
+once and continues every line that you type; an empty line or Ctrl-D ends it. If the run's corpus is token ids without a
+tokenizer, prompts and texts are ids, separated by spaces.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text, default = texts[name].rstrip("."), SamplingConfig.model_fields[name].default
         parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar=symbol,
                             help=f"{text[0].lower()}{text[1:]} (default: {default})")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
+    parser.add_argument("--checkpoint", metavar="STEP", type=int,
+                        help="weights after this step (default: those of the newest valid checkpoint)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -160,13 +162,17 @@ class _Writer:
         elif token in self.args.stop_token:
             text.ended_by = f"stop token {token}"
         else:
-            text.stream.add(self.tokenizer.bytes_of(token))
+            text.stream.add(self._bytes(token))
             if text.tokens == self.args.tokens:
                 text.ended_by = "number of tokens"
         if text.ended_by:
             text.stream.close()
         if text.stream.stopped:
             text.ended_by = "stop text"
+
+    def _bytes(self, token: int) -> bytes:
+        """Return the bytes to write for a token: of its text, or of the id itself if ids stand for no text."""
+        return self.tokenizer.bytes_of(token) if self.tokenizer.has_text else f" {token}".encode()
 
 
 def _stream(writer: _Writer) -> list[_Text]:

@@ -161,8 +161,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
     corpora = open_text(trained, args.split, args.corpus)
     length, count = trained.recipe.train.sequence_length, args.rows or ROWS
-    if count < 1:
-        raise UserError(f"--rows {count}: at least 1")
     texts = Texts(corpora, corpora[0].tokenizer())
     places = []
     for asked in args.needle or [length]:

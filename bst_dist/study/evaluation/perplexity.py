@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from bst_dist.config import Recipe
 from bst_dist.model.config import ModelConfig
 from bst_dist.study.evaluation.corpora import open_text, text_of
 from bst_dist.study.evaluation.readers import Readers, joined, start
-from bst_dist.study.evaluation.scoring import Score, filter_length, score
+from bst_dist.study.evaluation.scoring import Score, bits_per_byte, filter_length, reported, score
 from bst_dist.study.evaluation.trained import Trained, open_run, require_language_model
 from bst_dist.study.statistics import Estimate, exponential, ratio, readable
 from bst_dist.train.rundir import read_recipe
@@ -56,8 +55,13 @@ def require_sizes(recipe: Recipe, context: int | None = None, rows: int | None =
 
 
 def words_of(corpus: Corpus, documents: np.ndarray) -> np.ndarray:
-    """Return the number of words (n,) of each document, separated by white space as in PG-19 (arXiv 1911.05507)."""
+    """Return the number of words (n,) of each document, separated by white space as in PG-19 (arXiv 1911.05507).
+
+    0 if the ids stand for no text.
+    """
     tokenizer = corpus.tokenizer()
+    if not tokenizer.has_text:
+        return np.zeros(len(documents), np.int64)
     return np.array([len(tokenizer.decode(corpus.document(number)).split()) for number in documents.tolist()])
 
 
@@ -72,8 +76,10 @@ class OfCorpus:
     """Nats per token."""
     perplexity: Estimate
     """Per token."""
-    word_perplexity: Estimate
-    bits_per_byte: Estimate
+    word_perplexity: Estimate | None
+    """None without words."""
+    bits_per_byte: Estimate | None
+    """None if the ids stand for no text."""
     held: int
     """Number of documents in the split."""
     time_s: float
@@ -82,8 +88,8 @@ class OfCorpus:
     def of(cls, corpus: str, scored: Score, words: np.ndarray, held: int, time_s: float) -> OfCorpus:
         """Compute the results; `words` (n,) is the number of words of each document in `scored`."""
         loss = ratio(scored.nats, scored.tokens)
-        by_word = exponential(ratio(scored.nats, words)) if words.sum() else Estimate(math.nan, None)
-        bits = ratio(scored.nats / np.log(2), scored.bytes)
+        by_word = exponential(ratio(scored.nats, words)) if words.sum() else None
+        bits = bits_per_byte(scored.nats, scored.bytes)
         return cls(corpus, scored, int(words.sum()), loss, exponential(loss), by_word, bits, held, time_s)
 
     @property
@@ -108,8 +114,8 @@ class OfCorpus:
             "words": self.words,
             **self.loss.report("loss_nats_per_token"),
             **self.perplexity.report("perplexity_per_token"),
-            **self.word_perplexity.report("perplexity_per_word"),
-            **self.bits_per_byte.report("bits_per_byte"),
+            **reported(self.word_perplexity, "perplexity_per_word"),
+            **reported(self.bits_per_byte, "bits_per_byte"),
             "time_s": self.time_s,
             "documents_of_split": self.held,
             "document_nats": self.scored.nats.tolist(),
@@ -192,12 +198,14 @@ def _show(args: argparse.Namespace, trained: Trained, found: OfCorpus) -> None:
         ("perplexity per word", found.word_perplexity, 2),
         ("bits per byte", found.bits_per_byte, 4),
     ):
+        if estimate is None:
+            continue
         error = estimate.standard_error
         rows.append([name, readable(estimate.value, digits), "" if error is None else readable(error, digits)])
     print_table(
         Sheet(("", "estimate", "standard error over documents"), rows),
         f"{args.run} after {trained.step:,} steps{', averaged weights' if args.averaged else ''}: {args.split} of "
         f"{found.corpus}",
-        f"{_documents(found)}, {found.tokens:,} tokens, {found.bytes:,} bytes; "
+        f"{_documents(found)}, {found.tokens:,} tokens{f', {found.bytes:,} bytes' if found.bytes else ''}; "
         f"{_context(trained.recipe.model, args.context)}; {found.tokens / found.time_s:,.0f} tokens/s",
     )

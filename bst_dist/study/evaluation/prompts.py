@@ -50,12 +50,15 @@ def begin_token(recipe: Recipe, tokenizer: Tokenizer) -> list[int]:
 def encode(recipe: Recipe, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Return the tokens of a document that begins with the prompt.
 
-    Raises UserError if there are no tokens, or if the prompt is not Unicode text.
+    If the tokenizer has no text, the prompt is ids, separated by spaces. Raises UserError if there are no tokens, or if
+    the prompt is neither ids nor Unicode text.
     """
     begin = begin_token(recipe, tokenizer)
-    if not prompt.text and not begin:
+    if not (prompt.text if tokenizer.has_text else prompt.text.strip()) and not begin:
         kind = recipe.data.documents
         raise UserError(f"{prompt.where} is empty: this model was trained on {kind} documents and needs a beginning")
+    if not tokenizer.has_text:
+        return begin + _ids(prompt, tokenizer.vocab_size)
     try:
         prompt.text.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8 arrive as lone surrogates
@@ -64,6 +67,16 @@ def encode(recipe: Recipe, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
             "write it in UTF-8"
         ) from None
     return begin + tokenizer.encode(prompt.text).tolist()
+
+
+def _ids(prompt: Prompt, vocab_size: int) -> list[int]:
+    words = prompt.text.split()
+    if not all(word.isdecimal() and int(word) < vocab_size for word in words):
+        raise UserError(
+            f"{prompt.where} is {prompt.text!r}, but this model was trained on token ids without their tokenizer: "
+            f"write ids from 0 to {vocab_size - 1}, separated by spaces"
+        )
+    return [int(word) for word in words]
 
 
 def _from_json(line: str, where: str) -> str:

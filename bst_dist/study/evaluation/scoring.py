@@ -16,6 +16,7 @@ import torch
 from bst_dist.model.config import MIXER_SECTIONS, FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.past import EarlierCall, State
+from bst_dist.study.statistics import Estimate, ratio
 
 TOKENS_AT_ONCE = 16_384
 """Maximum number of tokens per forward pass, over all rows of its batch, unless `rows` is given."""
@@ -72,6 +73,16 @@ class Score:
     def of(self, documents: np.ndarray) -> Score:
         """Return the scores of the documents selected by a mask (n,) bool."""
         return Score(self.nats[documents], self.tokens[documents], self.bytes[documents])
+
+
+def bits_per_byte(nats: np.ndarray, sizes: np.ndarray) -> Estimate | None:
+    """Return the bits per byte of documents of `sizes` (n,) bytes; None if their ids stand for no text."""
+    return ratio(nats / np.log(2), sizes) if sizes.sum() else None
+
+
+def reported(found: Estimate | None, name: str) -> dict[str, float | None]:
+    """Return the entries of `Estimate.report`, both null if there is no estimate."""
+    return Estimate(None, None).report(name) if found is None else found.report(name)
 
 
 def streams(lengths: np.ndarray, context: int | None, first: int) -> list[Stream]:

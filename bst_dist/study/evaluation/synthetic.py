@@ -115,10 +115,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
     recipe, task = trained.recipe, trained.recipe.data.synthetic
     length, rows = args.length or recipe.data.row(recipe.train.sequence_length), args.rows or ROWS
-    if length < 1 or length % recipe.model.block:
+    if length % recipe.model.block:
         raise UserError(f"--length {length} is not a multiple of the model's block, {recipe.model.block}")
-    if rows < 1:
-        raise UserError(f"--rows {rows}: at least 1")
     if problem := task.problem(length):
         raise UserError(f"--length {length}: {problem}")
     at_once = max(1, min(rows, TOKENS_AT_ONCE // length))

@@ -245,7 +245,7 @@ def _settings(of_task: dict[str, Any]) -> tuple[SamplingConfig, list[str], int]:
     settings = normalize_gen_kwargs(of_task)
     stops = [stop for stop in settings["until"] if stop]
     most = int(settings["max_gen_toks"])
-    sampling = {"temperature": 0.0, "top_p": 1.0} | {
+    sampling = {"temperature": 1.0 if settings["do_sample"] else 0.0, "top_p": 1.0} | {
         name: value for name, value in settings.items() if name not in OF_GENERATION
     }
     return parse(SamplingConfig, sampling, where="the task's generation_kwargs"), stops, most

@@ -10,6 +10,7 @@ from rich.console import Console
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.perplexity import require_sizes
+from bst_dist.study.evaluation.scoring import reported
 from bst_dist.study.evaluation.trained import Trained, open_run
 from bst_dist.study.lengths.figure import draw
 from bst_dist.study.lengths.measure import How, LengthResult, how, measure
@@ -78,7 +79,7 @@ def _show(args: argparse.Namespace, trained: Trained, corpus: Corpus, found: lis
         rows.append([
             f"{each.length:,}", readable(each.perplexity.value, 2), str(each.nats_per_token),
             each.versus_trained.text(4, sign=True) if compared else "",
-            f"{each.bits_per_byte.value:.4f}", f"{each.that_long:,}",
+            "" if each.bits_per_byte is None else f"{each.bits_per_byte.value:.4f}", f"{each.that_long:,}",
             "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.0f}",
             *([each.how] if kinds != {"carried"} else []),
         ])  # fmt: skip
@@ -123,7 +124,7 @@ def _length(each: LengthResult) -> dict[str, Any]:
         "documents_that_long": each.that_long,
         **each.nats_per_token.report("loss_nats_per_token"),
         **each.perplexity.report("perplexity_per_token"),
-        **each.bits_per_byte.report("bits_per_byte"),
+        **reported(each.bits_per_byte, "bits_per_byte"),
         **_versus(each.versus_trained),
         "peak_memory_bytes": each.peak_bytes,
         "positions": [

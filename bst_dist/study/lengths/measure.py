@@ -19,7 +19,7 @@ import numpy as np
 from bst_base.errors import UserError
 from bst_dist.model.config import ModelConfig
 from bst_dist.study.evaluation.memory import PeakMemory
-from bst_dist.study.evaluation.scoring import Score, filter_length, score_slices, streams
+from bst_dist.study.evaluation.scoring import Score, bits_per_byte, filter_length, score_slices, streams
 from bst_dist.study.evaluation.trained import Trained
 from bst_dist.study.lengths.text import Stretches, open_stretches
 from bst_dist.study.statistics import Estimate, exponential, ratio
@@ -85,8 +85,8 @@ class LengthResult:
         return exponential(self.nats_per_token)
 
     @property
-    def bits_per_byte(self) -> Estimate:
-        return ratio(self.score.nats / np.log(2), self.score.bytes)
+    def bits_per_byte(self) -> Estimate | None:
+        return bits_per_byte(self.score.nats, self.score.bytes)
 
 
 def measure(

@@ -116,3 +116,19 @@ def test_ctrl_c_keeps_the_finished_interventions(make_run, tmp_path, monkeypatch
     assert len(report["corpora"][0]["interventions"]) == 1
     assert (run_dir / "ablations.png").exists()
     assert "stopped: 1 of " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_token_ids_without_text_have_no_bits_per_byte(run_on_ids, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert main(["ablate", str(run_on_ids), "--interventions", "zero", "--json", str(path)]) == 0
+    (of,) = json.loads(path.read_text(), parse_constant=pytest.fail)["corpora"]
+    figures = [(of, "bits_per_byte"), *((line, "bits_per_byte_increase") for line in of["interventions"])]
+    assert [each[f"{name}{end}"] for each, name in figures for end in ("", "_standard_error")] == [None] * 8
+    assert not {"nan", "inf"} & set(capsys.readouterr().out.split())
+
+
+def test_a_negative_seed_is_refused_before_the_work(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["ablate", str(tmp_path), "--seed", "-1"])
+    assert "argument --seed: -1 is less than 0" in capsys.readouterr().err

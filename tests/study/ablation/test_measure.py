@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from bst_dist.study.ablation.figure import draw
 from bst_dist.study.ablation.interventions import Intervention, intervened
-from bst_dist.study.ablation.measure import Text, ablate, block_bins, document_bins
+from bst_dist.study.ablation.measure import Text, ablate, block_bins, document_bins, summary
 from bst_dist.study.evaluation import scoring
 
 END, BLOCK = 3, 8
@@ -93,6 +94,20 @@ def test_long_document_is_read_in_slices(make_model, in_memory):
     ablate(model, text_of(corpus, lengths=[1000]), planned, slice_length=32, progress=done.append)
     assert corpus.longest_read <= 33
     assert done[-1] == 2000 and done == sorted(done)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("begin", [END, None], ids=["joined", "isolated"])
+@pytest.mark.parametrize("longest", [BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1, 2 * BLOCK + 2])
+def test_bins_end_with_the_longest_text(make_model, in_memory, begin, longest):
+    corpus = in_memory([longest, 5], 19)
+    untouched, increases = ablate(make_model(), text_of(corpus, begin, [longest, 5]), PLANNED, slice_length=BLOCK)
+    found = summary(untouched, increases, BLOCK, 1.0)
+    predicted = longest - (begin is None)
+    assert found.document_edges[-2] < predicted <= found.document_edges[-1]
+    for values in (found.in_document, found.tokens_in_document, *(each.in_document for each in increases)):
+        assert len(values) == len(found.document_edges) - 1
+    draw(found, BLOCK)
 
 
 def test_bins_of_positions_in_document_and_block():

@@ -23,6 +23,14 @@ def test_options_of_another_evaluation_are_refused(make_run, capsys, options, re
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--rows=0", "--rows=-3", "--length=0", "--limit=0", "--limit=-1", "--fewshot=-1"])
+def test_numbers_out_of_range_are_refused(make_run, capsys, option):
+    with pytest.raises(SystemExit):
+        main(["eval", str(make_run()), "--needle", option])
+    name, _, value = option.partition("=")
+    assert f"argument {name}: {value} is less than {0 if name == '--fewshot' else 1}" in capsys.readouterr().err
+
+
 def test_invalid_list_of_lengths_is_refused(make_run, capsys):
     with pytest.raises(SystemExit):
         main(["eval", str(make_run()), "--lengths", "8,x"])

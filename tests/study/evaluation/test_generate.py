@@ -5,10 +5,13 @@ import json
 
 import pytest
 
+from bst_base.errors import UserError
 from bst_dist.cli import main
 from bst_dist.generation.text_stream import printable
 from bst_dist.study.evaluation import generate as command
+from bst_dist.study.evaluation.prompts import Prompt, encode
 from bst_dist.study.evaluation.trained import open_run
+from data_pipeline.format.tokenizer import IdsOnly
 
 
 def generate(run_dir, *arguments):
@@ -123,3 +126,29 @@ def test_interactive_mode_continues_each_line_with_one_model_load(make_run, caps
     assert generate(run_dir, "--interactive") == 0
     assert capsys.readouterr().out == expected
     assert len(opened) == 1
+
+
+def test_a_model_of_token_ids_continues_ids(run_on_ids, capsys, tmp_path):
+    path = tmp_path / "report.json"
+    for prompt in ("", "5 6 7"):
+        assert generate(run_on_ids, "--prompt", prompt, "--json", path) == 0
+        (text,) = json.loads(path.read_text())["texts"]
+        ids = [int(word) for word in text["continuation"].split()]
+        assert len(ids) == text["tokens"] - (text["ended_by"] == "end of the document") > 0
+        assert capsys.readouterr().out == f"{prompt}{text['continuation']}\n"
+    stop = " ".join(map(str, ids[2:4]))
+    assert generate(run_on_ids, "--prompt", prompt, "--stop", f" {stop} ", "--json", path) == 0
+    assert json.loads(path.read_text())["texts"][0]["continuation"] == "".join(f" {token}" for token in ids[:2])
+
+
+@pytest.mark.parametrize("prompt", ["class", "5 6.0", "5 320", "-1"])
+def test_a_prompt_for_a_model_of_token_ids_has_to_be_ids(run_on_ids, capsys, prompt):
+    assert generate(run_on_ids, f"--prompt={prompt}") == 2
+    assert "write ids from 0 to 319, separated by spaces" in capsys.readouterr().err
+
+
+def test_a_model_of_isolated_ids_needs_a_prompt(make_run):
+    recipe = open_run(make_run(documents="isolated")).recipe
+    assert encode(recipe, IdsOnly.of(320, 1), Prompt("5 6", "here")) == [5, 6]
+    with pytest.raises(UserError, match="here is empty"):
+        encode(recipe, IdsOnly.of(320, 1), Prompt(" ", "here"))

@@ -175,3 +175,17 @@ def test_evaluation_does_not_depend_on_the_number_of_ranks(make_run, tmp_path):
         other = found[name]["corpora"][0]
         assert (other["tokens"], other["bytes"], other["words"]) == (one["tokens"], one["bytes"], one["words"])
         assert other["document_nats"] == pytest.approx(one["document_nats"], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_token_ids_without_text_have_neither_bytes_nor_words(run_on_ids, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert main(["eval", str(run_on_ids), "--json", str(path)]) == 0
+    report = json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    (of,) = report["corpora"]
+    unknown = ("bits_per_byte", "perplexity_per_word")
+    assert [of[f"{name}{end}"] for name in unknown for end in ("", "_standard_error")] == [None] * 4
+    assert (of["bytes"], of["words"]) == (0, 0) and of["loss_nats_per_token"] > 1
+    out = capsys.readouterr().out
+    assert "perplexity per token" in out
+    assert not re.search("bytes?|word|nan|inf", out.replace(str(run_on_ids), ""))

@@ -52,3 +52,12 @@ def test_invalid_length_is_refused_before_reading(make_run, capsys, monkeypatch)
 def test_a_run_without_a_checkpoint_is_refused(make_run, capsys):
     assert main(["eval", str(make_run(steps=())), "--lengths", "16"]) == 2
     assert "no valid checkpoint: the run has not reached its first one" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_token_ids_without_text_have_no_bits_per_byte(run_on_ids, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert main(["eval", str(run_on_ids), "--lengths", "8,32", "--json", str(path)]) == 0
+    (of,) = json.loads(path.read_text(), parse_constant=pytest.fail)["corpora"]
+    assert [each[f"bits_per_byte{end}"] for each in of["lengths"] for end in ("", "_standard_error")] == [None] * 4
+    assert not {"nan", "inf"} & set(capsys.readouterr().out.split())

@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
+from bst_dist.cli import main
 from bst_dist.parallel.phases import Phases
 from bst_dist.study.lra.loader import Labelled
 from bst_dist.study.lra.model import Classified
@@ -32,3 +34,10 @@ def test_evaluation_sums_are_on_the_device_of_the_model():
     evaluate = EvaluateAccuracy(EvaluationConfig(), [batch], engine, ranks, torch.zeros(2), [], 1, stop)
     assert evaluate.evaluate(1) is None
     assert seen == [device]
+
+
+@pytest.mark.parametrize("rows", ["0", "-3"])
+def test_fewer_than_one_example_at_a_time_are_refused(tmp_path, capsys, rows):
+    with pytest.raises(SystemExit):
+        main(["lra", "eval", str(tmp_path), "--rows", rows])
+    assert f"argument --rows: {rows} is less than 1" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bst_base.arguments import at_least
 from bst_base.terminal import say
 from bst_dist.study.lra.evaluate import evaluate, keep, open_classifier
 from bst_dist.study.lra.tasks import SPLITS
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
     parser.add_argument("--split", choices=SPLITS, default="test", help="the split to evaluate on (default: test)")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint after N steps (default: the newest)")
-    parser.add_argument("--rows", type=int, default=64, metavar="N", help="examples at a time (default: 64)")
+    parser.add_argument("--rows", type=at_least(1), default=64, metavar="N", help="examples at a time (default: 64)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
