@@ -4,8 +4,8 @@
     bst ckpt convert runs/demo exported --dtype bf16 --file-size 5e9
 
 Tensors keep the model's names, and the recipe is written beside them. About 1 GiB is in memory at a time, so a small
-machine can convert a large model. In bf16 or fp16 the SSM dynamics and the networks of Hyena filters stay in fp32, which
-they need.
+machine can convert a large model. In bf16 or fp16 the SSM dynamics and the networks of Hyena filters stay in fp32,
+which they need.
 """
 
 from __future__ import annotations
