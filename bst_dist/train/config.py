@@ -93,6 +93,12 @@ class TrainConfig(Config):
         steps = [change.step for change in self.length_changes]
         if steps != sorted(set(steps)):
             raise ValueError(f"length_changes: their steps must increase, found {steps}")
+        for (_, before), (step, length) in pairwise(self.lengths):
+            if before == length:
+                raise ValueError(
+                    f"length_changes: step {step}: sequence_length is {length} before it too; remove this change, in "
+                    "the recipe.yaml of a run directory too: the run then continues from its checkpoint as before"
+                )
         return self
 
     @property

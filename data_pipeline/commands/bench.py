@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from bst_base.arguments import at_least
 from bst_base.errors import UserError
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepare, measure, print the table; return it with every single measurement."""
     console = Console()
-    bench = _Bench(args.directory.expanduser(), args.sequences, args.mean_document, console)
+    bench = _Bench(args.directory.expanduser().absolute(), args.sequences, args.mean_document, console)
     bench.prepare(args.readers)
     found: dict[str, dict[str, Any]] = {name: {"speed": [], "resume": []} for name in args.readers}
     for repeat in range(args.repeats):
@@ -160,7 +161,7 @@ class _Bench:
 
     def _install(self) -> None:
         """Create an environment with the other packages that also sees this environment's packages."""
-        self._console.print(f"[dim]installing {', '.join(PEERS)} into {self._environment}[/]", highlight=False)
+        self._console.print(Text(f"installing {', '.join(PEERS)} into {self._environment}", "dim"), soft_wrap=True)
         venv.create(self._environment, with_pip=True, clear=True)
         python = str(self._environment / "bin" / "python")
         ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]

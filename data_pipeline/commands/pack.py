@@ -3,7 +3,8 @@
     bst data pack corpora/stdlib
 
 `bst data prepare` writes them itself; use this for corpora from before it did, or from a store. The corpus stays the
-same: its manifest does not name these files, and runs on it can continue.
+same: its manifest does not name these files, and runs on it can continue. Each shard is first compared with its
+SHA-256.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from rich.progress import track
 
 from bst_base.arguments import at_least
 from bst_base.errors import UserError
-from data_pipeline.format.manifest import Manifest
+from bst_base.terminal import say
+from data_pipeline.format.manifest import Manifest, sha256_file
 from data_pipeline.format.packed import packed_damage, write_packed
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardIndex
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             return None
         results = workers.run(pack_shard, tasks)
         written = sum(track(results, "pack", total=len(tasks), console=console, transient=True))
-    console.print(f"{args.corpus}: {written} packed files written, for {len(tasks)} shards", highlight=False)
+    say(f"{args.corpus}: {written} packed files written, for {len(tasks)} shards", console)
     return {"corpus": str(args.corpus), "shards": len(tasks), "written": written}
 
 
@@ -54,9 +56,10 @@ def pack_shard(task: PackTask) -> bool:
 
     Raises UserError when the shard is not the one that the manifest names.
     """
-    tar = task.corpus / task.shard.file
-    index = ShardIndex.read(task.corpus / task.shard.index)
-    whole = tar.is_file() and tar.stat().st_size == task.shard.bytes
-    if not whole or index.tar_sha256 != task.shard.sha256:
-        raise UserError(f"{tar}: missing, cut short or of another index; see 'bst data verify {task.corpus}'")
+    tar, index_path = task.corpus / task.shard.file, task.corpus / task.shard.index
+    index = ShardIndex.read(index_path)
+    named = index.tar_sha256 == task.shard.sha256 and sha256_file(index_path) == task.shard.index_sha256
+    whole = named and tar.is_file() and tar.stat().st_size == task.shard.bytes
+    if not whole or sha256_file(tar) != task.shard.sha256:  # its tokens would get valid CRCs, whatever they are
+        raise UserError(f"{tar}: missing, damaged, cut short or of another index; see 'bst data verify {task.corpus}'")
     return packed_damage(tar, index) is not None and write_packed(tar, index)

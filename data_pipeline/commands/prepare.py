@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bst_base.settings import fields, load
 from bst_base.shipped import CORPORA, find
-from bst_base.terminal import Sheet, print_table
+from bst_base.terminal import Sheet, print_table, say
 from data_pipeline.commands.progress import stages
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.tokenizer import read_tokenizer
@@ -96,7 +96,7 @@ def split_table(splits: dict[str, dict[str, Any]]) -> Sheet:
 
 def _print(console: Console, config: PrepareConfig, manifest: Manifest, report: dict[str, Any]) -> None:
     if report["reused"]:
-        console.print(f"{config.output} is already prepared with these settings: reused as it is.")
+        say(f"{config.output} is already prepared with these settings: reused as it is.", console)
     else:
         there = report["shards_already_there"]
         again = f", {there} shards reused" if there else ""
@@ -105,12 +105,12 @@ def _print(console: Console, config: PrepareConfig, manifest: Manifest, report: 
                 f"; documents added: {report['documents_added']:,}, in new shards: {report['shards_added']}; "
                 f"the rest kept from {config.continues}"
             )
-        console.print(f"{config.output} prepared in {report['time_s']:.1f} s{again}.", soft_wrap=True)
+        say(f"{config.output} prepared in {report['time_s']:.1f} s{again}.", console)
     print_table(split_table(report["splits"]))
     if added := report.get("added_tokens"):
-        console.print(f"added tokens: {', '.join(f'{name} {token}' for name, token in added.items())}", markup=False)
+        say(f"added tokens: {', '.join(f'{name} {token}' for name, token in added.items())}", console)
     left_out, duplicates = manifest.provenance["left_out"], manifest.provenance["duplicates"]
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        console.print(f"left out: {reasons} (listed in {config.output / SKIPPED})", soft_wrap=True)
-    console.print(f"duplicates removed: {duplicates['exact']} exact, {duplicates['near']} near")
+        say(f"left out: {reasons} (listed in {config.output / SKIPPED})", console)
+    say(f"duplicates removed: {duplicates['exact']} exact, {duplicates['near']} near", console)

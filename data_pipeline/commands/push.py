@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bst_base.terminal import say
 from data_pipeline.commands.progress import stages
 from data_pipeline.store.push import push
 
@@ -35,5 +36,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with stages(console) as told:
         sent = push(args.corpus, args.url, args.grow, lambda done, total: told("push", done, total))
     there = f", {sent.already_there} were there already" if sent.already_there else ""
-    console.print(f"{args.corpus}: {sent.files} files sent, {sent.bytes / 1e6:,.1f} MB{there}.", soft_wrap=True)
+    say(f"{args.corpus}: {sent.files} files sent, {sent.bytes / 1e6:,.1f} MB{there}.", console)
     return {"corpus": str(args.corpus), **sent._asdict()}

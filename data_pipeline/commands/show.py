@@ -5,7 +5,8 @@
     bst data show corpora/stdlib 000000012               # one document, by key
     bst data show corpora/stdlib json                    # or by its path in the source
 
-A document is printed exactly as it was prepared, to the byte, without the end-of-document token.
+A document is printed exactly as it was prepared, to the byte, without the end-of-document token. Only a terminal gets a
+newline after a text without one. A number is a key first; if no document has that key, it is a path.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +50,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.find is not None or args.limit is not None:
         raise UserError("--find and --limit are for lists: leave out the document")
     tokenizer = read_tokenizer(args.corpus / manifest.tokenizer.file, manifest.tokenizer.sha256)
-    key = f"{int(args.document):09d}" if args.document.isdecimal() else None
-    for split, shards in manifest.splits.items():
-        for shard in shards:
-            found = find_document(args.corpus / shard.file, key, args.document)
-            if found is not None:
-                return _show(tokenizer, args.tokens, {"split": split, "shard": shard.file, "key": found[0]}, *found[1:])
+    keys = [f"{int(args.document):09d}"] if args.document.isdecimal() else []
+    shards = [(split, shard.file) for split, infos in manifest.splits.items() for shard in infos]
+    for key, (split, file) in product([*keys, None], shards):
+        found = find_document(args.corpus / file, key, args.document)
+        if found is not None:
+            return _show(tokenizer, args.tokens, {"split": split, "shard": file, "key": found[0]}, *found[1:])
     raise UserError(
         f"{args.corpus}: no document with the key or the path {args.document!r}; "
         f"'bst data show {args.corpus} --find TEXT' lists those whose path or title holds a text"
@@ -89,6 +91,6 @@ def _show(tokenizer: Tokenizer, limit: int | None, place: dict[str, Any], info: 
     text = tokenizer.decode(tokens[:limit])
     Console(stderr=True).print({**place, **info})
     sys.stdout.write(text)
-    if not text.endswith("\n"):
+    if sys.stdout.isatty() and not text.endswith("\n"):
         sys.stdout.write("\n")
     return {**place, **info, "text": text}

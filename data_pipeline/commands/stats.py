@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bst_base.arguments import at_least, picture
 from bst_base.stopping import STATUS
-from bst_base.terminal import Sheet, print_table
+from bst_base.terminal import Sheet, print_table, say
 from data_pipeline.commands.prepare import split_table, summary
 from data_pipeline.commands.progress import stages
 from data_pipeline.format.extents import extents
@@ -42,6 +42,7 @@ from data_pipeline.serve.reader import Corpus
 
 _BLOCKS = (64, 128, 256, 512, 1024)  # block sizes for which the padding of isolated documents is reported
 _BAR = 40  # characters of the longest bar
+_LICENCES = 12  # most licences listed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,12 +81,12 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
                     return None
                 report |= _scan(args.corpus, manifest, workers, console)
         except KeyboardInterrupt:
-            console.print("stopped: duplicates and overlap are left out, because counting did not finish")
+            say("stopped: duplicates and overlap are left out, because counting did not finish", console)
             report |= {"passed": False, "exit_status": STATUS}
     _print(console, report)
     if args.png:
         _draw(args.png, args.corpus.name, lengths)
-        console.print(f"histogram of lengths: {args.png}")
+        say(f"histogram of lengths: {args.png}", console)
     return report
 
 
@@ -119,7 +120,7 @@ def cut_by_packing(corpus: Path, length: int) -> dict[str, Any]:
 
     It counts one pass. `documents` is the number of documents that fit into a sequence of `length`.
     """
-    opened = Corpus.open(str(corpus))
+    opened = Corpus.open(str(corpus.absolute()))  # absolute: a path, whatever its name begins with
     windows = Windows(opened.shard_sizes(None), (0, 0, 0))
     counts: dict[str, Any] = {}
     for packing, fit in (("stream", None), ("best_fit", lambda _, begin: (length, length - begin % length))):
@@ -141,35 +142,45 @@ def _print(console: Console, report: dict[str, Any]) -> None:
             for split, n in report["splits"].items() if (lengths := n.get("document_tokens"))]  # fmt: skip
     print_table(Sheet(("tokens per document", *quantiles), rows))
     histogram = report["length_histogram"]
-    console.print("documents by length in tokens:")
+    say("documents by length in tokens:", console)
     most = max(histogram["documents"])
     for edge, count in zip(histogram["edges_tokens"], histogram["documents"], strict=False):
         bar = "█" * round(_BAR * count / most) or ("▏" if count else "")
-        console.print(f"  ≥ {edge:>11,}  {count:>9,}  {bar}", highlight=False)
+        say(f"  ≥ {edge:>11,}  {count:>9,}  {bar}", console)
     shares = ", ".join(f"{share:.1%} of {block}" for block, share in report["padding_isolated"].items())
-    console.print(f"padding of isolated documents, by the block (masked ones have none): {shares}", soft_wrap=True)
+    say(f"padding of isolated documents, by the block (masked ones have none): {shares}", console)
     if counts := report.get("cut_by_sequences"):
         shares = ", ".join(
             f"{counts[packing]:,} ({counts[packing] / max(counts['documents'], 1):.1%}) with packing {packing}"
             for packing in ("stream", "best_fit")
         )
-        console.print(
+        say(
             f"of {counts['documents']:,} documents of at most {counts['length']:,} tokens in train, sequences cut "
-            f"{shares}; joined, and nothing is padded in both", soft_wrap=True,
-        )  # fmt: skip
+            f"{shares}; joined, and nothing is padded in both",
+            console,
+        )
     removed = report["duplicates_removed"]
     left = f", {report['duplicates_left']} left" if "duplicates_left" in report else ""
-    console.print(f"duplicates: {removed['exact']} exact and {removed['near']} near ones removed{left}")
+    say(f"duplicates: {removed['exact']} exact and {removed['near']} near ones removed{left}", console)
     left_out = ", ".join(f"{count} {reason}" for reason, count in report["left_out"].items())
-    console.print(f"left out: {left_out or 'nothing'}")
-    console.print("licences: " + ", ".join(f"{licence} ({count})" for licence, count in report["licences"].items()))
+    say(f"left out: {left_out or 'nothing'}", console)
+    say(f"licences: {most_frequent(report['licences'], _LICENCES)}", console)
     for split, n in report.get("overlap_with_train", {}).items():
         if split != "run_tokens":
             share = n["found"] / max(n["runs"], 1)
-            console.print(
+            say(
                 f"overlap: {share:.2%} of {n['runs']:,} runs of {NGRAM} tokens from {split} are in train too; "
-                f"{n['mostly_found']} of {n['documents']} documents are mostly in train"
+                f"{n['mostly_found']} of {n['documents']} documents are mostly in train",
+                console,
             )
+
+
+def most_frequent(counts: dict[str, int], number: int) -> str:
+    """Return the names with the highest counts, with these, and how many others there are."""
+    ordered = sorted(counts.items(), key=lambda each: -each[1])
+    listed, rest = ordered[:number], ordered[number:]
+    others = [f"{len(rest)} others ({sum(count for _, count in rest)})"] if rest else []
+    return ", ".join([*(f"{name} ({count})" for name, count in listed), *others])
 
 
 def _draw(path: Path, name: str, lengths: dict[str, np.ndarray]) -> None:

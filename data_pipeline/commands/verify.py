@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
 
 from bst_base.arguments import at_least
 from data_pipeline.format.manifest import Manifest
@@ -43,10 +44,11 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             problems += found
     problems.sort()
     for problem in problems:
-        console.print(f"[red]{problem.file}[/]: {problem.what}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble((problem.file, "red"), f": {problem.what}"), soft_wrap=True)
     size = sum(shard.bytes for shard in shards)
-    verdict = f"[red]{len(problems)} problem{'s' * (len(problems) > 1)}[/]" if problems else "[green]whole[/]"
-    console.print(f"{args.corpus}: {len(shards)} shard{'s' * (len(shards) != 1)}, {size / 1e6:.1f} MB: {verdict}")
+    verdict = (f"{len(problems)} problem{'s' * (len(problems) > 1)}", "red") if problems else ("whole", "green")
+    found = f"{args.corpus}: {len(shards)} shard{'s' * (len(shards) != 1)}, {size / 1e6:.1f} MB: "
+    console.print(Text.assemble(found, verdict), soft_wrap=True)
     return {
         "passed": not problems,
         "corpus": str(args.corpus),

@@ -7,10 +7,11 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
+from webdataset import tariterators
 
 from bst_base.errors import UserError
 from data_pipeline.format.damage import locate_changed_byte
@@ -151,9 +152,8 @@ def _member_at(tar: Path, byte: int, document: int) -> str:
 
 
 def _compare_with_webdataset(tar: Path, index: ShardIndex, task: VerifyTask) -> Iterator[str]:
-    samples = webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False).decode()
     count = tokens = 0
-    for i, sample in enumerate(samples):
+    for i, sample in enumerate(_samples(tar)):
         array, info = sample["tok.npy"], sample["json"]
         count, tokens = count + 1, tokens + len(array)
         if i >= len(index.lengths) or len(array) != index.lengths[i] or info["id"] != index.ids[i]:
@@ -169,3 +169,13 @@ def _compare_with_webdataset(tar: Path, index: ShardIndex, task: VerifyTask) -> 
             yield f"{sample['__key__']}: {len(array)} tokens of {array.dtype}, its JSON says {json.dumps(info)}"
     if count != task.shard.documents or tokens != task.shard.tokens:
         yield f"{count} documents, {tokens} tokens; expected {task.shard.documents}, {task.shard.tokens}"
+
+
+def _samples(tar: Path) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a tar as unmodified webdataset reads them.
+
+    It gets the open file: it would take a path with ``{a,b}``, ``::`` or a colon for one or several addresses.
+    """
+    with tar.open("rb") as stream:
+        members = tariterators.tar_file_expander([{"url": str(tar), "stream": stream}])
+        yield from map(webdataset.Decoder([]), tariterators.group_by_keys(members))

@@ -65,6 +65,7 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
     Raises UserError when the directory holds a corpus made from a different source or with different settings, and for
     every problem with the source.
     """
+    _require_outside(config)
     earlier = _earlier(config)
     progress("fetch", 0, 1)
     config.source.fetch()
@@ -106,6 +107,16 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
     }
 
 
+def _require_outside(config: PrepareConfig) -> None:
+    """Raise UserError when the output is inside the directory of the source: it would become a part of the source."""
+    output, directory = config.output.expanduser(), config.source.directory()
+    if directory is not None and output.resolve().is_relative_to(directory.resolve()):
+        raise UserError(
+            f"{output}: output is inside {directory}, the directory that the source reads, so that the corpus would be "
+            "a part of its own source: give another output, outside of that directory"
+        )
+
+
 def _earlier(config: PrepareConfig) -> Earlier | None:
     """Return the corpus that is continued; raises UserError when the output would overwrite it."""
     if config.continues is None:
@@ -121,8 +132,8 @@ def _earlier(config: PrepareConfig) -> Earlier | None:
 
 def _finish(manifest: Manifest, output: Path, work: Path) -> None:
     """Move everything to its place, the manifest last. Remove other files that a preparation has left there."""
-    shutil.copyfile(work / TOKENIZER, work / f"{TOKENIZER}.copy")
-    (work / f"{TOKENIZER}.copy").replace(output / manifest.tokenizer.file)
+    with atomic_file(output / manifest.tokenizer.file) as file:
+        file.write((work / TOKENIZER).read_bytes())
     shutil.move(work / SKIPPED, output / SKIPPED)
     shards = [info for infos in manifest.splits.values() for info in infos]
     own = {name for info in shards for name in (info.file, info.index, packed_name(info.file))}

@@ -146,7 +146,7 @@ def read_skipped(spool: Path, chunks: int) -> Iterator[dict[str, Any]]:
 
 def skipped_record(skipped: Skipped) -> dict[str, Any]:
     """Return a line of `skipped.jsonl`: {path, reason}, with {bad: true} if bad and {count} if it is not 1."""
-    record: dict[str, Any] = {"path": printable(skipped.path), "reason": skipped.reason}
+    record: dict[str, Any] = {"path": printable(skipped.path), "reason": printable(skipped.reason)}
     if skipped.bad:
         record["bad"] = True
     return record if skipped.count == 1 else {**record, "count": skipped.count}
@@ -156,8 +156,8 @@ def refusal(skipped: Skipped) -> UserError:
     """Return the error for a bad record if the policy is to stop."""
     remedy = skipped.remedy or "mend it"
     return UserError(
-        f"{printable(skipped.path)}: {skipped.reason}; {remedy}, or set on_bad_record to skip to list and leave out "
-        "what is bad"
+        f"{printable(skipped.path)}: {printable(skipped.reason)}; {remedy}, or set on_bad_record to skip to list and "
+        "leave out what is bad"
     )
 
 

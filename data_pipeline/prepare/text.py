@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import unicodedata
 from typing import Annotated, Literal
 
@@ -61,10 +62,20 @@ def stored_text(found: Document | Skipped, config: TextConfig) -> tuple[Document
             return text
     if not text:
         return Skipped(found.path, "empty")
+    if isinstance(data := _encoded(text, found.path), Skipped):
+        return data
+    names = {"title": found.title, "licence": found.licence, "group": found.group}
+    for name, value in {**names, "meta": json.dumps(found.meta, ensure_ascii=False)}.items():
+        if isinstance(wrong := _encoded(value, found.path, f" in its {name}"), Skipped):
+            return wrong
+    return dataclasses.replace(found, content=""), data
+
+
+def _encoded(text: str, path: str, where: str = "") -> bytes | Skipped:
     try:
-        return dataclasses.replace(found, content=""), text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which JSON can contain
-        return Skipped(found.path, f"not Unicode text: {error.reason} (character {error.start})")
+        return Skipped(path, f"not Unicode text{where}: {error.reason} (character {error.start})")
 
 
 def _decode(data: bytes, path: str, config: TextConfig) -> str | Skipped:

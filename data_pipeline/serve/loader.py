@@ -81,7 +81,9 @@ class Loader:
         changes: Sequence[tuple[int, int]] = (),
         lengths: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self._lengths = self._planned_lengths = BatchSizes(((0, share.length), *lengths))
+        # Without changes to the same length: a resumed run does not have them either (`check`).
+        plan = BatchSizes(((0, share.length), *lengths))
+        self._lengths = self._planned_lengths = BatchSizes.of(share.length).planned(0, plan)
         for _, length in self._lengths.changes:
             _check_sizes(replace(share, length=length), block)
         self.config, self._corpora, self._share = config, list(corpora), share

@@ -26,7 +26,7 @@ from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer
 from data_pipeline.serve.layout import Found, Layout, OpenShards
 from data_pipeline.serve.order.windows import ShardSizes
 from data_pipeline.serve.shard_reader import ShardReader
-from data_pipeline.store.base import Storage, StorageConfig
+from data_pipeline.store.base import Storage, StorageConfig, read_whole
 from data_pipeline.store.cache import CachedStorage
 from data_pipeline.store.heap import trim_heap
 from data_pipeline.store.mapped import MappedFile
@@ -136,7 +136,7 @@ class Corpus:
         info = self.manifest.tokenizer
         where = f"{self.storage.where}/{info.file}"
         try:
-            tokenizer = parse_tokenizer(self.storage.whole(info.file), where)
+            tokenizer = parse_tokenizer(read_whole(self.storage, info.file, info.sha256), where)
         except FileNotFoundError:
             raise UserError(f"{where}: the tokenizer is missing; copy it from where the corpus was prepared") from None
         if tokenizer.sha256 != info.sha256:
@@ -332,7 +332,7 @@ class Corpus:
         if info is None:
             return None
         try:
-            data = self.storage.whole(info.file)
+            data = read_whole(self.storage, info.file, info.sha256)
         except FileNotFoundError:
             data = b""
         if hashlib.sha256(data).hexdigest() != info.sha256:

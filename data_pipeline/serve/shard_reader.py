@@ -16,6 +16,7 @@ import logging
 import tarfile
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from data_pipeline.format.packed import packed_name, parse_tail, tail_bytes
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex
 from data_pipeline.serve.layout import Layout
-from data_pipeline.store.base import Storage
+from data_pipeline.store.base import Storage, read_whole
 
 _log = logging.getLogger(__name__)
 _TAR_BLOCK = 512  # members of a tar begin at multiples of it
@@ -104,12 +105,7 @@ class ShardReader:
             offset = int(layout.offsets[document]) + start * size
             self._storage.read_into(self.info.file, offset, buffer)
             return
-        try:
-            data = self._read_blocks(document, first, last)
-        except _ChangedError:
-            if not self._storage.renew(self.info.file):
-                raise
-            data = self._read_blocks(document, first, last)
+        data = self._good_blocks(document, first, last)
         skipped = (start - first * CRC_BLOCK) * size
         buffer[:] = data[skipped : skipped + len(buffer)]
 
@@ -129,7 +125,7 @@ class ShardReader:
 
     def _index_from_file(self, where: str) -> ShardIndex:
         try:
-            data = self._storage.whole(self.info.index)
+            data = read_whole(self._storage, self.info.index, self.info.index_sha256)
         except FileNotFoundError:
             path = self._storage.local_path(self.info.file)
             if path is None:
@@ -173,6 +169,16 @@ class ShardReader:
             self._storage.read_into(self.info.file, begin, data)
             for number, found in self._numbered(document, first, data):
                 self.layout.verified[number] = isal_zlib.crc32(found) == self.layout.crc[number]
+
+    def _good_blocks(self, document: int, first: int, last: int) -> memoryview:
+        """Return `_read_blocks`, which is called again while another read may give good bytes."""
+        for attempt in count(1):
+            try:
+                return self._read_blocks(document, first, last)
+            except _ChangedError:
+                if not self._storage.renew(self.info.file, attempt):
+                    raise
+        raise AssertionError("unreachable")
 
     def _read_blocks(self, document: int, first: int, last: int) -> memoryview:
         """Return the bytes of these blocks of a document, compared with their CRCs."""

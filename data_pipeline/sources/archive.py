@@ -8,10 +8,10 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 from backports import zstd
 from backports.zstd import DecompressionParameter
@@ -49,12 +49,26 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, file)
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header. tarfile takes a damaged, cut or missing one after the first member as the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        place = tar.offset
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EmptyHeaderError:
+            raise tarfile.ReadError(f"neither a member nor the end of the archive at byte {place}") from None
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(f"the header at byte {place}: {error}") from None
+
+
 def tar_members(file: BinaryIO, where: str) -> Iterator[Member | Skipped]:
     """Yield every regular file of a tar stream, in its order. Links and names that lead out of the archive are skipped.
 
-    Raises UserError for an archive that is damaged or cut short.
+    Raises UserError for an archive that is damaged, cut short, or without the blocks of zeros that end one.
     """
-    with damage_explained(where), tarfile.open(fileobj=file, mode="r|") as tar:
+    with damage_explained(where), tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
         for member in tar:
             name = f"{where}/{member.name}"
             if member.isdir():
@@ -66,6 +80,20 @@ def tar_members(file: BinaryIO, where: str) -> Iterator[Member | Skipped]:
             else:
                 data = tar.extractfile(member)
                 yield Member(member.name, data.read() if data else b"")
+        _require_no_more(tar)
+
+
+def _require_no_more(tar: tarfile.TarFile) -> None:
+    """Raise ReadError when members follow the end of the archive: a header that became zeros looks like the end.
+
+    What follows the end in its own record is undefined: tar programs may leave old data there.
+    """
+    stream, end = cast(BinaryIO, tar.fileobj), tar.offset
+    stream.seek(-(-stream.tell() // tarfile.RECORDSIZE) * tarfile.RECORDSIZE)
+    while len(block := stream.read(tarfile.BLOCKSIZE)) == tarfile.BLOCKSIZE:
+        with suppress(tarfile.HeaderError):
+            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            raise tarfile.ReadError(f"an end of the archive at byte {end}, and members after it")
 
 
 def zip_members(path: Path) -> Iterator[Member | Skipped]:

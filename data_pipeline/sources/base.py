@@ -95,6 +95,10 @@ class Source(Config):
     def fetch(self) -> None:
         """Copy or download what is needed to this machine. Called once, before everything else."""
 
+    def directory(self) -> Path | None:
+        """Return the user's directory that is read with all that is in it; None if there is none."""
+        return None
+
     def listing(self) -> Listing:
         """Return the contents of the source; raises UserError when the source is missing or empty."""
         raise NotImplementedError
@@ -158,6 +162,10 @@ def join_files(files: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"==> {printable(path)} <==\n{text}" for path, text in files)
 
 
-def printable(path: str) -> str:
-    r"""Return a file's name as Unicode text. Bytes that are not UTF-8 become ``\xff`` escapes."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def printable(text: str) -> str:
+    r"""Return a file's name, or a text with names in it, as Unicode. Bytes that are not UTF-8 become ``\xff`` escapes,
+    and lone surrogates, which names of fields may hold, ``\ud800`` escapes."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")

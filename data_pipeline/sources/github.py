@@ -9,7 +9,7 @@ from typing import Literal
 
 from bst_base.errors import UserError
 from data_pipeline.sources.archive import TAR_SUFFIXES, open_stream, tar_members, zip_members
-from data_pipeline.sources.base import Document, Endings, Listing, LocalPath, Part, Skipped, Source
+from data_pipeline.sources.base import Document, Endings, Listing, LocalPath, Part, Skipped, Source, printable
 from data_pipeline.sources.code import repository_licence, repository_text, source_paths, tree_files
 
 _ARCHIVES = (*TAR_SUFFIXES, ".zip")
@@ -25,6 +25,11 @@ class Github(Source):
     """Repositories: a checkout, a tarball or a zip each."""
     path: LocalPath
     """Directory of the repositories; or one checkout (with a `.git`), tarball or zip."""
+
+    def directory(self) -> Path | None:
+        """See `Source`."""
+        path = self.path.expanduser()
+        return path if path.is_dir() else None
 
     def listing(self) -> Listing:
         path = self.path.expanduser()
@@ -66,7 +71,8 @@ class Github(Source):
             if isinstance(text, Skipped):
                 yield text
             else:
-                yield Document(part.name, text, licence=repository_licence(files), group=_repository(part.name))
+                group = printable(_repository(part.name))
+                yield Document(part.name, text, licence=repository_licence(files), group=group)
 
     def _locate(self, part: Part) -> Path:
         """Return the path of a repository in the directory, or `path` itself if that is the one repository."""

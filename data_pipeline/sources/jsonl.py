@@ -68,7 +68,10 @@ def _lines_in(file: BinaryIO, start: int, size: int) -> Iterator[tuple[int, byte
     stop = start + size
     if start:
         file.seek(start - 1)
-        start += len(file.readline()) - 1  # skips the rest of a line that belongs to the part before
+        rest = file.readline(size + 1)  # of a line that belongs to a part before; it may end in a later part
+        if not rest.endswith(b"\n"):
+            return
+        start += len(rest) - 1
     while start < stop:
         line = file.readline()
         if not line:

@@ -116,5 +116,7 @@ def _between(ids: _Ids, end: int, start: int, stop: int) -> Iterator[tuple[int, 
         if begin is not None and low < len(part):
             pieces.append(part[low:])
         place += len(part)
+        if begin is None and place >= stop:
+            return
     if pieces:
         yield begin, np.concatenate(pieces)

@@ -137,7 +137,7 @@ class RecordSource(FileSource):
     @staticmethod
     def _without_text(record: Any, where: str, names: tuple[str, ...]) -> Skipped:
         asked = " or ".join(map(repr, names))
-        if isinstance(record, Mapping) and any(name in record for name in names):
+        if isinstance(record, Mapping) and any(field_of(record, name) is not _MISSING for name in names):
             return Skipped(where, "empty")
         there = (
             ", ".join(sorted(record)[:_SHOWN])

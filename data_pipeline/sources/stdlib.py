@@ -44,6 +44,10 @@ class StandardLibrary(Source):
         """The directory of the library."""
         return existing_directory(self.path, "a Python standard library")
 
+    def directory(self) -> Path:
+        """See `Source`."""
+        return self.path.expanduser()
+
     def listing(self) -> Listing:
         root = self.root
         sizes: Counter[str] = Counter()

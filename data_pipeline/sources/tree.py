@@ -126,6 +126,10 @@ class FileSource(Source):
 
             copies.copy(self.path, self.storage_options, self.copied)
 
+    def directory(self) -> Path | None:
+        """See `Source`."""
+        return None if self._is_far or not self.place.is_dir() else self.place
+
     def copied(self, name: str) -> bool:
         """Whether a file at an address, given by its path below it, is copied to this machine."""
         return self.wanted(name)

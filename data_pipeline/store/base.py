@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -107,5 +109,20 @@ class Storage(Protocol):
     def interrupt(self, stop: bool) -> None:
         """Interrupt reads: while `stop` is true, reads that wait for a network or for another process raise Stopped."""
 
-    def renew(self, name: str) -> bool:
-        """Handle a file that was found damaged: return True if another read may give good bytes, False if not."""
+    def renew(self, name: str, attempt: int) -> bool:
+        """Handle a file that was found damaged at the `attempt`-th read of the same bytes, counted from 1.
+
+        Returns True, perhaps after a wait, if another read may give good bytes; False if not.
+        """
+
+
+def read_whole(storage: Storage, name: str, sha256: str) -> bytes:
+    """Return a file's bytes, read again while they have another hash and another read may give good ones.
+
+    The caller must compare the hash, and say what is wrong. Raises FileNotFoundError when there is no such file.
+    """
+    for attempt in count(1):
+        data = storage.whole(name)
+        if hashlib.sha256(data).hexdigest() == sha256 or not storage.renew(name, attempt):
+            return data
+    raise AssertionError("unreachable")

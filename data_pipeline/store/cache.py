@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_file
 from bst_base.stopping import STOP_REQUESTED, Stopped
 from data_pipeline.format.shards import ShardError
 from data_pipeline.store.base import Storage
+from data_pipeline.store.locks import take_lock
 from data_pipeline.store.mapped import MappedFile
 from data_pipeline.store.room import Room
 from data_pipeline.store.storage import LocalStorage
@@ -61,6 +61,7 @@ class CachedStorage:
         self._local = LocalStorage(self._directory)
         self._files = files
         self._room = Room(self._directory, limit)
+        self._room.remove_partials()
         self._present: set[str] = set()
         self._wanted: deque[str] = deque()  # files to fetch ahead
         self._stop = threading.Event()
@@ -73,7 +74,7 @@ class CachedStorage:
             data = self._local.whole(self._copy(name))
             if hashlib.sha256(data).hexdigest() == self._files[name][1]:
                 return data
-        self.renew(name)
+        self.renew(name, attempt=1)
         return self._local.whole(self._copy(name))
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -81,7 +82,7 @@ class CachedStorage:
         try:
             self._local.read_into(self._copy(name), offset, buffer)
         except ShardError:
-            self.renew(name)
+            self.renew(name, attempt=1)
             self._local.read_into(self._copy(name), offset, buffer)
 
     def mapped(self, name: str) -> MappedFile | None:
@@ -139,8 +140,10 @@ class CachedStorage:
             with self._counting:
                 self._fetchers -= 1
 
-    def renew(self, name: str) -> bool:
-        """See `Storage`."""
+    def renew(self, name: str, attempt: int) -> bool:
+        """See `Storage`. The copy is fetched again once: its SHA-256 is compared when it is fetched."""
+        if attempt > 1:
+            return False
         copy = self._copy_name(name)
         with self._locked(copy):
             (self._directory / copy).unlink(missing_ok=True)
@@ -193,16 +196,8 @@ class CachedStorage:
     @contextmanager
     def _locked(self, copy: str) -> Iterator[None]:
         """Lock a copy, so that no other process on this machine fetches or removes it."""
-        with (self._directory / f"{copy}.lock").open("w") as lock:
-            while not _taken(lock):
-                if self._stop.wait(_LOOK_S) or STOP_REQUESTED.is_set():
-                    raise Stopped(f"{self.where}: the wait for another process that fetches {copy} was interrupted")
+        while (lock := take_lock(self._directory / f"{copy}.lock")) is None:
+            if self._stop.wait(_LOOK_S) or STOP_REQUESTED.is_set():
+                raise Stopped(f"{self.where}: the wait for another process that fetches {copy} was interrupted")
+        with lock:
             yield
-
-
-def _taken(lock: TextIO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -159,8 +159,11 @@ class RemoteStorage:
         if self._stop.is_set() or STOP_REQUESTED.is_set():
             raise Stopped(f"{self.where}/{name}: reading was interrupted")
 
-    def renew(self, name: str) -> bool:
+    def renew(self, name: str, attempt: int) -> bool:
         """See `Storage`. Every read fetches the bytes again, so the next one may be good."""
+        if attempt >= self._config.attempts:
+            return False
+        self._back_off(name, attempt, "changed bytes")
         return True
 
     def _range(self, name: str, start: int, stop: int) -> bytes:
@@ -229,10 +232,14 @@ class RemoteStorage:
                 if attempt == self._config.attempts:
                     kind = ShardError if isinstance(error, EOFError) else StorageError
                     raise kind(f"{self.where}/{name}: not read in {attempt} attempts; the last: {reason}") from None
-                wait = min(self._config.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
-                _log.warning("%s/%s: %s; trying again in %.1f s", self.where, name, reason, wait)
-                self._pause(name, wait)
+                self._back_off(name, attempt, reason)
         raise AssertionError("unreachable")
+
+    def _back_off(self, name: str, attempt: int, reason: str) -> None:
+        """Wait before the attempt after this one."""
+        wait = min(self._config.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
+        _log.warning("%s/%s: %s; trying again in %.1f s", self.where, name, reason, wait)
+        self._pause(name, wait)
 
     def _said(self, error: Exception) -> str:
         """Return an error's message without the secrets of the address."""
@@ -327,9 +334,9 @@ class PipeStorage:
         else:
             self._stop.clear()
 
-    def renew(self, name: str) -> bool:
-        """See `Storage`."""
-        return True
+    def renew(self, name: str, attempt: int) -> bool:
+        """See `Storage`. The command does the retries."""
+        return False
 
 
 def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data_pipeline.store.locks import take_lock
+
 _COPY = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)(?<!\.partial)")
+_PARTIAL = re.compile(r"([0-9a-f]{16}-.*)\.[0-9a-f]{8}\.partial")  # a copy that is being written, or was when killed
 _KEPT = 0.9  # fraction of the limit down to which copies are removed, so that not every new copy removes some
 
 
@@ -47,8 +50,20 @@ class Room:
         """Whether files of `size` bytes can be kept at the same time."""
         return self.limit is None or size <= self.limit * _KEPT
 
+    def remove_partials(self) -> None:
+        """Remove the partial copies that no process writes: those of processes that were killed."""
+        for entry in os.scandir(self._directory):
+            if (partial := _PARTIAL.fullmatch(entry.name)) and (lock := take_lock(self._lock_of(partial[1]))):
+                with lock:
+                    Path(entry.path).unlink(missing_ok=True)
+                    self._lock_of(partial[1]).unlink(missing_ok=True)
+
     def _remove(self, wanted: int) -> int:
-        """Remove the least recently used copies until the total is at most `wanted` bytes; return the new total."""
+        """Remove what killed processes left, then the least recently used copies until the total is at most `wanted`.
+
+        Returns the new total, in bytes.
+        """
+        self.remove_partials()
         copies, taken = [], 0
         for entry in os.scandir(self._directory):
             with suppress(FileNotFoundError):
@@ -60,9 +75,14 @@ class Room:
             if taken <= wanted:
                 break
             (self._directory / name).unlink(missing_ok=True)
-            (self._directory / f"{name}.lock").unlink(missing_ok=True)
+            if lock := take_lock(self._lock_of(name)):
+                with lock:
+                    self._lock_of(name).unlink(missing_ok=True)
             taken -= size
         return taken
+
+    def _lock_of(self, copy: str) -> Path:
+        return self._directory / f"{copy}.lock"
 
     @contextmanager
     def _counted(self) -> Iterator[tuple[int | None, Callable[[int], None]]]:

@@ -90,7 +90,7 @@ class LocalStorage:
         """See `Storage`."""
         return self._directory / name
 
-    def renew(self, name: str) -> bool:
+    def renew(self, name: str, attempt: int) -> bool:
         """See `Storage`. There is only this copy."""
         return False
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from bst_base.settings import Config
 from data_pipeline.synthetic.draws import Draws
@@ -64,7 +65,7 @@ class TaskConfig(Config):
 class EpisodicConfig(TaskConfig):
     """A task whose row is a series of independent episodes of equal length."""
 
-    span: int | None = None
+    span: int | None = Field(None, ge=1)
     """Tokens per episode; null: one episode fills the row. What is left over at the end of a row does not count."""
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -14,6 +15,7 @@ import yaml
 
 from bst_dist.cli import main
 from data_pipeline.format.manifest import Manifest
+from data_pipeline.format.shards import ShardIndex
 
 
 @pytest.fixture
@@ -127,7 +129,23 @@ def test_pack_writes_missing_and_damaged_packed_files(corpus: Path, tmp_path: Pa
     packed[0].unlink()
     packed[0].with_suffix(".tar").write_bytes(b"")
     assert main(["data", "pack", str(corpus), "--workers", "1"]) == 2
-    assert f"{packed[0].stem}.tar: missing, cut short or of another index" in capsys.readouterr().err
+    assert f"{packed[0].stem}.tar: missing, damaged, cut short or of another index" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", [".tar", ".idx"])
+def test_pack_refuses_a_damaged_shard_and_keeps_its_intact_packed_file(corpus: Path, damaged: str, capsys) -> None:
+    packed = corpus / "train-000001.tokens"
+    before, path = packed.read_bytes(), packed.with_suffix(damaged)
+    index = ShardIndex.read(corpus / "train-000001.idx")
+    if damaged == ".tar":
+        data = bytearray(path.read_bytes())
+        data[int(index.offsets[1]) + 20] ^= 1  # a token
+        path.write_bytes(data)
+    else:
+        dataclasses.replace(index, offsets=index.offsets[::-1]).write(path)
+    assert main(["data", "pack", str(corpus), "--workers", "1"]) == 2
+    assert "train-000001.tar: missing, damaged, cut short or of another index" in capsys.readouterr().err
+    assert packed.read_bytes() == before
 
 
 def test_verify_without_a_corpus_says_how_to_prepare_one(tmp_path: Path, capsys) -> None:
@@ -152,13 +170,36 @@ def test_stats_reports_counts_and_writes_a_plot(corpus: Path, tmp_path: Path, ca
 
 
 def test_show_prints_a_document_by_key_and_by_path(corpus: Path, folder: Path, capsys) -> None:
-    expected = (folder / "a/04.txt").read_bytes().decode() + "\n"
+    expected = (folder / "a/04.txt").read_bytes().decode()
+    assert not expected.endswith("\n")
     assert main(["data", "show", str(corpus), "a/04.txt"]) == 0
     assert capsys.readouterr().out == expected
     assert main(["data", "show", str(corpus), "2"]) == 0
     assert capsys.readouterr().out == expected
     assert main(["data", "show", str(corpus), "999"]) == 2
     assert "no document with the key or the path '999'" in capsys.readouterr().err
+
+
+def test_show_ends_a_text_without_newline_with_one_only_on_a_terminal(corpus: Path, folder: Path, monkeypatch) -> None:
+    for terminal in (False, True):
+        output = io.StringIO(newline="")
+        monkeypatch.setattr(output, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr("sys.stdout", output)
+        assert main(["data", "show", str(corpus), "a/04.txt"]) == 0
+        assert output.getvalue() == (folder / "a/04.txt").read_bytes().decode() + "\n" * terminal
+
+
+def test_show_finds_a_document_whose_path_is_all_digits(settings_of, folder: Path, tmp_path: Path, capsys) -> None:
+    for name in ("2", "777"):
+        (folder / name).write_text(f"the document {name} ")
+    source = {"kind": "folder", "path": str(folder), "pattern": "**/*"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**settings_of(source=source), "workers": 1}))
+    assert main(["data", "prepare", str(tmp_path / "c.yaml")]) == 0
+    capsys.readouterr()
+    assert main(["data", "show", str(tmp_path / "corpus"), "777"]) == 0
+    assert capsys.readouterr().out == "the document 777 "
+    assert main(["data", "show", str(tmp_path / "corpus"), "2"]) == 0
+    assert capsys.readouterr().out != "the document 2 "  # keys come first
 
 
 def test_show_lists_documents_and_filters_them(corpus: Path, tmp_path: Path, capsys) -> None:

@@ -99,29 +99,29 @@ def test_token_ids_are_prepared_and_exported_back(flat: Path, tmp_path: Path, ca
 
 
 def test_ids_with_their_tokenizer_give_the_same_corpus_as_text(run, folder: Path, tmp_path: Path) -> None:
-    manifest, _ = run("text", validation_fraction=0.2)
-    assert cli.main(["data", "export", str(tmp_path / "text"), str(tmp_path / "m"), "--format", "megatron"]) == 0
+    manifest, _ = run("prepared", validation_fraction=0.2)
+    assert cli.main(["data", "export", str(tmp_path / "prepared"), str(tmp_path / "m"), "--format", "megatron"]) == 0
     source = {"kind": "megatron", "path": str(tmp_path / "m"), "own_splits": True}
-    back = prepared(tmp_path / "back", source=source, tokenizer={"reuse": str(tmp_path / "text")})
+    back = prepared(tmp_path / "back", source=source, tokenizer={"reuse": str(tmp_path / "prepared")})
     assert back.tokenizer == manifest.tokenizer
     for split in ("train", "validation"):
         assert (back.text_bytes(split), back.tokens(split)) == (manifest.text_bytes(split), manifest.tokens(split))
-    assert list(documents_of(tmp_path / "back").values()) == list(documents_of(tmp_path / "text").values())
+    assert list(documents_of(tmp_path / "back").values()) == list(documents_of(tmp_path / "prepared").values())
 
 
 def test_parquet_export_contains_the_texts(run, folder: Path, tmp_path: Path, flat: Path) -> None:
-    run("text", validation_fraction=0.2)
-    assert cli.main(["data", "export", str(tmp_path / "text"), str(tmp_path / "p"), "--format", "parquet"]) == 0
+    run("prepared", validation_fraction=0.2)
+    assert cli.main(["data", "export", str(tmp_path / "prepared"), str(tmp_path / "p"), "--format", "parquet"]) == 0
     rows = pyarrow.parquet.read_table(tmp_path / "p").to_pylist()  # read the folder as users do
-    own = tmp_path / "text/tokenizer.model"
+    own = tmp_path / "prepared/tokenizer.model"
     assert (tmp_path / "p/_tokenizer/tokenizer.model").read_bytes() == own.read_bytes()
     assert {row["path"]: row["text"].encode() for row in rows} == {
         str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.txt")
     }
-    reuse = {"reuse": str(tmp_path / "text")}
+    reuse = {"reuse": str(tmp_path / "prepared")}
     source = {"kind": "parquet", "path": str(tmp_path / "p"), "own_splits": True}
     prepared(tmp_path / "back", source=source, tokenizer=reuse)
-    assert sorted(documents_of(tmp_path / "back").values()) == sorted(documents_of(tmp_path / "text").values())
+    assert sorted(documents_of(tmp_path / "back").values()) == sorted(documents_of(tmp_path / "prepared").values())
 
     prepared(tmp_path / "ids", source=globals()["source"](flat))
     assert cli.main(["data", "export", str(tmp_path / "ids"), str(tmp_path / "q"), "--format", "parquet"]) == 0
@@ -166,7 +166,7 @@ def test_invalid_settings_for_token_ids_are_refused(flat: Path, tmp_path: Path, 
         prepared(tmp_path / "corpus", source=source(flat, vocab_size=90, eos_id=89))
     prepared(tmp_path / "ids", source=source(flat))
     with pytest.raises(UserError, match="ids without a tokenizer cannot encode text"):
-        run("text", tokenizer={"reuse": str(tmp_path / "ids")})
+        run("prepared", tokenizer={"reuse": str(tmp_path / "ids")})
 
 
 def test_interrupted_preparation_of_ids_continues(flat: Path, tmp_path: Path) -> None:

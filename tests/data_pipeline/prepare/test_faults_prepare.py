@@ -39,6 +39,14 @@ def test_undamaged_corpus_has_no_problems(corpus: Path) -> None:
     assert problems(corpus) == []
 
 
+@pytest.mark.parametrize("name", ["{a,b}", "a::b", "x:y", "pipe:cat"])
+def test_path_that_looks_like_an_address_is_verified_as_a_path(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(corpus.rename(tmp_path / name).parent)
+    assert problems(Path(name)) == []
+
+
 def test_flipped_byte_in_a_shard_is_found_and_located(corpus: Path) -> None:
     tar = corpus / "train-000000.tar"
     whole = tar.read_bytes()
@@ -125,12 +133,32 @@ def test_text_that_is_not_utf8_is_decoded_according_to_the_policy(
     assert read_tokenizer(corpus / "tokenizer.model").decode(found[2]) == stored
 
 
-def test_document_with_a_lone_surrogate_in_json_is_left_out(run, tmp_path: Path) -> None:
+def test_record_with_a_lone_surrogate_is_left_out_wherever_it_is(run, tmp_path: Path) -> None:
     (tmp_path / "json").mkdir()
     rows = [json.dumps({"text": f"line {i} " + "x y z " * i}) for i in range(60)]
-    (tmp_path / "json/a.jsonl").write_text("\n".join([*rows, '{"text": "a\\ud800"}']))
-    manifest, _ = run(source={"kind": "jsonl", "path": str(tmp_path / "json")}, tokenizer={"vocab_size": 300})
-    assert manifest.provenance["left_out"] == {"not Unicode text: surrogates not allowed": 1}
+    wrong = [
+        {"text": "a\ud800"},
+        *({"text": f"fine {name}", name: "a\ud800"} for name in ("title", "by", "work", "url")),
+    ]
+    wrong += [{"\ud800": "no text"}, {"text": "fine", "part": "\ud800"}]
+    rows = [*(json.dumps({"part": "train", **json.loads(row)}) for row in rows),
+            *(json.dumps({"part": "train", **row}) for row in wrong)]  # fmt: skip
+    (tmp_path / "json/a.jsonl").write_text("\n".join(rows))
+    source = {"kind": "jsonl", "path": str(tmp_path / "json"), "title_field": "title", "licence_field": "by",
+              "group_field": "work", "split_field": "part", "keep": ["url"]}  # fmt: skip
+    manifest, _ = run(source=source, tokenizer={"vocab_size": 300}, on_bad_record="skip")
+    assert manifest.provenance["left_out"] == {
+        "field 'part' is not train, validation or test": 1,
+        "no field 'text'": 1,
+        "not Unicode text in its group: surrogates not allowed": 1,
+        "not Unicode text in its licence: surrogates not allowed": 1,
+        "not Unicode text in its meta: surrogates not allowed": 1,
+        "not Unicode text in its title: surrogates not allowed": 1,
+        "not Unicode text: surrogates not allowed": 1,
+    }
+    assert r"(there: part, \ud800)" in (tmp_path / "corpus/skipped.jsonl").read_text().replace("\\\\", "\\")
+    with pytest.raises(UserError, match=r"no field 'text' \(there: part, \\ud800\)"):
+        run("other", source={**source, "split_field": ""}, tokenizer={"vocab_size": 300})
 
 
 def test_a_line_of_40_mb_is_prepared_exactly(run, tmp_path: Path) -> None:

@@ -85,3 +85,27 @@ def test_error_names_the_settings_that_differ(found: dict, wanted: dict, told: s
 
 def test_listing_hash_of_an_old_version_is_ignored(tmp_path: Path) -> None:
     check_same({"source": {"listing_sha256": "a"}}, {"source": {"listing_sha256": None}}, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "github", "stdlib"])
+@pytest.mark.parametrize("output", ["text", "text/corpus", "text/a/../b/corpus", "link/corpus"])
+def test_output_inside_the_source_is_refused(run, folder: Path, tmp_path: Path, kind: str, output: str) -> None:
+    (folder / "lines.jsonl").write_text('{"text": "a"}\n')
+    (folder / "os.py").write_text("a = 1\n")
+    (tmp_path / "link").symlink_to(folder)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match=r"output is inside .*/text, the directory .*: give another output"):
+        run(output, source={"kind": kind, "path": str(folder)})
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_output_beside_a_source_of_one_file_or_around_the_source_is_accepted(run, folder: Path, tmp_path: Path) -> None:
+    whole = "\n".join(json.dumps({"text": path.read_text()}) for path in sorted(folder.rglob("*.txt")))
+    (tmp_path / "lines/in").mkdir(parents=True)
+    (tmp_path / "lines/in/a.jsonl").write_text(whole)
+    source = {"kind": "jsonl", "path": str(tmp_path / "lines/in/a.jsonl")}
+    assert run("lines/in/corpus", source=source)[1]["reused"] is False
+    assert run("lines/in/corpus", source=source)[1]["reused"] is True
+    (tmp_path / "around/raw").mkdir(parents=True)
+    (tmp_path / "around/raw/a.jsonl").write_text(whole)
+    assert run("around", source={"kind": "jsonl", "path": str(tmp_path / "around/raw")})[1]["reused"] is False

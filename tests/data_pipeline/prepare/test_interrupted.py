@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -125,3 +126,18 @@ def test_second_preparation_of_the_same_directory_is_refused(run, settings_of) -
 
     run(progress=progress)
     assert problems
+
+
+def test_every_file_of_the_corpus_is_on_the_disk_before_the_manifest(run, tmp_path: Path, monkeypatch) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        partial = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        synced.append(partial.removesuffix(".partial").rpartition(".")[0])
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run()
+    files = {path.name for path in (tmp_path / "corpus").iterdir() if path.name != ".lock"}
+    assert files <= set(synced) and set(synced[: synced.index(MANIFEST)]) >= files - {MANIFEST}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,22 @@ def test_compressed_data_is_identified_by_format() -> None:
 def test_empty_text_and_lone_surrogates_are_not_stored() -> None:
     assert stored("") == stored(b"") == ("empty", False)
     assert stored("a\ud800b") == ("not Unicode text: surrogates not allowed (character 1)", False)
+
+
+@pytest.mark.parametrize(
+    ("names", "where"),
+    [
+        ({"title": "a\ud800"}, "title"),
+        ({"licence": "a\ud800"}, "licence"),
+        ({"group": "a\udc80"}, "group"),
+        ({"meta": {"url": ["a\ud800"]}}, "meta"),
+        ({"meta": {"a\ud800": 1}}, "meta"),
+    ],
+)
+def test_document_with_a_lone_surrogate_beside_its_text_is_not_stored(names: dict[str, Any], where: str) -> None:
+    found = stored_text(Document("a.txt", "fine", **names), TextConfig())
+    assert isinstance(found, Skipped) and not found.bad
+    assert found.reason.startswith(f"not Unicode text in its {where}: surrogates not allowed (character ")
 
 
 def test_token_ids_are_stored_as_four_bytes_each() -> None:

@@ -95,10 +95,12 @@ def test_one_checkout_is_one_document(read_all, put, git: str) -> None:
 
 
 def test_file_name_that_is_not_unicode_does_not_drop_the_repository(read_all, put, make_tar) -> None:
-    root = put({"r/a.py": "a", "s.tar": make_tar({"s/b\udcff.py": b"b"})})
-    (root / "r/b\udcff.py").write_text("b")
-    contents = [d.content.encode() for d in read_all("github", path=root)[0]]
+    root = put({"r\udcff/a.py": "a", "s.tar": make_tar({"s/b\udcff.py": b"b"})})
+    (root / "r\udcff/b\udcff.py").write_text("b")
+    documents = read_all("github", path=root)[0]
+    contents = [d.content.encode() for d in documents]
     assert contents == [b"==> a.py <==\na\n==> b\\xff.py <==\nb", b"==> b\\xff.py <==\nb"]
+    assert [d.group for d in documents] == ["r\\xff", "s"]
 
 
 def test_damaged_archive_is_refused_by_name(read_all, put, make_tar) -> None:

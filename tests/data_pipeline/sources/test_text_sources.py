@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 import os
@@ -265,6 +266,14 @@ def test_nested_fields_joined_fields_filters_and_metadata_of_records(read_all, p
     assert skipped == {"a.jsonl:3": "filter meta.lang"}
 
 
+def test_field_that_is_null_is_an_empty_text_also_inside_another(read_all, put) -> None:
+    root = put({"a.jsonl": lines({"m": {"b": "text"}, "c": None}, {"m": {"b": None}, "c": "text"})})
+    assert read_all("jsonl", path=root, text_field="m.b")[1] == {"a.jsonl:2": "empty"}
+    assert read_all("jsonl", path=root, text_field="c")[1] == {"a.jsonl:1": "empty"}
+    with pytest.raises(UserError, match=r"no field 'm\.d' \(there: c, m\)"):
+        read_all("jsonl", path=root, text_field="m.d")
+
+
 def test_each_line_of_a_split_json_file_is_read_once(put, monkeypatch) -> None:
     monkeypatch.setattr(jsonl, "_RANGE", 50)
     for ending in (b"\n", b""):
@@ -276,6 +285,23 @@ def test_each_line_of_a_split_json_file_is_read_once(put, monkeypatch) -> None:
         assert len(parts) > 100
         assert [d.content for d in found] == [row["text"] for row in rows]
         assert len({d.path for d in found}) == 200
+
+
+def test_line_of_many_parts_of_a_json_file_is_read_twice_at_most() -> None:
+    class Counted(io.BytesIO):
+        read_so_far = 0
+
+        def readline(self, size: int | None = -1) -> bytes:
+            line = super().readline(size)
+            self.read_so_far += len(line)
+            return line
+
+    whole = b"first\n" + b"x" * 50_000 + b"\nlast\n" + b"y" * 93
+    file, found = Counted(whole), []
+    for start in range(0, len(whole), 100):
+        found += jsonl._lines_in(file, start, 100)
+    assert found == [(0, b"first\n"), (6, b"x" * 50_000 + b"\n"), (50_007, b"last\n"), (50_012, b"y" * 93)]
+    assert file.read_so_far < 2.1 * len(whole)
 
 
 def test_document_names_do_not_change_when_a_file_grows(read_all, put, monkeypatch) -> None:

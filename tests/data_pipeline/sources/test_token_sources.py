@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bst_base.errors import UserError
-from data_pipeline.sources import megatron, nanogpt
+from data_pipeline.sources import SOURCES, megatron, nanogpt
 
 IDS = {"vocab_size": 100, "eos_id": 99}
 
@@ -111,3 +111,20 @@ def test_id_reader_stays_within_its_range(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(np.arange(10, dtype="<u2").tobytes())
     ids = nanogpt._Ids(tmp_path / "x.bin", np.dtype("<u2"), 4, 7)  # of the ten, 2 to 8
     assert [ids.read(place, 3).tolist() for place in (0, 5, 7)] == [[2, 3, 4], [7, 8], []]
+
+
+def test_document_of_many_parts_is_read_twice_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nanogpt, "RANGE", 2000)
+    monkeypatch.setattr(nanogpt, "_AT_ONCE", 100)
+    ids = np.ones(40_000, "<u2")
+    ids[[70, 39_000, 39_999]] = 99
+    (tmp_path / "x.bin").write_bytes(ids.tobytes())
+    read, counted = nanogpt._Ids.read, []
+    monkeypatch.setattr(nanogpt._Ids, "read", lambda *given: counted.append(len(found := read(*given))) or found)
+    source = SOURCES["nanogpt"](path=tmp_path / "x.bin", **IDS)
+    parts = source.listing().parts
+    documents = [document for part in parts for document in source.read(part)]
+    assert len(parts) == 40 and sum(counted) < 2.2 * len(ids)
+    assert [(each.path, len(each.content)) for each in documents] == [
+        ("x.bin:0", 70), ("x.bin:71", 38_929), ("x.bin:39001", 998),
+    ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import fcntl
+import hashlib
 import itertools
 import os
 import threading
@@ -24,8 +25,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, dump, parse
 from bst_base.stopping import STOP_REQUESTED, Stopped
-from data_pipeline.format.manifest import Manifest
-from data_pipeline.format.shards import ShardError
+from data_pipeline.format.extents import shard_extents, to_bytes
+from data_pipeline.format.manifest import ExtentsInfo, Manifest
+from data_pipeline.format.shards import ShardError, ShardIndex
 from data_pipeline.serve import rows
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
@@ -82,12 +84,33 @@ def test_temporary_faults_are_retried(make_corpus: Any, serve: Any, tmp_path: Pa
     assert not any(server.faults.values())
 
 
-def test_byte_changed_in_transfer_is_read_again(make_corpus: Any, serve: Any) -> None:
+@pytest.mark.parametrize("name", [TAR, "train-000000.idx", "tokenizer.model"])
+def test_byte_changed_in_transfer_is_read_again_until_the_last_attempt(
+    make_corpus: Any, serve: Any, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
     directory = make_corpus(LENGTHS)
     server = serve(directory)
+    faults = ["flip", "", "flip", "", "flip"]  # of the tar, the member's name is read between the attempts
+    server.faults[name] = faults if name == TAR else ["flip"] * 3
     corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
-    server.faults[TAR] = ["flip"]
     assert np.array_equal(corpus.document(0), Corpus.open(str(directory)).document(0))
+    assert not server.faults[name]
+    assert len([each for each in caplog.messages if f"{name}: changed bytes; trying again in 0.0 s" in each]) == 3
+
+
+def test_changed_extents_file_is_read_again(make_corpus: Any, serve: Any, caplog: pytest.LogCaptureFixture) -> None:
+    directory = make_corpus(LENGTHS)
+    indexes = [ShardIndex.read(path) for path in sorted(directory.glob("*.idx"))]
+    data = to_bytes([shard_extents(index.lengths) for index in indexes])
+    (directory / "train.extents").write_bytes(data)
+    info = ExtentsInfo(file="train.extents", sha256=hashlib.sha256(data).hexdigest())
+    Manifest.read(directory).model_copy(update={"extents": {"train": info}}).write(directory)
+    server = serve(directory)
+    server.faults["train.extents"] = ["flip"]
+    corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
+    assert corpus.shard_sizes(64).extents.tolist() == Corpus.open(str(directory)).shard_sizes(64).extents.tolist()
+    assert not any(name.endswith(".idx") for name, _ in server.requests)
+    assert not any("reading every index" in each for each in caplog.messages)
 
 
 @pytest.mark.parametrize("fault", ["503", "stall", "drop"])
@@ -99,12 +122,16 @@ def test_permanent_fault_is_an_error_with_the_file_name(make_corpus: Any, serve:
         corpus.document(0)
 
 
-def test_byte_that_is_changed_twice_is_an_error(make_corpus: Any, serve: Any) -> None:
+def test_byte_that_is_changed_at_every_attempt_is_an_error(make_corpus: Any, serve: Any) -> None:
     server = serve(make_corpus(LENGTHS))
     corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
-    server.faults[TAR] = ["flip", "", "flip"]  # between the two attempts, the member's name is read
+    server.faults[TAR] = ["flip", ""] * 4
     with pytest.raises(ShardError, match=rf"{TAR}: 00000000.tok.npy: byte \d+ is 0x.. where 0x.. was written"):
         corpus.tokens(0, 0, 10)
+    server.faults["train-000001.idx"] = ["flip"] * 4
+    with pytest.raises(ShardError, match=r"train-000001\.idx: .*checksum does not match: the index is damaged"):
+        corpus.document(len(corpus) - 1)
+    assert not any(server.faults.values())
 
 
 def test_missing_shard_on_the_server_is_requested_only_once(make_corpus: Any, serve: Any) -> None:

@@ -246,6 +246,7 @@ def test_shortest_rows_can_be_drawn(task, changes, length):
         ("associative-recall", {"pairs": 6}, "keys 5 for 6 pairs"),
         ("associative-recall", {"queries": 4}, "queries 4 of 3 pairs"),
         ("needle", {"distance": 3}, "at least 4, or the key meets its question"),
+        ("induction", {"span": 0}, "greater than or equal to 1"),
     ],
 )
 def test_contradictory_task_settings_are_refused(task, changes, message):

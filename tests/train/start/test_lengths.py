@@ -120,6 +120,10 @@ def test_a_new_length_change_is_refused_within_a_shuffled_pass(recipe_file, tmp_
     [
         (["train.length_changes=[{step: 5, sequence_length: 64}, {step: 5, sequence_length: 16}]"],
          r"length_changes: their steps must increase, found \[5, 5\]"),
+        (["train.length_changes=[{step: 5, sequence_length: 64}, {step: 7, sequence_length: 64}]"],
+         r"length_changes: step 7: sequence_length is 64 before it too; remove this change"),
+        (["train.length_changes=[{step: 5, sequence_length: 64}]", "train.sequence_length=64"],
+         r"length_changes: step 5: sequence_length is 64 before it too.*recipe\.yaml of a run directory.*continues"),
         (["train.length_changes=[{step: 5, sequence_length: 60}]"],
          r"length_changes: step 5: sequence_length 60 is not a multiple of model.block x parallel.sp = 8 x 1"),
         (["train.length_changes=[{step: 5, sequence_length: 40}]", "train.slice_tokens=16"],

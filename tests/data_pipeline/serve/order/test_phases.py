@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,15 @@ from bst_base.errors import UserError
 from data_pipeline.serve.loader import Loader
 from data_pipeline.serve.order import windows as windows_module
 from data_pipeline.serve.order.permutation import Permutation
+from data_pipeline.serve.order.sizes import BatchSizes
 from tests.data_pipeline.serve.memory import Memory, loader
 from tests.data_pipeline.serve.order.test_windows import BLOCK, DOCUMENT, LENGTH, SEED, corpora, spelled_out
 
 LENGTHS = st.sampled_from([8, 16, 24, 32, 56])
 changes_of = st.lists(st.tuples(st.integers(1, 25), LENGTHS), min_size=1, max_size=3, unique_by=lambda each: each[0])
-schedules = st.tuples(LENGTHS, changes_of.map(sorted))
+schedules = st.tuples(LENGTHS, changes_of.map(sorted)).filter(
+    lambda each: all(a != b for a, b in pairwise([each[0], *(length for _, length in each[1])]))
+)
 
 
 @pytest.fixture(autouse=True)
@@ -218,3 +222,30 @@ def test_invalid_sequence_lengths_are_refused() -> None:
     state = served(memory, (32, [])).state(3)
     with pytest.raises(UserError, match="older version of the data order"):
         served(memory, (32, [(9, 64)])).check(state | {"order": 2})
+
+
+@pytest.mark.parametrize("mode", ["shuffled", "streaming"])
+def test_a_change_to_the_same_length_changes_nothing(mode: str) -> None:
+    memory = Memory([70, 300, 9, 40, 800, 33] * 6)
+    plain, changed = (served(memory, (32, changes), mode=mode) for changes in ([(9, 16)], [(5, 32), (9, 16), (12, 16)]))
+    for step in range(16):
+        again = served(memory, (32, [(5, 32), (9, 16), (12, 16)]), mode=mode)
+        again.check(json.loads(json.dumps(changed.state(step))))
+        for own in (changed, again):
+            assert [batch.input_ids.tolist() for batch in own.batches(step + 3)] == [
+                batch.input_ids.tolist() for batch in plain.batches(step + 3)
+            ]
+
+
+def test_a_run_with_a_change_to_the_same_length_continues_without_it() -> None:
+    """Versions before cut the stream at such a change. Their checkpoints name it, so that a resumed run has the cut."""
+    memory = Memory([70, 300, 9, 40, 800, 33] * 6)
+    old = served(memory, (32, []))
+    old._lengths = BatchSizes(((0, 32), (5, 32)))
+    old._use_order(old._order, old._planned)
+    own = served(memory, (32, []))
+    own.check(json.loads(json.dumps(old.state(7))))
+    for step in (7, 8, 12):
+        assert [batch.input_ids.tolist() for batch in own.batches(step)] == [
+            batch.input_ids.tolist() for batch in old.batches(step)
+        ]

@@ -1,0 +1,33 @@
+"""Locks of a cache's files between the processes of a machine."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import TextIO
+
+
+def take_lock(path: Path) -> TextIO | None:
+    """Take the lock of a lock file without waiting; return the open file, or None if another holder has the lock.
+
+    Closing the file gives the lock back. Only its holder may remove the file: a process that had opened it before then
+    locks a file without a name, and takes the lock of the file that has the name instead.
+    """
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _has_name(file, path):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        file.close()
+
+
+def _has_name(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
