@@ -28,24 +28,31 @@ def decisions(experiments: list[Experiment]) -> Iterator[str]:
 
 def _copying(experiments: list[Experiment]) -> Iterator[str]:
     """Yield the decisions on P1 to P3, each over all its conditions with all runs done."""
-    cells = [(e, c) for e in experiments if e.name.endswith("copy") for c in e.settings["conditions"] if e.rows(c)]
+    every = [(e, c) for e in experiments if e.name.endswith("copy") for c in e.settings["conditions"]]
+    cells = [(e, c) for e, c in every if e.rows(c)]
     if not cells:
         return
     hidden = [(e, c) for e, c in cells if e.hidden(c)]
     seen = [(e, c) for e, c in cells if not e.hidden(c)]
+    all_hidden = sum(e.hidden(c) for e, c in every)
     yield _judged("P1", [(c, arm, value <= P1_MOST, value) for e, c in hidden for arm in ("sliding", "no-ssm")
-                         for value in e.by_seed(c, arm)])  # fmt: skip
-    yield _judged("P2", [(c, "sliding", v > LEARNT, v) for e, c in seen for v in e.by_seed(c, "sliding")])
-    yield _judged("P3", [(c, "bst-sh", v > P3_LEAST, v) for e, c in cells for v in e.by_seed(c, "bst-sh")])
+                         for value in e.by_seed(c, arm)], missing=all_hidden - len(hidden))  # fmt: skip
+    yield _judged("P2", [(c, "sliding", v > LEARNT, v) for e, c in seen for v in e.by_seed(c, "sliding")],
+                  missing=len(every) - all_hidden - len(seen))  # fmt: skip
+    yield _judged("P3", [(c, "bst-sh", v > P3_LEAST, v) for e, c in cells for v in e.by_seed(c, "bst-sh")],
+                  missing=len(every) - len(cells))  # fmt: skip
 
 
-def _judged(name: str, cells: list[tuple[str, str, bool, float]], what: str = "runs") -> str:
+def _judged(name: str, cells: list[tuple[str, str, bool, float]], what: str = "runs", missing: int = 0) -> str:
+    """Return the decision on a prediction; `missing`: conditions that it is about and that are not whole."""
     if not cells:
         return f"**{name}**: no condition that it is about is whole."
     against = [f"{condition}, {arm}: {value:.3f}" for condition, arm, holds, value in cells if not holds]
-    verdict = "holds" if not against else "does not hold"
-    return f"**{name}** {verdict}: {len(cells) - len(against)} of {len(cells)} {what} are as predicted" + (
-        f"; against it {'; '.join(against)}." if against else "."
+    verdict = "does not hold" if against else "undecided" if missing else "holds"
+    return (
+        f"**{name}** {verdict}: {len(cells) - len(against)} of {len(cells)} {what} are as predicted"
+        + (f"; against it {'; '.join(against)}" if against else "")
+        + (f"; conditions with missing runs: {missing}." if missing else ".")
     )
 
 
