@@ -13,6 +13,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -21,6 +22,7 @@ import numpy as np
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_file
+from data_pipeline.format.tar_header import CheckedHeader
 
 CRC_BLOCK = 8192
 """Tokens that share one CRC. Blocks start anew at each document."""
@@ -172,7 +174,7 @@ def read_shard(file: BinaryIO, where: str) -> Iterator[tuple[tarfile.TarInfo, di
     """
     name = "the first member"
     try:
-        with tarfile.open(fileobj=file, mode="r|") as tar:
+        with tarfile.open(fileobj=file, mode="r|", tarinfo=CheckedHeader) as tar:
             key, info = "", {}
             for member in tar:
                 name = member.name
@@ -206,34 +208,40 @@ def find_document(tar_path: Path, key: str | None, path: str) -> tuple[str, dict
 
     Returns None when there is no such document. It reads the headers of the tar, but not the tokens of other documents.
     """
-    try:
-        with tarfile.open(tar_path, mode="r:") as tar:
-            for member in tar:
-                stem, _, suffix = member.name.partition(".")
-                if suffix != "json" or (key is not None and stem != key):
-                    continue
-                info = json.load(cast(IO[bytes], tar.extractfile(member)))
-                if key is not None or info["path"] == path:
-                    tokens = cast(tarfile.TarInfo, tar.next())
-                    return stem, info, _read_tokens(cast(IO[bytes], tar.extractfile(tokens)), tokens, str(tar_path))
-    except FileNotFoundError:
-        raise ShardError(f"{tar_path}: the shard is missing") from None
-    except (tarfile.TarError, EOFError) as error:
-        raise ShardError(f"{tar_path}: the tar is damaged or cut short: {error}") from None
+    with _opened(tar_path) as tar:
+        for member in tar:
+            stem, _, suffix = member.name.partition(".")
+            if suffix != "json" or (key is not None and stem != key):
+                continue
+            info = json.load(cast(IO[bytes], tar.extractfile(member)))
+            if key is not None or info["path"] == path:
+                tokens = tar.next()
+                if tokens is None:
+                    raise ShardError(f"{tar_path}: cut short after {member.name}: its tokens are missing")
+                return stem, info, _read_tokens(cast(IO[bytes], tar.extractfile(tokens)), tokens, str(tar_path))
     return None
 
 
 def list_documents(tar_path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (key, JSON) of every document of a shard, in order. The tokens are not read."""
+    with _opened(tar_path) as tar:
+        for member in tar:
+            stem, _, suffix = member.name.partition(".")
+            if suffix == "json":
+                yield stem, json.load(cast(IO[bytes], tar.extractfile(member)))
+
+
+@contextmanager
+def _opened(tar_path: Path) -> Iterator[tarfile.TarFile]:
+    """Open a shard to go through its members; raises ShardError if it is missing, damaged or cut short."""
     try:
-        with tarfile.open(tar_path, mode="r:") as tar:
-            for member in tar:
-                stem, _, suffix = member.name.partition(".")
-                if suffix == "json":
-                    yield stem, json.load(cast(IO[bytes], tar.extractfile(member)))
+        with tarfile.open(tar_path, mode="r:", tarinfo=CheckedHeader) as tar:
+            yield tar
     except FileNotFoundError:
         raise ShardError(f"{tar_path}: the shard is missing") from None
     except (tarfile.TarError, EOFError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise ShardError(f"{tar_path}: the tar is damaged or cut short: {error}") from None
 
 

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, Self, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from backports import zstd
 from backports.zstd import DecompressionParameter
 
 from bst_base.errors import UserError
+from data_pipeline.format.tar_header import CheckedHeader
 from data_pipeline.sources.base import Skipped
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst")
@@ -49,26 +50,12 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, file)
 
 
-class _Header(tarfile.TarInfo):
-    """A member's header. tarfile takes a damaged, cut or missing one after the first member as the archive's end."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
-        place = tar.offset
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EmptyHeaderError:
-            raise tarfile.ReadError(f"neither a member nor the end of the archive at byte {place}") from None
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
-            raise tarfile.ReadError(f"the header at byte {place}: {error}") from None
-
-
 def tar_members(file: BinaryIO, where: str) -> Iterator[Member | Skipped]:
     """Yield every regular file of a tar stream, in its order. Links and names that lead out of the archive are skipped.
 
     Raises UserError for an archive that is damaged, cut short, or without the blocks of zeros that end one.
     """
-    with damage_explained(where), tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
+    with damage_explained(where), tarfile.open(fileobj=file, mode="r|", tarinfo=CheckedHeader) as tar:
         for member in tar:
             name = f"{where}/{member.name}"
             if member.isdir():

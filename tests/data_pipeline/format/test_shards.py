@@ -19,7 +19,15 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex, ShardWriter, find_document, token_crcs
+from data_pipeline.format.shards import (
+    CRC_BLOCK,
+    ShardError,
+    ShardIndex,
+    ShardWriter,
+    find_document,
+    list_documents,
+    token_crcs,
+)
 
 LENGTHS = (1, 5, CRC_BLOCK - 1, CRC_BLOCK, CRC_BLOCK + 1, 3 * CRC_BLOCK, 0)
 
@@ -171,6 +179,27 @@ def test_find_document_accepts_a_key_or_a_path(tar: Path) -> None:
     assert (key, info["path"], len(tokens)) == ("000000003", "ü/3", LENGTHS[3])
     assert find_document(tar, None, "ü/5")[0] == "000000005"
     assert find_document(tar, "000000099", "") is None
+
+
+def test_a_damaged_header_is_no_end_of_the_documents(tar: Path) -> None:
+    data = bytearray(tar.read_bytes())
+    place = data.index(b"000000004.json")
+    data[place] ^= 1
+    tar.write_bytes(data)
+    for read in (
+        lambda: list(list_documents(tar)),
+        lambda: find_document(tar, None, "ü/5"),
+        lambda: ShardIndex.build(tar),
+    ):
+        with pytest.raises(ShardError, match=rf"train-000000\.tar.*the header at byte {place}: bad checksum"):
+            read()
+
+
+def test_a_shard_cut_between_two_documents_is_no_end_of_them(tar: Path) -> None:
+    data = tar.read_bytes()
+    tar.write_bytes(data[: data.index(b"000000004.json")])
+    with pytest.raises(ShardError, match="neither a member nor the end"):
+        list(list_documents(tar))
 
 
 class Full(io.BytesIO):
