@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.baselines.gated_deltanet import DeltaRule
+from bst_dist.model.borders import Borders
 from bst_dist.model.context import CrossAttention
 from bst_dist.model.layers import BSTMixer, NoCrossMixer
 from bst_dist.model.lm import LanguageModel
@@ -131,13 +132,14 @@ class ContextProbe:
         def look(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
             if self._first(index, "entropy"):
                 q = unit(queries.pop().unflatten(-1, (cross.heads, -1)), cross.scale)
-                self.sums[index][2:] = relative_entropy(q, output[0][:1].detach(), cross.block)
+                borders = args[2] if isinstance(args[2], Borders) else None
+                self.sums[index][2:] = relative_entropy(q, output[0][:1].detach(), cross.block, borders)
             queries.clear()
 
         return [cross.query.register_forward_hook(keep), cross.context.register_forward_hook(look)]
 
 
-def relative_entropy(q: Tensor, k: Tensor, block: int) -> Tensor:
+def relative_entropy(q: Tensor, k: Tensor, block: int, borders: Borders | None = None) -> Tensor:
     """Return the sum over tokens and heads of the relative entropies of attention to context, and their number.
 
     A relative entropy is divided by the entropy of uniform attention. The result is (2,) float64.
@@ -145,19 +147,27 @@ def relative_entropy(q: Tensor, k: Tensor, block: int) -> Tensor:
     Args:
         q: (1, l, H, dh), whole blocks, or a part of one.
         k: (1, l, H, dh), one state per token, seen causally within a block; or (1, nb, n, H, dh), all seen by their
-            block.
+            block. With `borders`, the latter has one more entry in front, the initial states.
+        borders: where documents begin, in the first row; tokens only see states of their own document.
 
     Tokens that see only one state have no entropy and are not counted.
     """
     causal, span = k.dim() == 4, min(block, q.shape[1])
     q = q[0].unflatten(0, (-1, span))[-BLOCKS_LOOKED_AT:].float()  # (nb, W, H, dh)
-    k = (k[0].unflatten(0, (-1, span)) if causal else k[0])[-BLOCKS_LOOKED_AT:].float()  # (nb, n, H, dh)
-    scores = torch.einsum("bthd,bnhd->bhtn", q, k)
+    states = k[0].unflatten(0, (-1, span)) if causal else k[0]
+    scores = torch.einsum("bthd,bnhd->bhtn", q, states[-len(q) :].float())
     seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-    seen = seen.tril() if causal else seen
+    seen = (seen.tril() if causal else seen).expand(len(q), 1, -1, -1)  # (nb, 1, W, n)
+    if borders is not None:
+        begun = borders.count(span)[0][-len(q) :]  # (nb, W): documents begun in the block, up to the token
+        if causal:
+            seen = seen & (begun[:, None, :, None] == begun[:, None, None, :])
+        else:
+            initial = torch.einsum("bthd,nhd->bhtn", q, states[0].float())
+            scores = torch.where((begun > 0)[:, None, :, None], initial, scores)
     log_p = scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
     entropy = -(log_p.exp() * log_p.masked_fill(~seen, 0)).sum(-1).double()  # (nb, H, W)
-    states = seen.sum(-1)  # (W,)
-    counted = states > 1
-    relative = entropy[..., counted] / states[counted].double().log()
+    counts = seen.sum(-1).expand_as(entropy)
+    counted = counts > 1
+    relative = entropy[counted] / counts[counted].double().log()
     return torch.stack((relative.sum(), relative.new_tensor(relative.numel())))

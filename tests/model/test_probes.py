@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bst_dist.model.borders import Borders
 from bst_dist.model.probes import ContextProbe, kernels, relative_entropy, time_scales
 from bst_dist.parallel.sequence.past import Past
 
@@ -63,6 +64,40 @@ def test_entropy_equals_that_of_explicit_attention_weights(make_model, variant):
             if len(p) > 1:
                 expected.append(float(-(p * p.log()).sum().detach()) / math.log(len(p)))
     total, count = relative_entropy(q, k, BLOCK).tolist()
+    assert count == len(expected)
+    assert total == pytest.approx(sum(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["SH", "MH", "MF"])
+@pytest.mark.parametrize("blocks", [2, 5])
+def test_entropy_of_masked_documents_is_over_states_of_the_own_document(make_model, variant, blocks):
+    model = make_model(variant=variant)
+    cross, heads = model.layers[1].mixer.cross, 2
+    begins = torch.zeros(1, blocks * BLOCK, dtype=torch.bool)
+    begins[0, [3, 5, 6, BLOCK, 2 * BLOCK - 1]] = True
+    inputs = {}
+    cross.context.register_forward_pre_hook(lambda _, args: inputs.update(args=args))
+    cross.query.register_forward_hook(lambda _, args, output: inputs.update(query=output))
+    with torch.no_grad(), ContextProbe(model) as probe:
+        model(IDS[:1, : blocks * BLOCK], starts=Borders.of(begins))
+    q = inputs["query"][0].unflatten(-1, (heads, -1))
+    q = F.normalize(q, dim=-1) * cross.scale.unsqueeze(-1)
+    k = cross.context(*inputs["args"])[0][0].detach()
+    document = begins[0].cumsum(0)
+    expected = []
+    for t in range((blocks - min(blocks, 4)) * BLOCK, blocks * BLOCK):
+        first = t // BLOCK * BLOCK
+        own = [s for s in range(first, t + 1) if document[s] == document[t]]
+        for h in range(heads):
+            if cross.causal:
+                keys = k[own, h]
+            else:  # the states at the end of the block before, if the token's document had begun there
+                begun = begins[0, first : t + 1].any()
+                keys = k[0 if begun else 1 + t // BLOCK, :, h]
+            p = torch.softmax(keys @ q[t, h].detach(), 0)
+            if len(p) > 1:
+                expected.append(float(-(p * p.log()).sum()) / math.log(len(p)))
+    total, count = probe.sums[1][2:].tolist()
     assert count == len(expected)
     assert total == pytest.approx(sum(expected), rel=1e-5)
 
