@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 COMMUNICATION = "communication"
+OCCASIONAL = "evaluate", "checkpoint"
+"""Phases that are always measured, with their communication: few steps have them, so the steps measured may have none.
+"""
 
 
 class Phases:
@@ -34,9 +37,18 @@ class Phases:
 
     def enter(self, name: str, step: int | None = None) -> None:
         """Begin phase `name`, and step `step` (counted from 1) if it is given."""
-        self._book(self.name)
-        self.name, self.step = name, self.step if step is None else step
+        if name != self.name or name not in OCCASIONAL:  # within these, each part enters again
+            self._book(self.name)
+            begins = name in OCCASIONAL and not self._timed
+            self.name = name
+            if begins:
+                self._book("")
+        self.step = self.step if step is None else step
         self.entered += 1
+
+    @property
+    def _timed(self) -> bool:
+        return self.measuring or self.name in OCCASIONAL
 
     @property
     def waits(self) -> bool:
@@ -45,14 +57,15 @@ class Phases:
 
     @contextmanager
     def exchanging(self, kind: str, sent_bytes: float = 0) -> Iterator[None]:
-        """Context manager for an exchange with other ranks. Its time counts as communication, not as the phase's."""
+        """Context manager for an exchange with other ranks. Its time counts as communication, or as the phase's in
+        an OCCASIONAL one."""
         self.exchange, self.exchanges = kind, self.exchanges + 1
         self._sent[kind] += sent_bytes
         self._book(self.name)
         try:
             yield
         finally:
-            self._book(COMMUNICATION)
+            self._book(self.name if self.name in OCCASIONAL else COMMUNICATION)
 
     def measure(self, now: bool) -> None:
         """Set whether the following steps are measured. Without an accelerator all are."""
@@ -61,7 +74,8 @@ class Phases:
             self._book("")
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return seconds by phase, of measured steps, and bytes sent by kind, of all steps, since the last call."""
+        """Return seconds by phase and bytes sent by kind since the last call: the seconds of measured steps, those of
+        OCCASIONAL phases and the bytes of all steps."""
         self._book(self.name)
         self._seconds.pop("", None)
         taken = dict(self._seconds), {kind: count for kind, count in self._sent.items() if count}
@@ -70,7 +84,7 @@ class Phases:
 
     def _book(self, name: str) -> None:
         """Add the time since the last call to phase `name`."""
-        if not self.measuring:
+        if not self._timed:
             return
         if self._synchronise is not None:
             self._synchronise()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bst_dist.parallel.phases import OCCASIONAL
 from bst_dist.report.metrics import Callback, PerformanceReport, StepReport, Writer
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Performance(Callback):
 
     def _report(self, report: StepReport, seconds: dict[str, float], sent: dict[str, float]) -> None:
         measured = max(1, self._measured)
-        own = {f"seconds {phase}": spent / measured for phase, spent in seconds.items()}
+        own = {f"seconds {phase}": spent / (self._since if phase in OCCASIONAL else measured)
+               for phase, spent in seconds.items()}  # fmt: skip
         own |= {f"sent {kind}": count / self._since for kind, count in sent.items()}
         names, table = self._rows.exchange({**own, MEMORY: self.ranks.memory_high_water()})
         if self.writers:

@@ -75,6 +75,46 @@ def test_accelerator_is_synchronised_only_in_measured_steps(monkeypatch):
     assert waits == [5.0, 6.0]
 
 
+def test_occasional_phases_are_measured_in_all_steps_and_with_their_communication(monkeypatch):
+    clock, waits = Clock(monkeypatch), []
+    phases = Phases(lambda: waits.append(clock.now))
+    for name in ("forward", "evaluate", "evaluate", "data"):  # each evaluated batch enters again
+        phases.enter(name, 1)
+        clock.now += 1.0
+        with phases.exchanging("all-reduce"):
+            clock.now += 0.5
+    phases.enter("checkpoint")
+    clock.now += 4.0
+    phases.enter("data")
+    assert phases.take()[0] == {"evaluate": 3.0, "checkpoint": 4.0}
+    assert set(waits) == {1.5, 2.5, 3.0, 4.0, 4.5, 6.0, 10.0}
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_evaluations_are_divided_among_all_steps(monkeypatch, accelerator):
+    """100 steps of 2 ms and two evaluations of 0.2 s, one of them in a step that an accelerator does not measure."""
+    clock, found = Clock(monkeypatch), []
+
+    def on_rank(ranks: Any) -> None:
+        ranks.phases = phases = Phases((lambda: None) if accelerator else None)
+        ranks.memory_high_water = lambda: 0
+        writer = Writer()
+        writer.write = lambda report: found.append(report.seconds)
+        performance = Performance(100, ranks, [writer], None)
+        for step in range(1, 101):
+            phases.enter("forward", step)
+            clock.now += 0.002
+            if step in (50, 100):
+                phases.enter("evaluate", step)
+                clock.now += 0.2
+            phases.enter("report")
+            performance.after_step(replace(STEP, step=step), last=step == 100)
+
+    World(1).run(on_rank)
+    spent = {phase: seconds for phase, seconds in found[0].items() if seconds}
+    assert spent == pytest.approx({"forward": 0.002, "evaluate": 0.004})
+
+
 def test_slowest_rank_is_found_from_time_without_communication():
     names = ["seconds forward", "seconds communication", "seconds backward", "sent all-reduce", "memory"]
     table = torch.tensor([[1.0, 3.0, 0.0, 5, 5], [3.0, 0.0, 1.0, 9, 9], [1.0, 9.0, 0.0, 7, 7]]).double()
