@@ -27,13 +27,22 @@ class Profile(Callback):
         self._start_if_due(done)
 
     def after_step(self, report: StepReport, last: bool) -> None:
-        if self._profiler is not None and (last or report.step == self.last):
-            self._profiler.__exit__(None, None, None)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._profiler.export_chrome_trace(str(self.path))
-            self._profiler = None
-            self.say(f"{report.step:>12} trace {self.path}")
+        if last or report.step == self.last:
+            self._write(str(report.step))
         self._start_if_due(report.step)
+
+    def ended(self) -> None:
+        self._write("")
+
+    def _write(self, when: str) -> None:
+        """Write the trace, if one has begun."""
+        if self._profiler is None:
+            return
+        self._profiler.__exit__(None, None, None)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self.path))
+        self._profiler = None
+        self.say(f"{when:>12} trace {self.path}")
 
     def _start_if_due(self, done: int) -> None:
         if done + 1 == self.first:
