@@ -95,7 +95,7 @@ def _ablate(
     started = time.perf_counter()
     text = beginnings(trained, corpus, args.documents, args.tokens)
     untouched, increases = measure(trained, text, planned, args.seed, stopped)
-    found = summary(untouched, increases, trained.recipe.model.block, time.perf_counter() - started)
+    found = summary(untouched, increases, time.perf_counter() - started)
     _show(args, trained, corpus.storage.where, found)
     if not increases:
         return found.report()

@@ -50,6 +50,8 @@ class Losses:
 
     document_edges: np.ndarray
     """(P + 1,) edges of the bins of the position in a document, in tokens."""
+    block_edges: np.ndarray
+    """(Q + 1,) edges of the bins of the position in a block, in tokens; they end with the longest document."""
     nats: np.ndarray
     """(n, P)"""
     nats_in_block: np.ndarray
@@ -153,10 +155,11 @@ def losses(
 ) -> Losses | None:  # fmt: skip
     """Score the text with the model as it is; return None once `stopped` is true. `progress` gets the tokens done."""
     block, done = model.config.block, 0
-    edges, edges_in_block = document_bins(int(text.predicted.max()), block), block_bins(block)
+    longest = int(text.predicted.max())
+    edges, edges_in_block = document_bins(longest, block), block_bins(min(block, longest))
     shapes = (len(text.lengths), len(edges) - 1), (len(text.lengths), len(edges_in_block) - 1)
     found = Losses(
-        edges, *map(np.zeros, shapes), *(np.zeros(shape, np.int64) for shape in shapes),
+        edges, edges_in_block, *map(np.zeros, shapes), *(np.zeros(shape, np.int64) for shape in shapes),
         np.zeros(len(text.lengths), np.int64),
     )  # fmt: skip
     pieces = streams(text.lengths, None, first=int(text.begin is None))
@@ -207,8 +210,8 @@ def by_place(nats: np.ndarray, tokens: np.ndarray) -> list[Estimate]:
     return [ratio(nats[there[:, i], i], tokens[there[:, i], i]) for i in range(tokens.shape[1])]
 
 
-def summary(untouched: Losses, increases: list[Increase], block: int, time_s: float) -> Ablation:
-    """Return all results on a text; `block` is the number of tokens per block."""
+def summary(untouched: Losses, increases: list[Increase], time_s: float) -> Ablation:
+    """Return all results on a text."""
     tokens, nats = untouched.tokens.sum(1), untouched.nats.sum(1)
     read = tokens > 0
     return Ablation(
@@ -216,7 +219,7 @@ def summary(untouched: Losses, increases: list[Increase], block: int, time_s: fl
         ratio(nats[read], tokens[read]), bits_per_byte(nats[read], untouched.bytes[read]),
         untouched.document_edges.tolist(), untouched.tokens.sum(0).tolist(),
         by_place(untouched.nats, untouched.tokens),
-        block_bins(block).tolist(), by_place(untouched.nats_in_block, untouched.tokens_in_block),
+        untouched.block_edges.tolist(), by_place(untouched.nats_in_block, untouched.tokens_in_block),
         increases, time_s,
     )  # fmt: skip
 

@@ -98,15 +98,19 @@ def test_long_document_is_read_in_slices(make_model, in_memory):
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("begin", [END, None], ids=["joined", "isolated"])
-@pytest.mark.parametrize("longest", [BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1, 2 * BLOCK + 2])
+@pytest.mark.parametrize("longest", [BLOCK - 2, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1, 2 * BLOCK + 2])
 def test_bins_end_with_the_longest_text(make_model, in_memory, begin, longest):
     corpus = in_memory([longest, 5], 19)
     untouched, increases = ablate(make_model(), text_of(corpus, begin, [longest, 5]), PLANNED, slice_length=BLOCK)
-    found = summary(untouched, increases, BLOCK, 1.0)
+    found = summary(untouched, increases, 1.0)
     predicted = longest - (begin is None)
     assert found.document_edges[-2] < predicted <= found.document_edges[-1]
     for values in (found.in_document, found.tokens_in_document, *(each.in_document for each in increases)):
         assert len(values) == len(found.document_edges) - 1
+    assert found.block_edges[-1] == min(predicted, BLOCK)
+    for values in (found.in_block, *(each.in_block for each in increases)):
+        assert len(values) == len(found.block_edges) - 1
+        assert all(math.isfinite(value.value) for value in values)
     draw(found, BLOCK)
 
 
