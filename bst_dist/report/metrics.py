@@ -40,7 +40,8 @@ class StepReport:
     gradient_norm: float
     """Global norm before clipping."""
     learning_rate: float
-    """Learning rate of the matrices and vectors in this step."""
+    """optimizer.learning_rate times the schedule's factor in this step. Under CompleteP it is that of the base shape:
+    wider matrices train with less."""
     ssm_learning_rate: float
     """Learning rate of the SSM dynamics in this step."""
     step_time_s: float
@@ -141,14 +142,15 @@ class PerformanceReport:
 
     step: int
     seconds: dict[str, float]
-    """Seconds per step by phase, mean over the ranks; evaluations and checkpoints are divided among the steps."""
+    """Seconds per step by phase, mean over the ranks. Evaluations and checkpoints, with their communication, are
+    divided among the steps."""
     sent_bytes: dict[str, float]
     """Bytes per step by kind of exchange, of the rank that sends most; evaluations are divided among the steps."""
     memory_bytes: int
     """Peak memory so far, of the rank that has most: of its accelerator, or of the process if it has none."""
     memory_rank: int
     work_s: float
-    """Seconds of own work per step, without waiting for other ranks; median over the ranks."""
+    """Seconds of own work per step, without waiting for other ranks; median over the ranks (the lower of two)."""
     slowest_rank: int
     slowest_host: str
     slowest_ratio: float

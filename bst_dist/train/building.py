@@ -74,7 +74,8 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
 
     for _, length in recipe.train.lengths:
         speed(length)  # computed and cached here, so that no step waits for it
-    trainer = Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing, stop)
+    trainer = Trainer(recipe.train, recipe.schedule, recipe.optimizer.learning_rate, engine, ranks, token_bytes,
+                      speed, sharing, stop)  # fmt: skip
     trainer.corpora = start.objective.mixed
     return trainer
 

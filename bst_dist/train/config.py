@@ -193,7 +193,7 @@ class ScheduleConfig(Config):
     decay_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
     """Shape of wsd's decay."""
     final_fraction: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
-    """Learning rate at the last step, as a fraction of the peak."""
+    """Fraction of the peak that the decay leads to; it would be reached in the step after the last."""
 
 
 class BranchConfig(Config):

@@ -42,13 +42,14 @@ if TYPE_CHECKING:
 class Trainer:
     """Takes the steps of a run and keeps its progress: tokens, carried states, skipped data."""
 
-    def __init__(self, config: TrainConfig, schedule: ScheduleConfig, engine: Engine, ranks: Ranks,
-                 token_bytes: Tensor, speed: Callable[[int], Speed], sharing: SequenceGroup | None = None,
+    def __init__(self, config: TrainConfig, schedule: ScheduleConfig, rate: float, engine: Engine,
+                 ranks: Ranks, token_bytes: Tensor, speed: Callable[[int], Speed], sharing: SequenceGroup | None = None,
                  stop: Stop | None = None, guard: Guard | None = None) -> None:  # fmt: skip
-        """`token_bytes`: (V,) bytes of text per token id, on the rank's device. `speed`: returns, for a sequence
-        length, the FLOPs per token and the peak of all ranks, for MFU and HFU. `sharing`: the ranks that hold the
-        other slices of this rank's sequences, None when it holds whole sequences."""
-        self.config, self.schedule, self.engine, self.ranks = config, schedule, engine, ranks
+        """`rate`: the recipe's peak learning rate, for the reports. `token_bytes`: (V,) bytes of text per token id, on
+        the rank's device. `speed`: returns, for a sequence length, the FLOPs per token and the peak of all ranks, for
+        MFU and HFU. `sharing`: the ranks that hold the other slices of this rank's sequences, None when it holds whole
+        sequences."""
+        self.config, self.schedule, self.rate, self.engine, self.ranks = config, schedule, rate, engine, ranks
         self.token_bytes, self.speed, self.sharing = token_bytes, speed, sharing
         self.stop = stop or Stop(ranks)
         self.guard = guard or Guard(GuardConfig(), Ledger())
@@ -70,8 +71,8 @@ class Trainer:
         from here; no weight has changed then.
         """
         carried = list(self.carried)
-        rates = self.engine.set_rates(factor(self.schedule, step, self.config.steps))
-        rate = rates["matrices"]
+        share = factor(self.schedule, step, self.config.steps)
+        rate, rates = self.rate * share, self.engine.set_rates(share)
         gradients = self._accumulate(step, batches)
         self.ranks.phases.enter("optimizer")
         norm = self.engine.update()

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from bst_dist.config import load_recipe
 from bst_dist.parallel.ranks import Ranks
+from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train import building
 from bst_dist.train.run import train
+from bst_dist.train.schedule import factor
 from bst_dist.train.start.request import Request, load, resolve
 
 pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]
@@ -41,3 +44,6 @@ def test_every_stage_keeps_completep_group_settings_after_a_resume(recipe_file, 
         assert groups["ssm"][:2] == (5e-4, 0.0)
         assert groups["embedding"] == pytest.approx((2e-3, 0.0, 1e-8 / wide))
         assert groups["matrices"][2] == groups["ssm"][2] < groups["embedding"][2]
+    schedule = load_recipe(tmp_path / "run0/recipe.yaml").schedule
+    rates = [line["learning_rate"] for line in read_lines(tmp_path / "run0" / FILE) if line["kind"] == "train"]
+    assert rates == pytest.approx([2e-3 * factor(schedule, step, 4) for step in range(4)])  # the recipe's, at any width
