@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from bst_dist.config import Recipe
 from bst_dist.model.attention import attention_path
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
@@ -29,15 +30,30 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
     `compiled`: whether its layers are compiled, or why not. `local`: where its local copies are. `reading`: how much
     of the data the run will have read.
     """
-    recipe, model, world = start.recipe, start.recipe.model, ranks.world
-    layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
-    tokens = recipe.train.sequences * recipe.train.sequence_length
-    size = f"{_parameters(engine) / 1e6:,.2f} M parameters"
-    count = start.spread.micro_batches
-    micro = f"{count} micro-batch{'es' if count > 1 else ''}"
-    mesh = f"dp {world // recipe.parallel.sp} x sp {recipe.parallel.sp}"
     lines = {
         "run": f"{start.run_dir}",
+        **_of_model(start, engine, ranks),
+        **_of_data(start, reading),
+        **_of_changes(start.recipe),
+        **_of_slices(start),
+        **_of_speed(start, engine, ranks, compiled),
+        "copies": local,
+        "change": f"{'; '.join(start.changed)} (before, from here on)" if start.changed else "",
+    }
+    if unused := start.recipe.model.unused_sections():
+        lines["unused"] = f"no layer uses {', '.join(f'model.{section}' for section in unused)}, although it is set"
+    columns = Console.header(start.objective.labels, _has_peak(ranks))
+    return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items() if text), columns])
+
+
+def _of_model(start: Start, engine: Engine, ranks: Ranks) -> dict[str, str]:
+    """Return the lines on the model, and on what trains it."""
+    recipe, model, world = start.recipe, start.recipe.model, ranks.world
+    layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
+    size = f"{_parameters(engine) / 1e6:,.2f} M parameters"
+    mesh = f"dp {world // recipe.parallel.sp} x sp {recipe.parallel.sp}"
+    tokens, count = recipe.train.sequences * recipe.train.sequence_length, start.spread.micro_batches
+    lines = {
         "model": f"layers: {layers}; width {model.width}, block {model.block}: {size}",
         "ranks": f"{world} ({mesh}), ZeRO-{engine.stage}, {recipe.train.precision}, "
         f"activation checkpointing: {recipe.activation_checkpointing.describe()}, "
@@ -45,43 +61,55 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
         "placed": f"rank 0 on {ranks.device}, threads: {ranks.threads}, cores {ranks.cores} of {socket.gethostname()}"
         + ("" if ranks.numa_node is None else f", bound to its device's NUMA node {ranks.numa_node}"),
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
-        f"{micro} per rank",
+        f"{count} micro-batch{'es' if count > 1 else ''} per rank",
     }
     if recipe.optimizer.kind == "muon":
         lines["muon"] = f"for the {len(engine.module.hidden_matrices())} matrices inside the layers; AdamW for the rest"
-    if isinstance(recipe.data, DataConfig):
-        lines["docs"] = f"{recipe.data.documents}, packing: {recipe.data.packing}"
-    if reading:
-        lines["data"] = reading
+    return lines
+
+
+def _of_data(start: Start, reading: str) -> dict[str, str]:
+    lines, data = {}, start.recipe.data
+    if isinstance(data, DataConfig):
+        lines["docs"] = f"{data.documents}, packing: {data.packing}"
+    lines["data"] = reading
     if not start.objective.evaluates:
         lines["eval"] = "none: no corpus has a validation split (prepare one with validation_fraction above 0)"
-    if recipe.train.sequence_changes:
-        lines["batch"] = ", ".join(f"{count} sequences from step {step:,}" for step, count in recipe.train.batches[1:])
-    if recipe.train.length_changes:
-        changes = [f"{length:,} tokens from step {step:,}" for step, length in recipe.train.lengths[1:]]
-        lines["length"] = f"{', '.join(changes)}; evaluated with {recipe.train.lengths[-1][1]:,}"
-    if imbalance := start.spread.imbalance_message(recipe.parallel.sp):
-        lines["masked"] = imbalance
-    if recipe.train.slice_tokens:
-        slices = recipe.train.slices
-        every = f", one in {recipe.train.edges_every}" if recipe.train.edges_every > 1 else ""
-        lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens, edges: {recipe.train.edges}{every}"
+    return lines
+
+
+def _of_changes(recipe: Recipe) -> dict[str, str]:
+    """Return the lines on changes of the batch and of the sequence length during the run."""
+    lines, train = {}, recipe.train
+    if train.sequence_changes:
+        lines["batch"] = ", ".join(f"{count} sequences from step {step:,}" for step, count in train.batches[1:])
+    if train.length_changes:
+        changes = [f"{length:,} tokens from step {step:,}" for step, length in train.lengths[1:]]
+        lines["length"] = f"{', '.join(changes)}; evaluated with {train.lengths[-1][1]:,}"
+    return lines
+
+
+def _of_slices(start: Start) -> dict[str, str]:
+    """Return the lines on rows without tokens, and on sequences read in slices."""
+    train = start.recipe.train
+    lines = {"masked": start.spread.imbalance_message(start.recipe.parallel.sp)}
+    if train.slice_tokens:
+        every = f", one in {train.edges_every}" if train.edges_every > 1 else ""
+        lines["slices"] = f"{train.slices:,} of {train.slice_tokens:,} tokens, edges: {train.edges}{every}"
+    return lines
+
+
+def _of_speed(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> dict[str, str]:
+    """Return the lines on what is compiled, or on a CPU that is slow in the recipe's precision."""
     if ranks.device.type != "cpu":
-        lines["layers"] = f"compiled: {compiled}"
-        lines["loss"] = f"compiled: {'yes' if engine.module.fused_loss else 'no, compile: false'}"
-    elif recipe.train.precision == "bf16" and (slowdown := bf16_slowdown()) >= SLOW_BF16:
-        lines["slow"] = (
-            f"this CPU multiplies matrices {slowdown:.0f} times as slowly in bf16 as in fp32; a new run is faster with "
-            "train.precision=fp32"
-        )
-    if local:
-        lines["copies"] = local
-    if start.changed:
-        lines["change"] = f"{'; '.join(start.changed)} (before, from here on)"
-    if unused := model.unused_sections():
-        lines["unused"] = f"no layer uses {', '.join(f'model.{section}' for section in unused)}, although it is set"
-    columns = Console.header(start.objective.labels, _has_peak(ranks))
-    return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), columns])
+        loss = "yes" if engine.module.fused_loss else "no, compile: false"
+        return {"layers": f"compiled: {compiled}", "loss": f"compiled: {loss}"}
+    if start.recipe.train.precision == "bf16" and (slowdown := bf16_slowdown()) >= SLOW_BF16:
+        return {
+            "slow": f"this CPU multiplies matrices {slowdown:.0f} times as slowly in bf16 as in fp32; a new run is "
+            "faster with train.precision=fp32"
+        }
+    return {}
 
 
 def writers_of(start: Start, engine: Engine, ranks: Ranks, done: int) -> list[Writer]:

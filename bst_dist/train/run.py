@@ -90,10 +90,6 @@ class Run:
                                    averaged is not None,
                                    constant_until(self.recipe.schedule, self.recipe.train.steps))  # fmt: skip
         self.copies = LocalCopies(start.run_dir, self.snapshots, ranks, lease.epoch, request.resume)
-        self.reading = ""
-        """How much of its data the run will have read at its end, as text for the header."""
-        self.local: str | None = None
-        """The local copies that the run was resumed from, as text; None for a checkpoint or a new run."""
         self.trainer = build_trainer(start, self.engine, ranks, recorded_group(start, ranks), stop)
         ranks.limit_exchanges(self.recipe.watchdog.exchange_limit_s)
         # After all ranks have built the same model. Loading a checkpoint sets the generators again.
@@ -101,15 +97,14 @@ class Run:
 
     def train(self) -> int:
         """Take all steps, continuing from an earlier checkpoint after each roll-back; return the exit status."""
-        position, self.local = begin_at(self.request, self.start, self.snapshots, self.copies, self.ranks)
+        position, local = begin_at(self.request, self.start, self.snapshots, self.copies, self.ranks)
         self.snapshots.rehearse()
         position = self.copies.begin(position, self.start.until)
         steps = self.recipe.train.steps + position.skipped
-        self.reading = self.start.objective.reading(self.start.mesh(self.ranks), position.data, steps)
-        self._announce(position)
+        self._announce(position, self.start.objective.reading(self.start.mesh(self.ranks), position.data, steps), local)
         try:
             while position is not None:
-                position = self._train_from(position)
+                position, local = self._train_from(position, local), None
         except DivergedError as error:
             self.snapshots.finish()  # the checkpoint being written is from before the divergence
             self.copies.drop()
@@ -120,28 +115,34 @@ class Run:
             raise
         return self._end()
 
-    def _announce(self, position: Position) -> None:
-        """Write the recipe, the DeepSpeed JSON and the environment of this start, and print the header."""
+    def _announce(self, position: Position, reading: str, local: str | None) -> None:
+        """Write the recipe, the DeepSpeed JSON and the environment of this start, and print the header.
+
+        `reading`: how much of its data the run will have read at its end. `local`: the local copies that the run was
+        resumed from; None for a checkpoint or a new run.
+        """
         hosts = sorted(set(self.ranks.gather(socket.gethostname())))
         if self.ranks.first:
             objective = self.start.objective
             about = {"ranks": self.ranks.world, "hosts": hosts, "device": device_name(self.ranks.device)}
             about |= {"from_step": position.step} | objective.about()
-            about |= {rundir.FROM_COPIES: self.local} if self.local else {}
+            about |= {rundir.FROM_COPIES: local} if local else {}
             rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about, objective.tokenizer())
             start = replace(self.start, changed=changed_at(self.start, position))
-            local = self.copies.describe() if self.copies.on else ""
-            print(header(start, self.engine, self.ranks, self.uncompiled_since or "yes", local, self.reading),
-                  flush=True)  # fmt: skip
+            copies = self.copies.describe() if self.copies.on else ""
+            print(header(start, self.engine, self.ranks, self.uncompiled_since or "yes", copies, reading), flush=True)
 
-    def _train_from(self, position: Position) -> Position | None:
-        """Take steps from `position` on. Return None at the end, or the position to continue from after a roll-back."""
+    def _train_from(self, position: Position, local: str | None) -> Position | None:
+        """Take steps from `position` on. Return None at the end, or the position to continue from after a roll-back.
+
+        `local`: the local copies that `position` is from; None for a checkpoint or a new run.
+        """
         start, trainer, ranks = self.start, self.trainer, self.ranks
         trainer.tokens, trainer.carried, trainer.skipped = position.tokens, position.carried, position.skipped
         evaluated = Evaluated(self.recipe.checkpoint.keep_best_on)
         writers = [*writers_of(start, self.engine, ranks, position.step), evaluated] if ranks.first else []
         # After the writers: they drop metrics of later steps, and the guard reads the losses from what is left.
-        trainer.guard, self.local = guard_of(start, ranks, position, self.local), None
+        trainer.guard = guard_of(start, ranks, position, local)
         loader = start.objective.loader(start.mesh(ranks), position.step + position.skipped)
         if position.data:
             loader.check(position.data)  # also makes the loader keep the order version that the run began with
