@@ -346,7 +346,7 @@ def make_run(tmp_path, corpus):
             torch.manual_seed(seed + step)
             write_checkpoint(directory(run_dir, step), LanguageModel(recipe.model))
         (run_dir / RECIPE).write_text(dump(recipe))
-        keys = ("loss_nats", "bits_per_byte", "gradient_norm", "learning_rate", "tokens_per_s")
+        keys = ("loss_nats", "bits_per_byte", "gradient_norm", "learning_rate", "step_time_s", "tokens_per_s")
         lines = [{"kind": "train", "step": i, "tokens": 64 * i, **dict.fromkeys(keys, 1 / i)} for i in range(1, 5)]
         lines.append(
             {"kind": "eval", "split": "validation", "step": 4, "tokens": 9, "loss_nats": 2, "bits_per_byte": 3}

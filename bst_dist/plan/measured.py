@@ -15,12 +15,11 @@ from bst_dist.plan.accelerators import Accelerator
 from bst_dist.plan.search import Planner
 from bst_dist.plan.speed import Cluster
 from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.warm_up import WARM_UP_STEPS, by_start
 from bst_dist.train.rundir import ENVIRONMENT, read_recipe
 
 FEWEST_STEPS = 10
 """Fewest measured steps that give a reliable step time."""
-WARM_UP_STEPS = 2
-"""First steps of a start, not counted because they compile, allocate and connect."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,12 @@ def measure(run: Path, device: Accelerator) -> Measured:
     recipe = read_recipe(run)
     starts = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
     lines = [line for line in read_lines(run / FILE) if line["kind"] == "train"]
-    for start, end in reversed(list(zip(starts, [*(after["from_step"] for after in starts[1:]), None], strict=True))):
-        times = _times(lines, recipe, start["from_step"], end)
-        if len(times) >= FEWEST_STEPS:
-            break
-    else:
+    every = [(start, _times(own, recipe)) for start, own in zip(starts, by_start(lines, starts), strict=True)]
+    enough = [(start, times) for start, times in every if len(times) >= FEWEST_STEPS]
+    if not enough:
         raise UserError(f"{run}: no start took {FEWEST_STEPS} steps after its first {WARM_UP_STEPS}: too few to "
                         "measure the time of a step")  # fmt: skip
+    start, times = enough[-1]
     _require(run, start.get("device"), device)
     nodes = len(start["hosts"])
     cluster = Cluster(nodes, start["ranks"] // nodes, device)
@@ -72,11 +70,10 @@ def measure(run: Path, device: Accelerator) -> Measured:
     return Measured(run, (middle, fast, slow), len(times), cluster, Planner(recipe, cluster).as_written().speed.total)
 
 
-def _times(lines: Sequence[dict], recipe: Recipe, begin: int, end: int | None) -> list[float]:
+def _times(lines: Sequence[dict], recipe: Recipe) -> list[float]:
     """Return the step times of one start, up to the first change of batch size or length, without warm-up steps."""
-    changes = (*recipe.train.sequence_changes, *recipe.train.length_changes)
-    ends = [step for step in (end, *(change.step for change in changes)) if step is not None]
-    own = [line["step_time_s"] for line in lines if begin < line["step"] <= min(ends, default=line["step"])]
+    changes = [change.step for change in (*recipe.train.sequence_changes, *recipe.train.length_changes)]
+    own = [line["step_time_s"] for line in lines if line["step"] <= min(changes, default=line["step"])]
     return own[WARM_UP_STEPS:]
 
 

@@ -8,9 +8,10 @@ from bst_base.settings import dump, parse
 from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.plan.accelerators import accelerator
-from bst_dist.plan.measured import FEWEST_STEPS, WARM_UP_STEPS, measure
+from bst_dist.plan.measured import FEWEST_STEPS, measure
 from bst_dist.plan.search import Planner
 from bst_dist.plan.speed import Cluster
+from bst_dist.report.warm_up import WARM_UP_STEPS
 
 SETTINGS = {
     "name": "small",

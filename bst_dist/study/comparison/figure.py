@@ -37,7 +37,7 @@ def draw(runs: Mapping[str, RunSummary]) -> Figure:
     first = next(iter(runs.values()))
     for look, one in zip(looks(len(runs)), runs.values(), strict=True):
         _loss(tokens, one, np.array([line["tokens"] for line in one.result.train]), look)
-        _loss(time, one, np.cumsum([line["step_time_s"] for line in one.result.train]) / seconds, look)
+        _loss(time, one, np.cumsum(one.result.step_times) / seconds, look)
         smoothed(speed, *series(one.result.warm, "tokens_per_s"), look)
         if one is not first and (steps := by_step(first, one)):
             values = np.array([two["bits_per_byte"] - before["bits_per_byte"] for before, two in steps])
@@ -55,7 +55,7 @@ def _loss(axes: Axes, one: RunSummary, where: np.ndarray, look: dict[str, str]) 
 
 def _unit(runs: Mapping[str, RunSummary]) -> tuple[str, float]:
     """Return the name and the seconds of a suitable time unit for the longest run."""
-    longest = max(sum(line["step_time_s"] for line in one.result.train) for one in runs.values())
+    longest = max(one.result.time_s() for one in runs.values())
     return next((name, size) for name, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
                 if longest > 2 * size or size == 1.0)  # fmt: skip
 

@@ -65,7 +65,7 @@ class Figures:
     validation_accuracy: float | None
     peak_memory_bytes: int | None
     time_s: float | None
-    """Total time of steps and evaluations."""
+    """Total time of steps, without compilation (`Result.step_times`), and of evaluations."""
     scored: dict[str, Scored] | None
     """Corpus -> loss over whole documents."""
 
@@ -95,7 +95,7 @@ class RunSummary:
             _of(median, result.warm, "tokens_per_s"),
             *(_known(evaluated.get(key)) for key in ("step", "loss_nats", "bits_per_byte", "accuracy")),
             max((line["memory_bytes"] for line in result.performance), default=None),
-            sum(line.get("step_time_s", line.get("time_s", 0.0)) for line in result.lines) or None,
+            _time_s(result) or None,
             {name: documents.scored for name, documents in self.documents.items()} or None,
         )  # fmt: skip
 
@@ -162,6 +162,12 @@ def eval_report(run_dir: Path, step: int, averaged: bool = False) -> dict[str, A
         if alike and report.get("corpora"):
             found.append((path.stat().st_mtime, report))
     return max(found, key=lambda one: one[0])[1] if found else None
+
+
+def _time_s(result: Result) -> float:
+    steps = result.time_s() if all("step_time_s" in line for line in result.train) else 0.0
+    others = (line for line in result.lines if line["kind"] != "train")
+    return steps + sum(line.get("step_time_s", line.get("time_s", 0.0)) for line in others)
 
 
 def _of(middle: Any, lines: list[dict[str, Any]], key: str) -> float | None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.warm_up import WARM_UP_STEPS, by_start
 from bst_dist.train.rundir import ENVIRONMENT
 
 
@@ -45,10 +46,10 @@ class Result:
         """The last step, whether its update was applied or skipped; 0 before the first step."""
         return max((line["step"] for line in [*self.train, *self._of("skipped")]), default=0)
 
-    @property
+    @cached_property
     def warm(self) -> list[dict[str, Any]]:
-        """The lines of all steps after the first, which includes start-up time; the first if there is no other."""
-        return self.train[1:] or self.train
+        """The lines of all steps but the first ones of each start (WARM_UP_STEPS); all lines if there is no other."""
+        return [line for own in self._by_start for line in own[WARM_UP_STEPS:]] or self.train
 
     def _of(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["kind"] == kind]
@@ -83,23 +84,43 @@ class Result:
         """Return the metrics up to and including a step."""
         return Result(self.directory, [line for line in self.lines if line["step"] <= step])
 
+    @cached_property
+    def step_times(self) -> list[float]:
+        """Seconds of each step of `train`. The first ones of a start compile, so they count as long as its median step.
+
+        If a start took no others, they count as long as the run's median step.
+        """
+        times: list[float] = []
+        for own in filter(None, self._by_start):
+            warm = [line["step_time_s"] for line in own[WARM_UP_STEPS:]]
+            typical = median(warm) if warm else self.step_s
+            times += [typical] * (len(own) - len(warm)) + warm
+        return times
+
     def time_s(self) -> float:
-        """Return the total step time, without starts, checkpoints and evaluations."""
-        return sum(line["step_time_s"] for line in self.train)
+        """Return the total time in seconds of `step_times`: without starts, compilation, checkpoints, evaluations."""
+        return sum(self.step_times)
 
     @property
     def versions(self) -> dict[str, str | None]:
         """Versions recorded at its last start."""
-        return self._last_start["versions"]
+        return self._starts[-1]["versions"]
 
     @property
     def corpora(self) -> str:
         """SHA-256 of each corpus that it was trained on, separated by spaces; empty for a synthetic task."""
-        return " ".join(corpus["sha256"] for corpus in self._last_start.get("corpora", ()))
+        return " ".join(corpus["sha256"] for corpus in self._starts[-1].get("corpora", ()))
 
     @cached_property
-    def _last_start(self) -> dict[str, Any]:
-        return json.loads((self.directory / ENVIRONMENT).read_text(encoding="utf-8"))["starts"][-1]
+    def _by_start(self) -> list[list[dict[str, Any]]]:
+        """The lines of `train`, of each start."""
+        return by_start(self.train, self._starts)
+
+    @cached_property
+    def _starts(self) -> list[dict[str, Any]]:
+        """The entries of environment.json; an empty one if there is no such file."""
+        path = self.directory / ENVIRONMENT
+        return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else [{}]
 
 
 def read_result(directory: Path) -> Result:

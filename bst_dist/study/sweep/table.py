@@ -70,7 +70,8 @@ class Row(Config):
     loss_by_document: tuple[float, ...] = ()
     """Nats per token of the first tokens of each validation document; empty without `bst sweep collect --documents`."""
     time_s: Measured = math.nan
-    """Time of all steps, including those of the shared trunk, without starts, checkpoints and evaluations."""
+    """Time of all steps, including those of the shared trunk, without starts, compilation, checkpoints and evaluations.
+    The first steps of each start, which compile, count as long as its median step."""
     slowed: Measured = math.nan
     """Median step time / 10 % quantile of the step times - 1: the largest of its own steps, of those shared with the
     trunk, and of both together. Above 0.1 the machine had other work, and there is no verdict at equal time."""

@@ -14,6 +14,7 @@ from bst_dist.faults.lease import LEASE
 from bst_dist.model.lm import LanguageModel
 from bst_dist.report.metrics import FILE
 from bst_dist.study.comparison.command import compare
+from bst_dist.study.comparison.figure import draw
 from bst_dist.study.comparison.run_summary import summarise
 from bst_dist.train.rundir import OUTCOME, RECIPE
 
@@ -74,6 +75,15 @@ def test_compared_figures_equal_those_of_the_metrics_file(pair):
     assert second["validation_loss_nats"] == 2.0
     assert second["time_s"] == 6 * 2.0 + 2 * 1.0
     assert second["parameters"] == sum(p.numel() for p in LanguageModel(_model(pair[1])).parameters())
+
+
+def test_time_does_not_include_compilation(make_run):
+    run_dir = make_run()
+    write(run_dir, [*(train(step, 4.0, seconds=90.0 if step < 3 else 2.0) for step in range(1, 11)),
+                    evaluation(10, [4.0])])  # fmt: skip
+    assert summarise(run_dir).figures().time_s == 10 * 2.0 + 1.0
+    over_time = draw({"run": summarise(run_dir)}).axes[1]
+    assert max(line.get_xdata()[-1] for line in over_time.lines) == 10 * 2.0
 
 
 def _model(run_dir):

@@ -41,7 +41,7 @@ def made(tmp_path):
             self.state = State(self.experiment.directory, 1)
             self.commit = "abc"
 
-        def finish(self, trial, losses, step_times=(9.0, 0.5, 0.25, 1.0), outcome=None):
+        def finish(self, trial, losses, step_times=(9.0, 4.0, 0.25, 1.0), outcome=None):
             """Write a finished run with these evaluations, one per step."""
             run = self.state.directory(trial.name)
             run.mkdir(parents=True)
@@ -83,7 +83,7 @@ def test_table_contains_the_results_of_the_runs(made, capsys):
     m = made()
     for trial in m.trials:
         fir = trial.arm == "fir"
-        times = (9, 1, 0.5, 2) if fir else (9, 0.5, 0.25, 1)
+        times = (9, 8, 0.5, 2) if fir else (9, 4, 0.25, 1)
         m.finish(trial, [6.0, 4.0, 2.5, 2.0 + fir * (0.1 + 0.01 * trial.seed)], times)
     table = m.report()
     rows = _rows(table)
@@ -97,11 +97,11 @@ def test_table_contains_the_results_of_the_runs(made, capsys):
     assert gap["interval_95"] == pytest.approx(12.7062 * 0.005, rel=1e-4)  # Student's t with one degree of freedom
     assert gap["apart"]
     assert "difference" not in rows["sliding"] or not rows["sliding"]["difference"]
-    assert rows["sliding"]["measured"]["tokens_per_s"]["value"] == 64  # median of 64, 128, 32: without the first step
+    assert rows["sliding"]["measured"]["tokens_per_s"]["value"] == 80  # median of 128 and 32: two steps are warm-up
     assert rows["sliding"]["measured"]["memory_mib"]["value"] == 4
-    # 3.0 lies between 4.0 after step 2 and 2.5 after step 3, two thirds of the way; the median step takes 0.5 s.
+    # 3.0 lies between 4.0 after step 2 and 2.5 after step 3, two thirds of the way; the median step takes 0.625 s.
     assert rows["sliding"]["measured"]["tokens_to_loss"]["value"] == pytest.approx(32 * (2 + 2 / 3))
-    assert rows["sliding"]["measured"]["seconds_to_loss"]["value"] == pytest.approx(0.5 * (2 + 2 / 3))
+    assert rows["sliding"]["measured"]["seconds_to_loss"]["value"] == pytest.approx(0.625 * (2 + 2 / 3))
     shown = capsys.readouterr().out
     assert "+0.1050 ± 0.0050 *" in shown
     assert "-50% ± 0%" in shown  # tokens/s, as a share of the reference's

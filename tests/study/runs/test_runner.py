@@ -17,6 +17,7 @@ import yaml
 
 from bst_base.errors import UserError
 from bst_base.settings import parse
+from bst_dist.study.laws.advantage import QUIET
 from bst_dist.study.report import document
 from bst_dist.study.runs.command import Study, show_status
 from bst_dist.study.runs.runner import SAVING_S, Runner, Worker
@@ -145,7 +146,7 @@ def test_a_disturbed_trunk_counts_as_a_disturbed_machine(sweep):
 
     assert slowed(lambda step: step > 0.9 * steps[0.1]) == [0.0, 1.0]  # most steps of the longer branch's trunk
     assert slowed(lambda step: step > 0.4 * steps[0.1]) == [1.0, 1.0]
-    assert slowed(lambda step: True) == [1.0, 1.0]  # only beside the branch's own steps
+    assert min(slowed(lambda step: True)) > QUIET  # only beside the branch's own steps, of which two are warm
 
 
 def test_rows_contain_the_hashes_of_the_corpora(sweep):
