@@ -190,9 +190,14 @@ def _of_length(recipe: Recipe, length: int) -> Recipe:
 
     Raise ConfigError if the length is not a multiple of the block.
     """
-    tokens = recipe.train.sequences * recipe.train.sequence_length
+
+    def of(sequences: int) -> int:
+        return max(1, round(sequences * recipe.train.sequence_length / length))
+
     data = recipe.model_dump()
-    data["train"] |= {"sequence_length": length, "sequences": max(1, round(tokens / length)), "micro_sequences": 1}
+    changes = [{"step": one.step, "sequences": of(one.sequences)} for one in recipe.train.sequence_changes]
+    data["train"] |= {"sequence_length": length, "sequences": of(recipe.train.sequences), "micro_sequences": 1,
+                      "sequence_changes": changes}  # fmt: skip
     data["parallel"] = {"sp": 1}
     if length % recipe.model.block:
         near = max(1, round(length / recipe.model.block)) * recipe.model.block

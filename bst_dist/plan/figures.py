@@ -13,7 +13,7 @@ DAY_S = 86_400
 
 
 def tokens_a_step(best: Candidate) -> int:
-    """Return the tokens of one step over all ranks, without masked ones."""
+    """Return the tokens of one step with the largest batch, over all ranks, without masked ones."""
     part = best.work.slice
     return best.spread.rows * part.length * part.sp * best.work.slices
 
@@ -21,6 +21,11 @@ def tokens_a_step(best: Candidate) -> int:
 def tokens_a_day(best: Candidate) -> float:
     """Return the tokens per day at the planned speed."""
     return tokens_a_step(best) / best.speed.total * DAY_S
+
+
+def run_hours(planner: Planner, best: Candidate) -> float:
+    """Return the hours of all steps of the run, each with its own batch."""
+    return sum(phase.steps * phase.step_s for phase in planner.phases(best)) / 3600
 
 
 def mfu(best: Candidate, cluster: Cluster) -> float:
@@ -88,6 +93,7 @@ def describe(planner: Planner, best: Candidate) -> dict[str, Any]:
         "step_s": {**best.speed.parts(), "total": best.speed.total},
         "mfu": mfu(best, cluster),
         "tokens_per_day": tokens_a_day(best),
-        "gpu_hours": planner.recipe.train.steps * best.speed.total * cluster.world / 3600,
+        "batches": [asdict(phase) for phase in planner.phases(best)],
+        "gpu_hours": run_hours(planner, best) * cluster.world,
         "accelerator": asdict(cluster) | {"accelerator": cluster.accelerator.model_dump()},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 
 from rich.columns import Columns
@@ -14,7 +15,7 @@ from rich.text import Text
 from bst_base.terminal import Cell, Sheet, print_table
 from bst_dist.config import Recipe
 from bst_dist.plan.accelerators import Accelerator
-from bst_dist.plan.figures import by_link, mfu, overrides, tokens_a_day
+from bst_dist.plan.figures import by_link, mfu, overrides, run_hours, tokens_a_day
 from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.host import host_memory
 from bst_dist.plan.models import entry
@@ -50,6 +51,7 @@ def show(
         "expect": _rate(planner, best),
         **({"data": reading} if reading else {}),
         **({"lengths": lengths} if lengths else {}),
+        **({"batches": batches} if (batches := _batches(planner, best)) else {}),
         "assumed": f"{device.products:.0%} of peak in matrix products and {device.attention:.0%} in attention "
         f"({device.shares}), {MEMORY_EFFICIENCY:.0%} of the memory's and {LINK_EFFICIENCY:.0%} of the links' rates "
         "(docs/plan.md)",
@@ -71,12 +73,12 @@ def show(
 
 def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list) -> None:
     """Print a table with the best plan of each cluster and length."""
-    tokens = recipe.train.sequences * recipe.train.sequence_length
+    tokens = recipe.train.most_sequences * recipe.train.sequence_length
     console.print(f"[bold]{recipe.name}[/], {tokens:,} tokens per step, on nodes of {device.title}", highlight=False,
                   soft_wrap=True)  # fmt: skip
     lines = []
     for cluster, longer, _, best in rows:
-        head = (f"{longer.train.sequence_length:,}", f"{cluster.world:,}", f"{longer.train.sequences:,}")
+        head = (f"{longer.train.sequence_length:,}", f"{cluster.world:,}", f"{longer.train.most_sequences:,}")
         lines.append([*head, *(_cells(best, cluster) if isinstance(best, Candidate) else [*[""] * 9, best])])
     columns = ("tokens", "GPUs", "rows", "ZeRO", "dp", "sp", "micro", "checkpointing", "GB", "step s", "MFU",
                "G tok/day", "note")  # fmt: skip
@@ -151,7 +153,7 @@ def way(best: Candidate, cluster: Cluster) -> str:
 
 def command(args: argparse.Namespace, best: Candidate, cluster: Cluster) -> str:
     """Return the command line that trains as planned."""
-    settings = " ".join([args.recipe, *args.overrides, *overrides(best)])
+    settings = shlex.join([args.recipe, *args.overrides, *overrides(best)])
     if cluster.nodes == 1:
         return f"bst train {settings} --ranks {cluster.world}"
     return f"bst launch {settings} --hostfile HOSTS"
@@ -172,7 +174,8 @@ def _reason(planner: Planner, best: Candidate) -> str:
     if work.slice.sp > planner.degrees()[0]:
         why.append(f"fewer than {work.slice.sp} ranks cannot hold the activations of a sequence")
     elif work.slice.sp > 1:
-        sequences, world = planner.recipe.train.sequences, planner.cluster.world
+        train, world = planner.recipe.train, planner.cluster.world
+        sequences = train.fewest_sequences if train.fewest_sequences < world else train.most_sequences
         why.append(f"{sequences} sequences for {world} ranks, so {work.slice.sp} share one")
     if work.strategy.stage == 3:
         why.append("weights and optimizer states fit only when spread over all ranks")
@@ -205,10 +208,25 @@ def _excess(best: Candidate) -> str:
 
 def _rate(planner: Planner, best: Candidate) -> str:
     cluster, steps = planner.cluster, planner.recipe.train.steps
-    hours = steps * best.speed.total / 3600
+    hours = run_hours(planner, best)
     return (
         f"{best.speed.total:,.3g} s per step, MFU {mfu(best, cluster):.0%}, {tokens_a_day(best) / 1e9:,.1f} G tokens "
         f"per day; {steps:,} steps in {hours:,.1f} h, {hours * cluster.world:,.0f} GPU-hours"
+    )
+
+
+def _batches(planner: Planner, best: Candidate) -> str:
+    """Return text that lists the batches of a run, empty if there is only one."""
+    phases = planner.phases(best)
+    if len(phases) == 1:
+        return ""
+    listed = ", ".join(
+        f"{phase.sequences:,} sequences from step {phase.from_step:,} ({phase.step_s:,.3g} s per step)"
+        for phase in phases
+    )
+    return (
+        f"{listed}; the hours are the sum of all steps, everything else is for the largest batch of "
+        f"{planner.recipe.train.most_sequences:,}"
     )
 
 

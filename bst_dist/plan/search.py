@@ -3,6 +3,9 @@
 The best layout is the one with the shortest step among those that fit. Checkpointing policies are tried in order of
 increasing recomputation. A larger sp is used only if a smaller one does not fit, and ZeRO-3 only if no lower stage
 fits: both add many small messages, whose cost the time model underestimates.
+
+If the batch changes during the run, layouts are for its largest batch. They serve smaller ones too, with at most as
+many micro-batches of at most as many sequences, so no other batch needs more memory.
 """
 
 from __future__ import annotations
@@ -83,6 +86,18 @@ class Candidate:
         return self.needed - (1 - HEADROOM) * self.limit
 
 
+@dataclass(frozen=True)
+class Phase:
+    """The steps of a run with one batch."""
+
+    from_step: int
+    steps: int
+    sequences: int
+    """Sequences per step."""
+    step_s: float
+    """Seconds per step."""
+
+
 class Planner:
     """Evaluates layouts of one recipe on one cluster."""
 
@@ -110,37 +125,40 @@ class Planner:
     def degrees(self) -> list[int]:
         """Return every possible sp: it divides the ranks and a sequence's blocks, and no rank is without a sequence.
 
-        If for some of these dp divides the step's sequences, so that nothing is masked, return only those. Raise
+        If for some of these dp divides the largest batch, so that nothing of it is masked, return only those. Raise
         PlanError if there is none.
         """
         train, world, block = self.recipe.train, self.cluster.world, self.model.block
+        fewest, most = train.fewest_sequences, train.most_sequences
         found = [
             sp for sp in range(1, world + 1)
             if world % sp == 0 and (train.slice_tokens or train.sequence_length) % (block * sp) == 0
-            and train.sequences >= world // sp
+            and fewest >= world // sp
         ]  # fmt: skip
         if found:
-            return [sp for sp in found if train.sequences % (world // sp) == 0] or found
-        blocks = train.sequences * train.sequence_length // block
+            return [sp for sp in found if most % (world // sp) == 0] or found
+        blocks = fewest * train.sequence_length // block
+        field = "train.sequences" if fewest == train.sequences else "train.sequence_changes"
         if blocks < world:
             raise PlanError(
-                f"{world} ranks, but a step has only {blocks} blocks of {block} tokens (train.sequences "
-                f"{train.sequences} x train.sequence_length {train.sequence_length}): each rank needs at least one. "
+                f"{world} ranks, but a step has only {blocks} blocks of {block} tokens ({field} "
+                f"{fewest} x train.sequence_length {train.sequence_length}): each rank needs at least one. "
                 f"Use at most {blocks} ranks, or {-(-world * block // train.sequence_length)} sequences or more"
             )
         raise PlanError(
             f"no sp divides {world} ranks and {train.sequence_length // block} blocks of a sequence and leaves at most "
-            f"{train.sequences} data-parallel ranks, one for each sequence of a step (train.sequences): a power of two "
-            "for each always works"
+            f"{fewest} data-parallel ranks, one for each sequence of a step ({field}): a power of two for each always "
+            "works"
         )
 
     def micro_batches(self, sp: int) -> list[int]:
         """Return the possible micro-batch sizes in sequences, largest first."""
-        rows = -(-self.recipe.train.sequences * sp // self.cluster.world)
+        rows = -(-self.recipe.train.most_sequences * sp // self.cluster.world)
         return [rows_at_once for rows_at_once in range(min(rows, MOST_ROWS), 0, -1) if rows % rows_at_once == 0]
 
     def candidate(self, stage: int | str, sp: int, rows: int, policy: str, slices: int | None = None,
-                  edges: str | None = None, every: int | None = None) -> Candidate:  # fmt: skip
+                  edges: str | None = None, every: int | None = None,
+                  sequences: int | None = None) -> Candidate:  # fmt: skip
         """Evaluate one layout. Raise SequenceParallelError if a layer cannot be computed with this sp.
 
         Args:
@@ -149,11 +167,12 @@ class Planner:
             slices: slices per sequence; default: the recipe's.
             edges: place of the slices' edges, device, host or disk; default: the recipe's.
             every: one in this many edges is kept; default: the recipe's.
+            sequences: sequences per step; default: the run's largest batch.
         """
         train, cluster = self.recipe.train, self.cluster
         slices, edges, every = slices or train.slices, edges or train.edges, every or train.edges_every
         checkpointing = self.recipe.activation_checkpointing.model_copy(update={"policy": policy})
-        spread = Spread(train.sequences, cluster.world // sp, rows)
+        spread = Spread(sequences or train.most_sequences, cluster.world // sp, rows)
         part = Slice(rows, train.sequence_length // (sp * slices), sp, stream=slices > 1)
         compiled = self._compiles(self.strategies[stage].stage, checkpointing, sp, slices)
         work = Work(
@@ -181,11 +200,27 @@ class Planner:
         return self.recipe.compile is not False and not why_not_compilable(gathered, sp, past)
 
     def as_written(self) -> Candidate:
-        """Return the recipe's own layout: its ZeRO stage, sp, micro-batch and activation checkpointing."""
+        """Return the recipe's own ZeRO stage, sp, micro-batch and activation checkpointing, for its first batch."""
         train, sp = self.recipe.train, self.recipe.parallel.sp
         stage = Strategy.read(deepspeed_file(self.recipe), written(self.recipe.deepspeed)).stage
         rows = Spread(train.sequences, self.cluster.world // sp, train.micro_sequences).micro_rows
-        return self.candidate(stage, sp, rows, self.recipe.activation_checkpointing.policy)
+        return self.candidate(stage, sp, rows, self.recipe.activation_checkpointing.policy, sequences=train.sequences)
+
+    def phases(self, way: Candidate) -> list[Phase]:
+        """Return the parts of the run with one batch each, all with this layout. A run whose batch never changes has
+        one."""
+        batches = self.recipe.train.batch_phases
+        seconds = {count: self._of_batch(way, count).speed.total for count in {count for _, _, count in batches}}
+        return [Phase(first, steps, count, seconds[count]) for first, steps, count in batches]
+
+    def _of_batch(self, way: Candidate, sequences: int) -> Candidate:
+        """Return the layout with another number of sequences per step, at most as many in a micro-batch as before."""
+        work = way.work
+        rows = Spread(sequences, way.spread.dp, way.spread.most).micro_rows
+        stage = GATHERED_ONCE if work.strategy.name == GATHERED_ONCE else work.strategy.stage
+        return self.candidate(
+            stage, work.slice.sp, rows, work.checkpointing.policy, work.slices, work.edges, work.edges_every, sequences
+        )
 
     def best(self) -> Candidate:
         """Return the fastest layout that fits; if none fits, the one that needs least memory."""

@@ -132,8 +132,8 @@ def _shared(recipe: Recipe, cluster: Cluster, length: int, policy: str, slices: 
             edges: str = "device") -> Candidate:  # fmt: skip
     """Evaluate the layout in which all devices share one sequence of that length."""
     data = recipe.model_dump()
-    data["train"] |= {"sequence_length": length, "sequences": 1, "micro_sequences": 1, "slice_tokens": None,
-                      "edges": "device", "edges_every": 1}  # fmt: skip
+    data["train"] |= {"sequence_length": length, "sequences": 1, "sequence_changes": [], "micro_sequences": 1,
+                      "slice_tokens": None, "edges": "device", "edges_every": 1}  # fmt: skip
     data["parallel"] = {"sp": 1}
     planner = Planner(parse(Recipe, data, f"length {length}"), cluster)
     return planner.candidate(3 if cluster.world > 1 else 0, cluster.world, 1, policy, slices, edges)

@@ -116,6 +116,18 @@ class TrainConfig(Config):
         return min(sequences for _, sequences in self.batches)
 
     @property
+    def batch_phases(self) -> list[tuple[int, int, int]]:
+        """Triples (first step, number of steps, sequences per step): the parts of the run with one batch each."""
+        taken = [(start, sequences) for start, sequences in self.batches if start < self.steps]
+        ends = [*(start for start, _ in taken[1:]), self.steps]
+        return [(start, end - start, sequences) for (start, sequences), end in zip(taken, ends, strict=True)]
+
+    @property
+    def most_sequences(self) -> int:
+        """The largest number of sequences per step that the run takes."""
+        return max(sequences for _, _, sequences in self.batch_phases)
+
+    @property
     def lengths(self) -> list[tuple[int, int]]:
         """Pairs (first step, tokens per sequence from there on); the first pair is for step 0."""
         changes = ((change.step, change.sequence_length) for change in self.length_changes)

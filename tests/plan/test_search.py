@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 
 import pytest
@@ -10,9 +11,9 @@ from bst_base.settings import dump, parse
 from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.plan.accelerators import accelerator
-from bst_dist.plan.figures import mfu, tokens_a_step
+from bst_dist.plan.figures import mfu, run_hours, tokens_a_step
 from bst_dist.plan.memory.zero import Strategy
-from bst_dist.plan.search import HEADROOM, Planner
+from bst_dist.plan.search import HEADROOM, PlanError, Planner
 from bst_dist.plan.speed import Cluster
 
 SETTINGS = {
@@ -88,6 +89,57 @@ def test_uneven_ranks_compute_masked_sequences(recipe_file, capsys, tmp_path):
     assert main(["plan", recipe_file, "--gpus-per-node", "3"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "1 of 3 ranks has 6 sequences, 2 of 3 ranks have 5 sequences and 1 masked: 11% of the computation" in said
+
+
+CHANGING = SETTINGS | {
+    "data": {"corpus": "none", "mode": "shuffled"},
+    "train": SETTINGS["train"] | {"sequence_changes": [{"step": 30, "sequences": 64}, {"step": 40, "sequences": 24},
+                                                       {"step": 100, "sequences": 4096}]},
+}  # fmt: skip
+"""16, 64 and 24 sequences per step; the last change is after the last step."""
+
+
+def planner_for(sequences: int) -> Planner:
+    """Return a planner of the same run with one batch."""
+    train = SETTINGS["train"] | {"sequences": sequences}
+    return Planner(parse(Recipe, SETTINGS | {"train": train}), Cluster(1, 4, device(80)))
+
+
+def test_hours_of_a_changing_batch_are_the_weighted_sum_of_plans_with_one_batch():
+    planner = Planner(parse(Recipe, CHANGING), Cluster(1, 4, device(80)))
+    alone = {16: planner_for(16).candidate(2, 1, 4, "none"), 64: planner_for(64).candidate(2, 1, 4, "none"),
+             24: planner_for(24).candidate(2, 1, 3, "none")}  # fmt: skip
+    seconds = {count: way.speed.total for count, way in alone.items()}
+    way = planner.candidate(2, 1, 4, "none")
+    assert run_hours(planner, way) * 3600 == pytest.approx(30 * seconds[16] + 10 * seconds[64] + 60 * seconds[24])
+    assert seconds[64] > 1.5 * seconds[16]
+    assert way.needed == max(one.needed for one in alone.values()) > alone[16].needed
+    assert planner.best() == planner_for(64).best()
+
+
+def test_ranks_of_a_changing_batch_are_limited_by_the_smallest():
+    assert Planner(parse(Recipe, CHANGING), Cluster(4, 8, device(80))).degrees()[0] == 2  # 32 ranks, 16 sequences
+    changes = [{"step": 30, "sequences": 2}]
+    few = CHANGING | {"train": CHANGING["train"] | {"sequence_changes": changes}}
+    with pytest.raises(PlanError, match=r"only 16 blocks of 32 tokens \(train.sequence_changes 2 x"):
+        Planner(parse(Recipe, few), Cluster(3, 8, device(80))).degrees()
+
+
+def test_plan_command_says_what_holds_for_which_batch(tmp_path, capsys):
+    path, report = tmp_path / "changing.yaml", tmp_path / "plan.json"
+    path.write_text(dump(parse(Recipe, SETTINGS | {"data": CHANGING["data"]})))
+    setting = "train.sequence_changes=[{step: 30, sequences: 64}]"
+    assert main(["plan", str(path), setting, "--gpus-per-node", "4", "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert "everything else is for the largest batch of 64" in " ".join(printed.split())
+    plan = json.loads(report.read_text())
+    assert [tuple(one.values())[:3] for one in plan["batches"]] == [(0, 30, 16), (30, 70, 64)]
+    assert plan["gpu_hours"] == pytest.approx(4 / 3600 * sum(one["steps"] * one["step_s"] for one in plan["batches"]))
+    command = next(line for line in printed.splitlines() if line.startswith("bst train"))
+    assert setting in shlex.split(command)  # quoted for a shell
+    assert main(["plan", str(path), setting, "--gpus-per-node", "4", "--lengths", "512", "--json", str(report)]) == 0
+    plan = json.loads(report.read_text())["plans"][0]
+    assert [one["sequences"] for one in plan["batches"]] == [8, 32]  # as many tokens per step as before
 
 
 def test_plan_command_prints_valid_training_options(recipe_file, capsys, tmp_path):
