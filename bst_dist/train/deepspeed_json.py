@@ -46,7 +46,13 @@ OWNED = {
 }
 
 # Keys with one allowed value -> (value, reason).
-FIXED = {"communication_data_type": ("fp32", "gradients are reduced in fp32 in every stage")}
+FIXED: dict[str, tuple[Any, str]] = {
+    "communication_data_type": ("fp32", "gradients are reduced in fp32 in every stage"),
+    "timers": (
+        {"throughput": {"enabled": False, "synchronized": False}},
+        "DeepSpeed's timer would wait for the device twice in each micro-batch",
+    ),
+}
 
 
 class DeepSpeedConfigError(UserError):
@@ -140,6 +146,7 @@ def differences(completed: dict[str, Any], parsed: Any) -> list[str]:
     values["fp16"] = {"enabled": parsed.float16_config.enabled}
     values["data_types"] = {"grad_accum_dtype": parsed.grad_accum_dtype}
     values["communication_data_type"] = str(parsed.communication_data_type).replace("torch.float32", "fp32")
+    values["timers"] = {"throughput": parsed.timers_config.model_dump(include={"enabled", "synchronized"})}
     values["zero_optimization"] = _every_key(parsed.zero_config)
     return [
         f"{key}: wanted {wanted!r}, got {got!r}"

@@ -110,7 +110,7 @@ class Trainer:
         return MixedReport(**vars(report), **found.by_corpus(self.corpora)) if self.corpora else report
 
     def _accumulate(self, step: int, batches: Sequence[MicroBatch]) -> _Gradients:
-        """Accumulate the gradients of all micro-batches, without waiting for the device."""
+        """Accumulate the gradients of all micro-batches; only DeepSpeed may wait for the device (docs/gpu.md)."""
         gradients = _Gradients(self, step, batches)
         for index, batch in enumerate(batches):
             slices = slices_of(batch)

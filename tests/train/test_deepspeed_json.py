@@ -39,6 +39,7 @@ def test_deepspeed_parses_every_completed_strategy_unchanged(path):
         ('{"gradient_clipping": 1.0}', "set by the recipe, in train.gradient_clipping"),
         ('{"train_batch_size": 7}', "set by the recipe, in train.sequences"),
         ('{"communication_data_type": "bf16"}', "can only be 'fp32': gradients are reduced in fp32"),
+        ('{"timers": {"throughput": {"enabled": true}}}', "wait for the device twice in each micro-batch; remove it"),
         ('{"fp16": {"enabled": true}}', "fp16 is not supported"),
         ('{"bf16": {"enabled": true}}', "casts every parameter"),
         ('{"optimizer": {"type": "Adam"}}', "the section optimizer"),
@@ -67,6 +68,8 @@ def test_differences_name_the_key_and_both_values():
     parsed = DeepSpeedConfig(completed)
     parsed.gradient_clipping = 1.0
     parsed.zero_config = type(parsed.zero_config)(stage=1)
+    parsed.timers_config = type(parsed.timers_config)()
     found = differences(completed, parsed)
     assert "gradient_clipping: wanted 0.5, got 1.0" in found
     assert "zero_optimization.stage: wanted 2, got 1" in found
+    assert "timers.throughput.enabled: wanted False, got True" in found

@@ -1,9 +1,9 @@
-"""A training step has no synchronisation with the device between the data and the optimizer's step.
+"""The trainer and the models do not synchronise with the device between the data and the optimizer's step.
 
-So the device computes while the host queues more work. The step also has no operation that is nondeterministic on CUDA,
-which `deterministic: true` would refuse. Tensors on the meta device stand for those of a GPU: reading a value is an
-error, and copies between host and device are detected. The step under DeepSpeed runs on the CPU, where reading values
-works and is counted.
+So the device computes while the host queues more work, unless DeepSpeed itself waits (docs/gpu.md). The step also has
+no operation that is nondeterministic on CUDA, which `deterministic: true` would refuse. Tensors on the meta device
+stand for those of a GPU: reading a value is an error, and copies between host and device are detected. The step under
+DeepSpeed runs on the CPU, where reading values works and is counted.
 """
 
 from __future__ import annotations
@@ -222,3 +222,42 @@ def test_deepspeed_does_not_synchronise_before_its_own_step(
         return found
 
     assert on_ranks(1, one_step) == [{}]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_no_timer_of_deepspeed_waits_for_the_device_in_a_step(
+    stage: int, recipe_file: Callable[..., Any], on_ranks: Callable[..., list[Any]]
+) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from bst_dist.config import load_recipe
+    from bst_dist.verify.step import distributed_step
+
+    recipe = load_recipe(
+        recipe_file(deepspeed=f"ds_configs/zero{stage}.json", train={"micro_sequences": 1}), ["model.vocab_size=320"]
+    )
+    steps = 5  # DeepSpeed's timer begins in the third
+
+    def run(ranks: Any) -> list[int]:
+        waits: list[int] = []  # one number for each step
+        begin = Trainer.step
+
+        def several(self: Trainer, step: int, batches: Any, start: float) -> Any:
+            assert len(batches) > 1
+            for _ in range(steps):
+                waits.append(0)
+                report = begin(self, step, batches, start)
+            patch.undo()  # DeepSpeed waits when the engine is destroyed
+            return report
+
+        def synchronize(*_: Any) -> None:
+            waits[-1:] = [count + 1 for count in waits[-1:]]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(get_accelerator(), "synchronize", synchronize)
+            patch.setattr(Trainer, "step", several)
+            distributed_step(recipe, ranks, None)
+        return waits
+
+    assert on_ranks(1, run) == [[0] * steps]
