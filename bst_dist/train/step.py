@@ -288,8 +288,12 @@ def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy the array to the device; to a GPU from pinned memory, because any other copy waits for the GPU's work."""
-    tensor = torch.from_numpy(array)
+    """Copy the array to the device; to a GPU from pinned memory, because any other copy waits for the GPU's work.
+
+    Pinned memory must also be contiguous: torch would copy any other first to ordinary memory, and from there to the
+    GPU. The loaders' arrays are contiguous already.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -12,7 +12,7 @@ from data_pipeline.serve.order.stream import Pieces
 
 @dataclass(frozen=True)
 class Batch:
-    """The slices of b rows that one rank holds, each of l = L / sp tokens."""
+    """The slices of b rows that one rank holds, each of l = L / sp tokens; all arrays are contiguous."""
 
     input_ids: np.ndarray  # (b, l) int64
     labels: np.ndarray  # (b, l) int64: the token after each input, also for the slice's last one; padding where masked

@@ -299,14 +299,14 @@ class Loader:
     def _batch(self, stored: Stored) -> Batch:
         """Build the trainer's batch from a stored slice."""
         numbers, begin, rows, tokens, real = stored
-        ids = tokens.astype(np.int64)
-        shape = ids[:, :-1].shape
+        # Two arrays, not two views of one: a GPU copies contiguous memory alone without waiting (`to_device`).
+        ids, labels = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
+        shape = ids.shape
         mask = label_mask(real, shape, rows, self.config.separates_documents)
-        labels = ids[:, 1:]
         if real is not None or self.config.separates_documents:
             labels = np.where(mask, labels, self._corpora[0].manifest.tokenizer.pad_id)
         return Batch(
-            input_ids=ids[:, :-1],
+            input_ids=ids,
             labels=labels,
             loss_mask=mask,
             starts=self._starts(shape, rows),

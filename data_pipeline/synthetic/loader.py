@@ -28,7 +28,7 @@ from data_pipeline.synthetic.task import TASK_VERSION, Row, TaskConfig
 
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """The slices of b rows that one rank holds, each of l = L / sp tokens."""
+    """The slices of b rows that one rank holds, each of l = L / sp tokens; all arrays are contiguous."""
 
     input_ids: np.ndarray  # (b, l) int64
     labels: np.ndarray  # (b, l) int64: the token after each input
@@ -120,8 +120,8 @@ class SyntheticLoader:
 
         def part(begin: int) -> SyntheticBatch:
             own, behind = slice(begin, begin + share.tokens), slice(begin + 1, begin + share.tokens + 1)
-            back = distance[:, behind]
-            return SyntheticBatch(tokens[:, own], tokens[:, behind], back > 0, back, rows, begin, continues)
+            ids, labels, back = map(np.ascontiguousarray, (tokens[:, own], tokens[:, behind], distance[:, behind]))
+            return SyntheticBatch(ids, labels, back > 0, back, rows, begin, continues)
 
         return share.laid_out(share.begins, part)
 

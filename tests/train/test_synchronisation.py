@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,7 @@ from bst_dist.train.config import ScheduleConfig, TrainConfig
 from bst_dist.train.engine import Engine
 from bst_dist.train.step import Trainer
 from data_pipeline.serve.batch import Batch
+from tests.data_pipeline.serve.memory import Memory, loader
 
 BLOCK, LENGTH, ROWS, VOCABULARY = 16, 64, 2, 31
 
@@ -162,6 +164,32 @@ def test_flex_attention_inputs_and_bias_gradient_do_not_synchronise() -> None:
         flex.visited_tiles(flex.Band(256, 256, 128, True), torch.device("meta"), begin)
         flex.bias_gradient(q, q, bias, q, k, v, lse, begin, flex.Settings(128, True, 128))
         assert waits.found == {}
+
+
+@pytest.mark.parametrize("documents", ["joined", "isolated", "masked"])
+def test_a_batch_is_copied_to_a_gpu_from_contiguous_pinned_memory(
+    documents: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[Tensor] = []
+
+    def pin_memory(tensor: Tensor) -> Tensor:
+        pinned.append(torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor))  # as torch
+        return pinned[-1]
+
+    def copied(tensor: Tensor, device: Any, non_blocking: bool) -> Tensor:
+        assert tensor is pinned[-1] and non_blocking
+        assert tensor.is_contiguous()  # torch copies any other through ordinary memory
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(Tensor, "to", copied)
+    (two_rows,) = loader(Memory([40, 90, 17]), documents=documents, rows=2, micro_rows=2).batches(0)
+    views = {name: getattr(two_rows, name)[:, ::2] for name in ("input_ids", "labels", "loss_mask")}
+    columns = replace(two_rows, **views, starts=None)
+    for found in (two_rows, columns):
+        inputs = step.on_device(found, SimpleNamespace(type="cuda"))
+        assert (inputs["input_ids"].numpy() == found.input_ids).all()
+    assert len(pinned) == 3 + {"joined": 3, "isolated": 4, "masked": 5}[documents]
 
 
 @pytest.mark.parametrize(

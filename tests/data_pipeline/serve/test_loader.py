@@ -22,6 +22,7 @@ from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.rows import RowReader
+from data_pipeline.serve.slices import slices_of
 from data_pipeline.serve.spread import MASKED
 from tests.data_pipeline.serve.memory import Memory, loader
 
@@ -490,3 +491,13 @@ def test_invalid_slice_sizes_are_refused():
     for tokens, sp in ((24, 1), (4, 1), (8, 2)):
         with pytest.raises(UserError, match=f"slices of {tokens} tokens"):
             loader(Memory(LENGTHS), slice_tokens=tokens, sp=sp)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"slice_tokens": 16}, {"sp": 2}])
+@pytest.mark.parametrize("documents", ["joined", "isolated", "masked"])
+def test_arrays_of_a_batch_are_contiguous(documents: str, sizes: dict[str, int]) -> None:
+    (found,) = loader(Memory([40, 90, 17]), documents=documents, rows=2, micro_rows=2, **sizes).batches(0)
+    for part in slices_of(found):
+        arrays = {name: value for name, value in vars(part).items() if isinstance(value, np.ndarray)}
+        assert {"input_ids", "labels", "loss_mask"} <= arrays.keys()
+        assert [name for name, array in arrays.items() if not array.flags.c_contiguous] == []

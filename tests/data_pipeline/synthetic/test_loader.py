@@ -8,6 +8,7 @@ import pytest
 from bst_base.errors import UserError
 from bst_base.settings import parse
 from data_pipeline.serve.share import Share
+from data_pipeline.serve.slices import slices_of
 from data_pipeline.serve.spread import MASKED
 from data_pipeline.synthetic.config import SyntheticConfig
 from data_pipeline.synthetic.loader import SyntheticLoader
@@ -122,3 +123,11 @@ def test_concatenated_slices_equal_the_row(sp):
         for name in ("input_ids", "labels", "loss_mask", "distance"):
             found = np.concatenate([getattr(part, name) for part in parts], axis=1)
             assert (found == getattr(batch, name)).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"slice_tokens": 16}, {"sp": 2}])
+def test_arrays_of_a_batch_are_contiguous(changes):
+    for found in loader(**changes).batches(0):
+        for part in slices_of(found):
+            for name in ("input_ids", "labels", "loss_mask", "distance"):
+                assert getattr(part, name).flags.c_contiguous, name
