@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from bst_base.errors import StorageError
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.cluster.verdict import Ended
 from bst_dist.faults.status import UNREADABLE
@@ -42,8 +43,7 @@ class Restarts:
         """
         if not ended.worth_a_restart or not self.most:
             return ""
-        before, self._checkpoint = self._checkpoint, self._newest_checkpoint()
-        if self._checkpoint > before:
+        if self._progressed():
             self.used = 0
         self._storage_failed = ended.status == UNREADABLE
         outside = ended.lost or ended.left_alone or self._storage_failed or not started
@@ -63,12 +63,20 @@ class Restarts:
             return LONGEST_WAIT_S
         return 0.0 if self.used < 2 else min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (self.used - 2))
 
-    def _newest_checkpoint(self) -> int:
-        """Return the step of the newest checkpoint; 0 when there is none or it cannot be read."""
+    def _progressed(self) -> bool:
+        """Whether there is a newer checkpoint than when the directory was last readable; False when it is not now."""
+        newest = self._newest_checkpoint()
+        if newest is None:
+            return False
+        before, self._checkpoint = self._checkpoint, newest
+        return before is not None and newest > before
+
+    def _newest_checkpoint(self) -> int | None:
+        """Return the step of the newest checkpoint, 0 without one; None when this host cannot read the directory."""
         try:
             return max(map(step_of, committed(self.run_dir)), default=0)
-        except OSError:
-            return 0
+        except StorageError:
+            return None
 
     def _step(self) -> int | None:
         """Return the last step in the run's metrics; None when they cannot be read."""

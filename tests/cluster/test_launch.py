@@ -12,12 +12,14 @@ from typing import ClassVar
 import pytest
 
 from bst_base.stopping import Stopped
+from bst_dist.checkpoint.directory import CHECKPOINTS
 from bst_dist.cli import main
 from bst_dist.cluster.controller import LaunchOptions
 from bst_dist.cluster.launch import _train
 from bst_dist.cluster.restarts import Restarts
+from bst_dist.cluster.supervise import Supervisor
 from bst_dist.cluster.verdict import Ended
-from bst_dist.faults.status import RESUBMIT, USER_ERROR
+from bst_dist.faults.status import RESUBMIT, UNREADABLE, USER_ERROR
 from bst_dist.train.rundir import OUTCOME, read_outcome
 
 
@@ -172,3 +174,24 @@ def test_a_run_on_three_hosts_leaves_only_its_run_directory(launch, recipe, netw
     for host in network.hosts:
         assert f"{host}  1 slot  python" in started.said
         assert not network.ranks(host)
+
+
+def test_a_run_directory_that_cannot_be_read_for_a_while_is_waited_for(recipe, tmp_path, capsys, monkeypatch):
+    """The whole command, with real ranks: before the first start the checkpoints become unreadable, also to it."""
+    run_dir, trained = tmp_path / "run", []
+
+    def train(self: Supervisor, *asked: object) -> Ended:
+        if not trained:
+            run_dir.mkdir(exist_ok=True)
+            (run_dir / CHECKPOINTS).touch()  # listing a file is an error, also for root
+        trained.append(start(self, *asked))
+        return trained[-1]
+
+    start = Supervisor._train
+    monkeypatch.setattr(Supervisor, "_train", train)
+    monkeypatch.setattr(Supervisor, "_wait", lambda self, seconds: (run_dir / CHECKPOINTS).unlink())
+    command = ["launch", str(recipe(2)), "ranks=1", "--launcher", "local", "--run-dir", str(run_dir)]
+    assert main([*command, "--max-restarts", "1"]) == 0
+    assert [ended.status for ended in trained] == [UNREADABLE, 0]
+    assert "restart 1 of 1" in capsys.readouterr().err
+    assert read_outcome(run_dir)["step"] == 2

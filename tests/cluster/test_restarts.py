@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bst_dist.checkpoint.directory import MANIFEST, directory
+from bst_dist.checkpoint.directory import CHECKPOINTS, MANIFEST, directory
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.verdict import Ended
 from bst_dist.report.metrics import FILE
@@ -65,6 +65,31 @@ def test_a_file_system_that_fails_is_waited_for_and_retried(tmp_path):
         assert restarts.refuse(UNREADABLE) is None
         assert restarts.wait_s == 60
     assert restarts.refuse(UNREADABLE) == "3 restarts without a new checkpoint (--max-restarts)"
+
+
+@pytest.mark.parametrize("at_the_start", [False, True])
+def test_a_run_directory_that_cannot_be_read_is_waited_for_and_is_no_progress(tmp_path, at_the_start):
+    """The checkpoint is as old before the outage as after it: the count of restarts goes on."""
+    reach(tmp_path, 7, saved=5)
+    shown, hidden = tmp_path / CHECKPOINTS, tmp_path / "hidden"
+
+    def break_off() -> None:
+        shown.rename(hidden)
+        shown.touch()  # listing it is an error, also for root
+
+    if at_the_start:
+        break_off()
+    restarts = Restarts(tmp_path, most=3)
+    if not at_the_start:
+        break_off()
+    assert [restarts.refuse(UNREADABLE) for _ in range(2)] == [None, None]
+    shown.unlink()
+    hidden.rename(shown)
+    assert restarts.refuse(UNREADABLE) is None
+    assert restarts.used == 3
+    reach(tmp_path, 9, saved=8)
+    assert restarts.refuse(KILLED) is None
+    assert restarts.used == 1
 
 
 def test_an_attempt_that_started_nothing_is_not_a_second_failure(tmp_path):

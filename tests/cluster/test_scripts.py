@@ -29,6 +29,26 @@ def test_scripts_are_valid_bash(script):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("status", "requeued", "exit_status"),
+    [(0, 3, 0), (75, 3, "again"), (75, 60, "again"), (70, 3, "again"), (70, 50, 70),
+     (74, None, "again"), (74, 49, "again"), (74, 50, 74), (2, 3, 2), (1, None, 1)],
+)  # fmt: skip
+def test_the_slurm_script_requeues_what_a_later_start_may_cure(tmp_path, status, requeued, exit_status):
+    """`bst`, `python`, `scontrol` and `sleep` are scripts that print what they were asked."""
+    for name, text in {"bst": f"exit {status}", "python": "echo small", "sleep": 'echo "sleep $*"',
+                       "scontrol": 'echo "scontrol $*"'}.items():  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    own = {"BST_BIN": str(tmp_path), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    counted = {} if requeued is None else {"SLURM_RESTART_COUNT": str(requeued)}
+    done = subprocess.run(["bash", ROOT / "launch/cluster/slurm.sbatch", "small.yaml"], capture_output=True, text=True,
+                          env={**os.environ, **own, **counted})  # fmt: skip
+    waited = ["sleep 60"] if status == 74 and exit_status == "again" else []
+    assert done.stdout.splitlines() == [*waited, *(["scontrol requeue 7"] if exit_status == "again" else [])]
+    assert done.returncode == (0 if exit_status == "again" else exit_status), done.stderr
+
+
 def test_the_dockerfile_passes_hadolint():
     """The Dockerfile is only linted, because images cannot be built here."""
     done = subprocess.run([Path(sys.executable).with_name("hadolint"), ROOT / "launch/cluster/Dockerfile"],
