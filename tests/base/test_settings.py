@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Discriminator, Tag
 
+from bst_base.errors import StorageError
 from bst_base.settings import Config, ConfigError, dump, fields, load, overridden, parse
 from bst_base.yaml_text import SettingsError, read_yaml, write_yaml
 
@@ -126,6 +127,12 @@ def test_a_key_given_twice_is_refused_with_both_lines(tmp_path, text, lines):
     with pytest.raises(ConfigError) as caught:
         load(Outer, tmp_path / "x.yaml")
     assert lines in str(caught.value)
+
+
+def test_a_file_that_the_system_cannot_read_is_no_error_of_the_settings():
+    """A restart may succeed. Reading the first page of a process's memory is an input/output error, also for root."""
+    with pytest.raises(StorageError, match=r"cannot read /proc/self/mem: Input/output error"):
+        load(Outer, "/proc/self/mem")
 
 
 @pytest.mark.parametrize(

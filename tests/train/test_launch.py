@@ -14,6 +14,7 @@ import pytest
 
 from bst_dist.checkpoint.directory import load_weights, newest_valid
 from bst_dist.cli import main
+from bst_dist.faults.status import UNREADABLE
 from bst_dist.report.metrics import read_lines
 from bst_dist.train.rundir import closing, read_outcome
 
@@ -69,3 +70,10 @@ def test_the_last_line_says_why_a_start_ended():
     assert closing({"step": 7}, 9, "--until 7") == "stopped after step 7 (--until 7): --resume continues from there"
     told = {"step": 9, "stopped": "SIGUSR1"}  # its last evaluation is missing
     assert closing(told, 9) == "stopped after step 9 (SIGUSR1): --resume continues from there"
+
+
+def test_a_recipe_that_the_system_cannot_read_is_worth_another_start():
+    """A rank's status decides whether `bst launch` restarts the run. /proc/self/mem gives an error, also to root."""
+    done = subprocess.run([sys.executable, "-m", "bst_dist.train", "/proc/self/mem"], capture_output=True, text=True)
+    assert done.returncode == UNREADABLE, done.stderr
+    assert "cannot read /proc/self/mem: Input/output error" in done.stderr
