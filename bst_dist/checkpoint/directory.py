@@ -47,8 +47,8 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another run."""
 
 
-class OlderFormatError(CheckpointError):
-    """A complete checkpoint in the format of an older version of this program."""
+class OtherFormatError(CheckpointError):
+    """A complete checkpoint in the format of an older or newer version of this program."""
 
 
 def directory(run_dir: Path, step: int) -> Path:
@@ -109,13 +109,14 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise StorageError.of(error, checkpoint / MANIFEST) from None
     except ValueError as error:
         raise CheckpointError(f"{checkpoint}: {MANIFEST} is not JSON: {error}") from None
-    if isinstance(manifest, dict) and manifest.get("format") in range(1, FORMAT):
-        raise OlderFormatError(
-            f"{checkpoint}: written by an older version of this program, in format {manifest['format']}; this one "
-            f"reads format {FORMAT}: continue with the version that wrote it, or start a new run in another --run-dir"
-        )
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    written = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(written, int):
         raise CheckpointError(f"{checkpoint}: not a checkpoint that this program reads (format {FORMAT})")
+    if written != FORMAT:
+        raise OtherFormatError(
+            f"{checkpoint}: written by another version of this program, in format {written}; this one reads format "
+            f"{FORMAT}: continue with the version that wrote it, or start a new run in another --run-dir"
+        )
     return manifest
 
 
@@ -156,12 +157,12 @@ def examine(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = Tru
 
     `part`, `parts`: check only every `parts`-th file, beginning with number `part`. `only`: check only these files.
     `kind`: check only files of this kind. `manifest`: the manifest if it was already read. Without `digests` only
-    existence and size are checked, and no content is read. Raises OlderFormatError, because such a checkpoint is not
+    existence and size are checked, and no content is read. Raises OtherFormatError, because such a checkpoint is not
     damaged. Raises StorageError when a file cannot be read, because its content may be intact.
     """
     try:
         files = (manifest or read_manifest(checkpoint))["files"]
-    except OlderFormatError:
+    except OtherFormatError:
         raise
     except CheckpointError as error:
         return [Finding(MANIFEST, f"{str(error).removeprefix(f'{checkpoint}: {MANIFEST} is ')}:")]

@@ -11,7 +11,7 @@ from bst_dist.checkpoint.directory import (
     FORMAT,
     MANIFEST,
     CheckpointError,
-    OlderFormatError,
+    OtherFormatError,
     damage,
     directory,
     examine,
@@ -63,11 +63,13 @@ def test_newest_valid_skips_a_damaged_checkpoint(tmp_path, hurt, said):
         newest_valid(tmp_path)
 
 
-def test_a_checkpoint_of_an_older_format_is_refused_and_not_skipped(tmp_path):
-    """Starting from step 0 beside it would repeat all steps of the run."""
-    path = write(tmp_path, 1)
-    (path / MANIFEST).write_text(json.dumps({"format": FORMAT - 1}))
-    with pytest.raises(OlderFormatError, match="continue with the version that wrote it"):
+@pytest.mark.parametrize("other", [FORMAT - 1, FORMAT + 1])
+def test_a_checkpoint_of_another_format_is_refused_and_not_skipped(tmp_path, other):
+    """Starting from an older one, or from step 0, would repeat steps of the run."""
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    (path / MANIFEST).write_text(json.dumps({"format": other}))
+    with pytest.raises(OtherFormatError, match="continue with the version that wrote it"):
         newest_valid(tmp_path)
     assert path.exists()
 

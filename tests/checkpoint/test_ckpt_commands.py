@@ -138,6 +138,14 @@ def test_gc_removes_nothing_when_no_full_checkpoint_is_valid(run_dir):
     assert steps(run_dir) == [40, 30, 20, 10]
 
 
+def test_gc_removes_nothing_beside_a_checkpoint_of_a_newer_format(run_dir, capsys):
+    manifest = directory(run_dir, 40) / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 3}))
+    assert ckpt("gc", run_dir, "--delete")[0] == 2
+    assert "step-00000040: written by another version of this program, in format 3" in capsys.readouterr().err
+    assert steps(run_dir) == [40, 30, 20, 10]
+
+
 def test_gc_keeps_recent_partial_directories(run_dir):
     partial = run_dir / "checkpoints" / "step-00000050.partial"
     partial.mkdir()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bst_base.host import free_port
-from bst_dist.checkpoint.directory import committed, directory, examine
+from bst_dist.checkpoint.directory import FORMAT, MANIFEST, committed, directory, examine
 from bst_dist.faults.status import DONE, UNREADABLE, USER_ERROR
 from bst_dist.report.metrics import FILE, read_lines
 
@@ -85,6 +87,17 @@ def test_files_that_one_host_of_two_does_not_see_are_not_treated_as_lost(older):
     assert [node.returncode for node in nodes] == [UNREADABLE] * 2, said
     assert "checkpoint 4: rank 1 on" in said[0]
     assert "does not see the same file; nothing was changed" in said[0]
+    assert tree(older) == before
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_set_aside(bst, older):
+    shutil.copytree(directory(older, 4), newer := directory(older, 5))
+    manifest = newer / MANIFEST
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": FORMAT + 1}))
+    before = tree(older)
+    done = bst(*RESUME, "--ranks", 2)
+    assert done.returncode == USER_ERROR, done.stdout
+    assert "step-00000005: written by another version of this program" in done.stdout
     assert tree(older) == before
 
 
