@@ -172,10 +172,15 @@ def remove_leftovers(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)
     """
     for path in leftovers(run_dir, suffixes):
         with _logged(path):
-            if path.is_symlink():  # to an archive, for example: what it points to is not this run's to remove
-                path.unlink()
-            else:
-                shutil.rmtree(path)
+            remove(path)
+
+
+def remove(leftover: Path) -> None:
+    """Remove a directory for good. Of a link only the link: the archive it points to is not this run's to remove."""
+    if leftover.is_symlink():
+        leftover.unlink()
+    else:
+        shutil.rmtree(leftover)
 
 
 @contextmanager
@@ -203,13 +208,13 @@ def set_aside(checkpoint: Path) -> None:
     _rename(checkpoint, DAMAGED)
 
 
-def delete(checkpoint: Path) -> None:
-    """Rename a checkpoint, so that it no longer counts and `remove_leftovers` removes it."""
-    _rename(checkpoint, DELETED)
+def delete(checkpoint: Path) -> Path:
+    """Rename a checkpoint, so that it no longer counts and `remove_leftovers` removes it; return its new path."""
+    return _rename(checkpoint, DELETED)
 
 
-def _rename(checkpoint: Path, suffix: str) -> None:
-    """Add a suffix to the name, and a number if there is such a name already."""
+def _rename(checkpoint: Path, suffix: str) -> Path:
+    """Add a suffix to the name, and a number if there is such a name already; return the new path."""
     names = chain([""], (f".{number}" for number in count(2)))
     others = (checkpoint.with_name(f"{checkpoint.name}{name}{suffix}") for name in names)
-    checkpoint.rename(next(other for other in others if not os.path.lexists(other)))
+    return checkpoint.rename(next(other for other in others if not os.path.lexists(other)))

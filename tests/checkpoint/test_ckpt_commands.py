@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,30 @@ def test_gc_removes_nothing_when_no_full_checkpoint_is_valid(run_dir):
         flip(directory(run_dir, step) / "weights-00000.safetensors")
     assert ckpt("gc", run_dir, "--delete")[0] == 0
     assert steps(run_dir) == [40, 30, 20, 10]
+
+
+def test_gc_removes_a_step_whose_earlier_removal_was_interrupted(run_dir):
+    """The run took step 20 again after a kill had left half of the first one behind."""
+    half = directory(run_dir, 20).with_name("step-00000020.deleted")
+    shutil.copytree(directory(run_dir, 20), half)
+    assert ckpt("gc", run_dir, "--delete")[0] == 0
+    assert sorted(path.name for path in half.parent.iterdir()) == [half.name, "step-00000030"]  # the half one is recent
+
+
+def test_of_a_linked_checkpoint_gc_removes_only_the_link(run_dir, tmp_path):
+    archive = tmp_path / "archive"
+    directory(run_dir, 20).rename(archive)
+    directory(run_dir, 20).symlink_to(archive)
+    files = sorted(archive.iterdir())
+    lost = run_dir / "checkpoints" / "step-00000005.deleted"
+    lost.symlink_to(tmp_path / "gone")
+    os.utime(lost, (0, 0), follow_symlinks=False)
+    there = directory(run_dir, 10), directory(run_dir, 40)
+    size = sum(file.stat().st_size for path in there for file in path.iterdir())
+    status, report = ckpt("gc", run_dir, "--delete", report=tmp_path / "r.json")
+    assert (status, report["bytes"]) == (0, size)
+    assert sorted(path.name for path in lost.parent.iterdir()) == ["step-00000030"]
+    assert sorted(archive.iterdir()) == files
 
 
 def test_gc_removes_nothing_beside_a_checkpoint_of_a_newer_format(run_dir, capsys):

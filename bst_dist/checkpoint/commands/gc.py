@@ -12,7 +12,6 @@ a run may be writing right now are left alone.
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,15 @@ from bst_base.sizes import readable_size
 from bst_dist.checkpoint.commands.common import add_run
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import DAMAGED, DELETED, MISSING, PARTIAL, WEIGHTS, committed, examine
-from bst_dist.checkpoint.retention import CheckpointEntry, keep_only_weights, leftovers, readable, reasons
+from bst_dist.checkpoint.retention import (
+    CheckpointEntry,
+    delete,
+    keep_only_weights,
+    leftovers,
+    readable,
+    reasons,
+    remove,
+)
 from bst_dist.config import load_recipe
 from bst_dist.train.rundir import RECIPE, read_recipe
 from bst_dist.train.schedule import constant_until
@@ -83,7 +90,7 @@ def plan(run_dir: Path, config: CheckpointConfig, constant_until: int | None = N
         for path in leftovers(run_dir, (DAMAGED,)):
             yield Removal(path, "found damaged when the run was resumed", _bytes(path))
     for path in leftovers(run_dir, (PARTIAL, DELETED)):
-        if time.time() - max(file.stat().st_mtime for file in (path, *path.iterdir())) > RECENT_S:
+        if time.time() - max(file.lstat().st_mtime for file in (path, *_files(path))) > RECENT_S:
             yield Removal(path, "left behind by an interrupted write or removal", _bytes(path))
 
 
@@ -92,11 +99,14 @@ def _remove(removal: Removal) -> None:
         keep_only_weights(removal.thinned)
         return
     path = removal.path
-    if not path.name.endswith((DAMAGED, DELETED, PARTIAL)):
-        path = path.rename(path.with_name(path.name + DELETED))
-    shutil.rmtree(path)
+    remove(path if path.name.endswith((DAMAGED, DELETED, PARTIAL)) else delete(path))
 
 
 def _bytes(path: Path, but: str | None = None) -> int:
     kept = f"{but}-" if but else None
-    return sum(file.stat().st_size for file in path.iterdir() if not (kept and file.name.startswith(kept)))
+    return sum(file.stat().st_size for file in _files(path) if not (kept and file.name.startswith(kept)))
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files that go when `path` is removed: of a link, whose target may be gone too, none."""
+    return [] if path.is_symlink() else list(path.iterdir())
