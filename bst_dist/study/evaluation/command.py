@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.arguments import at_least, picture
-from bst_base.errors import UserError
+from bst_base.errors import StorageError, UserError
 from bst_dist.report.saved import REPORTS, write_report
 from bst_dist.study.evaluation import needle, perplexity, synthetic
 from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
@@ -107,8 +107,9 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     path = args.run / REPORTS / _file_name(args, form, report)
     try:
         write_report(path, "eval", report)
-    except OSError as error:
-        print(f"bst eval: the report was not kept in {path}: {error.strerror}; --json writes it elsewhere")
+    except (OSError, StorageError) as error:  # a full disk is a StorageError
+        why = StorageError.of(error, path, doing="write") if isinstance(error, OSError) else error
+        print(f"bst eval: the report was not kept in the run; --json writes it elsewhere: {why}")
     return report
 
 

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 
+from bst_base import files
 from bst_dist.cli import main
 from bst_dist.study.comparison.run_summary import eval_report
 
@@ -46,3 +50,20 @@ def test_each_kind_of_evaluation_keeps_its_own_report(make_run, corpus):
     assert kept.keys() == {f"eval-4-validation-{name}.json" for name in names}
     assert eval_report(run_dir, 4)["corpora"] == kept[f"eval-4-validation-documents-{corpus.name}.json"]["corpora"]
     assert kept["eval-4-validation-documents-context-8.json"]["context_tokens"] == 8
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_report_that_the_run_cannot_keep_is_still_written_elsewhere(make_run, tmp_path, monkeypatch, capsys, number):
+    run_dir, sync = make_run(), os.fsync
+
+    def refusing(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().is_relative_to(run_dir / "reports"):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", refusing)
+    assert main(["eval", str(run_dir), "--json", str(tmp_path / "eval.json")]) == 0
+    assert json.loads((tmp_path / "eval.json").read_text())["corpora"]
+    assert not any((run_dir / "reports").iterdir())
+    assert "the report was not kept in the run; --json writes it elsewhere: " in (said := capsys.readouterr().out)
+    assert str(run_dir / "reports" / "eval-4-validation-documents.json") in said
