@@ -25,8 +25,11 @@ tokens, a rank that trains on R tokens per second needs R T / n of them: 67 for 
 300 tokens."""
 
 
-class StorageError(UserError):
-    """The store cannot be reached, or lacks a needed feature. `on_bad_shard: skip` does not skip it."""
+class StoreConfigError(UserError):
+    """The store cannot be used as it is set up: it lacks a needed feature, a setting or credentials.
+
+    A store that cannot be reached is a `StorageError`: a restart may succeed. `on_bad_shard: skip` skips neither.
+    """
 
 
 def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:

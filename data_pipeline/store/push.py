@@ -15,9 +15,8 @@ from typing import NamedTuple, TypeVar
 import fsspec
 
 from bst_base.addresses import filled, redacted
-from bst_base.errors import UserError
+from bst_base.errors import StorageError, UserError
 from data_pipeline.format.manifest import MANIFEST, Manifest, sha256_file
-from data_pipeline.store.base import StorageError
 
 UNDER_WAY = "pushing.json"
 SKIPPED = "skipped.jsonl"

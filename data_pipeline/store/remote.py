@@ -22,9 +22,10 @@ from typing import Any, NamedTuple, TypeVar
 import fsspec
 
 from bst_base.addresses import filled, redacted
+from bst_base.errors import StorageError
 from bst_base.stopping import STOP_REQUESTED, Stopped
 from data_pipeline.format.shards import ShardError
-from data_pipeline.store.base import REQUESTS, StorageConfig, StorageError
+from data_pipeline.store.base import REQUESTS, StorageConfig, StoreConfigError
 
 _log = logging.getLogger(__name__)
 _CHUNK = 8 << 20  # bytes of a whole file fetched in one request; a dropped connection loses at most this much
@@ -49,7 +50,7 @@ class FoundFile(NamedTuple):
     """A version string from the store, such as its ETag or the time of the last change; empty if the store has none."""
 
 
-class NoRangesError(StorageError):
+class NoRangesError(StoreConfigError):
     """The server sends whole files when a byte range is asked for."""
 
 
@@ -70,7 +71,7 @@ class RemoteStorage:
         try:
             self._fs, self._root = fsspec.url_to_fs(full.rstrip("/"), **_options(url.partition("://")[0], config))
         except (ImportError, ValueError, TypeError) as error:
-            raise StorageError(f"{self.where}: cannot be opened: {self._said(error)}") from None
+            raise StoreConfigError(f"{self.where}: cannot be opened: {self._said(error)}") from None
 
     def files(self) -> list[FoundFile]:
         """Return the files below the address, sorted by name. If the address is that of one file, return it.
@@ -211,22 +212,22 @@ class RemoteStorage:
     def _try(self, name: str, fetch: Callable[[], T]) -> T:
         """Call `fetch` until it succeeds. FileNotFoundError is passed on; the last failure becomes a StorageError.
 
-        If the file is still too short at the last attempt, it counts as damaged (ShardError), not as an error of the
-        store.
+        A refusal that no attempt can change is a StoreConfigError, at once. If the file is still too short at the last
+        attempt, it counts as damaged (ShardError), not as an error of the store.
         """
         for attempt in range(1, self._config.attempts + 1):
             try:
                 return fetch()
-            except (FileNotFoundError, StorageError, Stopped):
+            except (FileNotFoundError, NoRangesError, Stopped):
                 raise
             except PermissionError as error:
-                raise StorageError(
+                raise StoreConfigError(
                     f"{self.where}/{name}: not allowed: {self._said(error)}; check the credentials"
                 ) from None
             except Exception as error:  # each client has its own exceptions: timeouts, resets, 5xx, short answers
                 reason = f"{type(error).__name__}: {self._said(error)}".rstrip(": ")
                 if _NO_CREDENTIALS & {each.__name__ for each in type(error).__mro__}:
-                    raise StorageError(
+                    raise StoreConfigError(
                         f"{self.where}/{name}: {reason}; give them as the store's client expects"
                     ) from None
                 if attempt == self._config.attempts:
@@ -372,5 +373,5 @@ def _from_environment(name: str, value: Any) -> Any:
     if not isinstance(value, str) or not value.startswith("$"):
         return value
     if value[1:] not in os.environ:
-        raise StorageError(f"storage.options.{name}: the environment variable {value[1:]} is not set")
+        raise StoreConfigError(f"storage.options.{name}: the environment variable {value[1:]} is not set")
     return os.environ[value[1:]]

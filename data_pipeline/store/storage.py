@@ -16,11 +16,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+from bst_base.errors import StorageError
+from bst_base.files import path_in_errors
 from data_pipeline.format.shards import ShardError
-from data_pipeline.store.base import Storage, StorageConfig, StorageError
+from data_pipeline.store.base import Storage, StorageConfig, StoreConfigError
 from data_pipeline.store.mapped import MappedFile
 
 _OPEN_FILES = 256  # shards kept open; a process may usually have 1024 descriptors
+
+
+class UnreadableShardError(ShardError):
+    """The disk or the mount fails to read a shard. It counts as damaged, but a restart may read it."""
+
+    exit_status = StorageError.exit_status
 
 
 def open_storage(url: str, config: StorageConfig) -> Storage:
@@ -32,11 +40,11 @@ def open_storage(url: str, config: StorageConfig) -> Storage:
 
     if url.startswith("pipe:"):
         if not config.allow_pipe:
-            raise StorageError(
+            raise StoreConfigError(
                 f"{url}: a pipe: address runs a shell command; set storage.allow_pipe to true if you trust it"
             )
         if config.cache_dir is None:
-            raise StorageError(f"{url}: a pipe: address gives whole files only; set storage.cache_dir")
+            raise StoreConfigError(f"{url}: a pipe: address gives whole files only; set storage.cache_dir")
         return PipeStorage(url.removeprefix("pipe:"), config.timeout_s)
     scheme, separator, path = url.partition("://")
     if not separator:
@@ -61,7 +69,9 @@ class LocalStorage:
 
     def whole(self, name: str) -> bytes:
         """See `Storage`."""
-        return (self._directory / name).read_bytes()
+        path = self._directory / name
+        with path_in_errors(path):
+            return path.read_bytes()
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `Storage`."""
@@ -71,7 +81,7 @@ class LocalStorage:
                 got = os.preadv(file.fileno(), [buffer[done:]], offset + done)
             except OSError as error:
                 where = f"{self._directory / name}: cannot be read at byte {offset + done}"
-                raise ShardError(f"{where}: {error.strerror}; is the disk or the mount in order?") from None
+                raise UnreadableShardError(f"{where}: {error.strerror}; is the disk or the mount in order?") from None
             if not got:
                 raise ShardError(
                     f"{self._directory / name}: cut short: it ends before byte {offset + done}, "
@@ -112,5 +122,5 @@ class LocalStorage:
             raise ShardError(f"{path}: the shard is missing; copy it again, or prepare the corpus again") from None
         except OSError as error:
             if error.errno in (errno.EIO, errno.ESTALE):
-                raise ShardError(f"{path}: cannot be opened: {error.strerror}") from None
-            raise StorageError(f"{path}: cannot be opened: {error.strerror}") from None  # the bytes may be good
+                raise UnreadableShardError(f"{path}: cannot be opened: {error.strerror}") from None
+            raise StorageError.of(error, path, doing="open") from None  # the bytes may be good

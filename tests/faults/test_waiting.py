@@ -110,6 +110,20 @@ def test_a_server_stall_before_the_first_step_gives_the_resubmit_status(recipe, 
     assert "Traceback" not in said
 
 
+def test_a_store_outage_ends_a_run_that_a_restart_continues(recipe_file, server, bst):
+    """An outage longer than all attempts is no wrong setting: schedulers and `bst launch` must start the run again."""
+    recipe = recipe_file(data={"corpus": server.url, "storage": {"attempts": 2, "backoff_s": 0.01}})
+    command = ("train", recipe, "--ranks", 2, "--run-dir", "run", "--resume")
+    assert bst(*command, "--until", 4).returncode == status.DONE
+    server.faults[TAR] = ["503"] * 10_000
+    out = bst(*command)
+    assert out.returncode == status.UNREADABLE, out.stdout
+    assert f"{server.url}/{TAR}: not read in 2 attempts" in out.stdout and "Traceback" not in out.stdout
+    server.faults.clear()
+    again = bst(*command)
+    assert again.returncode == status.DONE and "resumed from step 4" in again.stdout, again.stdout
+
+
 @pytest.mark.parametrize(
     "changes",
     [

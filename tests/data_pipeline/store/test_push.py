@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import s3fs
 
-from bst_base.errors import UserError
+from bst_base.errors import StorageError, UserError
 from bst_dist import cli
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.store import push as pushing
-from data_pipeline.store.base import StorageConfig, StorageError
+from data_pipeline.store.base import StorageConfig
 from data_pipeline.store.push import UNDER_WAY, push
 
 LENGTHS = [20_000, 12, 700, 9_000, 5_000]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from bst_base.errors import UserError
+from bst_base.errors import StorageError, UserError
 from bst_base.settings import ConfigError, dump, parse
 from bst_base.stopping import STOP_REQUESTED, Stopped
 from data_pipeline.format.extents import shard_extents, to_bytes
@@ -36,7 +37,7 @@ from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import Blank
 from data_pipeline.store import remote
-from data_pipeline.store.base import REQUESTS, StorageConfig, StorageError
+from data_pipeline.store.base import REQUESTS, StorageConfig, StoreConfigError
 from data_pipeline.store.storage import LocalStorage
 
 LENGTHS = [20_000, 12, 700, 9_000, 5_000]
@@ -148,7 +149,7 @@ def test_server_without_range_requests_is_refused_without_a_cache(make_corpus: A
     server = serve(make_corpus(LENGTHS))
     corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
     server.faults[TAR] = ["whole"]
-    with pytest.raises(StorageError, match=r"sends whole files.*storage\.cache_dir"):
+    with pytest.raises(StoreConfigError, match=r"sends whole files.*storage\.cache_dir"):
         corpus.tokens(0, 0, 10)
 
 
@@ -261,7 +262,7 @@ def test_missing_credentials_are_not_retried(make_corpus: Any, serve: Any, monke
         raise botocore.exceptions.NoCredentialsError
 
     monkeypatch.setattr(corpus.storage, "_cat", refuse)
-    with pytest.raises(StorageError, match=r"NoCredentialsError.*give them as the store's client expects"):
+    with pytest.raises(StoreConfigError, match=r"NoCredentialsError.*give them as the store's client expects"):
         corpus.document(0)
     assert len(asked) == 1
 
@@ -271,7 +272,7 @@ def test_secrets_are_refused_in_plain_text_and_read_from_the_environment(monkeyp
         with pytest.raises(ConfigError, match=r"would be written into the run directory; .* write \$NAME"):
             parse(StorageConfig, {"options": options})
     config = parse(StorageConfig, {"options": {"key": "$SOME_KEY", "token": "anon", "profile": "x"}})
-    with pytest.raises(StorageError, match=r"options\.key: the environment variable SOME_KEY is not set"):
+    with pytest.raises(StoreConfigError, match=r"options\.key: the environment variable SOME_KEY is not set"):
         remote._options("gs", config)
     monkeypatch.setenv("SOME_KEY", "hidden")
     assert remote._options("gs", config) == {"key": "hidden", "token": "anon", "profile": "x"}
@@ -312,8 +313,23 @@ def test_missing_corpus_or_server_gives_one_clear_message(tmp_path: Path, serve:
         Corpus.open(serve(tmp_path).url, "train", StorageConfig(**FAST))
     with pytest.raises(StorageError, match=r"manifest\.json: not read in 4 attempts"):
         Corpus.open("http://127.0.0.1:9", "train", StorageConfig(**FAST))
-    with pytest.raises(StorageError, match="nosuch://x: cannot be opened"):
+    with pytest.raises(StoreConfigError, match="nosuch://x: cannot be opened"):
         Corpus.open("nosuch://x")
+
+
+def test_local_index_that_the_disk_cannot_read_is_a_named_error(
+    make_corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system names no file in errors of an open one; without a name, it would look like a bug of the program."""
+    corpus = Corpus.open(str(make_corpus(LENGTHS)))
+
+    def fail(self: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output error") as failed:
+        corpus.document(0)
+    assert Path(failed.value.filename).name == "train-000000.idx"
 
 
 def test_cache_fetches_only_used_files_and_only_once(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
@@ -485,9 +501,9 @@ def test_pipe_addresses_are_refused_unless_allowed(make_corpus: Any, tmp_path: P
     directory = make_corpus(LENGTHS)
     mark = tmp_path / "ran"
     url = f"pipe:touch {mark}; cat {directory}/{{}}"
-    with pytest.raises(StorageError, match=r"storage\.allow_pipe"):
+    with pytest.raises(StoreConfigError, match=r"storage\.allow_pipe"):
         Corpus.open(url)
-    with pytest.raises(StorageError, match=r"storage\.cache_dir"):
+    with pytest.raises(StoreConfigError, match=r"storage\.cache_dir"):
         Corpus.open(url, "train", StorageConfig(allow_pipe=True))
     assert not mark.exists()
     config = StorageConfig(allow_pipe=True, cache_dir=tmp_path / "cache")
