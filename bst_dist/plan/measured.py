@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from bst_dist.plan.search import Planner
 from bst_dist.plan.speed import Cluster
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.report.warm_up import WARM_UP_STEPS, by_start
-from bst_dist.train.rundir import ENVIRONMENT, read_recipe
+from bst_dist.train.rundir import read_recipe, require_starts
 
 FEWEST_STEPS = 10
 """Fewest measured steps that give a reliable step time."""
@@ -52,10 +51,11 @@ class Measured:
 def measure(run: Path, device: Accelerator) -> Measured:
     """Return the step times of the latest start of a run that took enough steps; `device` is what it ran on.
 
-    Raise UserError if there is no run, if it ran on another device, or if no start took enough steps.
+    Raise UserError if there is no run, if it was never started, if it ran on another device, or if no start took
+    enough steps.
     """
     recipe = read_recipe(run)
-    starts = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
+    starts = require_starts(run)
     lines = [line for line in read_lines(run / FILE) if line["kind"] == "train"]
     every = [(start, _times(own, recipe)) for start, own in zip(starts, by_start(lines, starts), strict=True)]
     enough = [(start, times) for start, times in every if len(times) >= FEWEST_STEPS]

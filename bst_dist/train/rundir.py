@@ -61,15 +61,28 @@ def prepare(
     """
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     (run_dir / OUTCOME).unlink(missing_ok=True)
-    environment = run_dir / ENVIRONMENT
-    starts = json.loads(environment.read_text())["starts"] if environment.exists() else []
-    starts.append({"time": _now(), "versions": versions(), **start})
+    starts = [*read_starts(run_dir), {"time": _now(), "versions": versions(), **start}]
     _write(run_dir / RECIPE, dump(recipe))
     _write(run_dir / DS_CONFIG, json.dumps(completed, indent=2) + "\n")
-    _write(environment, json.dumps({"starts": starts}, indent=2) + "\n")
+    _write(run_dir / ENVIRONMENT, json.dumps({"starts": starts}, indent=2) + "\n")
     if tokenizer is not None:
         with atomic_file(run_dir / tokenizer.file) as file:
             file.write(tokenizer.model)
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the entries of environment.json, one per start; none when the run was never started here."""
+    path = run_dir / ENVIRONMENT
+    return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+
+
+def require_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """Like `read_starts`; raises UserError when there are none."""
+    if not (starts := read_starts(run_dir)):
+        raise UserError(
+            f"{run_dir}: was never started ({ENVIRONMENT} is missing), like imported weights: name a run that trained"
+        )
+    return starts
 
 
 def finish(run_dir: Path, outcome: dict[str, Any]) -> None:
@@ -104,8 +117,7 @@ def tokenizer_of(run_dir: Path) -> str | None:
     """Return the SHA-256 of the tokenizer that a run was trained with; None when the run did not record it."""
     if own := own_tokenizer(run_dir):
         return hashlib.sha256(own.read_bytes()).hexdigest()
-    environment = run_dir / ENVIRONMENT
-    starts = json.loads(environment.read_text())["starts"] if environment.exists() else []
+    starts = read_starts(run_dir)
     return starts[-1].get("tokenizer_sha256") if starts else None
 
 

@@ -67,6 +67,14 @@ def test_steps_after_a_batch_change_are_left_out(run):
     assert (measured.seconds[0], measured.steps) == (1.0, 18)
 
 
+def test_a_run_that_was_never_started_is_refused(run, capsys):
+    made = run()
+    (made / "environment.json").unlink()
+    gpus = ["--gpu", "h100-80gb", "--gpus-per-node", "1"]
+    assert main(["plan", str(made / "recipe.yaml"), *gpus, "--from-run", str(made)]) == 2
+    assert f"{made}: was never started (environment.json is missing)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "device, gpu, refused",
     [("cpu", "h100-80gb", "ran on cpu, not on NVIDIA H100"), (None, "h100-80gb", None), ("cpu", "own", None)],

@@ -15,7 +15,7 @@ from bst_dist.checkpoint.copies import RunCopy, contains
 from bst_dist.checkpoint.retention import readable
 from bst_dist.faults import ledger
 from bst_dist.report.metrics import read_lines
-from bst_dist.train.rundir import ENVIRONMENT, OUTCOME, RECIPE
+from bst_dist.train.rundir import ENVIRONMENT, OUTCOME, RECIPE, read_starts
 
 
 def other_run(copy: RunCopy, run_dir: Path) -> str | None:
@@ -24,7 +24,7 @@ def other_run(copy: RunCopy, run_dir: Path) -> str | None:
     A run is known by its first start, since settings in its recipe may change from start to start. A run without
     starts, such as an imported one, is known by its recipe.
     """
-    there, here = _starts(copy.file(ENVIRONMENT)), _starts(_content(run_dir / ENVIRONMENT))
+    there, here = _copied_starts(copy.file(ENVIRONMENT)), read_starts(run_dir)
     if there and here:
         return None if there[0] == here[0] else f"first started {_when(there[0])}, and this one {_when(here[0])}"
     recipe = copy.file(RECIPE)
@@ -45,7 +45,7 @@ def abandoned(run_dir: Path, there: Mapping[int, dict[str, Any]]) -> list[int]:
     """
     own = {one.step: one.manifest for one in readable(run_dir)}
     entries = [ledger.Entry(**line) for line in read_lines(run_dir / ledger.FILE)]
-    starts = _starts(_content(run_dir / ENVIRONMENT))
+    starts = read_starts(run_dir)
 
     def left(step: int, manifest: dict[str, Any]) -> bool:
         rolled_back = any(entry.back_to is not None and entry.back_to < step and manifest["skipped"] <= entry.skipped
@@ -58,8 +58,8 @@ def abandoned(run_dir: Path, there: Mapping[int, dict[str, Any]]) -> list[int]:
             if not (step in own and contains(manifest, own[step])) and left(step, manifest)]  # fmt: skip
 
 
-def _starts(environment: bytes | None) -> list[dict[str, Any]]:
-    """Return the starts in environment.json; none when the file is missing or a write to the store was cut off."""
+def _copied_starts(environment: bytes | None) -> list[dict[str, Any]]:
+    """Like `read_starts`, for the file in the store; none also when a write to the store was cut off."""
     try:
         return json.loads(environment or "")["starts"]
     except ValueError:

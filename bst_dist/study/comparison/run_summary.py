@@ -20,7 +20,7 @@ from bst_dist.report.saved import REPORTS
 from bst_dist.study.comparison.standing import Standing, standing
 from bst_dist.study.runs.results import Result, read_result
 from bst_dist.study.statistics import Estimate
-from bst_dist.train.rundir import ENVIRONMENT, RECIPE, read_recipe
+from bst_dist.train.rundir import RECIPE, read_recipe, read_starts
 
 LAST_STEPS = 20
 """The training loss of a run is the mean over this many of its last steps, because a single step is mostly noise."""
@@ -106,11 +106,11 @@ def summarise(run_dir: Path) -> RunSummary:
     if not path.is_file():
         read_recipe(run_dir)  # raises the UserError
     recipe, result = flat(read_settings(path)), read_result(run_dir)
-    starts = json.loads((run_dir / ENVIRONMENT).read_text())["starts"] if (run_dir / ENVIRONMENT).exists() else [{}]
+    ranks = starts[-1].get("ranks") if (starts := read_starts(run_dir)) else None
     where = standing(run_dir, result.step, recipe.get("train.steps"))
     report = eval_report(run_dir, result.step)
     documents = _by_name(report["corpora"]) if report else {}
-    return RunSummary(result, recipe, where, _parameters(run_dir), starts[-1].get("ranks"), documents)
+    return RunSummary(result, recipe, where, _parameters(run_dir), ranks, documents)
 
 
 def _by_name(corpora: list[dict[str, Any]]) -> dict[str, Documents]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.report.warm_up import WARM_UP_STEPS, by_start
-from bst_dist.train.rundir import ENVIRONMENT
+from bst_dist.train.rundir import read_starts
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,7 @@ class Result:
     @cached_property
     def _starts(self) -> list[dict[str, Any]]:
         """The entries of environment.json; an empty one if there is no such file."""
-        path = self.directory / ENVIRONMENT
-        return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else [{}]
+        return read_starts(self.directory) or [{}]
 
 
 def read_result(directory: Path) -> Result:

@@ -13,7 +13,16 @@ from bst_dist.config import Recipe, load_recipe
 from bst_dist.faults.lease import LEASE
 from bst_dist.faults.stacks import STACKS
 from bst_dist.report.metrics import FILE, read_lines
-from bst_dist.train.rundir import DS_CONFIG, ENVIRONMENT, FROM_COPIES, OUTCOME, RECIPE, read_outcome, read_recipe
+from bst_dist.train.rundir import (
+    DS_CONFIG,
+    ENVIRONMENT,
+    FROM_COPIES,
+    OUTCOME,
+    RECIPE,
+    read_outcome,
+    read_recipe,
+    read_starts,
+)
 from bst_dist.train.start.changes import changes, listed
 
 EARLY = (CHECKPOINTS, "heartbeats", LEASE, STACKS)
@@ -67,7 +76,7 @@ def check(
     if stored.exists() and (found := _changed(json.loads(stored.read_text()), completed)):
         raise RunDirectoryError(listed(f"{run_dir}: holds a run with another DeepSpeed configuration:", found))
     held = committed(run_dir)
-    if held and not (run_dir / ENVIRONMENT).exists():
+    if held and not read_starts(run_dir):
         raise RunDirectoryError(
             f"{run_dir}: imported weights, which cannot be resumed: start another run from them, in another "
             f"--run-dir, with initial_weights.run={run_dir} initial_weights.step={step_of(held[0])}"
@@ -115,9 +124,8 @@ def shown_steps(run_dir: Path) -> str | None:
         return None
     recipe = load_recipe(run_dir / RECIPE)
     first = recipe.branch.step if recipe.branch else 0
-    environment, outcome = run_dir / ENVIRONMENT, read_outcome(run_dir) or {}
-    starts = json.loads(environment.read_text())["starts"] if environment.exists() else []
-    resumed = (start.get("from_step", 0) for start in starts if FROM_COPIES not in start)
+    outcome = read_outcome(run_dir) or {}
+    resumed = (start.get("from_step", 0) for start in read_starts(run_dir) if FROM_COPIES not in start)
     if (begun := max(resumed, default=0)) > first:
         return f"{ENVIRONMENT} has a start that resumed from step {begun}"
     if (reached := outcome.get("step", 0)) > first:
