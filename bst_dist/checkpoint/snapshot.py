@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from bst_base.clock import utc_now
 from bst_base.errors import StorageError
 from bst_dist.checkpoint import rng, saving
 from bst_dist.checkpoint.config import CheckpointConfig
@@ -131,7 +131,7 @@ class Snapshots:
             "groups": self.identity.groups,
             "layout": vars(self.identity.layout),
             "versions": self._versions,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "time": utc_now(),
         }
 
     def own(self, position: Position) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bst_base.clock import utc_now
 from bst_base.errors import StorageError, UserError
 from bst_base.files import sync_directory
 from bst_dist.faults.ending import end
@@ -179,7 +180,7 @@ def _take(run_dir: Path, epoch: int, lost: Callable[[str], None] | None) -> Leas
 def _about(environ: Mapping[str, str]) -> dict[str, Any]:
     job = next((f"{kind} {environ[name]}" for name, kind in JOBS.items() if environ.get(name)), None)
     return {"host": socket.gethostname(), "pid": os.getpid(), "job": job, "machine": _machine(),
-            "started": _started(os.getpid()), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "started": _started(os.getpid()), "time": utc_now(),
             "beats": 0}  # fmt: skip
 
 

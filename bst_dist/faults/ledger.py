@@ -9,11 +9,11 @@ adds them again when it repeats those steps.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from bst_base.clock import utc_now
 from bst_base.files import atomic_file, path_in_errors, sync_directory, sync_file
 from bst_dist.report import metrics
 from bst_dist.report.metrics import keep_dropped, read_lines
@@ -39,7 +39,7 @@ class Entry:
     """stop, skip, roll-back, change or resumed."""
     back_to: int | None = None
     """The step of the checkpoint that a roll-back continued from."""
-    time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), compare=False)
+    time: str = field(default_factory=utc_now, compare=False)
 
     @property
     def data_step(self) -> int:

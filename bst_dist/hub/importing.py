@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bst_base.clock import utc_now
 from bst_base.errors import UserError
 from bst_base.files import atomic_directory
 from bst_base.settings import dump, overridden, parse
@@ -164,7 +164,7 @@ def _write_checkpoint(path: Path, tensors: _Tensors, about: dict[str, Any]) -> N
             write_values(file, tensors.read(piece.name))
     unknown = {"tokens": 0, "validation_loss_nats": None, "data": {}, "skipped": 0, "updates": 0, "groups": {},
                "layout": {"ranks": 1, "sp": 1, "zero_stage": 0}, "versions": versions(),
-               "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip
+               "time": utc_now()}  # fmt: skip
     records = {name: {**record, "rank": 0} for name, record in files.records.items()}
     about = {key: value for key, value in about.items() if key != PLACES}  # it describes other files
     (path / MANIFEST).write_text(json.dumps({**unknown, **about, "format": FORMAT, "files": records}, indent=1))

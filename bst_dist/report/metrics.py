@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -14,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from bst_base.clock import utc_now
 from bst_base.errors import StorageError
 from bst_base.files import atomic_file
 
@@ -252,7 +252,7 @@ def keep_dropped(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Append `lines`, which are about to be removed from the JSON Lines file `path`, to its file of dropped lines."""
     if not lines:
         return
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    when = utc_now()
     with dropped(path).open("ab") as file:
         file.writelines(json.dumps({**line, "dropped": when}).encode() + b"\n" for line in lines)
         file.flush()

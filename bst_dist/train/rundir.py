@@ -18,10 +18,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import time
 from pathlib import Path
 from typing import Any
 
+from bst_base.clock import utc_now
 from bst_base.errors import UserError
 from bst_base.files import atomic_file
 from bst_base.settings import dump
@@ -61,7 +61,7 @@ def prepare(
     """
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     (run_dir / OUTCOME).unlink(missing_ok=True)
-    starts = [*read_starts(run_dir), {"time": _now(), "versions": versions(), **start}]
+    starts = [*read_starts(run_dir), {"time": utc_now(), "versions": versions(), **start}]
     _write(run_dir / RECIPE, dump(recipe))
     _write(run_dir / DS_CONFIG, json.dumps(completed, indent=2) + "\n")
     _write(run_dir / ENVIRONMENT, json.dumps({"starts": starts}, indent=2) + "\n")
@@ -87,7 +87,7 @@ def require_starts(run_dir: Path) -> list[dict[str, Any]]:
 
 def finish(run_dir: Path, outcome: dict[str, Any]) -> None:
     """Write outcome.json: how this start ended."""
-    _write(run_dir / OUTCOME, json.dumps({"time": _now(), **outcome}, indent=2) + "\n")
+    _write(run_dir / OUTCOME, json.dumps({"time": utc_now(), **outcome}, indent=2) + "\n")
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any] | None:
@@ -124,7 +124,3 @@ def tokenizer_of(run_dir: Path) -> str | None:
 def _write(path: Path, text: str) -> None:
     with atomic_file(path) as file:
         file.write(text.encode())
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

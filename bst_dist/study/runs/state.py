@@ -14,13 +14,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from bst_base.clock import utc_now
 from bst_base.files import write_text
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.runs.recipes import Job
@@ -40,15 +40,11 @@ class RunStatus:
     reason: str = ""
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
 @dataclass(frozen=True, kw_only=True)
 class FailedStart:
     """A start that did not finish its run."""
 
-    time: str = field(default_factory=_now)
+    time: str = field(default_factory=utc_now)
     status: str
     """"failed" or "out of memory"."""
     reason: str
