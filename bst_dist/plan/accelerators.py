@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,13 @@ from bst_base.settings import Config, ConfigError, parse
 FILE = Path(__file__).with_name("accelerators.yaml")
 
 
+VENDORS = ("NVIDIA", "AMD", "INSTINCT")
+"""First words of device names that say nothing about the model."""
+FORMS = {"SXM", "SXM2", "SXM4", "SXM5", "SXM6", "PCIE", "OAM", "HBM2", "HBM2E", "HBM3", "HBM3E"}
+"""Words of device names that say only in which form a model comes. The peak of a model with any other word differs, or
+is not known: L40S and L40, H100 NVL, a part of a device (MIG), a virtual one."""
+
+
 class UnknownAcceleratorError(UserError):
     """The name of an accelerator is in no file."""
 
@@ -25,7 +33,8 @@ class Accelerator(Config):
     title: str
     """Full name."""
     device: str = ""
-    """Part of the device name that the driver reports; empty: never matched by that name."""
+    """Model in the device name that the driver reports, such as H100 or H100 PCIe; empty: never matched by that name.
+    The driver may add its vendor, a form (SXM4, PCIe, HBM3) and this memory, but no other words."""
     memory_gb: float = Field(gt=0)
     """Memory in 10^9 bytes."""
     bf16_tflops: float = Field(gt=0)
@@ -46,6 +55,12 @@ class Accelerator(Config):
     """Share of the peak that attention kernels reach, relative to the FLOPs counted for them."""
     shares: str = "assumed; measured on no such device"
     """Source of the two shares `products` and `attention`."""
+
+    def is_called(self, driver: str) -> bool:
+        """Whether the driver's device name names this model."""
+        own, found = _words(self.device), _words(driver)
+        forms = FORMS | {f"{self.memory_gb:g}GB"}
+        return bool(own) and own[:1] == found[:1] and set(own) <= set(found) <= set(own) | forms
 
 
 def accelerators(own: Path | None = None) -> dict[str, Accelerator]:
@@ -70,8 +85,17 @@ def accelerator(name: str, own: Path | None = None) -> Accelerator:
 
 
 def of_device(name: str) -> Accelerator | None:
-    """Return the accelerator for a device name reported by the driver, or None."""
-    return next((found for found in _shipped().values() if found.device and found.device in name), None)
+    """Return the accelerator for a device name reported by the driver, or None. The longest match counts."""
+    found = [one for one in _shipped().values() if one.is_called(name)]
+    return max(found, key=lambda one: len(_words(one.device)), default=None)
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a device name in capitals, without the vendor in front."""
+    words = re.split(r"[\s-]+", name.strip().upper())
+    while words[0] in VENDORS and len(words) > 1:
+        words = words[1:]
+    return words if words[0] else []
 
 
 @cache

@@ -79,7 +79,7 @@ def _times(lines: Sequence[dict], recipe: Recipe) -> list[float]:
 
 def _require(run: Path, ran_on: str | None, device: Accelerator) -> None:
     """Raise UserError if the run is known to have run on another device."""
-    if ran_on is not None and device.device and device.device not in ran_on:
+    if ran_on is not None and device.device and not device.is_called(ran_on):
         raise UserError(
             f"{run} ran on {ran_on}, not on {device.title}: --gpu names what it ran on; devices of your own are added "
             "with --accelerators FILE"
