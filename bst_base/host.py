@@ -1,8 +1,9 @@
-"""Services of the host: a free port, and the end of a process with its parent."""
+"""Services of the host: a free port, the end of a process with its parent, and its limit of open files."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import secrets
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 _HANDED_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST_PORT = 10_000  # most services use ports below this
 _TRIES = 100
+_MOST_OPEN_FILES = 1 << 20  # programs that loop over all possible descriptors take seconds with a higher limit
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
@@ -61,3 +63,20 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, number)
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit of open files (`ulimit -n`), and that of its later children, to `most_open_files`.
+
+    Shells usually set 1024, for programs that call select(2), and every process may raise it to the hard limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < most_open_files():
+        with suppress(ValueError, OSError):  # a sandbox may refuse it; the limit then stays
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most_open_files(), hard))
+
+
+def most_open_files() -> int:
+    """Return the limit of open files that a process of this user may set for itself, at most a million."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)

@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from bst_base.host import allow_open_files
 from bst_dist.faults.status import USER_ERROR
 from bst_dist.parallel.devices import cpu_refusal
 
@@ -73,6 +74,7 @@ def slowness(seconds: Sequence[float], rank: int) -> str | None:
 
 def main() -> int:
     """Run the checks; return the exit status: 0 when every rank took part and none is slow."""
+    allow_open_files()  # rank 0 holds a connection of every rank
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = torch.device("cpu") if accelerator is None else torch.device(accelerator, int(os.environ["LOCAL_RANK"]))

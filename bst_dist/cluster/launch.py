@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.arguments import at_least, seconds
-from bst_base.host import without_brackets
+from bst_base.host import allow_open_files, without_brackets
 from bst_base.shipped import RECIPES, find
 from bst_base.stopping import Stopped
 from bst_dist.cluster.controller import LaunchOptions, agent_command
@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run:
         return _show(job, hosts, options)
     require(options.launcher)
+    allow_open_files()  # a connection of every host
     with catch_stop_signals() as stop_signals:
         supervisor = Supervisor(job, hosts, options, Restarts(asked.run_dir, args.max_restarts), stop_signals)
         if args.check:

@@ -29,8 +29,12 @@ from bst_dist.cluster.processes import signal_session
 CLOCK_S = 2.0
 """Clock offset in seconds above which a warning is printed. No result depends on clocks, but users compare the times
 of logs and files."""
-CHECKS = ("ssh", "versions", "code", "files", "shared", "space", "ranks", "devices", "memory", "sum", "speed")
+CHECKS = ("ssh", "versions", "code", "files", "shared", "space", "ranks", "devices", "memory", "limits", "sum",
+          "speed")  # fmt: skip
 """The names of the checks, as `--accept` takes them."""
+FILES_PER_RANK, OWN_FILES = 3, 512
+"""Open files of rank 0's process: its connections with each rank (torch's, that of the heartbeats, and one more while
+the ranks meet or report an error), and its own, of which up to 256 are shards of the corpus."""
 LOGIN_S = 30.0
 """Maximum seconds for an ssh login; ssh's own limit ends with the TCP connection, and a login may hang after that."""
 
@@ -151,7 +155,10 @@ def judge(checked: Sequence[Checked], job: str, needed_bytes: int, accepted: Col
         if not one.answer:
             one.problems += [] if one.problems else ["no answer: does a file system hang?"]
             continue
-        for check, problem in _problems(one, common, job, needed_bytes):
+        problems = [*_problems(one, common, job, needed_bytes)]
+        if one is checked[0]:  # rank 0 will be there
+            problems += _limits(one, sum(each.host.slots for each in checked))
+        for check, problem in problems:
             if check in accepted:
                 one.warnings.append(f"{problem} (accepted: {check})")
             else:
@@ -178,6 +185,16 @@ def _problems(one: Checked, common: Mapping[str, tuple[str, str]], job: str, nee
         yield (
             "memory",
             f"accelerator {device} has {errors} uncorrected memory errors: reset or replace it",
+        )
+
+
+def _limits(first: Checked, ranks: int) -> Found:
+    """Yield the problem of a host whose processes may not open as many files as rank 0 of so many ranks needs."""
+    most, needed = first.answer["open_files"], FILES_PER_RANK * ranks + OWN_FILES
+    if most < needed:
+        yield (
+            "limits",
+            f"a process may open {most:,} files, rank 0 of {ranks} needs {needed:,}: raise the hard limit (ulimit -Hn)",
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from bst_base.host import most_open_files
 from bst_dist.parallel.devices import device_files
 from bst_dist.version import PACKAGES
 
@@ -37,6 +38,7 @@ def probe(job: str, files: Sequence[str], run_dir: str, write: bool) -> dict[str
         "ranks": old_ranks(run_dir),
         "devices": device_files(),
         "memory_errors": memory_errors(),
+        "open_files": most_open_files(),
     }
 
 

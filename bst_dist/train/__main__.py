@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from bst_base.arguments import at_least
 from bst_base.errors import StorageError, UserError
 from bst_base.files import FULL
+from bst_base.host import allow_open_files
 from bst_base.importing import uncollected
 from bst_base.stopping import Stopped
 from bst_dist.faults import signals, status
@@ -74,6 +75,7 @@ def request(args: argparse.Namespace) -> Request:
 def main(argv: list[str] | None = None) -> int:
     """Run one rank and return its exit status."""
     notice = signals.listen()
+    allow_open_files()  # rank 0 holds several connections of every rank
     # A closed terminal must not cost the checkpoint.
     sys.stdout, sys.stderr = IgnoreWriteErrors(sys.stdout), IgnoreWriteErrors(sys.stderr)
     parser = argparse.ArgumentParser(prog="bst_dist.train", description=__doc__,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -55,3 +58,18 @@ def test_kernel_chooses_the_port_if_no_other_range_is_known(handed_out, monkeypa
 def test_ipv6_address_with_port_is_in_brackets(address, written):
     assert with_port(address, 80) == written
     assert without_brackets(written.rpartition(":")[0]) == address
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [(64, 4096, 4096), (64, 1 << 20, 1 << 20), (64, 3 << 20, 1 << 20), (2 << 20, 3 << 20, 2 << 20), (64, 64, 64)],
+)
+def test_the_limit_of_open_files_is_raised_and_never_lowered(soft, hard, raised):
+    """In a process of its own, which bash starts with these limits."""
+    if hard > resource.getrlimit(resource.RLIMIT_NOFILE)[1]:
+        pytest.skip(f"this process may not open {hard:,} files")
+    program = ("from bst_base.host import allow_open_files; allow_open_files(); import resource; "
+               "print(*resource.getrlimit(resource.RLIMIT_NOFILE))")  # fmt: skip
+    limited = f"ulimit -Sn {soft} && ulimit -Hn {hard} && exec {sys.executable} -c '{program}'"
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert done.stdout.split() == [str(raised), str(hard)], done.stderr

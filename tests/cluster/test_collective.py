@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from bst_base.host import free_port
 from bst_dist.cluster import collective
@@ -33,6 +35,27 @@ def test_ranks_that_can_communicate_exit_with_status_0():
     command = [sys.executable, "-m", "bst_dist.cluster.collective"]
     ranks = [subprocess.Popen(command, env={**os.environ, **share.environment(rank)}) for rank in range(2)]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize("program", ["collective", "train"])
+def test_rank_0_has_room_for_the_connections_of_many_ranks(program, recipe, tmp_path):
+    """200 connections, as of other ranks, to a rank 0 whose shell allows 100 files and lets it allow itself more."""
+    share = Share(0, 2, 2, "127.0.0.1", free_port())
+    options = {"collective": [], "train": [str(recipe(2)), "--run-dir", str(tmp_path / "run")]}[program]
+    where = {"collective": "bst_dist.cluster.collective", "train": "bst_dist.train"}[program]
+    command = [sys.executable, "-m", where, *options]
+
+    def start(rank: int) -> subprocess.Popen[bytes]:
+        limited = ["bash", "-c", 'ulimit -Sn 100 && exec "$@"', "bash", *command]
+        return subprocess.Popen(limited, env={**os.environ, **share.environment(rank)})
+
+    first = start(0)
+    others = []
+    for number in range(200):
+        others.append(TCPStore(share.address, share.port, is_master=False, timeout=timedelta(seconds=60)))
+        others[-1].set(f"other {number}", "here")
+    second = start(1)
+    assert [first.wait(120), second.wait(120)] == [0, 0]
 
 
 @pytest.mark.parametrize(("words", "statuses"), [([], [0, 0, 1]), (["--any-speed"], [0, 0, 0])])

@@ -28,7 +28,7 @@ from bst_dist.cluster.probe import memory_errors, old_ranks, probe, unmark
 SOUND: dict[str, Any] = {
     "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"}, "code": "c" * 64, "nonce": "job",
     "files": {"/shared/recipe.yaml": "a" * 64, "/shared/corpus/manifest.json": "b" * 64}, "free_bytes": 10**12,
-    "ranks": [], "devices": [], "memory_errors": {},
+    "ranks": [], "devices": [], "memory_errors": {}, "open_files": 4096,
 }  # fmt: skip
 
 
@@ -68,6 +68,7 @@ def test_healthy_hosts_have_no_problems():
         ({"free_bytes": 10**8}, "100.0 MB free for the run directory, its checkpoints take 1.0 GB"),
         ({"devices": ["nvidia0", "nvidia1"]}, "8 slots, but 2 accelerators"),
         ({"memory_errors": {"3": 2}}, "accelerator 3 has 2 uncorrected memory errors"),
+        ({"open_files": 583}, "a process may open 583 files, rank 0 of 24 needs 584: raise the hard limit"),
         ({"ranks": [4711]}, "ranks of an earlier start still train in this run directory (processes 4711)"),
     ],
 )
@@ -89,6 +90,7 @@ def test_the_host_that_differs_is_reported_even_if_it_is_first(change, said):
         ("ranks", {"ranks": [4711]}),
         ("devices", {"devices": ["nvidia0"]}),
         ("memory", {"memory_errors": {"3": 2}}),
+        ("limits", {"open_files": 256}),
     ],
 )
 def test_accepted_problems_do_not_prevent_a_start_and_are_shown(check, change, capsys):
@@ -97,6 +99,10 @@ def test_accepted_problems_do_not_prevent_a_start_and_are_shown(check, change, c
     show([first])
     assert f"(accepted: {check})" in capsys.readouterr().out
     assert checked_hosts(change, accepted=set(CHECKS) - {check})[0].problems
+
+
+def test_only_the_host_of_rank_0_needs_many_open_files():
+    assert judged({}, {"open_files": 256}) == [[], [], []]
 
 
 @pytest.mark.parametrize(("clock", "said"), [(300.0, "300.0 s ahead"), (-3.0, "3.0 s behind")])

@@ -22,7 +22,7 @@ import torch
 from torch import distributed
 
 from bst_base.errors import UserError
-from bst_base.host import free_port
+from bst_base.host import allow_open_files, free_port
 from bst_base.launched import require_single_process
 from bst_dist.cluster.local import launch
 from bst_dist.cluster.processes import Share
@@ -78,6 +78,7 @@ def joined() -> Iterator[Readers]:
         return
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(own_device(torch.accelerator.device_count()))
+    allow_open_files()  # rank 0 holds a connection of every rank
     distributed.init_process_group("gloo", timeout=LIMIT)
     try:
         yield Readers(distributed.get_rank(), distributed.get_world_size())
