@@ -16,10 +16,11 @@ sequences.
 A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop. A second Ctrl-C ends
 them at once and loses what was trained since the last checkpoint. Repeating any other signal changes nothing.
 
-The ranks get LD_LIBRARY_PATH, the variables whose names begin with NCCL_, GLOO_, TORCH, DS_, DEEPSPEED_, CUDA_, OMP_,
-MKL_, UCX_, FI_, PYTHON, AWS_, WANDB_ or MLFLOW_, and those in a file .deepspeed_env, here or in the home directory.
-Over ssh they do not get CUDA_VISIBLE_DEVICES: choose a host's devices with `devices=0,1` after the slots in the
-hostfile.
+The ranks get LD_LIBRARY_PATH, the variables whose names begin with NCCL_, RCCL_, GLOO_, TORCH, PYTORCH_, TRITON_, DS_,
+DEEPSPEED_, CUDA_, CUBLAS_, HIP_, HSA_, MIOPEN_, OMP_, MKL_, UCX_, FI_, PYTHON, AWS_, WANDB_ or MLFLOW_, and those in a
+file .deepspeed_env, here or in the home directory. Over ssh they do not get CUDA_VISIBLE_DEVICES, nor
+HIP_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES and GPU_DEVICE_ORDINAL: choose a host's devices with `devices=0,1` after the
+slots in the hostfile.
 
 Exit status: 0: all requested steps are done. 2: the arguments or the recipe are wrong, the run diverged, or a host
 failed a check. 75: stopped by a signal, with a checkpoint if ranks of the run were running. 74: a host could not read

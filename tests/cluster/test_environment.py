@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bst_dist.cluster.environment import EnvironmentFileError, handed_on, kept_back, read_file, shown
+from bst_dist.cluster.environment import NAMES, PREFIXES, EnvironmentFileError, handed_on, kept_back, read_file, shown
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_only_variables_that_concern_the_ranks_are_passed_on(tmp_path):
     concerns = {"NCCL_DEBUG": "WARN", "AWS_REGION": "x", "CUDA_LAUNCH_BLOCKING": "1", "LD_LIBRARY_PATH": "/opt/lib",
-                "WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "http://host:5000"}  # fmt: skip
-    other = {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "RANK": "3", "SLURM_PROCID": "1"}
+                "WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "http://host:5000",
+                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":16:8",
+                "TORCHINDUCTOR_CACHE_DIR": "/local/1", "TRITON_CACHE_DIR": "/local/2", "HSA_FORCE_FINE_GRAIN_PCIE": "1",
+                "MIOPEN_USER_DB_PATH": "/local/3", "RCCL_MSCCL_ENABLE": "0", "HIP_LAUNCH_BLOCKING": "1"}  # fmt: skip
+    devices = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+    other = {"HOME": "/root", "RANK": "3", "SLURM_PROCID": "1", **dict.fromkeys(devices, "0")}
     assert handed_on(concerns | other, [tmp_path]) == concerns
-    (line,) = kept_back(concerns | other)
-    assert "CUDA_VISIBLE_DEVICES=0 applies to this machine only" in line
+    told = kept_back(concerns | other)
+    assert [line.split(" applies to this machine only")[0] for line in told] == [f"{name}=0" for name in devices]
     assert kept_back(concerns) == []
+
+
+@pytest.mark.parametrize("path", ["docs/operations.md", "launch/cluster/environment.sh", "bst_dist/cluster/launch.py"])
+def test_every_text_that_lists_the_variables_lists_all(path):
+    text = (ROOT / path).read_text()
+    assert [name for name in PREFIXES + NAMES if not re.search(rf"\b{name}(?![A-Z])", text)] == []
 
 
 @pytest.mark.parametrize(
