@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,13 @@ from bst_dist.cluster.processes import catch_stop_signals, signal_session
 from bst_dist.config import load_recipe
 from bst_dist.faults.status import RESUBMIT
 from bst_dist.study.runs.recipes import Job
-from bst_dist.study.runs.state import OUT_OF_MEMORY, FailedStart, State
+from bst_dist.study.runs.state import OUT_OF_MEMORY, FailedStart, State, Status
 from bst_dist.train.rundir import RECIPE
 
 POLL_S = 0.5
+LOOK_S = 30.0
+"""Mean time between two looks at runs that other commands may be training. A look asks the file system for several
+files of each run, and an array of tasks has many commands, so that they look at random times."""
 SAVING_S = 30.0
 """Time for all processes together to end after SIGTERM. A process that compiles does not react to the signal."""
 MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory")
@@ -60,6 +64,8 @@ class Runner:
         self.per_device, self.until = per_device, until
         self.workers: list[Worker] = []
         self.ended: set[str] = set()
+        """Runs whose status (done, failed or diverged) is not read again."""
+        self._left, self._next_look = True, 0.0
 
     def run(self, watch: Callable[[list[Worker]], None]) -> None:
         """Start runs until none is left, and call `watch` regularly. End them on a signal or when `until` is reached.
@@ -72,7 +78,7 @@ class Runner:
                     self._collect()
                     self._fill()
                     watch(self.workers)
-                    if not self.workers and not self._elsewhere():
+                    if not self.workers and not self._left:
                         return
                     time.sleep(POLL_S)
             finally:
@@ -81,12 +87,20 @@ class Runner:
             raise KeyboardInterrupt
 
     def _fill(self) -> None:
-        """Start the runs that are ready, in the order of the plan, while workers are free."""
-        for run in self._open():
+        """Start the runs that are ready, in the order of the plan, while workers are free.
+
+        When workers stay free, the next look at the runs is after LOOK_S, or when a run of this command has ended.
+        """
+        if len(self.workers) == self.limit or time.monotonic() < self._next_look:
+            return
+        left = False
+        for run, status in self._open():
+            left = True  # another command trains it, or it waits for one that another command trains
+            if status == "waiting" and self.state.ready(run):
+                self._start(run)
             if len(self.workers) == self.limit:
                 return
-            if self.state.status_of(run).status == "waiting" and self.state.ready(run):
-                self._start(run)
+        self._left, self._next_look = left, time.monotonic() + LOOK_S * random.uniform(0.5, 1.5)
 
     def _start(self, run: Job) -> None:
         lock = self.state.lock(run.name)
@@ -160,6 +174,7 @@ class Runner:
         """Record and print how processes have ended since the last call."""
         for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
             self.workers.remove(worker)
+            self._next_look = 0.0  # it may be a trunk, or has to be started again
             name, seconds = worker.run.name, time.monotonic() - worker.started
             run_status = self.state.status_of(worker.run)
             stopped = worker.process.returncode == RESUBMIT  # another process's signal ended it, with a checkpoint
@@ -184,21 +199,17 @@ class Runner:
             time_s=seconds,
         )
 
-    def _elsewhere(self) -> bool:
-        """Whether another command is still training runs, or runs wait for one of these."""
-        return any(self.state.status_of(run).status in ("running", "waiting") for run in self._open())
-
-    def _open(self) -> list[Job]:
-        """Return the runs that have not ended (done, failed or diverged) and that this command is not training.
-
-        The status of ended runs is not read again.
-        """
+    def _open(self) -> Iterator[tuple[Job, Status]]:
+        """Yield the runs that have not ended and that this command is not training, with their status."""
         running = {worker.run.name for worker in self.workers}
-        left = [run for run in self.runs if run.name not in self.ended]
-        for run in left:
-            if run.name not in running and self.state.status_of(run).status in ("done", "failed", "diverged"):
+        for run in self.runs:
+            if run.name in self.ended | running:
+                continue
+            status = self.state.status_of(run).status
+            if status in ("done", "failed", "diverged"):
                 self.ended.add(run.name)
-        return [run for run in left if run.name not in self.ended | running]
+            else:
+                yield run, status
 
     def _end(self) -> None:
         """End the remaining processes. Steps after their last checkpoint are repeated at the next start."""

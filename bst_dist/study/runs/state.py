@@ -113,13 +113,7 @@ class State:
         """
         path = self.path("locks", name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        return handle
+        return _locked(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
 
     def progress(self, name: str) -> dict[str, Any] | None:
         """Return the metrics of the last training step that the run has reported; None before the first."""
@@ -148,9 +142,20 @@ class State:
 
     def _locked(self, name: str) -> bool:
         """Whether a process holds the run's lock. Creates no lock file for a run that was never started."""
-        if not self.path("locks", name).exists():
+        try:
+            handle = _locked(os.open(self.path("locks", name), os.O_RDWR))
+        except FileNotFoundError:
             return False
-        handle = self.lock(name)
         if handle is not None:
             os.close(handle)
         return handle is None
+
+
+def _locked(handle: int) -> int | None:
+    """Lock an open file and return its descriptor; close it and return None if another process holds the lock."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle

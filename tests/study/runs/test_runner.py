@@ -89,6 +89,7 @@ def sweep(tmp_path, monkeypatch):
         "arms": {"all": {}}, "shape": {"head_width": 4},
     }  # fmt: skip
     monkeypatch.setattr("bst_dist.study.runs.runner.POLL_S", 0.02)
+    monkeypatch.setattr("bst_dist.study.runs.runner.LOOK_S", 0.02)
     config = parse(SweepConfig, settings)
     designer = Designer(config)
     runs, state = designer.runs(designer.cells()), State(config.root, config.retries)
@@ -216,6 +217,50 @@ def test_unresponsive_processes_are_killed_after_one_common_wait(sweep, monkeypa
     runner._end()
     assert len(killed) == 4
     assert clock[0] == SAVING_S
+
+
+class Quiet:
+    """A process that runs until it is told to end."""
+
+    pid = returncode = None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+
+def test_runs_of_others_are_looked_at_rarely_and_not_at_all_without_a_free_worker(sweep, monkeypatch):
+    """All other runs are trained elsewhere; the clock is the test's."""
+    clock, asked, process = [100.0], [], Quiet()
+    monkeypatch.setattr("bst_dist.study.runs.runner.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("bst_dist.study.runs.runner.LOOK_S", 30.0)
+    first, *others = sweep.runs
+    held = [sweep.state.lock(run.name) for run in others]
+    look = sweep.state.status_of
+    monkeypatch.setattr(sweep.state, "status_of", lambda run: asked.append(run.name) or look(run))
+
+    def turns(runner: Runner, number: int, seconds: float) -> int:
+        """Return the questions that turns within so many seconds ask."""
+        asked.clear()
+        for _ in range(number):
+            clock[0] += seconds / number
+            runner._collect()
+            runner._fill()
+        return len(asked)
+
+    busy = Runner(sweep.runs, sweep.state, 1, lambda text: None)
+    busy.workers = [Worker(first, process, 0)]
+    assert turns(busy, 1000, 3600.0) == 0
+    free = Runner(sweep.runs, sweep.state, 2, lambda text: None)
+    free.workers = [Worker(first, process, 0)]
+    assert turns(free, 1, 0.5) == len(others)
+    assert turns(free, 20, 14.0) == 0
+    assert len(others) <= turns(free, 2, 60.0) <= 2 * len(others)
+    monkeypatch.setattr(free, "_start", lambda run: asked.append(f"start {run.name}"))
+    process.returncode = 75  # stopped by a signal: to be started again, and at once
+    turns(free, 1, 0.1)
+    assert f"start {first.name}" in asked
+    for descriptor in held:
+        os.close(descriptor)
 
 
 def test_workers_get_separate_accelerators(sweep, monkeypatch):
