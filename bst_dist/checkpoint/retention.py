@@ -149,7 +149,12 @@ def retain(run_dir: Path, config: CheckpointConfig, constant_until: int | None =
 
 
 def keep_only_weights(held: CheckpointEntry) -> None:
-    """Remove everything but the weights from a checkpoint; if killed midway, it is still a valid checkpoint."""
+    """Remove everything but the weights from a checkpoint; if killed midway, it is still a valid checkpoint.
+
+    A link is left as it is: the archive it points to is not this run's to thin.
+    """
+    if held.path.is_symlink():
+        return
     kept = {name: record for name, record in held.manifest["files"].items() if name.startswith(f"{WEIGHTS}-")}
     if held.full:
         with atomic_file(held.path / MANIFEST) as file:

@@ -155,6 +155,10 @@ def test_of_a_linked_checkpoint_gc_removes_only_the_link(run_dir, tmp_path):
     lost = run_dir / "checkpoints" / "step-00000005.deleted"
     lost.symlink_to(tmp_path / "gone")
     os.utime(lost, (0, 0), follow_symlinks=False)
+    assert ckpt("gc", run_dir, "checkpoint.weights_every=20", report=tmp_path / "r.json")[1]["removals"].keys() == {
+        "step-00000010",
+        lost.name,
+    }  # of step 20 the weights are kept, and the archive has them
     there = directory(run_dir, 10), directory(run_dir, 40)
     size = sum(file.stat().st_size for path in there for file in path.iterdir())
     status, report = ckpt("gc", run_dir, "--delete", report=tmp_path / "r.json")

@@ -203,6 +203,19 @@ def test_of_a_linked_checkpoint_only_the_link_is_removed(tmp_path, caplog):
     assert caplog.messages == []
 
 
+def test_nothing_is_removed_from_the_archive_of_a_linked_checkpoint(tmp_path, caplog):
+    archive = hold(tmp_path / "archive", 10)
+    for step in (20, 30):
+        hold(tmp_path, step)
+    directory(tmp_path, 10).symlink_to(archive)
+    before = {path.name: path.read_bytes() for path in archive.iterdir()}
+    retention.tidy(tmp_path, CheckpointConfig(keep_last=1, weights_every=10, every=50))
+    assert names(tmp_path) == ["step-00000010", "step-00000020", "step-00000030"]
+    assert not held(tmp_path, 20).full and held(tmp_path, 10).full
+    assert {path.name: path.read_bytes() for path in archive.iterdir()} == before
+    assert caplog.messages == []
+
+
 def test_a_checkpoint_that_cannot_be_renamed_does_not_keep_the_others(tmp_path, monkeypatch, caplog):
     for step in (10, 20, 30, 40):
         hold(tmp_path, step)

@@ -82,7 +82,7 @@ def plan(run_dir: Path, config: CheckpointConfig, constant_until: int | None = N
         for one in valid:
             if not kept[one.step]:
                 yield Removal(one.path, "not kept by the run's settings", _bytes(one.path))
-            elif kept[one.step] == ["weights"] and one.full:
+            elif kept[one.step] == ["weights"] and one.full and not one.path.is_symlink():
                 yield Removal(one.path, "only its weights are kept", _bytes(one.path, but=WEIGHTS), thinned=one)
         for path, findings in sorted(found.items()):
             if findings and not any(finding.what == MISSING for finding in findings):
