@@ -73,11 +73,12 @@ def filled(url: str) -> tuple[str, dict[str, str]]:
     Raises UserError for a variable that is not set.
     """
     hidden: dict[str, str] = {}
+    shown = redacted(url)
     for secret in reversed(secrets_in(url)):
         value, name = secret.value, "…"
         if variable := _VARIABLE.fullmatch(value):
             if variable[1] not in os.environ:
-                raise UserError(f"{url}: the environment variable {variable[1]} is not set")
+                raise UserError(f"{shown}: the environment variable {variable[1]} is not set")
             value, name = os.environ[variable[1]], value
         forms = {value, quote(value, safe=""), unquote(value)}  # clients quote addresses in different ways
         hidden |= {form: name for form in forms if form}

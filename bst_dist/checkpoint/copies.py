@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from bst_base.addresses import filled, redacted
 from bst_base.errors import StorageError, UserError
 from bst_base.files import atomic_file, sync_directory
 from bst_dist.checkpoint.directory import (
@@ -42,18 +43,21 @@ class RunCopy:
     """The copy of a run at a URL that fsspec supports: ``s3://bucket/run``, ``gs://…``, ``file:///…``.
 
     The store's client reads credentials and endpoints from its usual places (for S3 the AWS_… variables), or fsspec
-    from the FSSPEC_… variables. Methods raise StorageError, naming the file, when the store reports an error.
+    from the FSSPEC_… variables. A password in the URL may be given as the name of an environment variable, `$NAME`; no
+    message shows it. Methods raise StorageError, naming the file, when the store reports an error.
     """
 
     def __init__(self, url: str) -> None:
         if "://" not in url:
             raise UserError(f"{url}: not an address of an object store: s3://bucket/run, gs://…, or file:///path")
-        self.url = url.rstrip("/")
+        full, self._hidden = filled(url.rstrip("/"))
+        self.url = redacted(url.rstrip("/"))
+        """The address as it is shown, without a password."""
         try:
-            options = {"auto_mkdir": True} if self.url.startswith("file:") else {}
-            self._fs, self._root = fsspec.url_to_fs(self.url, **options)
+            options = {"auto_mkdir": True} if full.startswith("file:") else {}
+            self._fs, self._root = fsspec.url_to_fs(full, **options)
         except (ImportError, ValueError) as error:
-            raise UserError(f"{url}: {error}") from None
+            raise UserError(f"{self.url}: {self._said(error)}") from None
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints in the store, newest first."""
@@ -118,7 +122,7 @@ class RunCopy:
         except FileNotFoundError:
             return None
         except Exception as error:
-            raise self._error(name, "read", error) from error
+            raise self._error(name, "read", error) from None
 
     def get_checkpoint(self, run_dir: Path, step: int) -> Path:
         """Download a checkpoint into a run directory, completely or not at all; return its path.
@@ -133,7 +137,7 @@ class RunCopy:
         _together([*names, MANIFEST], lambda name: self._get(f"{_place(step)}/{name}", partial / name))
         if found := damage(partial):
             shutil.rmtree(partial)
-            raise CheckpointError(f"{self._at(_place(step))}: {found[0]}; copy it there again, or take another --step")
+            raise CheckpointError(f"{self.url}/{_place(step)}: {found[0]}; copy it there again, or take another --step")
         sync_directory(partial)
         partial.rename(final)
         sync_directory(final.parent)
@@ -162,11 +166,18 @@ class RunCopy:
         try:
             return work()
         except Exception as error:  # every client has its own exception types
-            raise self._error(name, doing, error) from error
+            raise self._error(name, doing, error) from None
 
     def _error(self, name: str, doing: str, error: Exception) -> StorageError:
-        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        reason = f"{type(error).__name__}: {self._said(error)}".rstrip(": ")
         return StorageError(f"{self.url}/{name}: cannot {doing}: {reason}")
+
+    def _said(self, error: Exception) -> str:
+        """Return an error's message without the secrets of the URL."""
+        text = str(error)
+        for secret, name in self._hidden.items():
+            text = text.replace(secret, name)
+        return text
 
 
 def contains(manifest: dict[str, Any], other: dict[str, Any]) -> bool:

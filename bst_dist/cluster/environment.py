@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 
+from bst_base.addresses import SECRET, redacted
 from bst_base.errors import UserError
 
 PREFIXES = ("NCCL_", "RCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "DS_", "DEEPSPEED_", "CUDA_", "CUBLAS_", "HIP_",
@@ -19,7 +19,6 @@ OF_ONE_HOST = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVI
 FILE = ".deepspeed_env"
 FILE_VARIABLE = "DS_ENV_FILE"
 """The variable that names another file; DeepSpeed uses it too."""
-SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD")
 
 
 class EnvironmentFileError(UserError):
@@ -61,11 +60,11 @@ def _variables(path: Path, environment: Mapping[str, str]) -> Iterator[tuple[str
             continue
         name, sign, value = text.removeprefix("export ").partition("=")
         if not sign or not name.strip().isidentifier():
-            raise EnvironmentFileError(f"{path}:{number}: {text!r} sets no variable: write NAME=value")
+            raise EnvironmentFileError(f"{path}:{number}: {name.strip()!r} sets no variable: write NAME=value")
         try:
             words = shlex.split(value, comments=True)
         except ValueError as error:
-            raise EnvironmentFileError(f"{path}:{number}: {text!r}: {error}") from None
+            raise EnvironmentFileError(f"{path}:{number}: {name.strip()}: {error}") from None
         yield name.strip(), Template(" ".join(words)).safe_substitute(environment)
 
 
@@ -80,6 +79,11 @@ def kept_back(environment: Mapping[str, str]) -> list[str]:
 
 
 def shown(environment: Mapping[str, str]) -> str:
-    """Return the variables as text in alphabetical order, with secrets hidden."""
-    hidden = {name: "..." if SECRET.search(name) else value for name, value in environment.items()}
+    """Return the variables as text in alphabetical order, with secrets hidden, also those in addresses."""
+    hidden = {name: "..." if _secret(name) else redacted(value) for name, value in environment.items()}
     return " ".join(f"{name}={value}" for name, value in sorted(hidden.items()))
+
+
+def _secret(name: str) -> bool:
+    """Whether a variable's name says that it holds a secret. Users choose these names, so any kind of key counts."""
+    return bool(SECRET.search(name)) or "key" in name.lower()

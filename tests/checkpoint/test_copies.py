@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 import s3fs
 from fsspec.implementations.local import LocalFileSystem
@@ -161,6 +162,50 @@ def test_an_interrupted_pull_is_repeated_with_all_files(older, url, tmp_path, mo
     monkeypatch.undo()
     assert pull(url, tmp_path / "back") == 0
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == b"pieces"
+
+
+class Vault(LocalFileSystem):
+    """A directory behind a password, whose client puts the password into its messages."""
+
+    protocol, cachable = "vault", False
+
+    def __init__(self, password: str, **_: object) -> None:
+        super().__init__(auto_mkdir=True)
+        self.password = password
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.partition("@host")[2] or path)
+
+    @staticmethod
+    def _get_kwargs_from_urls(url: str) -> dict[str, str]:
+        return {"password": url.partition("me:")[2].partition("@")[0]}
+
+    def glob(self, path: str, **options: object) -> dict[str, object]:
+        if self.password != "hunter2":
+            raise PermissionError(f"me:{self.password} was refused")
+        return super().glob(path, **options)
+
+
+def test_a_password_in_the_address_is_filled_in_and_never_shown(older, tmp_path, monkeypatch, capsys):
+    fsspec.register_implementation("vault", Vault, clobber=True)
+    report, place = tmp_path / "report.json", f"host{tmp_path}/store"
+    monkeypatch.setenv("VAULT_PASSWORD", "hunter2")
+    for run, password in (("a", "$VAULT_PASSWORD"), ("b", "hunter2")):
+        url = f"vault://me:{password}@{place}/{run}"
+        assert push(older, url, "--json", str(report)) == 0
+        assert pull(url, tmp_path / "back" / run) == 0
+        shutil.copytree(older, other := tmp_path / "other" / run)
+        (other / "environment.json").unlink()
+        (other / "recipe.yaml").write_text((older / "recipe.yaml").read_text() + "# another\n")
+        assert pull(url, other) == 2
+    monkeypatch.setenv("VAULT_PASSWORD", "hunter3")
+    for password in ("$VAULT_PASSWORD", "hunter3"):
+        assert push(older, f"vault://me:{password}@{place}/c") == 74
+    said, failed = capsys.readouterr()
+    assert f"vault://me:$VAULT_PASSWORD@{place}/a" in said and f"vault://me:…@{place}/b" in said
+    assert "me:$VAULT_PASSWORD was refused" in failed and "me:… was refused" in failed
+    assert "hunter" not in said + failed + report.read_text()
 
 
 @pytest.mark.parametrize("arguments", [["--watch", "--step", "4"], ["--keep", "0"]])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bst_dist.cli import main
 from bst_dist.cluster.environment import NAMES, PREFIXES, EnvironmentFileError, handed_on, kept_back, read_file, shown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,15 @@ def test_an_invalid_line_of_the_file_is_named(tmp_path, line):
         read_file(path)
 
 
+@pytest.mark.parametrize("line", ["MY_TOKEN='hunter2", "MY TOKEN=hunter2"])
+def test_the_value_in_an_invalid_line_is_not_shown(tmp_path, line):
+    path = tmp_path / ".deepspeed_env"
+    path.write_text(f"{line}\n")
+    with pytest.raises(EnvironmentFileError, match="TOKEN") as told:
+        read_file(path)
+    assert "hunter2" not in str(told.value)
+
+
 def test_set_variables_take_precedence_over_the_file(tmp_path):
     (tmp_path / "other").write_text("NCCL_DEBUG=INFO\nMY_OWN=1\n")
     found = handed_on({"NCCL_DEBUG": "WARN", "DS_ENV_FILE": "other"}, [tmp_path])
@@ -76,8 +86,21 @@ def test_a_file_that_was_named_and_is_missing_is_reported(tmp_path):
     assert handed_on(given, [tmp_path, tmp_path / "b"]) == {"A": "1", **given}
 
 
-def test_secrets_are_not_shown():
-    assert shown({"AWS_SECRET_ACCESS_KEY": "abc", "A": "1"}) == "A=1 AWS_SECRET_ACCESS_KEY=..."
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_KEY", "MLFLOW_TRACKING_PASSWORD",
+                                  "hf_token", "AWS_SHARED_CREDENTIALS"])  # fmt: skip
+def test_secrets_are_not_shown(name):
+    assert shown({name: "abc", "A": "1"}) in (f"A=1 {name}=...", f"{name}=... A=1")
+
+
+def test_a_password_in_the_address_of_a_tracking_server_is_not_shown(recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "hosts").write_text("node-01 slots=2\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2@tracking.example/api?token=hunter3")
+    report = tmp_path / "report.json"
+    assert main(["launch", str(recipe(6)), "--hostfile", str(tmp_path / "hosts"), "--dry-run", "--run-dir",
+                 str(tmp_path / "run"), "--json", str(report)]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "MLFLOW_TRACKING_URI=https://me:…@tracking.example/api?token=…" in said
+    assert "hunter" not in said + report.read_text()
 
 
 def test_ds_accelerator_of_the_launching_host_is_not_passed_on(recipe, tmp_path):

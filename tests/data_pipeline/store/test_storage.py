@@ -297,6 +297,8 @@ def test_secrets_in_urls_come_from_the_environment_and_are_never_shown(
     with pytest.raises(UserError, match="the environment variable SIG is not set"):
         open_corpora(config)
     monkeypatch.setenv("SIG", "hid%2Fden")
+    with pytest.raises(UserError, match=r"&sig=\$SIG: the environment variable PASSWORD is not set"):
+        open_corpora(config)
     monkeypatch.setenv("PASSWORD", "hid/den")
     (corpus,) = open_corpora(config)
     assert_same_documents(corpus, directory)
