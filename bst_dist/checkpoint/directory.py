@@ -40,11 +40,21 @@ TENSORS = {WEIGHTS: (WEIGHT,), OPTIMIZER: MOMENTS, AVERAGED: (AVERAGE,)}
 PARTIAL, DELETED, DAMAGED = ".partial", ".deleted", ".damaged"
 INDEX = "index"
 FORMAT = 2
-MISSING = "missing:"
 
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another run."""
+
+
+class ManifestError(CheckpointError):
+    """A manifest that is damaged, or that this host does not see."""
+
+    def __init__(self, checkpoint: Path, what: str, missing: bool = False) -> None:
+        super().__init__(checkpoint, what, missing)  # unchanged, so that the error can be sent to other ranks
+        self.checkpoint, self.what, self.missing = checkpoint, what, missing
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint}: {MANIFEST} is {self.what}"
 
 
 class OtherFormatError(CheckpointError):
@@ -98,20 +108,20 @@ def step_of(path: Path) -> int:
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Read the manifest of a checkpoint.
 
-    Raises CheckpointError when it is missing or in a format that this program does not read, and StorageError when
-    this host cannot read the file.
+    Raises ManifestError when it is missing or damaged, OtherFormatError when another version of this program wrote it,
+    and StorageError when this host cannot read the file.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} is missing") from None
+        raise ManifestError(checkpoint, "missing", missing=True) from None
     except OSError as error:
         raise StorageError.of(error, checkpoint / MANIFEST) from None
     except ValueError as error:
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} is not JSON: {error}") from None
+        raise ManifestError(checkpoint, f"not JSON: {error}") from None
     written = manifest.get("format") if isinstance(manifest, dict) else None
     if not isinstance(written, int):
-        raise CheckpointError(f"{checkpoint}: not a checkpoint that this program reads (format {FORMAT})")
+        raise ManifestError(checkpoint, "not that of a checkpoint of this program")
     if written != FORMAT:
         raise OtherFormatError(
             f"{checkpoint}: written by another version of this program, in format {written}; this one reads format "
@@ -145,6 +155,8 @@ class Finding:
     rank: int | None = None
     """The rank that wrote the file, and its host, if the manifest records them."""
     host: str | None = None
+    missing: bool = False
+    """Whether this host does not see the file. Another one may, so it is no reason to remove the checkpoint."""
 
     def __str__(self) -> str:
         whose = f"rank {self.rank}'s file " if self.rank is not None else ""
@@ -162,34 +174,31 @@ def examine(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = Tru
     """
     try:
         files = (manifest or read_manifest(checkpoint))["files"]
-    except OtherFormatError:
-        raise
-    except CheckpointError as error:
-        return [Finding(MANIFEST, f"{str(error).removeprefix(f'{checkpoint}: {MANIFEST} is ')}:")]
+    except ManifestError as error:
+        return [Finding(MANIFEST, f"{error.what}:", missing=error.missing)]
     names = [name for name in sorted(files) if (only is None or name in only) and name.startswith(kind)]
     return list(_wrong(checkpoint, {name: files[name] for name in names[part::parts]}, digests))
 
 
 def _wrong(checkpoint: Path, files: dict[str, Any], digests: bool) -> Iterator[Finding]:
     for name, record in files.items():
+        rank, host = record.get("rank"), record.get("host")
         try:
-            what = _compare(checkpoint / name, record, digests)
+            if what := _compare(checkpoint / name, record, digests):
+                yield Finding(name, what, rank, host)
+        except FileNotFoundError:
+            yield Finding(name, "missing:", rank, host, missing=True)
         except OSError as error:
             raise StorageError.of(error, checkpoint / name) from None
-        if what:
-            yield Finding(name, what, record.get("rank"), record.get("host"))
 
 
 def _compare(path: Path, record: dict[str, Any], digests: bool) -> str | None:
     """Return how a file differs from its record in the manifest; None if it does not."""
-    try:
-        with path.open("rb") as file:
-            if (there := os.fstat(file.fileno()).st_size) != record["bytes"]:
-                return f"size mismatch ({there} bytes instead of {record['bytes']}) in"
-            if digests and hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
-                return "checksum mismatch in"
-    except FileNotFoundError:
-        return MISSING
+    with path.open("rb") as file:
+        if (there := os.fstat(file.fileno()).st_size) != record["bytes"]:
+            return f"size mismatch ({there} bytes instead of {record['bytes']}) in"
+        if digests and hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+            return "checksum mismatch in"
     return None
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from bst_dist.checkpoint.directory import (
     FORMAT,
     MANIFEST,
     CheckpointError,
+    ManifestError,
     OtherFormatError,
     damage,
     directory,
     examine,
     newest_valid,
+    read_manifest,
 )
 from bst_dist.checkpoint.durable import Files
 from tests.checkpoint.damage import flip
@@ -42,25 +45,34 @@ def test_manifest_records_size_and_sha256_of_each_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("hurt", "said"),
+    ("hurt", "said", "missing"),
     [
-        (lambda path: (path / "b.pt").unlink(), "missing: b.pt"),
-        (lambda path: (path / "b.pt").write_bytes(b""), "size mismatch (0 bytes instead of"),
-        (lambda path: flip(path / "a.pt"), "checksum mismatch in a.pt"),
-        (lambda path: (path / MANIFEST).unlink(), "missing: manifest.json"),
-        (lambda path: (path / MANIFEST).write_text("{"), "not JSON"),
+        (lambda path: (path / "b.pt").unlink(), "missing: b.pt", True),
+        (lambda path: (path / "b.pt").write_bytes(b""), "size mismatch (0 bytes instead of", False),
+        (lambda path: flip(path / "a.pt"), "checksum mismatch in a.pt", False),
+        (lambda path: (path / MANIFEST).unlink(), "missing: manifest.json", True),
+        (lambda path: (path / MANIFEST).write_text("{"), "not JSON", False),
+        (lambda path: (path / MANIFEST).write_text("[]"), "not that of a checkpoint of this program: manifest", False),
     ],
-    ids=["missing", "cut", "flipped", "no manifest", "broken manifest"],
+    ids=["missing", "cut", "flipped", "no manifest", "broken manifest", "other manifest"],
 )
-def test_newest_valid_skips_a_damaged_checkpoint(tmp_path, hurt, said):
+def test_newest_valid_skips_a_damaged_checkpoint(tmp_path, hurt, said, missing):
     older, newer = write(tmp_path, 10), write(tmp_path, 20)
     assert newest_valid(tmp_path) == newer
     hurt(newer)
     assert said in damage(newer)[0]
+    assert [finding.missing for finding in examine(newer)] == [missing]
     assert newest_valid(tmp_path) == older
     hurt(older)
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
         newest_valid(tmp_path)
+
+
+def test_the_error_of_a_bad_manifest_can_be_sent_to_other_ranks(tmp_path):
+    with pytest.raises(ManifestError) as failed:
+        read_manifest(tmp_path)
+    there = pickle.loads(pickle.dumps(failed.value))
+    assert (str(there), there.missing) == (f"{tmp_path}: manifest.json is missing", True)
 
 
 @pytest.mark.parametrize("other", [FORMAT - 1, FORMAT + 1])

@@ -132,6 +132,13 @@ def test_gc_does_not_count_a_damaged_checkpoint_as_newest(run_dir):
     assert steps(run_dir) == [20]
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "optimizer-00000.safetensors"])
+def test_gc_keeps_a_checkpoint_of_which_this_host_does_not_see_a_file(run_dir, name):
+    (directory(run_dir, 20) / name).unlink()
+    assert ckpt("gc", run_dir, "--delete")[0] == 0
+    assert steps(run_dir) == [30, 20]
+
+
 def test_gc_removes_nothing_when_no_full_checkpoint_is_valid(run_dir):
     for step in (10, 20, 30):
         flip(directory(run_dir, step) / "weights-00000.safetensors")

@@ -21,7 +21,7 @@ from typing import Any
 from bst_base.sizes import readable_size
 from bst_dist.checkpoint.commands.common import add_run
 from bst_dist.checkpoint.config import CheckpointConfig
-from bst_dist.checkpoint.directory import DAMAGED, DELETED, MISSING, PARTIAL, WEIGHTS, committed, examine
+from bst_dist.checkpoint.directory import DAMAGED, DELETED, PARTIAL, WEIGHTS, committed, examine
 from bst_dist.checkpoint.retention import (
     CheckpointEntry,
     delete,
@@ -85,7 +85,7 @@ def plan(run_dir: Path, config: CheckpointConfig, constant_until: int | None = N
             elif kept[one.step] == ["weights"] and one.full and not one.path.is_symlink():
                 yield Removal(one.path, "only its weights are kept", _bytes(one.path, but=WEIGHTS), thinned=one)
         for path, findings in sorted(found.items()):
-            if findings and not any(finding.what == MISSING for finding in findings):
+            if findings and not any(finding.missing for finding in findings):
                 yield Removal(path, str(findings[0]), _bytes(path))
         for path in leftovers(run_dir, (DAMAGED,)):
             yield Removal(path, "found damaged when the run was resumed", _bytes(path))
