@@ -299,7 +299,7 @@ class Evaluated(Writer):
         self._last: EvalReport | None = None
 
     def write(self, report: Report) -> None:
-        if isinstance(report, EvalReport) and report.kind != AVERAGED and report.split == self.on:
+        if isinstance(report, EvalReport) and not report.averaged and report.split == self.on:
             self._last = report
 
     def loss(self, step: int) -> float | None:

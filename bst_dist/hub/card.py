@@ -11,7 +11,7 @@ from bst_base.settings import dump
 from bst_dist.checkpoint.retention import CheckpointEntry
 from bst_dist.config import Recipe
 from bst_dist.hub.fast_tokenizer import is_bpe
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE, OF_AVERAGE, read_lines
 from bst_dist.study.comparison.run_summary import eval_report
 from bst_dist.study.evaluation.prompts import begin_token
 from data_pipeline.format.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ def _evaluations(run_dir: Path, step: int, averaged: bool) -> dict[str, dict[str
         return {f"{split} of {Path(of['corpus']).name}, {of['documents']:,} documents": of for of in report["corpora"]}
     figures = {}
     for line in read_lines(run_dir / FILE):
-        if line["kind"] == ("averaged" if averaged else "eval") and line["step"] == step:
+        if line["kind"] == (OF_AVERAGE if averaged else "eval") and line["step"] == step:
             on = f"{line['split']}, {line['tokens']:,} tokens in sequences as in training"
             figures[on] = {"loss_nats_per_token": line["loss_nats"], "bits_per_byte": line["bits_per_byte"]}
     return figures

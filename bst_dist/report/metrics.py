@@ -6,12 +6,11 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
 from math import log, nan
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bst_base.clock import utc_now
 from bst_base.errors import StorageError
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "metrics.jsonl"
+OF_AVERAGE = "averaged"
+"""Kind of the evaluations of the averaged weights (train.average), so that readers of FILE do not mistake them for
+evaluations of the weights."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class SkippedReport(StepReport):
 class EvalReport:
     """The loss on a bounded part of a split, over all ranks."""
 
-    kind: ClassVar[str] = "eval"
+    kind: str = field(default="eval", kw_only=True)
 
     step: int
     split: str
@@ -92,12 +94,21 @@ class EvalReport:
         """Return text that says what was evaluated."""
         return f"{self.split}, {self.tokens:,} tokens"
 
+    @property
+    def averaged(self) -> bool:
+        """Whether the averaged weights were evaluated."""
+        return self.kind == OF_AVERAGE
+
+    def of_average(self) -> Self:
+        """Return the same report as one of the averaged weights."""
+        return replace(self, kind=OF_AVERAGE)
+
 
 @dataclass(frozen=True)
 class CorpusReport(EvalReport):
     """The same on one of the additional corpora (evaluation.corpora); `split` is the corpus's name."""
 
-    kind: ClassVar[str] = "corpus"
+    kind: str = field(default="corpus", kw_only=True)
 
     loss_nats_standard_error: float
     """Standard error over sequences; NaN for fewer than two."""
@@ -106,32 +117,13 @@ class CorpusReport(EvalReport):
         return f"{self.split} (± {self.loss_nats_standard_error:.4f}), {self.tokens:,} tokens"
 
 
-@cache
-def _averaged(of: type[EvalReport]) -> type[EvalReport]:
-    class Averaged(of):
-        kind: ClassVar[str] = "averaged"
-
-        def about(self) -> str:
-            return f"averaged weights: {super().about()}"
-
-    return Averaged
-
-
-def of_average(report: EvalReport) -> EvalReport:
-    """Return the same evaluation report with kind "averaged", for the averaged weights (train.average).
-
-    With another kind, readers of metrics.jsonl do not mistake it for a report of the weights.
-    """
-    return _averaged(type(report))(**vars(report))
-
-
 def curve_group(line: dict[str, Any]) -> str:
     """Return the prefix of the names of a report's curves, in TensorBoard and other writers; `line`: a line of FILE."""
     if "split" not in line:
         return line["kind"]
     further = "loss_nats_standard_error" in line  # a CorpusReport, or one of averaged weights
     name = f"validation {line['split']}" if further else line["split"]
-    return f"{name} averaged" if line["kind"] == "averaged" else name
+    return f"{name} averaged" if line["kind"] == OF_AVERAGE else name
 
 
 @dataclass(frozen=True)
@@ -277,7 +269,8 @@ class Console(Writer):
 
     def write(self, report: Report) -> None:
         if isinstance(report, EvalReport):
-            print(f"{report.step:>12} {report.loss_nats:>8.4f} {_bits(report)}  {report.about()} in "
+            weights = "averaged weights: " if report.averaged else ""
+            print(f"{report.step:>12} {report.loss_nats:>8.4f} {_bits(report)}  {weights}{report.about()} in "
                   f"{report.time_s:.1f} s", flush=True)  # fmt: skip
             return
         if isinstance(report, SkippedReport):

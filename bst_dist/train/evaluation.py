@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bst_dist.parallel.sequence.neighbour import past_of_slice
 from bst_dist.parallel.sequence.past import EarlierCall, Past
-from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte, of_average
+from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte
 from bst_dist.train.config import EvaluationConfig
 from bst_dist.train.step import on_device, sum_of_batch
 from data_pipeline.serve.slices import slices_of
@@ -94,7 +94,7 @@ class Evaluate(Callback):
         for one in ([self] if self.batches else self.further) if self.average else ():
             with self.average.in_place():
                 found = one.evaluate(step)
-            yield found and of_average(found)
+            yield found and found.of_average()
 
     def forward(self, step: int) -> Iterator[tuple[Any, dict[str, Any], Any]]:
         """Run the model without gradients, and yield (batch, inputs on the device, losses) of each slice.

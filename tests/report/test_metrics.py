@@ -6,7 +6,17 @@ from math import nan
 
 import pytest
 
-from bst_dist.report.metrics import FILE, Console, MetricsFile, StepReport, bits_per_byte, duration, read_lines
+from bst_dist.report.metrics import (
+    FILE,
+    Console,
+    CorpusReport,
+    EvalReport,
+    MetricsFile,
+    StepReport,
+    bits_per_byte,
+    duration,
+    read_lines,
+)
 
 
 def report(step: int, seconds: float = 2.0) -> StepReport:
@@ -66,3 +76,28 @@ def test_durations_are_printed_in_readable_units(seconds, said):
 def test_bits_per_byte():
     assert bits_per_byte(0.6931471805599453 * 8, 4) == pytest.approx(2.0)
     assert bits_per_byte(1.0, 0) != bits_per_byte(1.0, 0)  # nothing to divide by
+
+
+def test_lines_of_evaluations_begin_with_their_kind(tmp_path):
+    """The lines of older versions, character by character."""
+    file = MetricsFile(tmp_path, 0)
+    for one in (EvalReport(2, "validation", 9, 2.0, 3.0, [1.0], 0.5),
+                CorpusReport(2, "books", 9, 2.0, 3.0, [1.0], 0.5, 0.1)):  # fmt: skip
+        file.write(one)
+        file.write(one.of_average())
+    shared = '"tokens": 9, "loss_nats": 2.0, "bits_per_byte": 3.0, "loss_by_block": [1.0], "time_s": 0.5'
+    assert (tmp_path / FILE).read_text().splitlines() == [
+        f'{{"kind": "eval", "step": 2, "split": "validation", {shared}}}',
+        f'{{"kind": "averaged", "step": 2, "split": "validation", {shared}}}',
+        f'{{"kind": "corpus", "step": 2, "split": "books", {shared}, "loss_nats_standard_error": 0.1}}',
+        f'{{"kind": "averaged", "step": 2, "split": "books", {shared}, "loss_nats_standard_error": 0.1}}',
+    ]
+
+
+def test_console_says_which_weights_were_evaluated(capsys):
+    console, evaluated = Console(10, 100), EvalReport(2, "validation", 9, 2.0, 3.0, [1.0], 0.5)
+    console.write(evaluated)
+    console.write(evaluated.of_average())
+    weights, average = capsys.readouterr().out.splitlines()
+    assert weights.endswith("  validation, 9 tokens in 0.5 s")
+    assert average.endswith("  averaged weights: validation, 9 tokens in 0.5 s")

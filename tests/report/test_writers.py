@@ -25,7 +25,6 @@ from bst_dist.report.metrics import (
     SkippedReport,
     StepReport,
     Writer,
-    of_average,
     read_lines,
 )
 from bst_dist.report.services import Service, keep_name, kept_name
@@ -222,7 +221,7 @@ def test_service_receives_each_report_only_once_after_a_resume(tmp_path):
 
 def test_writer_added_later_receives_past_reports(tmp_path):
     file = MetricsFile(tmp_path, 0)
-    reports = [report(1), SkippedReport(**vars(report(2))), *EVALUATED, of_average(CORPUS), CORPUS]
+    reports = [report(1), SkippedReport(**vars(report(2))), *EVALUATED, CORPUS.of_average(), CORPUS]
     for one in reports:
         file.write(one)
     Taken(tmp_path)
