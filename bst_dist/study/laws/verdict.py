@@ -1,21 +1,4 @@
-"""Decide whether the advantage grows or shrinks with depth and with compute, by a rule fixed before the data.
-
-For each variant, within one arm, the paired gap is regressed on the logarithms of compute, depth and tokens per
-parameter. Errors are clustered by pair of runs. The *change* is the coefficient per doubling of depth or per tenfold of
-compute, as a share of the loss. The p values are adjusted by Holm over all variants and both factors. At level 0.05 the
-answer is the first that holds:
-
-1. confounded: the models of a pair differ in size, and this difference changes by more than 2 % of N over the range of
-   the factor.
-2. equivalent: both one-sided tests reject a change as large as the margin, 0.5 % of the loss per doubling of depth or
-   per tenfold of compute. A real change below the margin is equivalent too: it is too small to choose an architecture
-   by.
-3. grows or shrinks: the change differs from 0 both in its t test and in a permutation test (the larger p counts).
-4. undecided: none of these. The report then gives the number of pairs needed to detect a change as large as the margin.
-
-A variant that cannot be tested, or of which no pair of runs has finished, is included in Holm's adjustment with p = 1,
-so that the adjustment of the others does not become weaker.
-"""
+"""Decide by `RULE`, which was fixed before the data, whether the advantage grows or shrinks with depth and compute."""
 
 from __future__ import annotations
 
@@ -33,6 +16,27 @@ from bst_dist.study.statistics import Estimate
 LEVEL, POWER, MARGIN = 0.05, 0.8, 0.005
 MISMATCH = 0.02
 """The largest change of ln N_variant - ln N_baseline over the range of a factor that is not called confounded."""
+RULE: tuple[str | tuple[str, ...], ...] = (
+    "Decide whether the advantage grows or shrinks with depth and with compute, by a rule fixed before the data.",
+    "For each variant, within one arm, the paired gap is regressed on the logarithms of compute, depth and tokens per "
+    "parameter. Errors are clustered by pair of runs. The *change* is the coefficient per doubling of depth or per "
+    "tenfold of compute, as a share of the loss. The p values are adjusted by Holm over all variants and both factors. "
+    f"At level {LEVEL:g} the answer is the first that holds:",
+    (
+        "confounded: the models of a pair differ in size, and this difference changes by more than "
+        f"{100 * MISMATCH:g} % of N over the range of the factor.",
+        f"equivalent: both one-sided tests reject a change as large as the margin, {100 * MARGIN:g} % of the loss per "
+        "doubling of depth or per tenfold of compute. A real change below the margin is equivalent too: it is too "
+        "small to choose an architecture by.",
+        "grows or shrinks: the change differs from 0 both in its t test and in a permutation test (the larger p "
+        "counts).",
+        "undecided: none of these. The report then gives the number of pairs needed to detect a change as large as the "
+        "margin.",
+    ),
+    "A variant that cannot be tested, or of which no pair of runs has finished, is included in Holm's adjustment with "
+    "p = 1, so that the adjustment of the others does not become weaker.",
+)
+"""The rule in words, as a report prints it: paragraphs, and the answers in the order in which they are tried."""
 DRAWS = 999
 FACTORS = ("flops", "depth", "tokens_per_parameter")
 Answer = Literal["grows", "shrinks", "equivalent", "undecided", "confounded"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ import matplotlib
 from bst_base.errors import UserError
 from bst_base.terminal import Sheet
 from bst_dist.study.laws import audit as rates
-from bst_dist.study.laws import verdict
 from bst_dist.study.laws.advantage import Comparison, compare
 from bst_dist.study.laws.audit import Corner, audit
 from bst_dist.study.laws.observation import grid
 from bst_dist.study.laws.scaling import Laws, fit_laws
+from bst_dist.study.laws.verdict import RULE
 from bst_dist.study.report import advantage, laws
 from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Picture
 from bst_dist.study.report.figures import gap_figure, loss_figure, place_figure
@@ -176,15 +175,8 @@ def _lost(corner: Corner) -> str:
 
 def _rule() -> Iterator[Block]:
     yield Heading(2, "The rule")
-    for text in (inspect.getdoc(verdict) or "").split("\n\n"):
-        lines = text.split("\n")
-        if lines[0][:1].isdigit():
-            items: list[str] = []
-            for line in lines:
-                items = [*items, line[3:]] if line[:1].isdigit() else [*items[:-1], f"{items[-1]} {line.strip()}"]
-            yield Items(items)
-        else:
-            yield Paragraph(" ".join(lines))
+    for part in RULE:
+        yield Paragraph(part) if isinstance(part, str) else Items(part)
 
 
 def _runs(rows: Sequence[Row]) -> Iterator[Block]:

@@ -216,3 +216,12 @@ def test_documents_with_lower_loss_are_counted_as_better(study, documents, mean)
     found = compare([of(o) for o in study(3)], "sliding", "all").variants["bst"]
     assert (found.better_documents, found.documents) == (1, len(documents))  # the other documents are equal
     assert (found.by_document is not None) == mean  # one document has no standard error
+
+
+def test_rule_in_words_has_every_answer_and_limit():
+    text = " ".join(part if isinstance(part, str) else " ".join(part) for part in verdict.RULE)
+    (answers,) = (part for part in verdict.RULE if not isinstance(part, str))
+    named = [name for answer in answers for name in answer.partition(":")[0].split(" or ")]
+    assert sorted(named) == sorted(verdict.ANSWERS)
+    for limit in ("At level 0.05 ", "more than 2 % of N ", "the margin, 0.5 % of the loss "):
+        assert limit in text
