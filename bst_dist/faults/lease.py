@@ -162,6 +162,21 @@ def acquire(run_dir: Path, lost: Callable[[str], None] | None = None, silence_s:
     return _take(run_dir, epoch + 1, lost)
 
 
+def is_held(run_dir: Path) -> bool:
+    """Whether a start holds the lease and has written it within `SILENCE_S`; unlike `acquire`, this does not wait.
+
+    False also when the directory cannot be read.
+    """
+    folder = run_dir / LEASE
+    try:
+        path = _file(folder, max(_epochs(folder), default=0))
+        with path.open("rb") as file:  # opened first: a network file system may otherwise return a cached time
+            recent = time.time() - os.fstat(file.fileno()).st_mtime < SILENCE_S
+        return recent and not _read(path).get("released")
+    except (OSError, StorageError):
+        return False
+
+
 def _take(run_dir: Path, epoch: int, lost: Callable[[str], None] | None) -> Lease:
     path = _file(run_dir / LEASE, epoch)
     about = _about(os.environ)

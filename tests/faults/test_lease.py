@@ -17,7 +17,7 @@ import pytest
 from bst_base.errors import StorageError
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.faults import lease
-from bst_dist.faults.lease import LEASE, LeaseError, acquire
+from bst_dist.faults.lease import LEASE, LeaseError, acquire, is_held
 from bst_dist.faults.status import DONE, FAILED, USER_ERROR
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,3 +146,29 @@ def test_a_second_trainer_on_one_directory_is_refused(older, way):
     said, _ = first.communicate(timeout=400)
     assert first.returncode == DONE, said
     assert [step_of(path) for path in committed(older)] == [6, 4]
+
+
+def test_a_lease_is_held_from_the_start_to_its_release(tmp_path):
+    assert not is_held(tmp_path)
+    own = acquire(tmp_path)
+    assert is_held(tmp_path)
+    own.release()
+    assert not is_held(tmp_path)
+
+
+@pytest.mark.parametrize("age_s, text, held", [
+    (1.0, '{"beats": 3}', True), (600.0, '{"beats": 3}', False), (1.0, '{"beats":3,"released":true}', False),
+    (1.0, "", True),
+])  # fmt: skip
+def test_whether_a_lease_is_held_depends_on_its_age_and_content(tmp_path, age_s, text, held):
+    """An empty file is of a start that has just begun; how the JSON is spaced does not matter."""
+    path = held_elsewhere(tmp_path)
+    path.write_text(text)
+    os.utime(path, (time.time() - age_s,) * 2)
+    assert is_held(tmp_path) == held
+
+
+def test_the_newest_start_decides_whether_a_lease_is_held(tmp_path):
+    path = held_elsewhere(tmp_path, epoch=4)
+    path.with_name("epoch-00000005.json").write_text(json.dumps({"released": True}))
+    assert not is_held(tmp_path)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bst_dist.faults.lease import BEAT_S, LEASE
+from bst_dist.faults.lease import is_held
 from bst_dist.train.rundir import read_outcome
-
-ALIVE_S = 6 * BEAT_S
-"""A run counts as alive if its lease was written within this time."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ def standing(run_dir: Path, step: int, steps: int | None) -> Standing:
     reached = f"step {step:,}" + ("" if steps is None else f" of {steps:,}")
     outcome = read_outcome(run_dir)
     if outcome is None:  # the last start is still running, or was killed
-        if _beats(run_dir):
+        if is_held(run_dir):
             return Standing("running", f"running, {reached}")
         return Standing("broken off", f"interrupted after {reached}: killed or failed" if step else "no step yet")
     if outcome.get("finished"):
@@ -36,19 +31,3 @@ def standing(run_dir: Path, step: int, steps: int | None) -> Standing:
     if diverged := outcome.get("diverged"):
         return Standing("diverged", f"diverged after {reached}: {diverged}")
     return Standing("stopped", f"stopped{' by ' + outcome['stopped'] if 'stopped' in outcome else ''} after {reached}")
-
-
-def _beats(run_dir: Path) -> bool:
-    """Whether a lease file of the run was written recently and is not released.
-
-    The file is opened before its time is read, because a network file system may otherwise return a cached time.
-    """
-    for path in (run_dir / LEASE).glob("epoch-*.json"):
-        try:
-            with path.open() as file:
-                recent = time.time() - os.fstat(file.fileno()).st_mtime < ALIVE_S
-                if recent and '"released": true' not in file.read():
-                    return True
-        except OSError:
-            continue
-    return False
