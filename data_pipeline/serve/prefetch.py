@@ -44,7 +44,7 @@ class Prefetcher(Generic[T]):
         self._compute, self._start, self._ahead, self._leave = compute, start, ahead, leave or threading.Event()
         self._changed = threading.Condition()  # guards the attributes below
         self._begun, self._taken = start, start  # the next number to compute, and the next one to yield
-        self._ready: dict[int, tuple[T | None, BaseException | None]] = {}
+        self._ready: dict[int, _Found[T]] = {}
         self._stopped = False
         count = min(threads, ahead)
         self._threads = [threading.Thread(target=self._work, name="data-prefetch", daemon=True) for _ in range(count)]

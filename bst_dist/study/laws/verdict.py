@@ -128,7 +128,10 @@ class Rule:
 
     def __init__(self, every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN, absent: int = 0) -> None:
         """Prepare; `absent`: the number of planned variants that have no pair, and so are not in `every`."""
-        self.margin, self.cases, self.untested = margin, [], {}  # type: float, list[Case], dict[str, str]
+        self.margin = margin
+        self.cases: list[Case] = []
+        self.untested: dict[str, str] = {}
+        """The reason for each variant that cannot be tested."""
         names = {name for gaps in every for name in columns(gaps)[1] if name in UNITS}
         self.tests = (len(every) + absent) * len(names)
         for place, gaps in enumerate(every):
