@@ -1,6 +1,8 @@
-"""Formats numbers of bytes for people."""
+"""Formats numbers of bytes, and lists of numbers, for people."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def readable_size(count: float) -> str:
@@ -19,3 +21,19 @@ def shortage(needed: float, free: float, where: object) -> str:
     """
     return (f"it needs {readable_size(needed)}, {where} has {readable_size(free)} free, "
             f"{readable_size(needed - free)} too little")  # fmt: skip
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Format ascending numbers as ``1 to 3, 7``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in parts)
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """Format ascending numbers of ranks as ``rank 7`` or ``ranks 1 to 3, 7``."""
+    return f"rank{'s' * (len(ranks) > 1)} {spans(ranks)}"

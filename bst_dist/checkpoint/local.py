@@ -82,8 +82,9 @@ class LocalCopies:
             for holder in {rank, kept_by[rank]} - {None}:
                 needed[places[holder]] += size
         self._turn_off([
-            f"{node.host} has {node.free / 1e6:,.1f} MB free in {self.config.local_directory}, they may take "
-            f"{needed[node.directory] / 1e6:,.1f} MB" for node, *_ in seen if node.free < needed[node.directory]
+            f"{node.host} has {node.free / 1e6:,.1f} MB free in {self.config.local_directory}, local copies may "
+            f"take {needed[node.directory] / 1e6:,.1f} MB: make room, or set checkpoint.local_directory or "
+            "checkpoint.local_every" for node, *_ in seen if node.free < needed[node.directory]
         ])  # fmt: skip
         if self.on:
             self._needed, self._kept_by = max(needed.values()), kept_by

@@ -66,7 +66,7 @@ def brought(ranks: Ranks, root: Path, heads: Sequence[int], found: Found) -> tup
             try:
                 hand_over(ranks, found.key.path(root, taker), giver, taker)
             except OSError as error:
-                why = f"{socket.gethostname()} has no room: {error.strerror}"
+                why = f"{socket.gethostname()} cannot write the copy: {error.strerror}"
     try:
         if why is None and not LocalCopy(found.key.path(root, own)).intact():
             why = f"damaged on {socket.gethostname()}"

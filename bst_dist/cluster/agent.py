@@ -242,8 +242,8 @@ def main() -> int:
         channel, first = call(args.controller, args.key, secret)
     except (OSError, Closed) as error:
         where = f"{socket.gethostname()} cannot reach the launching process at {args.controller}"
-        print(f"bst-agent {args.key} failed: {where}: {error}; is a firewall between them? --port and --address say "
-              "which way to take", flush=True)  # fmt: skip
+        print(f"bst-agent {args.key} failed: {where}: {error}; if a firewall is between them, give "
+              "`bst launch` --address and --port that this host can reach", flush=True)  # fmt: skip
         return 1
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the launcher's connection may break; only the channel matters
     Agent(channel, args.lost_after, args.grace, first).serve()

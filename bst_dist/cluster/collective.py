@@ -72,6 +72,10 @@ def slowness(seconds: Sequence[float], rank: int) -> str | None:
             "or is it throttled by heat or a power limit?")  # fmt: skip
 
 
+def _say(text: str) -> None:
+    print(f"rank {os.environ['RANK']} on {socket.gethostname()}: {text}", file=sys.stderr)
+
+
 def main() -> int:
     """Run the checks; return the exit status: 0 when every rank took part and none is slow."""
     allow_open_files()  # rank 0 holds a connection of every rank
@@ -81,10 +85,10 @@ def main() -> int:
     if accelerator is not None:
         torch.accelerator.set_device_index(device.index)
     if accelerator is None and (refusal := cpu_refusal(os.environ)) is not None:
-        print(f"rank {rank} on {socket.gethostname()}: {refusal}", file=sys.stderr)
+        _say(refusal)
         return USER_ERROR
     if not multiplies(device):
-        print(f"rank {rank} on {socket.gethostname()}: {device} computes a wrong matrix product", file=sys.stderr)
+        _say(f"{device} computes a wrong matrix product (check: sum)")
         return 1
     try:
         distributed.init_process_group(timeout=TIMEOUT, device_id=None if accelerator is None else device)
@@ -94,13 +98,15 @@ def main() -> int:
         slow = slowness(_of_all_ranks(seconds_of_product(device), device), rank) if is_timed(device) else None
         distributed.destroy_process_group()
     except (RuntimeError, ValueError) as error:
-        print(f"rank {rank}: {str(error).splitlines()[0]}", file=sys.stderr)
+        _say(f"{str(error).splitlines()[0]} (check: sum)")
         return 1
     if heard != world:
-        print(f"rank {rank}: heard {heard} of {world} ranks", file=sys.stderr)
+        _say(
+            f"the sum over all ranks counted {heard} of {world} ranks: is the network between them sound? (check: sum)"
+        )
         return 1
     if slow:
-        print(f"rank {rank} on {socket.gethostname()}: {device} {slow} (check: speed)", file=sys.stderr)
+        _say(f"{device} {slow} (check: speed)")
     return int(bool(slow) and ANY_SPEED not in sys.argv)
 
 

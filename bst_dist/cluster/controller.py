@@ -110,7 +110,7 @@ class Controller:
         missing = [host.name for host in self.hosts if host.name not in self.channels]
         if missing and (lines := self._gateway.last_lines):
             print(f"bst launch: the last lines of {self.options.launcher}:", *lines, sep="\n  ", file=sys.stderr)
-        return {name: f"no agent called back{self._launcher_said(name)}" for name in missing}
+        return {name: f"its agent did not connect to this machine{self._launcher_said(name)}" for name in missing}
 
     def ask(self, kind: str, fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Message]:
         """Send a question to each host in `fields` in parallel; return the answers that arrived in time, by host.
@@ -283,7 +283,7 @@ class Controller:
         elif kind == "told":
             self.told[host] = int(message["signal"])
         elif kind == "failed":
-            self._drop(host, f"its agent failed at its task ({message['duty']}): {message['why']}")
+            self._drop(host, f"its agent failed while it ran '{message['duty']}': {message['why']}")
         elif kind == "beat":
             self.hearing.beat(host, float(message["at"]))
         elif message["question"] == self._question:

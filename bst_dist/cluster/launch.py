@@ -92,16 +92,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a host that does not answer for this long is lost (default: 30)"
     ))  # fmt: skip
     parser.add_argument("--port", type=at_least(1), default=0, metavar="PORT", help=(
-        "port on which the hosts call this machine (default: any free one)"
+        "port of this machine that the agents connect to (default: any free one)"
     ))  # fmt: skip
     parser.add_argument("--address", type=without_brackets, metavar="ADDRESS", help=(
-        "address by which they call it (default: whichever of its addresses answers)"
+        "address of this machine that the agents connect to (default: the first of its addresses that answers)"
     ))  # fmt: skip
     parser.add_argument("--ssh-port", type=at_least(1), metavar="PORT", help=(
         "ssh port of the hosts, if it is not 22 or in ~/.ssh/config"
     ))  # fmt: skip
     parser.add_argument("--master-port", type=at_least(1), default=0, metavar="PORT", help=(
-        "port on rank 0's host where all ranks meet (default: any free one)"
+        "rendezvous port of the ranks (MASTER_PORT) on rank 0's host (default: any free one)"
     ))  # fmt: skip
 
 

@@ -209,6 +209,6 @@ def launch(
             ended.statuses, ended.when = ranks.poll(), ranks.ended_at
             if ended.failed:
                 give_up = min(give_up, time.monotonic() + ended.settle_s)
-        ended.statuses, ended.when = ranks.poll(), ranks.ended_at
+        ended.statuses, ended.when, ended.cut_short = ranks.poll(), ranks.ended_at, ranks.cut_short
         ranks.kill()
     return ended

@@ -108,7 +108,8 @@ def require_reachable(hosts: Sequence[Host], options: LaunchOptions, accepted: C
     if "ssh" in accepted:
         return
     if reasons := unreachable(hosts, options, stop_signals):
-        checked = [Checked(host, [reasons[host.name]] if host.name in reasons else []) for host in hosts]
+        problems = {name: [f"{reason} (check: ssh)"] for name, reason in reasons.items()}
+        checked = [Checked(host, problems.get(host.name, [])) for host in hosts]
         show(checked)
         require(checked)
 
@@ -162,7 +163,7 @@ def judge(checked: Sequence[Checked], job: str, needed_bytes: int, accepted: Col
             if check in accepted:
                 one.warnings.append(f"{problem} (accepted: {check})")
             else:
-                one.problems.append(problem)
+                one.problems.append(f"{problem} (check: {check})")
         one.warnings += _warnings(one)
 
 
@@ -174,10 +175,12 @@ def _problems(one: Checked, common: Mapping[str, tuple[str, str]], job: str, nee
         yield "shared", "does not see the run directory that the first host wrote to: is it shared?"
     elif answer["free_bytes"] is not None and answer["free_bytes"] < needed_bytes:
         free, needed = readable_size(answer["free_bytes"]), readable_size(needed_bytes)
-        yield "space", f"{free} free for the run directory, its checkpoints take {needed}"
+        yield "space", (f"{free} free on the file system of the run directory, two checkpoints need {needed}: free "
+                        "space, or choose another --run-dir")  # fmt: skip
     if answer["ranks"]:
         pids = ", ".join(map(str, answer["ranks"]))
-        yield "ranks", f"ranks of an earlier start still train in this run directory (processes {pids})"
+        yield "ranks", (f"ranks of an earlier start still train in this run directory (processes {pids}): wait until "
+                        "they end, or stop them")  # fmt: skip
     devices, slots = answer["devices"], one.host.slots
     if 0 < len(devices) < slots:
         yield "devices", f"{slots} slots, but {len(devices)} accelerators"
@@ -230,7 +233,7 @@ def _differences(answer: Mapping[str, Any], common: Mapping[str, tuple[str, str]
             yield check, f"{name} is missing"
         elif here != there:
             short = len(here) == 64  # do not print digests
-            yield check, (f"{name} differs from the other hosts'" if short else
+            yield check, (f"{name} has other contents than on the other hosts" if short else
                           f"{name} is {here}, the other hosts have {there}")  # fmt: skip
 
 
@@ -261,5 +264,5 @@ def _described(one: Checked) -> str:
 def require(checked: Sequence[Checked]) -> None:
     """Raise PreflightError, naming the hosts that failed a check."""
     if bad := [one.host.name for one in checked if one.problems]:
-        raise PreflightError(f"not started: fix {', '.join(bad)}, or start without (see above); --accept CHECK starts "
-                             "anyway")  # fmt: skip
+        raise PreflightError(f"not started: fix the problems of {', '.join(bad)} above, or start without these hosts; "
+                             "--accept CHECK starts in spite of a failed check")  # fmt: skip

@@ -37,7 +37,8 @@ class Restarts:
         """Return why a run that ended like this is not restarted; None means restart, and counts it.
 
         An empty string means that no restart is allowed or useful, so no reason is printed. Two failures after the
-        same step, without a lost host or a file system error, are caused by the program or the data and would repeat. A
+        same step, without a lost host or a file system error, probably come from the program or the data and would
+        repeat. A
         new checkpoint resets the count, so old failures of a long run do not count. `started`: False when no host was
         fit for the last restart.
         """
@@ -49,7 +50,8 @@ class Restarts:
         outside = ended.lost or ended.left_alone or self._storage_failed or not started
         step = None if outside else self._step()
         if step is not None and step == self._failed_after:
-            return f"failed twice after step {step}: another restart would fail the same way"
+            return (f"failed twice after step {step} with all hosts available, so the cause is probably the program or "
+                    "the data; see the error above")  # fmt: skip
         self._failed_after = step
         if self.used >= self.most:
             return f"{self.used} restarts without a new checkpoint (--max-restarts)"

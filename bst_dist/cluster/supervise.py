@@ -121,7 +121,10 @@ class Supervisor:
             controller.listen(SETTLE_KILLED_S)
         self._heed(controller)
         if ended.status and "sum" not in self.job.accepted:
-            raise PreflightError(f"the check of all ranks together failed: {ended.explain(_host_of(placed))}")
+            raise PreflightError(
+                f"the check of all ranks together failed: {ended.explain(_host_of(placed))}; see the lines above; "
+                "--accept sum starts anyway, and --accept speed if ranks are only slow"
+            )
 
     def _train(self, controller: Controller, asked: Request) -> Ended:
         shape = choose(self.job.recipe, sum(host.slots for host in controller.hosts))

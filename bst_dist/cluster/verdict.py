@@ -7,6 +7,7 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from bst_base.sizes import ranks_in_words
 from bst_dist.faults.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
 
 SETTLE_S = 6.0
@@ -130,11 +131,10 @@ class Ended:
                     "not all ranks stopped with a checkpoint in time")  # fmt: skip
             return f"{host} got no sign of life from this process for {alone.silent_s:.0f} s (was it stopped?): {then}"
         if not self.over or self.cut_short:
-            return (
-                "a second signal: the ranks were killed"
-                if self.at_once
-                else "not all ranks stopped within the grace period: killed"
-            )
+            if self.at_once:
+                return "a second signal: the ranks were killed"
+            who = ranks_in_words(sorted(self.cut_short)) if self.cut_short else "some ranks"
+            return f"killed because they did not stop within --grace: {who}"
         return ""
 
 
@@ -149,8 +149,11 @@ def lease_s(lost_after_s: float, grace_s: float) -> float:
 
 def _failure(rank: int, status: int, host: str) -> str:
     if status == HUNG:
-        return f"all ranks hung: watchdogs ended the job, the first on {host} (rank {rank}); see what they name"
-    how = "refused" if status == USER_ERROR else f"ended with status {status}"
+        return (f"all ranks hung and the watchdog ended them (status {HUNG}); the first to end was rank {rank} on "
+                f"{host}; the watchdog's message above says what blocked the job")  # fmt: skip
+    how = f"ended with status {status}"
+    if status == USER_ERROR:
+        how += " (a wrong setting, or the run diverged): see its message above"
     if status < 0:
         how = f"was killed by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -9 else "")
     return f"rank {rank} on {host} {how}"

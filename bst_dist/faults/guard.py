@@ -86,7 +86,7 @@ class Guard:
         """
         before = self.ledger.lately(step + 1 + skipped, self.config.within)
         exhausted = policy != "stop" and before >= self.config.most
-        entry = Entry(step + 1, skipped, f"{cause} in step {step}", "stop" if exhausted else policy)
+        entry = Entry(step + 1, skipped, f"{cause} in step {step + 1}", "stop" if exhausted else policy)
         if entry.action != "roll-back":
             self.ledger.add(entry)
         if entry.action != "stop":

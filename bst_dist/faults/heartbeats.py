@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from bst_dist.faults.disks import unanswering
 
-_GONE = "its process or its host is frozen or gone"
+_SILENT = "silent (no new heartbeat: its process or host is frozen, has ended, or is cut off from the network)"
 NAMED = 4
 """Maximum number of hosts listed in one message."""
 
@@ -101,7 +101,7 @@ class LocalBoard:
 
 
 def shared_board(world: int, environment: Mapping[str, str] = os.environ, wait_s: float = 60) -> Board:
-    """Return the Board of this job, whose ranks have joined; raises DistStoreError when it does not answer in time."""
+    """Return the Board of this job, whose ranks have connected; raises DistStoreError if it does not answer in time."""
     if world == 1:
         return LocalBoard()
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
@@ -157,7 +157,7 @@ def judge(before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None])
 
 def silence(rank: int, last: Heartbeat | None) -> str:
     """Return the message that a rank sends no heartbeats; `last`: its last one, if any."""
-    return f"{last.name()}: silent, {_GONE}; it was in {last.describe()}" if last else f"rank {rank}: silent"
+    return f"{last.name()}: {_SILENT}; it was in {last.describe()}" if last else f"rank {rank}: silent"
 
 
 def _disks(beats: Sequence[Heartbeat]) -> list[str]:

@@ -85,7 +85,7 @@ class Notice:
     def ending_at_once(self) -> Iterator[None]:
         """Inside the context, end the process immediately with RESUBMIT at a signal.
 
-        Used while the process waits for other ranks to join and has no state to save.
+        Used while the process waits for other ranks to connect and has no state to save.
         """
         self._at_once = True
         self._end_if_at_once()
@@ -96,7 +96,7 @@ class Notice:
 
     def _end_if_at_once(self) -> None:
         if self._at_once and self.signal is not None:
-            end(RESUBMIT, f"bst train: stopped by {self.signal.name} before all ranks had joined")
+            end(RESUBMIT, f"bst train: stopped by {self.signal.name} before all ranks had connected")
 
 
 def end_when_stuck(notice: Notice, disks: Disks) -> None:

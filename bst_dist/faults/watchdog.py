@@ -8,9 +8,10 @@ Each rank has three threads, so that the thread that decides is never blocked:
 
 When rank 0 has entered no phase and begun no exchange for `watchdog.limit_s`, it reads all heartbeats twice:
 
-- a rank whose heartbeat has not changed is *silent*: its process or its host is frozen or gone;
+- a rank whose heartbeat has not changed is *silent*: its process or host is frozen, has ended, or is cut off from
+  the network;
 - otherwise the ranks that are *behind*, by the phases and exchanges they have begun, block those ahead;
-- if all ranks are at the same place, the network between them does not work.
+- if all ranks are at the same place, the network between them is the most likely cause.
 
 If any rank makes progress between the two readings, the job was only slow, and the watch continues. Otherwise rank 0
 tells the other ranks, and all end. If rank 0 itself is silent (the store with the heartbeats is in its process), the

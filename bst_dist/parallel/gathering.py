@@ -19,6 +19,7 @@ import psutil
 from torch.distributed import DistStoreError, TCPStore
 
 from bst_base.host import free_port, with_port
+from bst_base.sizes import ranks_in_words, spans
 
 LIMIT_S = 300.0
 """Timeout for all ranks to start."""
@@ -33,7 +34,7 @@ class GatheringError(RuntimeError):
 
 @contextmanager
 def gathered(environment: Mapping[str, str] = os.environ, limit_s: float = LIMIT_S) -> Iterator[None]:
-    """Wait for all ranks described by `environment`. The store in which they meet stays open while the block runs.
+    """Wait for all ranks described by `environment`. The store to which they connect stays open while the block runs.
 
     If the variables of `torch.distributed` are not set, do nothing: MPI connects its processes itself. Raise
     GatheringError after `limit_s`, naming the missing ranks, or at once if rank 0's port is taken.
@@ -55,25 +56,26 @@ def gathered(environment: Mapping[str, str] = os.environ, limit_s: float = LIMIT
                              wait_for_workers=False, multi_tenant=True)  # fmt: skip
             store.set(f"{prefix}/{rank}", socket.gethostname())
         except (DistStoreError, RuntimeError) as error:
-            if rank == 0 and "EADDRINUSE" in str(error):
-                raise GatheringError(_taken(port)) from None
-            reason = str(error).splitlines()[0]
-            raise GatheringError(f"rank {rank} found no rank 0 at {where} within {limit_s:g} s: {reason}") from None
+            serves = rank == 0 and not agent_holds_it
+            raise GatheringError(_unconnected(rank, serves, where, port, limit_s, error)) from None
     if rank == 0:
-        _await_others(store, prefix, world, where, deadline)
+        _await_others(store, prefix, world, where, limit_s, deadline)
         store.set(f"{prefix}/all", "")
     else:
         _await_first(store, prefix, where, deadline)
     yield
 
 
-def _await_others(store: TCPStore, prefix: str, world: int, where: str, deadline: float) -> None:
+def _await_others(store: TCPStore, prefix: str, world: int, where: str, limit_s: float, deadline: float) -> None:
     """On rank 0: wait until all ranks have come, and print the missing ones."""
     missing, next_word = list(range(1, world)), time.monotonic() + FIRST_WORD_S
     while missing := [rank for rank in missing if not store.check([f"{prefix}/{rank}"])]:
         now = time.monotonic()
         if now > deadline:
-            raise GatheringError(f"gave up {_waiting(missing, where)}")
+            raise GatheringError(
+                f"{ranks_in_words(missing)} did not connect to {where} within {limit_s:g} s: see the output of these "
+                "ranks, and whether a firewall blocks that port"
+            )
         if now > next_word:
             next_word = now + NEXT_WORD_S
             _say(_waiting(missing, where))
@@ -87,13 +89,26 @@ def _await_first(store: TCPStore, prefix: str, where: str, deadline: float) -> N
         store.wait([f"{prefix}/all"], timedelta(seconds=max(1.0, left_s)))
     except (DistStoreError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise GatheringError(f"not all ranks came together at {where}: {reason}") from None
+        raise GatheringError(f"not all ranks connected to {where}: {reason}") from None
+
+
+def _unconnected(rank: int, serves: bool, where: str, port: int, limit_s: float, error: Exception) -> str:
+    """Return the error message for a rank that cannot open the store. `serves`: it would have listened on the port."""
+    if serves and "EADDRINUSE" in str(error):
+        return _taken(port)
+    reason = str(error).splitlines()[0]
+    if serves:
+        return f"rank 0 cannot listen on {where} (MASTER_ADDR, MASTER_PORT): {reason}"
+    return (
+        f"rank {rank} on {socket.gethostname()} cannot connect to {where}, the rendezvous of the ranks (MASTER_ADDR, "
+        f"MASTER_PORT), within {limit_s:g} s: {reason}; did rank 0 start there, does a firewall block the port?"
+    )
 
 
 def _taken(port: int) -> str:
     """Return the error message for a port on which another process listens, with what to do."""
     return (
-        f"port {port} of {socket.gethostname()}, where all ranks are to meet, is taken by {_listener(port)}: does "
+        f"port {port} of {socket.gethostname()}, the rendezvous port of the ranks, is taken by {_listener(port)}: does "
         "another run train here? Choose another port: --master-port (bst launch, torchrun), --master_port (deepspeed), "
         "--master ADDRESS:PORT (bst train --nodes), or MASTER_PORT where the environment names it"
     )
@@ -107,11 +122,11 @@ def _listener(port: int) -> str:
         process = psutil.Process(listening[0].pid)
         return f"process {process.pid} ({shlex.join(process.cmdline())[:120]})"
     except (psutil.Error, OSError, IndexError):
-        return "a process of another user"
+        return "a process that this user cannot see (another user's, or in another container)"
 
 
 def agreed_port() -> int:
-    """Return the port where all ranks meet under mpirun: MASTER_PORT of rank 0, or a free port of its host.
+    """Return the rendezvous port of the ranks under mpirun: MASTER_PORT of rank 0, or a free port of its host.
 
     Every process must call it. Without it, DeepSpeed would use port 29500 for every start on a host.
     """
@@ -123,17 +138,6 @@ def agreed_port() -> int:
 
 def _waiting(missing: Sequence[int], where: str) -> str:
     return f"waiting for {len(missing)} rank{'s' * (len(missing) > 1)} at {where}: {spans(missing)}"
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """Format ascending numbers as ``1 to 3, 7``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][1] == number - 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in parts)
 
 
 @contextmanager

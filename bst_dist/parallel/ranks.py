@@ -16,9 +16,10 @@ from torch import Tensor, distributed
 from bst_base.errors import UserError
 from bst_base.host import free_port
 from bst_base.launched import require_single_process
+from bst_base.sizes import spans
 from bst_dist.parallel.communication import record_deepspeed
 from bst_dist.parallel.devices import cpu_refusal, local_rank
-from bst_dist.parallel.gathering import agreed_port, gathered, spans
+from bst_dist.parallel.gathering import agreed_port, gathered
 from bst_dist.parallel.numa import bind_to_device_node, pci_address
 from bst_dist.parallel.phases import Phases
 

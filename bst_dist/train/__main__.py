@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "metrics.dropped.jsonl"
     ))  # fmt: skip
     parser.add_argument("--replan-schedule", action="store_true", help=(
-        "with --resume: follow a changed train.steps or schedule.* from the newest checkpoint on, although the "
-        "earlier steps used other learning rates than it would give"
+        "with --resume: apply a changed train.steps or schedule.* from the newest checkpoint on, even if the new "
+        "schedule has other learning rates for the steps already taken"
     ))  # fmt: skip
     parser.add_argument(
         "--until", type=at_least(1), metavar="STEP", help="stop with a checkpoint after STEP steps in total"

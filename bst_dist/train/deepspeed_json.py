@@ -149,7 +149,7 @@ def differences(completed: dict[str, Any], parsed: Any) -> list[str]:
     values["timers"] = {"throughput": parsed.timers_config.model_dump(include={"enabled", "synchronized"})}
     values["zero_optimization"] = _every_key(parsed.zero_config)
     return [
-        f"{key}: wanted {wanted!r}, got {got!r}"
+        f"{key}: asked for {wanted!r}, its engine has {got!r}"
         for key, wanted, got in _compare(completed, values, "")
         if key.partition(".")[0] not in ("aio", "comms_logger")
     ]

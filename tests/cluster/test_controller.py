@@ -302,7 +302,7 @@ def test_hosts_that_do_not_call_back_are_named_with_the_launcher_output(monkeypa
     monkeypatch.setitem(launchers.LAUNCHERS, "here", lambda *_: ["sh", "-c", "echo b: no route to it >&2; exit 1"])
     with Controller(HOSTS, OPTIONS) as controller:
         missing = controller.call()
-    assert missing["b"] == "no agent called back: b: no route to it"
+    assert missing["b"] == "its agent did not connect to this machine: b: no route to it"
 
 
 PDSH = ["node-1: bash: line 1: /opt/python: No such file or directory", "pdsh@vm: node-1: ssh exited with exit code 7"]
@@ -319,7 +319,7 @@ def test_the_reason_is_found_in_the_launcher_output_and_its_last_lines_are_print
     script = "".join(f"printf '%b\\n' '{line.replace(chr(0), chr(92) + '0')}'; " for line in (*many, *lines))
     monkeypatch.setitem(launchers.LAUNCHERS, "here", lambda *_: ["sh", "-c", f"{script} exit 1"])
     with Controller([Host("node-1", 1)], OPTIONS) as controller:
-        assert controller.call() == {"node-1": f"no agent called back: {said}"}
+        assert controller.call() == {"node-1": f"its agent did not connect to this machine: {said}"}
     printed = capsys.readouterr().err.splitlines()
     assert printed[0] == "bst launch: the last lines of here:"
     kept = [line for line in (*many, *lines) if line.strip("-\0")]
@@ -329,7 +329,7 @@ def test_the_reason_is_found_in_the_launcher_output_and_its_last_lines_are_print
 def test_a_launcher_that_says_nothing_is_not_quoted(monkeypatch, capsys):
     monkeypatch.setitem(launchers.LAUNCHERS, "here", lambda *_: ["false"])
     with Controller([Host("node-1", 1)], OPTIONS) as controller:
-        assert controller.call() == {"node-1": "no agent called back"}
+        assert controller.call() == {"node-1": "its agent did not connect to this machine"}
     assert capsys.readouterr().err == ""
 
 
@@ -363,7 +363,7 @@ def test_an_agent_that_cannot_connect_reports_it_in_its_output(monkeypatch):
     assert list(missing) == ["a", "b"]
     for reason in missing.values():
         assert f"{socket.gethostname()} cannot reach the launching process at 127.0.0.1:9" in reason
-        assert "--port and --address" in reason
+        assert "--address and --port" in reason
     assert time.monotonic() - begun < 1800  # an agent that reported this is not waited for
 
 

@@ -137,7 +137,7 @@ def test_hosts_that_cannot_be_reached_are_all_named(launch, recipe, network, tmp
     finally:
         for host in down:
             network.power_on(host)
-    assert f"not started: fix {', '.join(down)}, or start without" in started.said
+    assert f"not started: fix the problems of {', '.join(down)} above" in started.said
     for host in down:
         assert f"ssh: connect to host {host}" in started.said
     assert f"{network.hosts[0]}  1 slot  reached" in started.said
@@ -158,7 +158,7 @@ def test_a_run_directory_that_is_not_shared_and_a_wrong_clock_are_reported(launc
     (line,) = [line for line in started.said.splitlines() if line.startswith(odd)]
     assert "is it shared?" in line
     assert "its clock is 300.0 s ahead" in started.said
-    assert f"not started: fix {odd}, or start without" in started.said
+    assert f"not started: fix the problems of {odd} above" in started.said
     assert list(shared.iterdir()) == []
 
 

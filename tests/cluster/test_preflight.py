@@ -60,16 +60,16 @@ def test_healthy_hosts_have_no_problems():
     [
         ({"versions": {"torch": "2.12.0"}}, "torch is 2.12.0, the other hosts have 2.13.0"),
         ({"versions": {"deepspeed": None}}, "deepspeed is missing"),
-        ({"code": "d" * 64}, "this project's code differs from the other hosts'"),
-        ({"files": {"/shared/recipe.yaml": "d" * 64}}, "recipe.yaml differs from the other hosts'"),
+        ({"code": "d" * 64}, "this project's code has other contents than on the other hosts (check: code)"),
+        ({"files": {"/shared/recipe.yaml": "d" * 64}}, "recipe.yaml has other contents than on the other hosts"),
         ({"files": {"/shared/corpus/manifest.json": None}}, "/shared/corpus/manifest.json is missing"),
         ({"nonce": None}, "is it shared?"),
         ({"nonce": "another"}, "is it shared?"),
-        ({"free_bytes": 10**8}, "100.0 MB free for the run directory, its checkpoints take 1.0 GB"),
+        ({"free_bytes": 10**8}, "100.0 MB free on the file system of the run directory, two checkpoints need 1.0 GB"),
         ({"devices": ["nvidia0", "nvidia1"]}, "8 slots, but 2 accelerators"),
         ({"memory_errors": {"3": 2}}, "accelerator 3 has 2 uncorrected memory errors"),
         ({"open_files": 583}, "a process may open 583 files, rank 0 of 24 needs 584: raise the hard limit"),
-        ({"ranks": [4711]}, "ranks of an earlier start still train in this run directory (processes 4711)"),
+        ({"ranks": [4711]}, "(processes 4711): wait until they end, or stop them (check: ranks)"),
     ],
 )
 def test_the_host_that_differs_is_reported_even_if_it_is_first(change, said):
@@ -141,7 +141,7 @@ def test_a_host_without_answer_is_refused():
     assert checked[0].problems == []
     assert checked[1].problems
     assert math.isnan(checked[1].clock_offset_s)
-    with pytest.raises(PreflightError, match="not started: fix n1, or start without"):
+    with pytest.raises(PreflightError, match="not started: fix the problems of n1 above"):
         require(checked)
 
 

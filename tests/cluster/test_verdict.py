@@ -95,8 +95,13 @@ def test_a_job_that_was_told_to_stop_is_not_restarted():
     [
         ({1: -9}, "rank 1 on node-02 was killed by SIGKILL (out of memory?)"),
         ({1: -11}, "rank 1 on node-02 was killed by SIGSEGV"),
-        ({1: 70}, "all ranks hung: watchdogs ended the job, the first on node-02 (rank 1); see what they name"),
+        (
+            {1: 70},
+            "all ranks hung and the watchdog ended them (status 70); the first to end was rank 1 on node-02; the "
+            "watchdog's message above says what blocked the job",
+        ),
         ({0: 1}, "rank 0 on node-01 ended with status 1"),
+        ({0: 2}, "rank 0 on node-01 ended with status 2 (a wrong setting, or the run diverged): see its message above"),
     ],
 )
 def test_the_culprit_is_named_with_its_host(statuses, said):

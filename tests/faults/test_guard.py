@@ -31,7 +31,7 @@ def guard(losses: list[float] = (), **settings: Any) -> Guard:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_value_stops_by_default_and_is_recorded(value):
     judge = guard()
-    with pytest.raises(DivergedError, match=r"the loss is -?(nan|inf) in step 4"):
+    with pytest.raises(DivergedError, match=r"the loss is -?(nan|inf) in step 5"):
         judge.loss(value, step=4, skipped=0, rate=1e-3)
     with pytest.raises(DivergedError, match="the gradient norm is"):
         judge.gradient(value, step=5, skipped=0, rate=1e-3)
@@ -60,8 +60,8 @@ def test_skipped_steps_are_limited_within_a_window_of_data():
         judge.loss(math.nan, 12, 0, 1.0)
     assert judge.ledger.entries[-1].action == "stop"
     entry = guard(non_finite="roll-back").loss(math.nan, 3, 0, 1.0)
-    assert entry == Entry(4, 0, "the loss is nan in step 3", "roll-back")
-    assert str(RollBack(entry)) == "the loss is nan in step 3"
+    assert entry == Entry(4, 0, "the loss is nan in step 4", "roll-back")
+    assert str(RollBack(entry)) == "the loss is nan in step 4"
 
 
 def test_ledger_entries_are_counted_by_their_data_step():
@@ -168,7 +168,7 @@ def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, assert_sa
 
 @pytest.mark.ranks
 def test_a_diverged_run_stops_by_default_and_keeps_its_checkpoints(go, tmp_path):
-    with pytest.raises(AssertionError, match="DivergedError: the loss is nan in step 4"):
+    with pytest.raises(AssertionError, match="DivergedError: the loss is nan in step 5"):
         go("run", "loss", (4,))
     assert newest_valid(tmp_path / "run").name == "step-00000004"
     assert [line["step"] for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "train"] == [1, 2, 3, 4]
@@ -178,7 +178,7 @@ def test_a_diverged_run_stops_by_default_and_keeps_its_checkpoints(go, tmp_path)
 @pytest.mark.ranks
 def test_a_roll_back_without_a_checkpoint_stops_the_run(go, tmp_path):
     with pytest.raises(
-        AssertionError, match="DivergedError: the loss is nan in step 1, and there is no checkpoint yet"
+        AssertionError, match="DivergedError: the loss is nan in step 2, and there is no checkpoint yet"
     ):
         go("run", "loss", (1,), "guard.non_finite=roll-back")
     assert "no checkpoint yet" in read_outcome(tmp_path / "run")["diverged"]

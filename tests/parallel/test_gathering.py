@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from bst_base.host import free_port
+from bst_base.sizes import spans
 from bst_dist.faults.status import RESUBMIT
-from bst_dist.parallel.gathering import spans
 
 END_S = 60
 """Timeout for a process to end, far more than it needs."""
@@ -80,7 +80,7 @@ def test_missing_ranks_are_named_and_a_signal_ends_the_wait(start):
     assert "waiting for 3 ranks at 127.0.0.1:" in line
     assert line.rstrip().endswith(": 1 to 3")
     first.send_signal(signal.SIGTERM)
-    assert heard(first, "stopped by SIGTERM before all ranks had joined")
+    assert heard(first, "stopped by SIGTERM before all ranks had connected")
     assert first.wait(END_S) == RESUBMIT
 
 
@@ -108,7 +108,7 @@ def test_all_ranks_continue_only_when_all_have_joined(start):
 def test_waiting_for_missing_ranks_ends_after_the_limit(start):
     first, second = start(0, 3, limit_s=4.0), start(1, 3, limit_s=4.0)
     meet(first, second)
-    assert "gave up waiting for 1 rank at" in heard(first, "gave up")
+    assert "rank 2 did not connect to " in heard(first, "within 4 s: see the output of these ranks")
     assert [first.wait(END_S), second.wait(END_S)] == [3, 3]
 
 
@@ -117,9 +117,9 @@ def test_a_port_in_use_is_reported_with_its_process_and_the_remedy(start):
         port = other.getsockname()[1]
         first = start(0, 2, port=port)
         meet(first)
-        line = heard(first, f"port {port} of {socket.gethostname()}, where all ranks are to meet, is taken by process")
+        line = heard(first, f"port {port} of {socket.gethostname()}, the rendezvous port of the ranks, is taken by")
         assert first.wait(END_S) == 3
-    assert f"process {os.getpid()} (" in line
+    assert f"is taken by process {os.getpid()} (" in line
     assert "MASTER_PORT" in line
     assert "--master-port" in line
 

@@ -70,6 +70,6 @@ def test_differences_name_the_key_and_both_values():
     parsed.zero_config = type(parsed.zero_config)(stage=1)
     parsed.timers_config = type(parsed.timers_config)()
     found = differences(completed, parsed)
-    assert "gradient_clipping: wanted 0.5, got 1.0" in found
-    assert "zero_optimization.stage: wanted 2, got 1" in found
-    assert "timers.throughput.enabled: wanted False, got True" in found
+    assert "gradient_clipping: asked for 0.5, its engine has 1.0" in found
+    assert "zero_optimization.stage: asked for 2, its engine has 1" in found
+    assert "timers.throughput.enabled: asked for False, its engine has True" in found

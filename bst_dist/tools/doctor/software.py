@@ -107,7 +107,7 @@ def operators() -> Iterator[Finding]:
     if compatible.get("async_io"):
         yield good(f"DeepSpeed could compile {names}")
     else:
-        text = f"DeepSpeed could compile {names or 'nothing'}; not async_io, for zero3_nvme_offload.json alone"
+        text = f"DeepSpeed could compile {names or 'nothing'}; not async_io, which only zero3_nvme_offload.json needs"
         yield lacking(text, "apt-get install libaio-dev")
 
 

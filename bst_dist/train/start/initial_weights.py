@@ -42,8 +42,9 @@ def load_initial(model: nn.Module, config: InitialWeightsConfig, tokenizer_sha25
     checkpoint = _checkpoint(config)
     if tokenizer_sha256 and tokenizer_of(config.run) not in (None, tokenizer_sha256):
         raise CheckpointError(
-            f"initial_weights: {config.run} had another tokenizer than data.corpus: prepare the corpus with that one "
-            "(tokenizer.reuse: its tokenizer.model, or the corpus that it was trained on)"
+            f"initial_weights.run {config.run} was trained with another tokenizer than that of data.corpus: prepare "
+            f"data.corpus again with tokenizer.reuse set to the tokenizer file in {config.run}, or to the corpus of "
+            "that run"
         )
     weights, own = load_weights(checkpoint), model.state_dict()
     for name in sorted(weights.keys() | own.keys()):

@@ -59,7 +59,7 @@ def test_initial_weights_of_another_tokenizer_are_refused(trained, tmp_path):
     load_initial(trained.model, trained.config, "abc")  # that run has not recorded its tokenizer
     (tmp_path / "environment.json").write_text(json.dumps({"starts": [{"tokenizer_sha256": "abc"}]}))
     load_initial(trained.model, trained.config, "abc")
-    with pytest.raises(CheckpointError, match="had another tokenizer"):
+    with pytest.raises(CheckpointError, match=r"was trained with another tokenizer than that of data\.corpus"):
         load_initial(trained.model, trained.config, "def")
 
 
