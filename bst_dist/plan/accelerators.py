@@ -56,6 +56,10 @@ class Accelerator(Config):
     shares: str = "assumed; measured on no such device"
     """Source of the two shares `products` and `attention`."""
 
+    def peak_flops(self, bf16: bool) -> float:
+        """Peak FLOP/s of matrix products in bfloat16, or in fp32."""
+        return 1e12 * (self.bf16_tflops if bf16 else self.fp32_tflops)
+
     def is_called(self, driver: str) -> bool:
         """Whether the driver's device name names this model."""
         own, found = _words(self.device), _words(driver)

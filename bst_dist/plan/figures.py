@@ -28,13 +28,14 @@ def run_hours(planner: Planner, best: Candidate) -> float:
     return sum(phase.steps * phase.step_s for phase in planner.phases(best)) / 3600
 
 
-def mfu(best: Candidate, cluster: Cluster) -> float:
-    """Return the model FLOPs utilisation: model FLOP/s divided by the bf16 peak of all devices.
+def mfu(best: Candidate, cluster: Cluster, bf16: bool) -> float:
+    """Return the model FLOPs utilisation: model FLOP/s divided by the peak of all devices.
 
-    Recomputation and masked sequences do not count.
+    `bf16`: whether the run trains in bf16; else the peak is that of fp32, as in the run's own reports. Recomputation and
+    masked sequences do not count.
     """
     counts = best.spread.rows / (best.spread.rows + best.spread.masked)
-    return counts * best.speed.flops / best.speed.total / (1e12 * cluster.accelerator.bf16_tflops * cluster.world)
+    return counts * best.speed.flops / best.speed.total / (cluster.accelerator.peak_flops(bf16) * cluster.world)
 
 
 def by_link(best: Candidate, cluster: Cluster) -> tuple[float, float]:
@@ -91,7 +92,7 @@ def describe(planner: Planner, best: Candidate) -> dict[str, Any]:
         "sent_in_node_bytes_per_step": inside,
         "sent_between_nodes_bytes_per_step": between,
         "step_s": {**best.speed.parts(), "total": best.speed.total},
-        "mfu": mfu(best, cluster),
+        "mfu": mfu(best, cluster, planner.bf16),
         "tokens_per_day": tokens_a_day(best),
         "batches": [asdict(phase) for phase in planner.phases(best)],
         "gpu_hours": run_hours(planner, best) * cluster.world,

@@ -29,7 +29,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda":
         known = of_device(device_name(device))
         if known:
-            return 1e12 * (known.bf16_tflops if dtype == torch.bfloat16 else known.fp32_tflops)
+            return known.peak_flops(dtype == torch.bfloat16)
     return measured_flops(device, dtype)
 
 

@@ -77,9 +77,10 @@ def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list
     console.print(f"[bold]{recipe.name}[/], {tokens:,} tokens per step, on nodes of {device.title}", highlight=False,
                   soft_wrap=True)  # fmt: skip
     lines = []
+    bf16 = recipe.train.precision == "bf16"
     for cluster, longer, _, best in rows:
         head = (f"{longer.train.sequence_length:,}", f"{cluster.world:,}", f"{longer.train.most_sequences:,}")
-        lines.append([*head, *(_cells(best, cluster) if isinstance(best, Candidate) else [*[""] * 9, best])])
+        lines.append([*head, *(_cells(best, cluster, bf16) if isinstance(best, Candidate) else [*[""] * 9, best])])
     columns = ("tokens", "GPUs", "rows", "ZeRO", "dp", "sp", "micro", "checkpointing", "GB", "step s", "MFU",
                "G tok/day", "note")  # fmt: skip
     print_table(Sheet(columns, lines))
@@ -208,10 +209,10 @@ def _excess(best: Candidate) -> str:
 
 def _rate(planner: Planner, best: Candidate) -> str:
     cluster, steps = planner.cluster, planner.recipe.train.steps
-    hours = run_hours(planner, best)
+    hours, used = run_hours(planner, best), mfu(best, cluster, planner.bf16)
     return (
-        f"{best.speed.total:,.3g} s per step, MFU {mfu(best, cluster):.0%}, {tokens_a_day(best) / 1e9:,.1f} G tokens "
-        f"per day; {steps:,} steps in {hours:,.1f} h, {hours * cluster.world:,.0f} GPU-hours"
+        f"{best.speed.total:,.3g} s per step, MFU {used:.0%}, {tokens_a_day(best) / 1e9:,.1f} G tokens per day; "
+        f"{steps:,} steps in {hours:,.1f} h, {hours * cluster.world:,.0f} GPU-hours"
     )
 
 
@@ -285,9 +286,9 @@ def _cell(way: Candidate, chosen: bool) -> Cell:
     return Text(f"> {needed}", style="bold green") if chosen else needed
 
 
-def _cells(best: Candidate, cluster: Cluster) -> list[str]:
+def _cells(best: Candidate, cluster: Cluster, bf16: bool) -> list[str]:
     work, sp = best.work, best.work.slice.sp
-    rates = [f"{best.speed.total:,.2f}", f"{mfu(best, cluster):.0%}", f"{tokens_a_day(best) / 1e9:,.1f}"]
+    rates = [f"{best.speed.total:,.2f}", f"{mfu(best, cluster, bf16):.0%}", f"{tokens_a_day(best) / 1e9:,.1f}"]
     if not best.fits:
         rates = ["", "", ""]
     return [

@@ -167,7 +167,7 @@ def share_rerun(checkpointing: ActivationCheckpointingConfig, depth: int) -> flo
 
 def _forward_seconds(flops: dict[str, float], tokens: int, device: Accelerator, bf16: bool) -> tuple[float, float]:
     """Return the seconds of one rank's forward passes per step, of the whole model and of the layers alone."""
-    peak = 1e12 * (device.bf16_tflops if bf16 else device.fp32_tflops)
+    peak = device.peak_flops(bf16)
     rates = dict.fromkeys(ATTENTION, peak * device.attention)
     rates |= dict.fromkeys(SINGLE_PRECISION, 1e12 * device.fp32_tflops * SINGLE_EFFICIENCY)
     seconds = {term: tokens * count / rates.get(term, peak * device.products) for term, count in flops.items()}

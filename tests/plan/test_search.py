@@ -6,15 +6,19 @@ import shlex
 import signal
 
 import pytest
+import torch
 
 from bst_base.settings import dump, parse
 from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.plan.accelerators import accelerator
-from bst_dist.plan.figures import mfu, run_hours, tokens_a_step
+from bst_dist.plan.figures import describe, mfu, run_hours, tokens_a_step
+from bst_dist.plan.flops import train_flops_per_token
+from bst_dist.plan.hardware import peak_flops
 from bst_dist.plan.memory.zero import Strategy
 from bst_dist.plan.search import HEADROOM, PlanError, Planner
 from bst_dist.plan.speed import Cluster
+from bst_dist.report.utilisation import Speed
 
 SETTINGS = {
     "name": "small",
@@ -84,11 +88,26 @@ def test_uneven_ranks_compute_masked_sequences(recipe_file, capsys, tmp_path):
     one = alone.candidate(0, 1, 1, "none")
     three = planner.candidate(0, 1, 1, "none")
     assert three.speed.flops / one.speed.flops == pytest.approx(18 / 16)  # of all ranks, the masked rows included
-    used = mfu(three, planner.cluster) * three.speed.total * 3, mfu(one, alone.cluster) * one.speed.total
+    used = mfu(three, planner.cluster, True) * three.speed.total * 3, mfu(one, alone.cluster, True) * one.speed.total
     assert used[0] == pytest.approx(used[1])
     assert main(["plan", recipe_file, "--gpus-per-node", "3"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "1 of 3 ranks has 6 sequences, 2 of 3 ranks have 5 sequences and 1 masked: 11% of the computation" in said
+
+
+@pytest.mark.parametrize(("precision", "peak"), [("bf16", 989e12), ("fp32", 67e12)])
+def test_planned_mfu_equals_the_trainers_of_a_step_that_takes_as_long(precision, peak, monkeypatch):
+    """The peaks are those of the H100's data sheet."""
+    monkeypatch.setattr("bst_dist.plan.hardware.device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    recipe = parse(Recipe, SETTINGS | {"train": SETTINGS["train"] | {"precision": precision}})
+    planner = Planner(recipe, Cluster(1, 1, device(80)))
+    best = planner.candidate(0, 1, 4, "none")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    assert peak_flops(torch.device("cuda"), dtype) == peak
+    trainer = Speed(train_flops_per_token(recipe.model, 256), peak)
+    tokens_per_s = 16 * 256 / best.speed.total
+    assert mfu(best, planner.cluster, planner.bf16) == pytest.approx(trainer.mfu(tokens_per_s))
+    assert describe(planner, best)["mfu"] == pytest.approx(trainer.mfu(tokens_per_s))
 
 
 CHANGING = SETTINGS | {
