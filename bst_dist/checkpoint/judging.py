@@ -37,14 +37,15 @@ def common_checkpoints(ranks: Ranks, run_dir: Path) -> list[Path]:
     return most
 
 
-def confirmed_damage(ranks: Ranks, checkpoint: Path) -> list[Finding]:
+def confirmed_damage(ranks: Ranks, checkpoint: Path, kind: str = "") -> list[Finding]:
     """Return the problems of a checkpoint's files, each confirmed by a second rank; the ranks share the reading.
 
-    Raises StorageError on all ranks when a rank cannot read a file, or when two ranks disagree about one.
+    `kind`: check only files of this kind, for example WEIGHTS. Raises StorageError on all ranks when a rank cannot read
+    a file, or when two ranks disagree about one.
     """
     manifest, _ = ranks.from_first(_tried(lambda: read_manifest(checkpoint)) if ranks.first else None)
     # Without a manifest from rank 0, every rank tries to read it and reports the problem.
-    first = gathered(ranks, lambda: examine(checkpoint, ranks.rank, ranks.world, manifest=manifest))
+    first = gathered(ranks, lambda: examine(checkpoint, ranks.rank, ranks.world, manifest=manifest, kind=kind))
     if not any(first):
         return []
     hosts = ranks.gather(socket.gethostname())

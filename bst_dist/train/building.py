@@ -36,10 +36,12 @@ def recorded_group(start: Start, ranks: Ranks) -> SequenceGroup | None:
     return group and RecordedGroup(group.process_group, ranks.phases)
 
 
-def build_engine(start: Start, compiled: bool = False, fused_loss: bool = False, from_zero: bool = False) -> Engine:
-    """Build the model, with equal weights on all ranks, and wrap it with DeepSpeed.
+def build_engine(start: Start, ranks: Ranks, compiled: bool = False, fused_loss: bool = False,
+                 from_zero: bool = False) -> Engine:  # fmt: skip
+    """Build the model and wrap it with DeepSpeed, which gives all ranks the weights of rank 0.
 
     Args:
+        ranks: all of them call it.
         compiled: compile its layers.
         fused_loss: compile its loss.
         from_zero: as in the request.
@@ -47,7 +49,7 @@ def build_engine(start: Start, compiled: bool = False, fused_loss: bool = False,
     torch.manual_seed(start.recipe.seed)
     model = start.objective.model()
     if loads_initial(start, from_zero):
-        load_initial(model, start.recipe.initial_weights, start.objective.about().get("tokenizer_sha256"))
+        load_initial(model, start.recipe.initial_weights, start.objective.about().get("tokenizer_sha256"), ranks)
     model.z_loss = start.recipe.train.z_loss
     model.checkpoint = activation.policy(start.recipe.activation_checkpointing, model.layers)
     for layer in model.layers:

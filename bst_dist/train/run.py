@@ -81,7 +81,8 @@ class Run:
         compiled, self.uncompiled_since = compiles(
             start.recipe, ranks.device.type, start.completed["zero_optimization"]["stage"]
         )
-        self.engine = build_engine(start, compiled, fuses_loss(self.recipe, ranks.device.type), request.from_zero)
+        fused_loss = fuses_loss(self.recipe, ranks.device.type)
+        self.engine = build_engine(start, ranks, compiled, fused_loss, request.from_zero)
         identity = identity_of(start, self.engine, ranks)
         averaged = self.recipe.train.average
         state = EngineState(self.engine.deepspeed, averaged is not None)

@@ -49,7 +49,7 @@ def test_groups_keep_their_hyperparameters_through_a_resume_in_every_stage(recip
             request = Request(recipe, changes, tmp_path / f"run{stage}", True, 2)
             train(request, ranks)
             start = resolve(load(request), request, ranks.world)
-            engine = building.build_engine(start)
+            engine = building.build_engine(start, ranks)
             identity = building.identity_of(start, engine, ranks)
             state = EngineState(engine.deepspeed)
             snapshots = snapshot.Snapshots(start.run_dir, state, ranks, identity, start.recipe.checkpoint)

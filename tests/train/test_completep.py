@@ -28,7 +28,7 @@ def test_every_stage_keeps_completep_group_settings_after_a_resume(recipe_file, 
             for until in (2, 4):
                 request = Request(recipe, changes, tmp_path / f"run{stage}", True, until)
                 train(request, ranks)
-            engine = building.build_engine(resolve(load(request), request, ranks.world))
+            engine = building.build_engine(resolve(load(request), request, ranks.world), ranks)
             for group in engine.deepspeed.optimizer.param_groups:
                 group.update(lr=9.0, weight_decay=9.0, eps=9.0)  # as if loading had mixed up the groups
             engine.set_rates(1.0)

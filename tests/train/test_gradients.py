@@ -70,7 +70,7 @@ def one_process(recipe: Path) -> tuple[dict[str, np.ndarray], float]:
 def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, np.ndarray], StepReport]:
     """Take the first step on these ranks; return the full gradients before the update, and the step's report."""
     start = start_of(recipe, ranks.world, changes)
-    engine = building.build_engine(start)
+    engine = building.build_engine(start, ranks)
     sharing = Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp).sp_group()
     trainer = building.build_trainer(start, engine, ranks, sharing, Stop(ranks))
     gradients: dict[str, np.ndarray] = {}

@@ -135,7 +135,7 @@ def test_dynamics_stay_in_single_precision_under_bf16_in_every_stage(recipe_file
         for stage in range(4):
             request = Request(recipe, [f"deepspeed=ds_configs/zero{stage}.json"], tmp_path / "none", False, None)
             start = resolve(load(request), request, ranks.world)
-            engine, seen = building.build_engine(start), set()
+            engine, seen = building.build_engine(start, ranks), set()
             for module in engine.module.modules():
                 if isinstance(module, S4D):
                     module.register_forward_hook(lambda _, given, made, seen=seen: seen.add(
@@ -190,7 +190,7 @@ def test_gradient_clipping_uses_the_global_norm_in_every_stage(recipe_file, tmp_
         for stage in range(4):
             request = Request(recipe, [f"deepspeed=ds_configs/zero{stage}.json"], tmp_path / "none", False, None)
             start = resolve(load(request), request, ranks.world)
-            engine = building.build_engine(start)
+            engine = building.build_engine(start, ranks)
             ids = torch.arange(32)[None] % 29
             engine.set_rates(1.0)
             engine.accumulate(engine.forward(ids, ids).total / 32, last=True)

@@ -7,22 +7,19 @@ tokenizer must be those of the other run.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from bst_dist.checkpoint.directory import (
-    WEIGHTS,
-    CheckpointError,
-    committed,
-    damage,
-    directory,
-    load_weights,
-    step_of,
-)
+from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, committed, damage, directory, open_shards, step_of
+from bst_dist.checkpoint.judging import confirmed_damage, of_first
 from bst_dist.checkpoint.retention import has_full
 from bst_dist.train.config import InitialWeightsConfig
 from bst_dist.train.rundir import tokenizer_of
 from bst_dist.train.start.request import Start
+
+if TYPE_CHECKING:
+    from bst_dist.parallel.ranks import Ranks
 
 
 def loads_initial(start: Start, from_zero: bool) -> bool:
@@ -33,11 +30,14 @@ def loads_initial(start: Start, from_zero: bool) -> bool:
     return start.recipe.initial_weights is not None and (from_zero or not has_full(start.run_dir))
 
 
-def load_initial(model: nn.Module, config: InitialWeightsConfig, tokenizer_sha256: str | None = None) -> None:
+def load_initial(model: nn.Module, config: InitialWeightsConfig, tokenizer_sha256: str | None = None,
+                 ranks: Ranks | None = None) -> None:  # fmt: skip
     """Load the other run's weights into the model.
 
-    `tokenizer_sha256`: of the tokenizer of this run's corpus. Raises CheckpointError when the weights are missing or
-    damaged, when they belong to a model of another shape, and when their run is known to have another tokenizer.
+    `tokenizer_sha256`: of the tokenizer of this run's corpus. `ranks`: all of them call this, and share the check of
+    the files; only rank 0 loads the weights, because DeepSpeed then copies its parameters to the others. Raises
+    CheckpointError when the weights are missing or damaged, when they belong to a model of another shape, and when
+    their run is known to have another tokenizer.
     """
     checkpoint = _checkpoint(config)
     if tokenizer_sha256 and tokenizer_of(config.run) not in (None, tokenizer_sha256):
@@ -46,12 +46,25 @@ def load_initial(model: nn.Module, config: InitialWeightsConfig, tokenizer_sha25
             f"data.corpus again with tokenizer.reuse set to the tokenizer file in {config.run}, or to the corpus of "
             "that run"
         )
-    weights, own = load_weights(checkpoint), model.state_dict()
-    for name in sorted(weights.keys() | own.keys()):
-        there, here = (tuple(found[name].shape) if name in found else "missing" for found in (weights, own))
+    found = confirmed_damage(ranks, checkpoint, WEIGHTS) if ranks else damage(checkpoint, kind=WEIGHTS)
+    if found:
+        raise CheckpointError(f"initial_weights: {checkpoint}: {found[0]}")
+    if ranks:
+        of_first(ranks, lambda: _fill(model, checkpoint))
+    else:
+        _fill(model, checkpoint)
+
+
+def _fill(model: nn.Module, checkpoint: Path) -> None:
+    """Read the weights into the model's own memory, so that they are held once."""
+    shards, own = open_shards(checkpoint, WEIGHTS), model.state_dict()
+    for name in sorted(shards.shapes.keys() | own.keys()):
+        there = shards.shapes.get(name, "missing")
+        here = tuple(own[name].shape) if name in own else "missing"
         if there != here:
             raise CheckpointError(f"initial_weights: {checkpoint} is of another model: {name} is {there}, here {here}")
-    model.load_state_dict(weights)
+    shards.fill([(name, 0, tensor.view(-1)) for name, tensor in own.items()])
+    shards.close()
 
 
 def _checkpoint(config: InitialWeightsConfig) -> Path:
@@ -59,6 +72,4 @@ def _checkpoint(config: InitialWeightsConfig) -> Path:
     if path not in committed(config.run):
         there = ", ".join(str(step_of(found)) for found in committed(config.run)) or "none"
         raise CheckpointError(f"initial_weights: {config.run}: no checkpoint of step {config.step}; there are: {there}")
-    if found := damage(path, kind=WEIGHTS):
-        raise CheckpointError(f"initial_weights: {path}: {found[0]}")
     return path

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +18,13 @@ from bst_dist.checkpoint.directory import CheckpointError, committed, directory,
 from bst_dist.config import Recipe, digest
 from bst_dist.model.lm import LanguageModel
 from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.building import build_engine
 from bst_dist.train.config import InitialWeightsConfig
 from bst_dist.train.run import train
 from bst_dist.train.start.initial_weights import load_initial
-from bst_dist.train.start.request import Request
+from bst_dist.train.start.request import Request, load, resolve
 from tests.checkpoint.damage import flip
+from tests.conftest import write_checkpoint
 
 
 def weights(run_dir):
@@ -27,15 +32,11 @@ def weights(run_dir):
 
 
 @pytest.fixture
-def trained(settings, monkeypatch, tmp_path):
-    """A stub of a run with a checkpoint of step 5, to take initial weights from."""
+def trained(settings, tmp_path):
+    """A run with only a checkpoint of step 5, to take initial weights from."""
     recipe = parse(Recipe, settings | {"model": settings["model"] | {"vocab_size": 320}})
     model = LanguageModel(recipe.model)
-    monkeypatch.setattr(
-        "bst_dist.train.start.initial_weights.committed", lambda _: [tmp_path / "checkpoints" / "step-00000005"]
-    )
-    monkeypatch.setattr("bst_dist.train.start.initial_weights.damage", lambda _, **__: [])
-    monkeypatch.setattr("bst_dist.train.start.initial_weights.load_weights", lambda _: model.state_dict())
+    write_checkpoint(directory(tmp_path, 5), model)
     return SimpleNamespace(config=InitialWeightsConfig(run=tmp_path, step=5), model=model, settings=recipe.model)
 
 
@@ -97,6 +98,54 @@ def test_training_starts_with_initial_weights_and_resumes_without_them(recipe_fi
     go("tuned", *changes, resume=True, until=4)
     for name, weight in weights(tmp_path / "away").items():
         torch.testing.assert_close(weights(tmp_path / "tuned")[name], weight, rtol=0, atol=1e-7)
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("stage", [0, 3])
+def test_ranks_share_the_check_of_initial_weights_and_only_one_loads_them(recipe_file, on_ranks, tmp_path, stage):
+    changes = [f"deepspeed=ds_configs/zero{stage}.json", "train.steps=2"]
+    first = Request(recipe_file(), changes, tmp_path / "first", False, None)
+    on_ranks(2, lambda ranks: train(first, ranks))
+    files = {path.name: path.stat().st_size for path in directory(tmp_path / "first", 2).glob("weights-*")}
+    changes += [f"initial_weights.run={tmp_path / 'first'}", "initial_weights.step=2", "seed=8"]
+    request = Request(recipe_file(), changes, tmp_path / "tuned", False, None)
+
+    def start(ranks):
+        """Return the bytes that this rank reads of each file of weights, and whether it has the other run's."""
+        read, plain, read_into = Counter(), Path.open, io.FileIO.readinto
+
+        class Counted(io.FileIO):
+            def readinto(self, buffer):
+                count = read_into(self, buffer)
+                read[Path(self.name).name] += count
+                return count
+
+            def read(self, size=-1):
+                data = super().read(size)
+                read[Path(self.name).name] += len(data)
+                return data
+
+        def opened(path, mode="r", buffering=-1, **others):
+            if path.parent.parent.parent != tmp_path / "first" or not path.name.startswith("weights-"):
+                return plain(path, mode, buffering, **others)
+            return Counted(path) if buffering == 0 else io.BufferedReader(Counted(path))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "open", opened)
+            engine = build_engine(resolve(load(request), request, ranks.world), ranks)
+        loaded = {}
+        for name, parameter in engine.module.named_parameters():
+            with engine.gathered([parameter]):
+                loaded[name] = parameter.detach().clone()
+        there = weights(tmp_path / "first")
+        assert loaded.keys() == there.keys()
+        assert all(torch.equal(loaded[name], there[name]) for name in there)
+        return read
+
+    read = on_ranks(2, start)
+    assert set(read[0]) == set(files)  # rank 0 loads all, and checks its own
+    assert read[1] == {"weights-00001.safetensors": files["weights-00001.safetensors"]}
 
 
 @pytest.fixture
