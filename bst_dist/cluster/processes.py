@@ -133,17 +133,18 @@ class LocalRanks:
     def terminate(self, grace_s: float) -> None:
         """Send SIGTERM to all ranks; `poll` kills those that run after `grace_s`.
 
-        A second call sends no signal, but may shorten the time.
+        A second call sends no signal, but may shorten the time. Only the ranks themselves get the signal: it would end
+        the processes that they have started, such as the compiler's, which they may need for their last step.
         """
         first, until = self._kill_at is None, time.monotonic() + grace_s
         self._kill_at = until if first else min(until, self._kill_at)
         for rank in self.processes.keys() - self.poll().keys() if first else ():
-            signal_session(self.processes[rank], signal.SIGTERM)
+            self.processes[rank].send_signal(signal.SIGTERM)
 
     def remind(self) -> None:
         """Send SIGTERM again to the ranks that still run, because the user or a scheduler has repeated its signal."""
         for rank in self.processes.keys() - self.poll().keys():
-            signal_session(self.processes[rank], signal.SIGTERM)
+            self.processes[rank].send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """Kill all ranks, and wait until they have ended, at most KILLED_S.

@@ -188,6 +188,40 @@ def test_a_rank_that_reported_its_final_status_is_not_waited_for(tmp_path):
     assert time.monotonic() - begun < 300  # not the rank's ten minutes
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_stop_signal_does_not_end_the_processes_that_a_rank_has_started(again):
+    """Such as the compiler's: without it the rank cannot take its last step. None is left when the rank has ended."""
+    program = """
+import os, signal, subprocess, sys, time
+stops = []
+signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
+child = subprocess.Popen(["sleep", "600"])
+print(child.pid, flush=True)
+while len(stops) < int(sys.argv[1]):
+    time.sleep(0.02)
+time.sleep(0.5)  # a signal to the child would have arrived
+sys.exit(75 if child.poll() is None else 1)
+"""
+    ranks = LocalRanks([sys.executable, "-c", program, str(1 + again)], Share(0, 1, 1, "127.0.0.1", 1), os.environ,
+                       piped=True)  # fmt: skip
+    try:
+        child = int(ranks.processes[0].stdout.readline())
+        ranks.terminate(600)
+        if again:
+            time.sleep(0.2)  # two signals at once would count as one
+            ranks.remind()
+        deadline = time.monotonic() + 60
+        while not ranks.poll():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert ranks.poll() == {0: 75}
+        while alive(child):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        ranks.kill()
+
+
 def test_a_final_status_is_kept_whoever_reads_it_first():
     """Both `running` and `poll` read the pipe; a status that `running` has read must not be lost."""
     program = "import os, time; os.write(int(os.environ['BST_LAST_WORD']), b'70\\n'); time.sleep(600)"

@@ -213,8 +213,8 @@ class Runner:
 
     def _end(self) -> None:
         """End the remaining processes. Steps after their last checkpoint are repeated at the next start."""
-        for worker in self.workers:
-            signal_session(worker.process, signal.SIGTERM)
+        for worker in self.workers:  # the process alone, as in `LocalRanks.terminate`
+            worker.process.send_signal(signal.SIGTERM)
         latest = time.monotonic() + SAVING_S
         for worker in self.workers:
             try:

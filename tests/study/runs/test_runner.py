@@ -202,7 +202,8 @@ def test_unresponsive_processes_are_killed_after_one_common_wait(sweep, monkeypa
     clock, killed = [0.0], []
 
     class Deaf:
-        pid = 0
+        def send_signal(self, number):
+            pass
 
         def wait(self, timeout=None):
             if self not in killed:
@@ -210,7 +211,7 @@ def test_unresponsive_processes_are_killed_after_one_common_wait(sweep, monkeypa
                 raise subprocess.TimeoutExpired("train", timeout)
 
     monkeypatch.setattr("bst_dist.study.runs.runner.time.monotonic", lambda: clock[0])
-    hear = {signal.SIGTERM: lambda process: None, signal.SIGKILL: killed.append}
+    hear = {signal.SIGKILL: killed.append}
     monkeypatch.setattr("bst_dist.study.runs.runner.signal_session", lambda process, number: hear[number](process))
     runner = Runner(sweep.runs, sweep.state, 4, print)
     runner.workers = [Worker(sweep.runs[0], Deaf(), place) for place in range(4)]
