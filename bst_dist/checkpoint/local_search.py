@@ -62,11 +62,12 @@ def brought(ranks: Ranks, root: Path, heads: Sequence[int], found: Found) -> tup
     own, why = ranks.rank, None
     givers = {taker: holders[0] for taker, holders in sorted(found.holders.items()) if heads[taker] not in holders}
     for taker, giver in givers.items():
-        if own in (giver, taker):
-            try:
-                hand_over(ranks, found.key.path(root, taker), giver, taker)
-            except OSError as error:
-                why = f"{socket.gethostname()} cannot write the copy: {error.strerror}"
+        with ranks.phases.exchanging("local copy"):  # on all ranks: the watchdog compares how many each has begun
+            if own in (giver, taker):
+                try:
+                    hand_over(ranks, found.key.path(root, taker), giver, taker)
+                except OSError as error:
+                    why = f"{socket.gethostname()} cannot write the copy: {error.strerror}"
     try:
         if why is None and not LocalCopy(found.key.path(root, own)).intact():
             why = f"damaged on {socket.gethostname()}"

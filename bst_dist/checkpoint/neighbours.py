@@ -113,20 +113,19 @@ def hand_over(ranks: Ranks, path: Path, giver: int, taker: int) -> None:
 
     Raises OSError on the receiving rank when there is no space for the file, after everything is received.
     """
-    with ranks.phases.exchanging("local copy"):
-        if ranks.rank == giver:
-            sent = _mapped(path)
-            distributed.send(torch.tensor([sent.numel()], device=ranks.device), taker)
-            for part in _parts(sent):
-                distributed.send(part.to(ranks.device), taker)
-            return
-        size = torch.zeros(1, dtype=torch.int64, device=ranks.device)
-        distributed.recv(size, giver)
-        with _room(path, int(size)) as received:
-            for into in _parts(received):
-                part = torch.empty_like(into, device=ranks.device)
-                distributed.recv(part, giver)
-                into.copy_(part)
+    if ranks.rank == giver:
+        sent = _mapped(path)
+        distributed.send(torch.tensor([sent.numel()], device=ranks.device), taker)
+        for part in _parts(sent):
+            distributed.send(part.to(ranks.device), taker)
+        return
+    size = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+    distributed.recv(size, giver)
+    with _room(path, int(size)) as received:
+        for into in _parts(received):
+            part = torch.empty_like(into, device=ranks.device)
+            distributed.recv(part, giver)
+            into.copy_(part)
 
 
 def _parts(values: Tensor) -> Sequence[Tensor]:

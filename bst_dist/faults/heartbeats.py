@@ -46,7 +46,11 @@ class Heartbeat:
 
     @property
     def place(self) -> tuple[int, int]:
-        """The rank's progress. All ranks enter the same phases and begin the same exchanges in the same order."""
+        """The rank's progress: it has moved when this changes.
+
+        All ranks begin the same exchanges in the same order, but enter phases as often as their own data needs, so only
+        `exchanges` says which of two ranks is behind.
+        """
         return self.entered, self.exchanges
 
     def describe(self) -> str:
@@ -142,10 +146,10 @@ def judge(before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None])
             alive.append(other)
     lines, waiting = silent, alive
     if not silent:
-        furthest = max(beat.place for beat in alive)
+        furthest = max(beat.exchanges for beat in alive)
         lines = [f"{beat.name()}: behind the others, for {beat.still_s:.0f} s in {beat.describe()}"
-                 for beat in alive if beat.place != furthest]  # fmt: skip
-        waiting = [beat for beat in alive if beat.place == furthest]
+                 for beat in alive if beat.exchanges != furthest]  # fmt: skip
+        waiting = [beat for beat in alive if beat.exchanges == furthest]
     if not lines and len(alive) == 1:
         lines = [f"{alive[0].name()}: for {alive[0].still_s:.0f} s in {alive[0].describe()}"]
     elif not lines:

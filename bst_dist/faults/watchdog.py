@@ -10,8 +10,8 @@ When rank 0 has entered no phase and begun no exchange for `watchdog.limit_s`, i
 
 - a rank whose heartbeat has not changed is *silent*: its process or host is frozen, has ended, or is cut off from
   the network;
-- otherwise the ranks that are *behind*, by the phases and exchanges they have begun, block those ahead;
-- if all ranks are at the same place, the network between them is the most likely cause.
+- otherwise the ranks that are *behind*, by the exchanges they have begun, block those ahead;
+- if all ranks have begun as many, the network between them is the most likely cause.
 
 If any rank makes progress between the two readings, the job was only slow, and the watch continues. Otherwise rank 0
 tells the other ranks, and all end. If rank 0 itself is silent (the store with the heartbeats is in its process), the

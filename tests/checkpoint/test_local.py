@@ -84,28 +84,29 @@ def test_copies_of_any_size_reach_the_neighbour(on_ranks, tmp_path):
     on_ranks(3, exchange, tmp_path, [2500, 0, 999], ["a", "b", "b"])
 
 
-def lend(ranks: Any, roots: list[Path]) -> tuple[list[int], str | None]:
-    """Fetch copies when rank 1's node has lost its copy and rank 0's node has it."""
+def lend(ranks: Any, roots: list[Path]) -> tuple[tuple[list[int], str | None], str | None, int]:
+    """Fetch copies when rank 1's node has lost its copy and rank 0's node has it; rank 2's node has its own."""
     key, root = Key(0, 7, 1), roots[ranks.rank]
     root.mkdir(exist_ok=True)
-    if ranks.first:
-        for rank in range(2):
-            write(key.path(root, rank))
+    for rank in {0: (0, 1), 1: (), 2: (2,)}[ranks.rank]:
+        write(key.path(root, rank))
     ranks.barrier()
-    found = Found(key, Layout(2, 1, 1), {0: [0], 1: [0]})
-    taken = brought(ranks, root, [0, 1], found)
+    found = Found(key, Layout(3, 1, 1), {0: [0], 1: [0], 2: [2]})
+    taken = brought(ranks, root, [0, 1, 2], found)
     assert LocalCopy(key.path(root, ranks.rank)).intact()
     if ranks.rank == 1:  # it cannot be read any more
         flip(key.path(root, 1), 40)
     found.holders[1] = [1]
-    return taken, brought(ranks, root, [0, 1], found)[1]
+    return taken, brought(ranks, root, [0, 1, 2], found)[1], ranks.phases.exchanges
 
 
 @pytest.mark.ranks
 def test_a_lost_copy_is_fetched_from_the_node_that_keeps_it(on_ranks, tmp_path):
-    for taken, damaged in on_ranks(2, lend, [tmp_path / "a", tmp_path / "b"]):
+    ended = on_ranks(3, lend, [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
+    for taken, damaged, _ in ended:
         assert taken == ([1], None)
         assert damaged.startswith("rank 1's: damaged on ")
+    assert len({exchanges for *_, exchanges in ended}) == 1  # the watchdog compares them at a later hang
 
 
 # Files
