@@ -102,13 +102,17 @@ class Notice:
 def end_when_stuck(notice: Notice, disks: Disks) -> None:
     """From now on, end the process at a further signal while a directory of the run does not answer.
 
-    No checkpoint can be written then, and a thread that waits for that file system never sees the first signal.
+    No checkpoint can be written then, and a thread that waits for that file system never sees the first signal. The
+    directories are tested from the further signal on: a file of every rank in each second, in the directory where the
+    checkpoint is being written, would cost it time when it has least.
     """
 
     def watch() -> None:
         notice.heard.wait()
+        while not notice.again:
+            time.sleep(STUCK_TICK_S)
         disks.watch("told to stop")
-        while not (notice.again and (silent := disks.silent())):
+        while not (silent := disks.silent()):
             time.sleep(STUCK_TICK_S)
         end(UNREADABLE, f"bst train: {socket.gethostname()}: told to stop ({notice.signal.name}) more than once, and "
             f"{unanswering(silent)}: ended without a checkpoint; resume from the last one with --resume")  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -189,3 +190,26 @@ def test_a_rank_ends_when_its_deepspeed_launcher_dies(tmp_path):
     while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the rank outlives its launcher"
         time.sleep(0.02)
+
+
+def test_directories_are_tested_only_after_a_further_signal(monkeypatch):
+    """Before it, the answers are not used, and every rank's files would disturb the checkpoint."""
+    events, over = [], threading.Event()
+    answers = iter([{}, {}, {"/runs/a": 40.0}])
+
+    class Told:
+        signal, heard = signal.SIGTERM, threading.Event()
+
+        @property
+        def again(self) -> bool:
+            events.append("asked")
+            return len(events) > 3
+
+    disks = SimpleNamespace(watch=events.append, silent=lambda: next(answers))
+    monkeypatch.setattr(signals, "STUCK_TICK_S", 0.0)
+    monkeypatch.setattr(signals, "end", lambda status, message: (events.append(status), over.set()))
+    told = Told()
+    signals.end_when_stuck(told, disks)
+    told.heard.set()
+    assert over.wait(60)
+    assert events == ["asked"] * 4 + ["told to stop", status.UNREADABLE]
