@@ -184,15 +184,11 @@ class Shards:
         """The names and shapes of all tensors."""
         return self._places.shapes
 
-    def read(self, name: str, begin: int, into: Tensor) -> None:
-        """Fill `into` (n,) with the elements of the flattened tensor `name` from `begin` on.
-
-        Raises ShardError when the shards do not have all of them.
-        """
-        self.fill([(name, begin, into)])
-
     def fill(self, wanted: Sequence[tuple[str, int, Tensor]]) -> None:
-        """Do `read` for each (name, begin, into), opening each file once."""
+        """For each (name, begin, into) fill `into` (n,) with the elements of the flattened tensor from `begin` on.
+
+        Each file is opened once. Raises ShardError when the shards do not have all of the elements.
+        """
         by_holder: dict[Any, list[int]] = {}
         for number, (name, begin, into) in enumerate(wanted):
             for holder in self._places.holders(name, begin, begin + into.numel()):
@@ -243,10 +239,6 @@ class Shards:
         if self._file is not None:
             self._file[1].close()
             self._file = None
-
-    def whole(self, name: str) -> Tensor:
-        """Return the tensor `name` in host memory."""
-        return self.all_of([name])[name]
 
     def all_of(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return these tensors in host memory; each file is opened once."""

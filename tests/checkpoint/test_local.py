@@ -128,7 +128,7 @@ def test_a_copy_is_read_as_it_was_written(tmp_path):
     assert torch.equal(copy.own()["rng"]["torch"], own["rng"]["torch"])
     for place, name in enumerate(("weight/a", "exp_avg/a", "exp_avg_sq/a")):
         into = torch.empty(3)
-        copy.shards().read(name, 6, into)
+        copy.shards().fill([(name, 6, into)])
         assert into.tolist() == [1.0 + place, 2.0 + place, 3.0 + place]
 
 

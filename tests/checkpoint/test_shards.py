@@ -45,21 +45,22 @@ def test_the_file_of_a_single_rank_is_ordinary_safetensors(tmp_path):
 def test_any_element_range_is_read_from_any_number_of_shards(tmp_path, world):
     shards = Shards(Headers(write_spread(tmp_path, world)))
     assert shards.shapes == TENSORS
+    found = shards.all_of(TENSORS)
     for name, tensor in tensors().items():
-        assert torch.equal(shards.whole(name), tensor)
+        assert torch.equal(found[name], tensor)
         for begin in range(tensor.numel()):
             for end in range(begin, tensor.numel() + 1):
                 into = torch.full((end - begin,), math.nan)
-                shards.read(name, begin, into)
+                shards.fill([(name, begin, into)])
                 assert torch.equal(into, tensor.flatten()[begin:end])
 
 
 def test_a_missing_shard_is_reported(tmp_path):
     shards = Shards(Headers(write_spread(tmp_path, 3)[:2]))
     with pytest.raises(ShardError, match="a: 7 of its elements 0 to 15 are in the shards"):
-        shards.whole("a")
+        shards.all_of(["a"])
     with pytest.raises(ShardError, match="nothing"):
-        shards.read("nothing", 0, torch.empty(1))
+        shards.fill([("nothing", 0, torch.empty(1))])
 
 
 @pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 100], ids=["empty", "no header", "noise"])
@@ -73,7 +74,7 @@ def test_a_truncated_shard_is_refused(tmp_path):
     (path,) = write_spread(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ShardError, match=r"ends in the middle of c\.d"):
-        Shards(Headers([path])).whole("c.d")
+        Shards(Headers([path])).all_of(["c.d"])
 
 
 def opens(monkeypatch) -> list[str]:
@@ -95,7 +96,7 @@ def test_a_rank_opens_only_its_own_file_to_read_its_data(tmp_path, monkeypatch):
     for name, begin in (("a", 3), ("b", 2), ("c.d", 2)):
         assert shards.shape(name) == TENSORS[name]
         into = torch.empty(held[name].numel())
-        shards.read(name, begin, into)
+        shards.fill([(name, begin, into)])
         assert torch.equal(into, held[name].flatten())
     assert names == ["1.safetensors"] * 2  # its header, its values
 
@@ -103,6 +104,6 @@ def test_a_rank_opens_only_its_own_file_to_read_its_data(tmp_path, monkeypatch):
 def test_tensors_missing_in_the_likely_file_are_found_in_others(tmp_path):
     paths = write_spread(tmp_path, 3)
     shards = Shards(Headers(paths, likely=paths[2]))
-    assert torch.equal(shards.whole("a"), tensors()["a"])
+    assert torch.equal(shards.all_of(["a"])["a"], tensors()["a"])
     assert Shards(Headers(paths, likely=paths[2])).shapes.keys() == TENSORS.keys()
     assert Shards(Headers(paths, likely=paths[2])).shape("nothing") is None
