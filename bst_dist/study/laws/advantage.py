@@ -12,7 +12,7 @@ import numpy as np
 from bst_base.errors import UserError
 from bst_dist.study.laws.gap import Axis, Gaps, gaps_by, pair
 from bst_dist.study.laws.observation import Observation
-from bst_dist.study.laws.power import pairs_needed, visible
+from bst_dist.study.laws.power import detectable_in_standard_errors, pairs_needed
 from bst_dist.study.laws.regression import RegressionError, clustered_mean, regress
 from bst_dist.study.laws.verdict import (
     UNITS,
@@ -95,7 +95,8 @@ def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis
     changes, untested = judge(every, absent=len(missing)) if every else ([], {})
     if axis == "time_s" and (loud := disturbed(ours)):
         changes, untested = [], dict.fromkeys((gaps.variant for gaps in every), loud)
-    errors = visible(every, absent=len(missing)) if any(c.answer == "undecided" for c in changes) else {}
+    undecided = any(c.answer == "undecided" for c in changes)
+    detectable = detectable_in_standard_errors(every, absent=len(missing)) if undecided else {}
     arms = sorted({o.arm for o in ours} - {arm})
     others = {name: {gaps.variant: gaps for gaps in _pairs(ours, baseline, name, axis)[0]} for name in arms}
     by_zone = zones(ours, baseline, arm, arms, axis) if axis == "flops" else {}
@@ -104,7 +105,7 @@ def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis
         own = [change for change in changes if change.variant == gaps.variant]
         contrasts = {name: contrast(gaps, found[gaps.variant]) for name, found in others.items()
                      if gaps.variant in found}  # fmt: skip
-        variants[gaps.variant] = _advantage(at_rate, gaps, baseline, own, errors, axis, contrasts,
+        variants[gaps.variant] = _advantage(at_rate, gaps, baseline, own, detectable, axis, contrasts,
                                             by_zone.get(gaps.variant, []))  # fmt: skip
     return Comparison(baseline, axis, arm, variants, missing | untested)
 
@@ -135,7 +136,7 @@ def _pairs(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis)
 
 
 def _advantage(observed: Sequence[Observation], gaps: Gaps, baseline: str, changes: list[Change],
-               errors: dict[str, float], axis: Axis,
+               detectable: dict[str, float], axis: Axis,
                contrasts: dict[str, dict[str, Estimate]], by_zone: list[Zone]) -> Advantage:  # fmt: skip
     ours = [o for o in observed if not o.held_out]
     by_block, blocks = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_block")
@@ -143,7 +144,7 @@ def _advantage(observed: Sequence[Observation], gaps: Gaps, baseline: str, chang
     documents = by_document.mean(0) if by_document.size else np.empty(0)
     return Advantage(
         gaps, mean_gap(gaps), mean_gain(gaps), changes,
-        {c.factor: _more_pairs(c, errors[c.factor]) for c in changes if c.answer == "undecided"},
+        {c.factor: _more_pairs(c, detectable[c.factor]) for c in changes if c.answer == "undecided"},
         {c.factor: found for c in changes
          if c.answer == "confounded" and (found := adjusted(ours, gaps, baseline, c.factor)) is not None},
         interaction(gaps), crossing(gaps), [clustered_mean(column, blocks) for column in by_block.T], by_zone,
@@ -152,8 +153,8 @@ def _advantage(observed: Sequence[Observation], gaps: Gaps, baseline: str, chang
     )  # fmt: skip
 
 
-def _more_pairs(change: Change, errors: float) -> int | None:
-    needed = pairs_needed(change.pairs, change.change.standard_error or 0.0, errors)
+def _more_pairs(change: Change, detectable: float) -> int | None:
+    needed = pairs_needed(change.pairs, change.change.standard_error or 0.0, detectable)
     return None if needed is None else max(1, needed - change.pairs)
 
 

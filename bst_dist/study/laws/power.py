@@ -38,13 +38,13 @@ class Power:
     pairs: int
     standard_error: float
     """Standard error of the change, in ln of the loss per doubling of depth or tenfold of compute."""
-    at_margin: float
+    power_at_margin: float
     """Probability of the answer "grows" for a true change as large as the margin."""
-    smallest_seen: float
+    minimum_detectable_change: float
     """Smallest true change with a probability of 0.8 of the answer "grows"; infinite if none was found."""
     equivalent: float
     """Probability of the answer "equivalent" for a true change of zero."""
-    false: float
+    false_positive_rate: float
     """Probability of at least one answer "grows" or "shrinks", over all variants and factors, when nothing changes."""
 
 
@@ -62,7 +62,7 @@ class Simulation:
         self.noise = []
         for gaps in self.every:
             mine: dict[str, np.ndarray] = {}
-            columns_ = []
+            columns = []
             for block, length in zip(gaps.block, gaps.tokens_per_parameter, strict=True):
                 key = (str(block), round(math.log(length), 1))
                 # All variants of a block are compared with the same run of the baseline, so they share its noise.
@@ -72,8 +72,8 @@ class Simulation:
                     base[key] = level[block] + generator.normal(0, own, studies)
                 if block not in mine:
                     mine[block] = generator.normal(0, common, studies)
-                columns_.append(base[key] - mine[block] - generator.normal(0, own, studies))
-            self.noise.append(np.stack(columns_, axis=1))
+                columns.append(base[key] - mine[block] - generator.normal(0, own, studies))
+            self.noise.append(np.stack(columns, axis=1))
 
         self.null_measurements = [self.rule.measure(case, self.noise[case.place]) for case in self.rule.cases]
 
@@ -90,13 +90,13 @@ class Simulation:
         wrong = [ANSWERS.index("grows"), ANSWERS.index("shrinks")]
         return float(np.isin(self.answers(), wrong).any(0).mean())
 
-    def smallest_seen(self, test: int) -> float:
+    def minimum_detectable_change(self, test: int) -> float:
         """Return the smallest change with power 0.8, found by t tests alone and raised until the whole rule agrees."""
         error = float(np.std(self.null_measurements[test].change))
         low, high = error, 40 * error
         while high / low > 1.02:
             middle = math.sqrt(low * high)
-            low, high = (low, middle) if self._seen_by_t(test, middle) >= POWER else (middle, high)
+            low, high = (low, middle) if self._detection_rate_by_t(test, middle) >= POWER else (middle, high)
         for change in high * 1.08 ** np.arange(10):
             if self.detection_rate(test, change) >= POWER:
                 return float(change)
@@ -109,7 +109,7 @@ class Simulation:
         return [self.rule.measure(own, targets) if own.place == case.place else nothing
                 for own, nothing in zip(self.rule.cases, self.null_measurements, strict=True)]  # fmt: skip
 
-    def _seen_by_t(self, test: int, change: float) -> float:
+    def _detection_rate_by_t(self, test: int, change: float) -> float:
         """Like `detection_rate`, but cheap: no permutation test; a change shifts the estimate, and its error stays."""
         own = self.null_measurements[test]
         value = own.change + change
@@ -124,18 +124,19 @@ class Simulation:
 def predict(every: Sequence[Gaps], noise: Noise, studies: int = STUDIES, margin: float = MARGIN) -> list[Power]:
     """Return the power for the first variant, over each factor. The other variants count in Holm's adjustment."""
     simulation = Simulation(every, noise, studies, margin=margin)
-    nothing, false = simulation.answers(), simulation.false_positive_rate()
+    nothing, wrong = simulation.answers(), simulation.false_positive_rate()
     return [
         Power(
             case.factor, every[0].pairs, float(np.std(simulation.null_measurements[test].change)),
             simulation.detection_rate(test, margin),
-            simulation.smallest_seen(test), float((nothing[test] == ANSWERS.index("equivalent")).mean()), false,
+            simulation.minimum_detectable_change(test),
+            float((nothing[test] == ANSWERS.index("equivalent")).mean()), wrong,
         )
         for test, case in enumerate(simulation.rule.cases) if case.place == 0
     ]  # fmt: skip
 
 
-def visible(every: Sequence[Gaps], studies: int = 200, absent: int = 0) -> dict[str, float]:
+def detectable_in_standard_errors(every: Sequence[Gaps], studies: int = 200, absent: int = 0) -> dict[str, float]:
     """Return for each factor the smallest change detected with power 0.8, in standard errors of the change.
 
     The simulated studies have the same pairs, with the seeds repeated up to about MANY_PAIRS. Confounded variants,
@@ -148,19 +149,19 @@ def visible(every: Sequence[Gaps], studies: int = 200, absent: int = 0) -> dict[
     for test, case in enumerate(simulation.rule.cases):
         if case.factor not in found and abs(case.mismatch) <= MISMATCH:
             error = float(np.std(simulation.null_measurements[test].change))
-            found[case.factor] = simulation.smallest_seen(test) / error
+            found[case.factor] = simulation.minimum_detectable_change(test) / error
     return found
 
 
-def pairs_needed(pairs: int, standard_error: float, errors: float, margin: float = MARGIN) -> int | None:
-    """Return the number of pairs with which a change as large as the margin equals `errors` standard errors.
+def pairs_needed(pairs: int, standard_error: float, detectable: float, margin: float = MARGIN) -> int | None:
+    """Return the number of pairs with which a change as large as the margin equals `detectable` standard errors.
 
     `standard_error` is the error of the change with `pairs` pairs. It is proportional to 1 / sqrt(pairs). None if
-    `errors` is infinite: no number of pairs would do.
+    `detectable` is infinite: no number of pairs would do.
     """
-    if not math.isfinite(errors):
+    if not math.isfinite(detectable):
         return None
-    return math.ceil(pairs * (errors * standard_error / margin) ** 2)
+    return math.ceil(pairs * (detectable * standard_error / margin) ** 2)
 
 
 def repeated(gaps: Gaps, times: int) -> Gaps:

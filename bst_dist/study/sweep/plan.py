@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bst_base.files import write_json
-from bst_dist.study.laws.power import Noise, Power, pairs_needed, predict, visible
+from bst_dist.study.laws.power import Noise, Power, detectable_in_standard_errors, pairs_needed, predict
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.design import Designer, Run
 from bst_dist.study.sweep.price import cost, fit_budget
@@ -46,8 +46,8 @@ class Plan:
 
         None if no number would be enough.
         """
-        errors = visible(planned_gaps(self.runs, self.sweep.baseline, self.sweep.arm))
-        return {p.factor: pairs_needed(p.pairs, p.standard_error, errors[p.factor]) for p in power}
+        detectable = detectable_in_standard_errors(planned_gaps(self.runs, self.sweep.baseline, self.sweep.arm))
+        return {p.factor: pairs_needed(p.pairs, p.standard_error, detectable[p.factor]) for p in power}
 
 
 def make_plan(sweep: SweepConfig) -> Plan:

@@ -76,10 +76,10 @@ def test_false_verdicts_occur_in_at_most_5_percent_of_studies(variants):
 
 def test_predicted_number_of_needed_pairs_gives_the_expected_power():
     every = design(1)
-    errors = power.visible(every)["depth"]
+    detectable = power.detectable_in_standard_errors(every)["depth"]
     noise = power.Noise(0.009, 0.3)
     simulated = power.Simulation(every, noise, 300)
-    needed = power.pairs_needed(every[0].pairs, float(np.std(simulated.null_measurements[1].change)), errors)
+    needed = power.pairs_needed(every[0].pairs, float(np.std(simulated.null_measurements[1].change)), detectable)
     times = round(needed / every[0].pairs)
     assert times >= 4
     larger = power.Simulation([power.repeated(g, times) for g in every], noise, 400, seed=3)
@@ -89,4 +89,4 @@ def test_predicted_number_of_needed_pairs_gives_the_expected_power():
 
 def test_too_few_pairs_give_an_infinite_smallest_change():
     found = power.predict(design(6, seeds=1), NOISE, studies=100)
-    assert all(not np.isfinite(p.smallest_seen) for p in found)
+    assert all(not np.isfinite(p.minimum_detectable_change) for p in found)

@@ -11,7 +11,7 @@ from bst_base.errors import UserError
 from bst_dist.study.laws import gap
 from bst_dist.study.laws.advantage import Advantage, compare
 from bst_dist.study.laws.audit import audit
-from bst_dist.study.laws.power import pairs_needed, visible
+from bst_dist.study.laws.power import detectable_in_standard_errors, pairs_needed
 from bst_dist.study.report import advantage
 
 
@@ -56,7 +56,8 @@ def test_variant_without_a_pair_counts_in_the_verdicts_by_position(pair_and_lost
 def test_needed_pairs_count_the_variants_without_a_pair(pair_and_lost):
     """Twice as many tests need a larger change, in standard errors."""
     gaps = gap.pair(pair_and_lost[0], "bst", "sliding", "all")
-    assert visible([gaps], absent=3)["depth"] > 1.05 * visible([gaps])["depth"]
+    alone, beside = (detectable_in_standard_errors([gaps], absent=absent)["depth"] for absent in (0, 3))
+    assert beside > 1.05 * alone
 
 
 def answer_over_depth(found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from bst_base.settings import ConfigError, parse
 from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
+from bst_dist.study.laws.power import Power
 from bst_dist.study.laws.verdict import columns
 from bst_dist.study.sweep import price, rehearsal, shape
+from bst_dist.study.sweep.commands.design import show_power
 from bst_dist.study.sweep.config import ShapeConfig, SweepConfig
 from bst_dist.study.sweep.design import Designer
 from bst_dist.study.sweep.rehearsal import RehearsalError, rehearse
@@ -398,3 +401,15 @@ def test_predicted_standard_errors_equal_those_of_simulated_sweeps(designer):
     simulated = dict(zip(names, np.std(slopes, axis=0)[1:], strict=True))
     assert predicted["depth"] == pytest.approx(simulated["depth"] * np.log(2), rel=0.1)
     assert predicted["flops"] == pytest.approx(simulated["flops"] * np.log(10), rel=0.1)
+
+
+def test_the_reported_power_keeps_its_keys():
+    """Scripts read them from the file of --json."""
+    found = Power("depth", 12, 0.004, 0.4, math.inf, 0.2, 0.03)
+    sweep = SimpleNamespace(noise=SimpleNamespace(seed=0.002), arm="near")
+    plan = SimpleNamespace(sweep=sweep, power=lambda: [found], pairs_needed=lambda every: {"depth": 40})
+    assert show_power(plan) == {
+        "power": [{"factor": "depth", "pairs": 12, "standard_error": 0.004, "at_margin": 0.4, "smallest_seen": None,
+                   "equivalent": 0.2, "false": 0.03}],
+        "pairs_needed": {"depth": 40},
+    }  # fmt: skip

@@ -24,6 +24,8 @@ from bst_dist.study.sweep.price import shape_key
 from bst_dist.study.sweep.rehearsal import rehearse
 
 add_arguments = add_sweep
+KEYS = {"power_at_margin": "at_margin", "minimum_detectable_change": "smallest_seen", "false_positive_rate": "false"}
+"""Fields of Power whose keys in the machine-readable report are older than their names."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -88,19 +90,23 @@ def show_power(plan: Plan) -> dict[str, Any]:
     title = (f"power of the rule for each variant in arm {plan.sweep.arm}, from {every[0].pairs} pairs of runs, with a "
              f"standard deviation of {noise.seed:.2%} of the loss between seeds (noise.seed)")  # fmt: skip
     rows = [
-        [UNITS[p.factor].per, percent(p.standard_error, sign=False), f"{p.at_margin:.0%}", _seen(p),
+        [UNITS[p.factor].per, percent(p.standard_error, sign=False), f"{p.power_at_margin:.0%}", _detectable(p),
          f"{p.equivalent:.0%}", number(needed[p.factor], ",") or "no number"]
         for p in every
     ]  # fmt: skip
     names = ("change of the advantage per", "standard error", f"power at {MARGIN:.1%}", "change with 80 % power",
              "probability of 'equivalent' without a change", f"pairs for 80 % at {MARGIN:.1%}")  # fmt: skip
     print_table(Sheet(names, rows), title)
-    say(f"probability of any false verdict where nothing changes: {every[0].false:.1%}")
+    say(f"probability of any false verdict where nothing changes: {every[0].false_positive_rate:.1%}")
     for p in every:
-        if not math.isfinite(p.smallest_seen):
+        if not math.isfinite(p.minimum_detectable_change):
             say(f"no change over {UNITS[p.factor].name} could be detected: add seeds, or compare fewer variants")
-    return {"power": plain(every), "pairs_needed": needed}
+    return {"power": [_report(p) for p in every], "pairs_needed": needed}
 
 
-def _seen(p: Power) -> str:
-    return percent(p.smallest_seen, sign=False) if math.isfinite(p.smallest_seen) else "nothing"
+def _report(p: Power) -> dict[str, Any]:
+    return {KEYS.get(name, name): value for name, value in plain(p).items()}
+
+
+def _detectable(p: Power) -> str:
+    return percent(p.minimum_detectable_change, sign=False) if math.isfinite(p.minimum_detectable_change) else "nothing"
