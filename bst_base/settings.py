@@ -97,7 +97,8 @@ def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any,
     """Yield every leaf field as (dotted name, type, default, documentation), in the order of declaration.
 
     For a section that can be of several kinds, the fields of each kind follow. Their documentation begins with the
-    kind.
+    kind. A section that may be missing, and a list of sections, are yielded like a leaf field, and then their fields:
+    ``branch.run``, ``train.length_changes[].step``.
     """
     texts = documentation(cls)
     for name, field in cls.model_fields.items():
@@ -109,6 +110,9 @@ def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any,
             annotation = _type_name(field.annotation)
             default = "required" if field.is_required() else field.get_default(call_default_factory=True)
             yield f"{prefix}{name}", annotation, default, texts.get(name, "")
+            section, listed = _optional(field.annotation), _listed(field.annotation)
+            yield from fields(section, f"{prefix}{name}.") if section else ()
+            yield from fields(listed, f"{prefix}{name}[].") if listed else ()
 
 
 def _type_name(annotation: Any) -> str:
@@ -124,7 +128,7 @@ def _type_name(annotation: Any) -> str:
     if annotation is type(None):
         return "None"
     if isinstance(annotation, type) and not members:
-        return annotation.__name__
+        return "section" if issubclass(annotation, Config) else annotation.__name__
     return str(annotation).replace("typing.", "")
 
 
@@ -134,6 +138,12 @@ def _kinds(annotation: Any) -> dict[str, type[Config]]:
         return {"": annotation}
     tagged = [get_args(member) for member in get_args(annotation) if get_origin(member) is Annotated]
     return {tag.tag: section for section, *marks in tagged for tag in marks if isinstance(tag, Tag)}
+
+
+def _optional(annotation: Any) -> type[Config] | None:
+    """Return the class of a section that may also be missing or another value; None if the value is no section."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return next((section for member in members if (section := _kinds(member).get(""))), None)
 
 
 def _listed(annotation: Any) -> type[Config] | None:
@@ -239,7 +249,8 @@ def _as_written(problem: str, given: Any) -> str:
     if problem == "string_type" and isinstance(given, (bool, int, float)):
         return "; put it in quotes if it is text"
     if problem in ("int_parsing", "float_parsing") and re.fullmatch(r"[\d.]+\s?[kKmMgGtTbB]i?", str(given)):
-        return "; write the number out, or as 1e3: k may be 1000 or 1024"
+        suffix = str(given).lstrip("0123456789. ")
+        return f"; write the number out, or as 1e3: the suffix {suffix!r} is not accepted"
     return ""
 
 
@@ -251,7 +262,8 @@ def _nearest(cls: type[Config], owner: type[Config] | None, location: list[str])
     close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     if close:
         return f": did you mean {prefix + close[0]!r}?"
-    by_leaf = {name.rpartition(".")[2]: name for name in reversed([name for name, *_ in fields(cls)])}
+    every = [name for name, *_ in fields(cls) if "[]" not in name]
+    by_leaf = {name.rpartition(".")[2]: name for name in reversed(every)}
     elsewhere = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
     if elsewhere and by_leaf[elsewhere[0]] != ".".join(location):  # equal: another kind of the section has the key
         return f": did you mean {by_leaf[elsewhere[0]]!r}?"

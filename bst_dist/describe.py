@@ -39,6 +39,10 @@ Values mean what they look like, in recipes, corpora, sweeps and overrides: `1e-
 and `false` are the only booleans, dates are text. Ambiguous values are an error that names the line: `yes`, `no`, `on`,
 `off` and numbers with a leading zero, unless quoted, and a key that is given twice in one section.
 
+A setting of the type `section | None` is off until its own settings, listed after it, are given: `branch.run=../trunk
+branch.step=400`. There, `required` means: if the section is given. `[]` in a name stands for every entry of a list. The
+list is written as a whole: `train.length_changes=[{step: 2000, sequence_length: 4096}]`.
+
 The run directory keeps the recipe as `recipe.yaml`, with every default filled in. `bst recipe SECTION` prints a part of
 this page, and `bst recipe --markdown` prints all of it."""
 

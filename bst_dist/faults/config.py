@@ -21,7 +21,7 @@ class GuardConfig(Config):
     spike_window: int = Field(128, ge=8, le=2**20)
     """Number of steps that the median is taken over; before there are so many, no spike is detected."""
     most: int = Field(3, ge=0, le=2**40)
-    """Skips and rollbacks allowed within `within` steps' worth of data; the next one ends the run."""
+    """Skips and roll-backs allowed within `within` steps' worth of data; the next one ends the run."""
     within: int = Field(1000, ge=1, le=2**40)
     """Length of that window, in steps' worth of data."""
 

@@ -26,7 +26,7 @@ class BatchChange(Config):
     """A change of the number of sequences per step, from a step on."""
 
     step: int = Field(gt=0, le=2**40)
-    """First step with this batch size."""
+    """First step with this batch size, counted from 0: the number of steps taken before it."""
     sequences: int = Field(ge=1, le=2**40)
     """Sequences per step."""
 
@@ -35,7 +35,7 @@ class LengthChange(Config):
     """A change of the sequence length, from a step on."""
 
     step: int = Field(gt=0, le=2**40)
-    """First step with this length."""
+    """First step with this length, counted from 0: the number of steps taken before it."""
     sequence_length: int = Field(ge=1, le=2**40)
     """Tokens per sequence."""
 
@@ -46,14 +46,15 @@ class TrainConfig(Config):
     sequence_length: int = Field(ge=1, le=2**40)
     """Context length L in tokens; a multiple of the block."""
     length_changes: tuple[LengthChange, ...] = ()
-    """Steps at which the sequence length changes, in increasing order: `[{step: 2000, sequence_length: 4096}]`. For
-    text only. No token is read twice or skipped; `sequences` and learning rates stay the same."""
+    """Steps at which the sequence length changes, in increasing order: `[{step: 2000, sequence_length: 4096}]` has
+    2000 steps before the change. For text only. No token is read twice or skipped; `sequences` and learning rates stay
+    the same."""
     sequences: int = Field(ge=1, le=2**40)
     """Global batch: sequences per step over all ranks. It works with any number of data-parallel ranks up to this
     number."""
     sequence_changes: tuple[BatchChange, ...] = ()
-    """Steps at which the global batch changes, in increasing order: `[{step: 1000, sequences: 512}]` is a batch
-    warm-up. For shuffled mode only. Learning rates stay the same."""
+    """Steps at which the global batch changes, in increasing order: `[{step: 1000, sequences: 512}]`, a batch
+    warm-up, has 1000 steps before the change. For shuffled mode only. Learning rates stay the same."""
     micro_sequences: int = Field(1, ge=1, le=2**40)
     """Micro-batch: the most sequences that a rank processes at once. It gets through its share of the batch by gradient
     accumulation."""
@@ -210,7 +211,7 @@ class ScheduleConfig(Config):
 
 class BranchConfig(Config):
     run: str
-    """Run directory of the trunk (the run to branch from), relative to this run's directory: ../trunk."""
+    """Directory of the trunk (the run to branch from), relative to the directory of this run: ../trunk."""
     step: int = Field(ge=1, le=2**40)
     """Step of the trunk to continue from; checkpoint.at in the trunk's recipe keeps that checkpoint."""
 

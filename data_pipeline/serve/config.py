@@ -26,7 +26,7 @@ class WeightChange(Config):
     """New weights from a step on."""
 
     step: int = Field(gt=0, le=2**40)
-    """First step with these weights."""
+    """First step with these weights, counted from 0: the number of steps taken before it."""
     weights: tuple[float, ...]
     """One weight per corpus, in the same order."""
 

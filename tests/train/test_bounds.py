@@ -18,6 +18,13 @@ RECIPE = {
     "train": {"steps": 10, "sequence_length": 64, "sequences": 4},
 }
 NEEDED = {"branch": {"run": "../trunk", "step": 1}, "initial_weights": {"run": "other", "step": 1}}
+ENTRIES: dict[str, dict[str, Any]] = {
+    "corpus[]": {"corpus": "nowhere"},
+    "weight_changes[]": {"step": 5, "weights": [1.0]},
+    "length_changes[]": {"step": 5, "sequence_length": 128},
+    "sequence_changes[]": {"step": 5, "sequences": 8},
+}
+"""List -> an entry of it that is valid."""
 TASKS: dict[str, dict[str, Any]] = {"copy": {"lag": 2}}
 IMPOSSIBLE = (-1, 10**40, math.nan, math.inf)
 
@@ -51,7 +58,11 @@ def test_impossible_values_are_refused_with_the_field_name(name, recipe, text) -
         data = copy.deepcopy(recipe)
         node = data
         for section in sections:
-            node = node.setdefault(section, {})
+            if section in ENTRIES:
+                node[section.removesuffix("[]")] = [dict(ENTRIES[section])]
+                node = node[section.removesuffix("[]")][0]
+            else:
+                node = node.setdefault(section, {})
         node[leaf] = value
         try:
             parse(Recipe, data)
