@@ -72,7 +72,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "plot": ("bst_dist.study.comparison.curves", "draw the training curves of runs"),
         "compare": (
             "bst_dist.study.comparison.command",
-            "what differs between runs: recipes, losses on the same text, speed; or are they --equal?",
+            "compare runs: recipes, losses on the same text, speed; --equal: are two equal to the last bit?",
         ),
     },
     "Evaluate": {

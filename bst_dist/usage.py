@@ -67,7 +67,8 @@ def overview(sections: Mapping[str, Mapping[str, Command]], groups: Mapping[str,
 def listing(commands: Mapping[str, Command], group: str, about: str) -> str:
     """Return the help of a group, one line per command; `about`: describes the group."""
     members = {name.partition(" ")[2]: text for name, (_, text) in commands.items() if name.startswith(f"{group} ")}
-    head = [f"usage: bst {group} COMMAND ...   (--help tells what one does, and its options)", "", about]
+    head = [f"usage: bst {group} COMMAND ...",
+            f"       bst {group} COMMAND --help     what a command does, and its options", "", about]  # fmt: skip
     return "\n".join([*head, *(line for name, text in members.items() for line in _line(name, text))])
 
 

@@ -47,7 +47,9 @@ DIGESTS, CARD = "SHA256SUMS", "README.md"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     add_export(parser)
-    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it, to this repository on the hub")
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="also upload the directory to this repository on the Hugging Face hub"
+    )
     parser.add_argument("--private", action="store_true", help="with --push: create a private repository")
     parser.add_argument("--averaged", action="store_true", help="export the averaged weights (train.average)")
 

@@ -43,8 +43,9 @@ class Measured:
         middle, fast, slow = self.seconds
         ranks = "1 rank" if self.cluster.world == 1 else f"{self.cluster.world:,} ranks"
         return (
-            f"all seconds are times {self.slower:.3g}: {self.run} took {middle:.3g} s per step on {ranks} (median of "
-            f"{self.steps:,} steps; 10 to 90 %: {fast:.3g} to {slow:.3g}), where {self.planned_s:.3g} were planned"
+            f"all planned times below are multiplied by {self.slower:.3g}: {self.run} took {middle:.3g} s per step on "
+            f"{ranks} (median of {self.steps:,} steps; 10 to 90 %: {fast:.3g} to {slow:.3g}), the plan was "
+            f"{self.planned_s:.3g} s"
         )
 
 

@@ -68,7 +68,7 @@ def show(
     console.print(Padding(Columns(list(_counts(planner, best)), padding=(0, 5, 1, 0)), INDENT), highlight=False)
     part = best.work.slice
     title = f"  GB per GPU by ZeRO stage, with sp {part.sp} and micro-batches of {part.rows}"
-    print_table(_alternatives(planner, best), f"{title}; in brackets: by how much it exceeds the memory")
+    print_table(_alternatives(planner, best), f"{title}; >: the plan above; in brackets: GB too much")
 
 
 def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list) -> None:
@@ -173,13 +173,15 @@ def _reason(planner: Planner, best: Candidate) -> str:
     else:
         why.append(f"the shortest step of what fits: keeping all activations takes {_everything(planner, best)}")
     if work.slice.sp > planner.degrees()[0]:
-        why.append(f"fewer than {work.slice.sp} ranks cannot hold the activations of a sequence")
+        kept = work.checkpointing.describe()
+        how = "without activation checkpointing" if kept == "none" else f"with activation checkpointing {kept}"
+        why.append(f"{how}, fewer than {work.slice.sp} ranks per sequence do not have enough memory")
     elif work.slice.sp > 1:
         train, world = planner.recipe.train, planner.cluster.world
         sequences = train.fewest_sequences if train.fewest_sequences < world else train.most_sequences
         why.append(f"{sequences} sequences for {world} ranks, so {work.slice.sp} share one")
     if work.strategy.stage == 3:
-        why.append("weights and optimizer states fit only when spread over all ranks")
+        why.append("the fastest layout that fits is ZeRO-3, which shards parameters too")
     elif work.strategy.overlap_comm:
         why.append(f"ZeRO-{work.strategy.stage} reduces gradients during the backward pass")
     if imbalance := best.spread.imbalance_message(work.slice.sp):

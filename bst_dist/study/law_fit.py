@@ -39,18 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", required=True, metavar="COLUMN", help="column with the parameters N")
     tokens = parser.add_mutually_exclusive_group(required=True)
     tokens.add_argument("--d", metavar="COLUMN", help="column with the training tokens D")
-    tokens.add_argument("--flops", metavar="COLUMN", help="training FLOPs, in place of --d: D = FLOPs / 6N")
-    parser.add_argument("--loss", required=True, metavar="COLUMN", help="loss in nats per token")
-    parser.add_argument("--width", metavar="COLUMN", help="width of the model")
-    parser.add_argument("--depth", metavar="COLUMN", help="number of layers")
-    parser.add_argument("--run", metavar="COLUMN", help="run that a point belongs to (default: each to its own)")
-    parser.add_argument("--group", metavar="COLUMN", help="fit a law for each value of this, such as an architecture")
+    tokens.add_argument(
+        "--flops", metavar="COLUMN", help="column with the training FLOPs, in place of --d: D = FLOPs / 6N"
+    )
+    parser.add_argument("--loss", required=True, metavar="COLUMN", help="column with the loss in nats per token")
+    parser.add_argument("--width", metavar="COLUMN", help="column with the model's width")
+    parser.add_argument("--depth", metavar="COLUMN", help="column with the number of layers")
+    parser.add_argument("--run", metavar="COLUMN", help="column that names the run of each point (default: every point "
+                        "is a run of its own)")  # fmt: skip
+    parser.add_argument("--group", metavar="COLUMN", help="column of groups, such as architectures; each gets its own "
+                        "law")  # fmt: skip
     parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE",
                         help="use only rows with this value; may be given several times, all must match")  # fmt: skip
     parser.add_argument("--held-out", metavar="COLUMN=VALUE", help="rows to predict instead of fitting")
     parser.add_argument("--drop-largest", type=at_least(0), default=0, metavar="K",
                         help="leave out the K points with the largest losses (default: 0)")  # fmt: skip
-    parser.add_argument("--draws", type=at_least(2), default=200, metavar="N", help="resamples (default: %(default)s)")
+    parser.add_argument("--draws", type=at_least(2), default=200, metavar="N",
+                        help="number of bootstrap resamples for the intervals (default: %(default)s)")  # fmt: skip
     parser.add_argument("--plot", type=picture, metavar="PATH", help="also draw losses and laws: a png, pdf or svg")
 
 

@@ -43,7 +43,7 @@ READERS = {
     "ours": "ours: batches for a trainer",
     "ours-as-stored": "ours: rows as stored",
     "litdata": "litdata",
-    "webdataset": "webdataset, a member a sequence",
+    "webdataset": "webdataset, one member per sequence",
     "mosaicml": "mosaicml-streaming",
 }
 _ELASTIC_LIMIT_S = 300.0  # ends a rank that waits forever for the other one

@@ -69,7 +69,7 @@ def packed_damage(tar: Path, index: ShardIndex) -> str | None:
 def _first_difference(found: bytes, expected: bytes, begin: int) -> str:
     for place, (byte, right) in enumerate(zip(found, expected, strict=False)):
         if byte != right:
-            return f"byte {begin + place} is 0x{byte:02x}, by its tar 0x{right:02x}"
+            return f"byte {begin + place} is 0x{byte:02x}, but 0x{right:02x} in the tar"
     return f"cut short at byte {begin + len(found)}"
 
 
@@ -85,7 +85,7 @@ def parse_tail(data: bytes | memoryview, where: str, info: ShardInfo) -> np.ndar
     """
     footer = np.frombuffer(data, _FOOTER, count=1, offset=len(data) - _FOOTER.itemsize)[0]
     if footer["magic"] != _MAGIC or zlib.crc32(data[:-4]) != footer["crc"]:
-        raise ShardError(f"{where}: what comes after its tokens is damaged")
+        raise ShardError(f"{where}: the checksums after the tokens are damaged; delete the file, run 'bst data pack'")
     if (footer["version"], footer["crc_block"]) != (_VERSION, CRC_BLOCK):
         raise ShardError(f"{where}: version {footer['version']}, this program reads {_VERSION}")
     if footer["tar_sha256"].tobytes().hex() != info.sha256:

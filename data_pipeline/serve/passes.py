@@ -16,7 +16,7 @@ def passes_message(loader: Loader, steps: int) -> str:
     if limit is not None and passes[most] > limit:
         raise UserError(
             f"{most}: {passes[most]:,.2f} passes by step {steps:,}, more than data.max_passes {limit:g}: take fewer "
-            "steps, prepare more text, or raise it"
+            "steps, prepare more text, or raise data.max_passes"
         )
     listed = ", ".join(f"{count:,.2f} passes over {url}" for url, count in passes.items())
     if loader.config.documents == "isolated":

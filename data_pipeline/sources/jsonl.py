@@ -53,7 +53,7 @@ class JsonLines(RecordSource):
 def _record(line: bytes, where: str) -> Any:
     """Parse a line; return the record, or why it cannot be read."""
     if line.lstrip()[:1] == b"[":
-        remedy = "write its records a line each, as `jq -c '.[]'` does"
+        remedy = "write one record per line, as `jq -c '.[]'` does"
         return Skipped(where, "a JSON array instead of a record", bad=True, remedy=remedy)
     try:
         return json.loads(line)

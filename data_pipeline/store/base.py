@@ -82,7 +82,7 @@ class StorageConfig(Config):
     @model_validator(mode="after")
     def _limit_has_a_cache(self) -> StorageConfig:
         if self.cache_bytes is not None and self.cache_dir is None:
-            raise ValueError("cache_bytes limits the copies in cache_dir: set that too")
+            raise ValueError("cache_bytes limits the copies in cache_dir: set storage.cache_dir too")
         return self
 
 

@@ -194,5 +194,6 @@ def _show(args: argparse.Namespace, trained: Trained, where: str, found: Ablatio
         f"{found.loss.value:.4f} nats per token{bits}\n"
         "increase of the loss with each intervention:",
         f"{found.documents:,} documents, {found.tokens:,} tokens, {found.time_s:.0f} s; ± standard "
-        f"error over documents;\nlast: nats per token in a document's first block, and from token {last:,} on",
+        f"error over documents;\nlast two columns: increase in nats per token in a document's first block, and "
+        f"from token {last:,} on",
     )

@@ -216,11 +216,11 @@ ROWS: tuple[Row, ...] = (
     ("tokens", lambda one: _number(one.figures.tokens, ",")),
     ("training, nats per token ¹", lambda one: _number(one.figures.train_loss_nats, ".4f")),
     ("training, bits per byte ¹", lambda one: _number(one.figures.train_bits_per_byte, ".4f")),
-    ("  above the first run ²", _train_difference),
+    ("  minus the first run ²", _train_difference),
     ("validation, nats per token", lambda one: _number(one.figures.validation_loss_nats, ".4f")),
     ("validation, bits per byte", lambda one: _number(one.figures.validation_bits_per_byte, ".4f")),
     ("validation, accuracy", lambda one: _number(one.figures.validation_accuracy, ".4f")),
-    ("  above the first run ³", _validation_difference),
+    ("  minus the first run ³", _validation_difference),
 )
 SPEED: tuple[Row, ...] = (
     ("tokens/s, median", lambda one: _number(one.figures.tokens_per_s, ",.0f")),
@@ -235,7 +235,7 @@ def _rows_by_corpus(runs: Sequence[Compared]) -> list[Row]:
     for name in dict.fromkeys(name for one in runs for name in one.figures.scored or {}):
         rows += [
             (f"documents of {name}, bits per byte ⁴", lambda one, n=name: _scored(one.figures.scored, n)),
-            ("  above the first run ⁵", lambda one, n=name: _scored_difference(one, n)),
+            ("  minus the first run ⁵", lambda one, n=name: _scored_difference(one, n)),
         ]
     return rows
 

@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=["fp32", "bf16"], help="precision of matrix products (default: as trained)"
     )
-    parser.add_argument("--batch-size", metavar="N", type=int, help="most documents or sequences per forward pass "
-                        f"(default: as many as make {TOKENS_AT_ONCE:,} tokens)")  # fmt: skip
+    parser.add_argument("--batch-size", metavar="N", type=int, help="at most N documents or sequences per forward "
+                        f"pass (default: as many as make {TOKENS_AT_ONCE:,} tokens)")  # fmt: skip
     parser.add_argument("--ranks", metavar="N", type=at_least(1),
                         help=(
                             "processes on this machine that share the documents, each with its own device (default: 1)"
@@ -88,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="lengths of the texts in tokens (default: the trained one)")  # fmt: skip
     tasks = parser.add_argument_group("runs that learn a synthetic task")
     tasks.add_argument("--rows", metavar="N", type=at_least(1),
-                       help=f"rows to read (default: {synthetic.ROWS}; --needle: {needle.ROWS} a line)")  # fmt: skip
+                       help=f"rows to read (default: {synthetic.ROWS}; with --needle: {needle.ROWS} per line of the "
+                       "table)")  # fmt: skip
     tasks.add_argument("--length", metavar="L", type=at_least(1),
                        help="tokens per row, a multiple of the block (default: as trained)")  # fmt: skip
     harness = parser.add_argument_group("lm-evaluation-harness")
@@ -133,7 +134,8 @@ def _file_name(args: argparse.Namespace, form: str, report: dict[str, Any]) -> s
 def _evaluate(args: argparse.Namespace, form: str) -> dict[str, Any] | None:
     if form != DOCUMENTS and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: several processes share {DOCUMENTS} only, not {form}: start one"
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: {form} runs in one process only (several can share only "
+            f"{DOCUMENTS}): start one process"
         )
     if form == LENGTHS:
         from bst_dist.study.lengths import command as lengths  # imports matplotlib

@@ -47,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--interactive", action="store_true", help="load the model once, and continue each line typed")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
     parser.add_argument(
-        "--batch", type=int, default=32, metavar="ROWS", help="most samples generated at a time (default: 32)"
+        "--batch", type=int, default=32, metavar="ROWS", help="generate at most ROWS samples at a time (default: 32)"
     )
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to generate (default: 200)")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="generate at most N tokens (default: 200)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="end before this text; may be given several times")  # fmt: skip
     parser.add_argument("--stop-token", action="append", default=[], type=int, metavar="ID",

@@ -36,7 +36,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         if line.strip()
     ]
     if not found:
-        raise UserError(f"--prompts {path}: holds no prompt: write one a line")
+        raise UserError(f"--prompts {path}: has no prompt: write one per line")
     if path.suffix != ".jsonl":
         return [Prompt(line, where) for where, line in found]
     return [Prompt(_from_json(line, where), where) for where, line in found]

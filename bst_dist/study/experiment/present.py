@@ -44,8 +44,8 @@ def caption(table: Table) -> list[str]:
     lines = [f"Each run trained on {tokens} tokens. Standard errors are {table.over}."]
     if table.comparisons:
         lines.append(
-            "* : the 95 % interval of a difference (Student's t) leaves out zero; so does one in twenty by chance, and "
-            f"there are {table.comparisons}."
+            "* : the 95 % interval of the difference (Student's t) does not contain zero. Without any effect this "
+            f"happens once in 20 comparisons; this table has {table.comparisons}."
         )
     if table.trained_with:
         lines.append(table.trained_with)

@@ -65,7 +65,7 @@ class Table:
         kinds = {level.over for row in self.rows for level in row.levels.values()} - {None}
         said = {
             "seeds": "over seeds, as many as there are runs; differences are paired by seed",
-            "documents": "over validation documents: with one seed they tell two models apart, and not the arms",
+            "documents": "over validation documents: with one seed they compare two trained models, not the two arms",
         }
         return "; ".join(said[kind] for kind in said if kind in kinds) or "not known from one run each"
 

@@ -112,7 +112,8 @@ def _problem(o: Observation, of_block: Sequence[Observation], baseline: str) -> 
         return _Unpaired(o.name, f"its loss is {o.loss}")
     partner = next((c for c in of_block if c.length == o.length and not c.usable), None)
     if partner is not None and partner.status != "done":
-        return _Unpaired(o.name, f"the run of {baseline} {partner.status}", partner.reason, partner.status in later)
+        why = f"the run of {baseline} in the same block is not done ({partner.status})"
+        return _Unpaired(o.name, why, partner.reason, partner.status in later)
     curve = [c for c in of_block if c.usable]
     if not curve:
         return _Unpaired(o.name, f"{baseline} has no finished run in its block")

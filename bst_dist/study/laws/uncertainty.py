@@ -105,11 +105,13 @@ def unidentified(found: dict[str, Interval], points: Points) -> list[str]:
         half = (found[name].high - found[name].low) / 2
         if half > EXPONENT_WIDTH * found[name].value:
             reasons.append(
-                f"{name} = {found[name].value:.3f} ± {half:.3f} (95 %) is not known to within half of itself"
+                f"{name} = {found[name].value:.3f} ± {half:.3f} (95 %): the half-width of the interval is more "
+                "than half of the value"
             )
     half, least = (found["E"].high - found["E"].low) / 2, float(points.loss.min())
     if half > E_WIDTH * least:
-        reasons.append(f"E = {found['E'].value:.3f} ± {half:.3f} (95 %) is not known to within a tenth of {least:.3f}")
+        reasons.append(f"E = {found['E'].value:.3f} ± {half:.3f} (95 %): the half-width of the interval is more than a "
+                       f"tenth of the lowest loss, {least:.3f}")  # fmt: skip
     if found["E"].value < 1e-3 * least:
         reasons.append("E is at its bound of zero")
     return reasons

@@ -100,7 +100,10 @@ class IsolatedStretches(Stretches):
 def open_stretches(corpus: Corpus, length: int, isolated: bool, tokens: int | None = None) -> Stretches:
     """Return at most `tokens` tokens of text for lengths up to `length`; raises TooShortError if the text is short."""
     if tokens is not None and tokens < length:
-        raise TooShortError(f"{tokens:,} tokens to read are fewer than the longest length, {length:,}: read more")
+        raise TooShortError(
+            f"the limit of {tokens:,} tokens to read is less than the longest length, {length:,}: raise it (--tokens; "
+            "measure.tokens in an experiment), or ask for shorter lengths"
+        )
     return (IsolatedStretches if isolated else JoinedStretches)(corpus, length, tokens and tokens // length)
 
 

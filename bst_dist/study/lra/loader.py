@@ -52,7 +52,7 @@ class LabelledLoader:
         if examples.longest > share.length and not examples.task.cropped:
             raise LengthError(
                 f"{examples.where}: the longest example has {examples.longest:,} symbols and train.sequence_length "
-                f"holds {share.length:,}: raise it, or prepare shorter examples"
+                f"holds {share.length:,}: raise train.sequence_length, or prepare shorter examples"
             )
         self.examples, self._share, self._seed, self._start_step = examples, share, seed, start_step
         self._sizes = BatchSizes.of(share.rows)

@@ -36,7 +36,8 @@ def make(sweep: SweepConfig, runs: Sequence[Run], folder: Path, minutes: float, 
         raise UserError(f"{folder} exists: remove it, or give another --output")
     if sweep.budget.flops_per_s is None:
         raise UserError(
-            "the order of value needs budget.flops_per_s: what one device trains per second, with all runs on it"
+            "set budget.flops_per_s (training FLOP/s of one device, summed over the runs that train on it side by "
+            "side): the order of the runs is computed from it"
         )
     if any(run.recipe.initial_weights for run in runs):
         raise UserError("initial_weights: the weights of another run are not packed")

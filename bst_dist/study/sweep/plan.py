@@ -61,7 +61,7 @@ def make_plan(sweep: SweepConfig) -> Plan:
     spent, limit, unit = cost(sweep.budget, read_rates(sweep))
     held = _read(sweep)
     if held is None:
-        fitted = fit_budget(runs, spent, limit, sweep.noise, sweep.baseline, sweep.arm)
+        fitted = fit_budget(runs, spent, limit, sweep.noise, sweep.baseline, sweep.arm, unit)
         runs, dropped, total = fitted.runs, fitted.dropped, fitted.spent
     else:
         dropped = held["dropped"]

@@ -74,11 +74,12 @@ class Fitted:
 
 
 def fit_budget(runs: list[Run], spent: Cost, limit: float, noise: NoiseConfig, baseline: str,
-               arm: str) -> Fitted:  # fmt: skip
+               arm: str, unit: str = "FLOPs") -> Fitted:  # fmt: skip
     """Drop blocks, with all their architectures, until the rest fits the budget.
 
     The choice is greedy: the block that adds least to the standard errors of the changes, relative to its cost. A block
-    without which the grid would be unsound stays. Raises UserError if no further block can be dropped.
+    without which the grid would be unsound stays. `unit`: of the costs, for the message. Raises UserError if no further
+    block can be dropped.
     """
     dropped: list[str] = []
     prices: dict[str, float] = {}
@@ -93,8 +94,8 @@ def fit_budget(runs: list[Run], spent: Cost, limit: float, noise: NoiseConfig, b
                 choices.append((lost / prices[block], block))
         if not choices:
             raise UserError(
-                f"the least grid that can answer costs {total:.3g} and the budget is {limit:.3g}: raise the "
-                "budget, or take out a size, a length or an architecture"
+                f"the smallest grid that can answer costs {total:.3g} {unit}, the budget is {limit:.3g} {unit}: raise "
+                "the budget, or remove a size, a length or an architecture"
             )
         worst = min(choices)[1]
         runs, dropped = [run for run in runs if run.cell.block != worst], [*dropped, worst]

@@ -111,11 +111,11 @@ def missing_arms(runs: Sequence[Run]) -> list[str]:
     found = []
     if not any(blocks <= depths[0] for blocks in windows.values()):
         found.append(f"the receptive field of a window stack grows with depth in every arm ({told}): an advantage may "
-                     "shrink for that alone; add an arm with train.sequence_length <= "
+                     "shrink for this reason alone; add an arm with train.sequence_length <= "
                      f"{depths[0]} x model.block")  # fmt: skip
     if not any(blocks >= BEYOND * depths[-1] for blocks in windows.values()):
         found.append(f"in every arm a window stack of {depths[-1]} layers sees more than a quarter of the sequence "
-                     f"({told}): what a state adds cannot show; add an arm with train.sequence_length >= "
+                     f"({told}), so the sweep cannot show what a state adds; add an arm with train.sequence_length >= "
                      f"{BEYOND * depths[-1]} x model.block")  # fmt: skip
     return found
 
@@ -128,8 +128,10 @@ def unequal(runs: Sequence[Run], baseline: str) -> list[str]:
             _, names = columns(gaps)
             for factor in (name for name in names if name in UNITS):
                 if abs(off := mismatch_over(gaps, factor)) > MISMATCH:
-                    found.append(f"N of {gaps.variant} over N of {baseline} changes by {off:+.1%} over {factor} "
-                                 f"(arm {arm}): that alone moves an advantage at equal compute")  # fmt: skip
+                    found.append(f"the ratio of sizes, N of {gaps.variant} / N of {baseline}, changes by {off:+.1%} "
+                                 f"between the smallest and the largest {factor} (arm {arm}), which alone changes an "
+                                 "advantage at equal compute: use a smaller shape.head_width, or larger "
+                                 "sizes")  # fmt: skip
     return found
 
 

@@ -278,7 +278,7 @@ COLUMNS = ("", "opens", "of all ranks", "read", "received", "collectives", "memo
 
 
 def _print(found: dict[str, Any]) -> None:
-    files, manifest = f"{found['files']:,} files a checkpoint", _size(found["manifest_bytes"])
+    files, manifest = f"{found['files']:,} files per checkpoint", _size(found["manifest_bytes"])
     title = f"{found['ranks']:,} ranks: {files}, manifest {manifest}; of one rank, the most of all"
     rows = []
     for cost in found["costs"]:

@@ -110,7 +110,7 @@ def test_verify_names_a_damaged_packed_file_and_accepts_a_missing_one(corpus: Pa
     packed.write_bytes(data)
     assert main(["data", "verify", str(corpus), "--workers", "1", "--json", out]) == 1
     (problem,) = report(tmp_path / "r.json")["problems"]
-    right = f"byte 700 is 0x{data[700]:02x}, by its tar 0x{data[700] ^ 1:02x}"
+    right = f"byte 700 is 0x{data[700]:02x}, but 0x{data[700] ^ 1:02x} in the tar"
     assert problem == {"file": packed.name, "what": right}
     packed.unlink()
     assert main(["data", "verify", str(corpus), "--workers", "1"]) == 0

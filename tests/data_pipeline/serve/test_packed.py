@@ -185,7 +185,7 @@ def test_packed_damage_is_located_by_comparison_with_the_tar(make_corpus: Any) -
     assert packed_name(TAR) == PACKED and packed_damage(directory / TAR, index) is None
     flip(path, 30_000)
     assert packed_damage(directory / TAR, index) == (
-        f"byte 30000 is 0x{whole[30_000] ^ 4:02x}, by its tar 0x{whole[30_000]:02x}"
+        f"byte 30000 is 0x{whole[30_000] ^ 4:02x}, but 0x{whole[30_000]:02x} in the tar"
     )
     path.write_bytes(whole[:-1])
     assert packed_damage(directory / TAR, index) == f"cut short at byte {len(whole) - 1}"

@@ -147,7 +147,7 @@ def test_a_json_line_of_40_mb_is_one_document(read_all, put) -> None:
         ("a.jsonl", lines({"text": "x"}) + b"{bad\n", r"a\.jsonl:2: not JSON"),
         ("a.jsonl", lines({"t": "x"}), r"a\.jsonl:1: no field 'text' \(there: t\); set source\.text_field"),
         ("a.jsonl", b"1\n", r"a\.jsonl:1: no field 'text'"),
-        ("a.json", b'[{"text": "x"},\n', r"a\.json:1: a JSON array instead of a record; write its records a line each"),
+        ("a.json", b'[{"text": "x"},\n', r"a\.json:1: a JSON array instead of a record; write one record per line"),
         ("a.jsonl", lines({"text": 3}), r"a\.jsonl:1: field 'text' is not text \(but int\)"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(lines({"text": "x" * 999}), mtime=0)[:-9], r"a\.jsonl\.gz: damaged or cut short"),

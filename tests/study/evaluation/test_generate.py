@@ -86,7 +86,7 @@ def test_settings_out_of_range_are_named(make_run, argument, value, capsys):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"", "holds no prompt"), (b"{}", "line 1: expected a string"), (b'"a"\n[', "line 2: not JSON"),
+    (b"", "has no prompt: write one per line"), (b"{}", "line 1: expected a string"), (b'"a"\n[', "line 2: not JSON"),
     (b"\xff", "cannot be read"),
 ])  # fmt: skip
 def test_invalid_prompt_files_are_refused(make_run, content, message, tmp_path, capsys):

@@ -72,5 +72,5 @@ def test_length_longer_than_the_text_is_refused(text, isolated, reason):
 
 
 def test_token_limit_below_the_longest_length_is_refused(text):
-    with pytest.raises(TooShortError, match="31 tokens to read are fewer than the longest length, 32"):
+    with pytest.raises(TooShortError, match="limit of 31 tokens to read is less than the longest length, 32"):
         open_stretches(text, 32, isolated=False, tokens=31)

@@ -78,7 +78,7 @@ def test_last_batch_of_one_pass_has_masked_rows(examples):
 
 
 def test_too_long_examples_are_refused(examples):
-    with pytest.raises(LengthError, match=r"symbols and train.sequence_length holds 16: raise it, or prepare shorter"):
+    with pytest.raises(LengthError, match=r"holds 16: raise train.sequence_length, or prepare"):
         loader(examples, length=16)
 
 

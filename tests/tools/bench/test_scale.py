@@ -77,6 +77,6 @@ def test_bench_scale_prints_and_writes_its_report(tmp_path, capsys):
     assert main(["bench", "scale", "--ranks", "2", "--parameters", "1", "--directory", str(tmp_path), "--json",
                  str(tmp_path / "scale.json")]) == 0  # fmt: skip
     said = capsys.readouterr().out
-    assert "2 ranks: 7 files a checkpoint" in said
+    assert "2 ranks: 7 files per checkpoint" in said
     assert "per second; launching process" in said
     assert json.loads((tmp_path / "scale.json").read_text())["worlds"][0]["ranks"] == 2

@@ -23,7 +23,8 @@ from bst_dist.study.sweep.table import observations
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
-    parser.add_argument("--draws", type=at_least(2), default=200, metavar="N", help="resamples (default: %(default)s)")
+    parser.add_argument("--draws", type=at_least(2), default=200, metavar="N",
+                        help="number of bootstrap resamples for the intervals (default: %(default)s)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
