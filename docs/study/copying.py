@@ -4,9 +4,9 @@ diagnostics.py uses this module. The registered page predicts in words that the 
 how the fall is measured. It was written and tested on simulated accuracies before any result of copying was read.
 
 The advantage of an arm is its accuracy minus that of the reference with the same seed. The fall at a lag is the mean
-advantage at the depths where a stack of windows cannot see the label, minus the mean at the depths where it can. The
-fall is the mean over the lags that have both kinds of depth. Its 95 % interval is Student's t over seeds: with two
-seeds it is 12.7 standard errors to each side.
+advantage at the depths where a stack of windows does not reach the source token, minus the mean at the depths where it
+does. The fall is the mean over the lags that have both kinds of depth. Its 95 % interval is Student's t over seeds:
+with two seeds it is 12.7 standard errors to each side.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Cell:
     lag: int
     depth: int
     hidden: bool
-    """Whether the label is beyond the reach of a stack of windows."""
+    """Whether the source token of the label is beyond the reach of a stack of windows."""
     accuracy: dict[str, np.ndarray]
     """Arm -> accuracy of each seed, (seeds,)."""
 
@@ -55,7 +55,7 @@ def answer(cells: Sequence[Cell], reference: str, unfinished: Sequence[int] = ()
             shown = ("" if cell is None else _signed(_gain(cell, arm, reference)) for cell in row)
             yield f"| {lag} | {arm} minus {reference} | {' | '.join(shown)} |"
     yield ""
-    yield "± is the standard error over seeds; † where a stack of windows cannot tell the label."
+    yield "± is the standard error over seeds; † where the stack of windows does not reach the source token."
 
 
 def _verdict(cells: Sequence[Cell], arm: str, reference: str, unfinished: Sequence[int]) -> str:
@@ -68,9 +68,9 @@ def _verdict(cells: Sequence[Cell], arm: str, reference: str, unfinished: Sequen
     low, high = interval(beyond - within)
     says = "Falls" if low > 0 else "Does not fall" if high < 0 else "Undecided"
     levels = "; ".join(f"of `{one}` {_level_on_both_sides(crossed, one)}" for one in (reference, arm))
-    return (f"**{says}**: the {name} is {_signed(beyond)} where windows cannot tell the label and {_signed(within)} "
-            f"where they can: a fall of {_plain(beyond - within)} (95 % interval {low:+.2f} to {high:+.2f}). Accuracy "
-            f"in either place: {levels}.")  # fmt: skip
+    return (f"**{says}**: the {name} is {_signed(beyond)} where the stack of windows does not reach the source token "
+            f"and {_signed(within)} where it does: a decrease of {_plain(beyond - within)} (95 % interval {low:+.2f} "
+            f"to {high:+.2f}; negative: an increase). Accuracy beyond reach and within reach: {levels}.")  # fmt: skip
 
 
 def _level_on_both_sides(cells: Sequence[Cell], arm: str) -> str:
@@ -124,7 +124,7 @@ def _signed(values: np.ndarray) -> str:
 def draw(cells: Sequence[Cell], chance: float) -> Figure:
     """Return the figure of accuracy over depth, one panel per lag, with errors over seeds.
 
-    The background is grey where the label is beyond the reach of the windows.
+    The background is grey beyond the reach of the stack of windows.
     """
     lags, arms = sorted({cell.lag for cell in cells}), list(cells[0].accuracy)
     figure, every = panels(len(lags), 2.4, sharey=True)

@@ -51,9 +51,9 @@ def _copying_answers(experiments: list[Experiment]) -> Iterator[str]:
         yield ""
         yield from copying.answer(cells, experiment.settings["reference"], _unfinished(experiment))
         yield ""
-        yield f"![accuracy against depth, a panel a lag](figures/diagnostics-{experiment.name}.png)"
+        yield f"![accuracy against depth, one panel per lag](figures/diagnostics-{experiment.name}.png)"
         yield ""
-        yield "Grey: a stack of windows cannot tell the label. Dotted: a guess."
+        yield "Grey: beyond the reach of the stack of windows. Dotted line: accuracy of guessing."
         yield ""
 
 
