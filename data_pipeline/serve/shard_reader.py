@@ -118,9 +118,11 @@ class ShardReader:
         path = self._storage.local_path(self.info.file)
         if path is None:
             return
-        if not path.exists():
-            raise ShardError(f"{path}: the shard is missing; copy it again, or prepare the corpus again")
-        if (size := path.stat().st_size) != self.info.bytes:
+        try:
+            size = path.stat().st_size  # one question to the file system: every rank asks about every shard
+        except (FileNotFoundError, NotADirectoryError):
+            raise ShardError(f"{path}: the shard is missing; copy it again, or prepare the corpus again") from None
+        if size != self.info.bytes:
             raise ShardError(f"{path}: {size} bytes, expected {self.info.bytes}: cut short or replaced; copy it again")
 
     def _index_from_file(self, where: str) -> ShardIndex:

@@ -129,6 +129,15 @@ def test_missing_or_foreign_files_are_named_when_a_corpus_is_opened(
         open_corpora(DataConfig(corpus=str(directory)))
 
 
+def test_each_shard_costs_one_question_to_the_file_system_when_a_corpus_is_opened(make_corpus, monkeypatch):
+    """Every rank of a job opens the corpus at the same moment."""
+    directory, asked, stat = make_corpus(LENGTHS), [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **how: asked.append(path.name) or stat(path, **how))
+    (corpus,) = open_corpora(DataConfig(corpus=str(directory)))
+    shards = [shard.file for shard in corpus.manifest.shards("train")]
+    assert [name for name in asked if name.endswith(".tar")] == shards
+
+
 @pytest.mark.parametrize(
     "damage",
     [
