@@ -177,6 +177,17 @@ def is_held(run_dir: Path) -> bool:
         return False
 
 
+def in_use(run_dir: Path, silence_s: float = SILENCE_S) -> bool:
+    """Whether a start that may still be running holds the lease on `run_dir`; unlike `is_held`, this waits.
+
+    `silence_s`: as in `acquire`.
+    """
+    folder = run_dir / LEASE
+    epoch = max(_epochs(folder), default=0)
+    before = _read(_file(folder, epoch))
+    return bool(epoch) and not before.get("released") and _lives(folder, epoch, before, silence_s)
+
+
 def _take(run_dir: Path, epoch: int, lost: Callable[[str], None] | None) -> Lease:
     path = _file(run_dir / LEASE, epoch)
     about = _about(os.environ)

@@ -7,7 +7,6 @@ written last: a directory with a manifest is complete.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
@@ -22,6 +21,7 @@ import numpy as np
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_file, full_disk_explained, remove_partials
+from bst_base.locks import flock
 from data_pipeline.format.extents import file_of, to_bytes
 from data_pipeline.format.manifest import MANIFEST, ExtentsInfo, Manifest, TokenizerInfo
 from data_pipeline.format.packed import packed_name
@@ -327,12 +327,10 @@ def _exclusive(output: Path) -> Iterator[None]:
     """Lock the directory: only one preparation writes to it at a time."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("w")
+        file = (output / ".lock").open("w")
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}; choose another output") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{output}: another preparation is writing there; wait for it to end") from None
+    with file:
+        if not flock(file, output / ".lock"):
+            raise UserError(f"{output}: another preparation is writing there; wait for it to end")
         yield

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
+
+from bst_base.locks import flock
 
 
 def take_lock(path: Path) -> TextIO | None:
@@ -15,15 +17,13 @@ def take_lock(path: Path) -> TextIO | None:
     locks a file without a name, and takes the lock of the file that has the name instead.
     """
     while True:
-        file = path.open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with ExitStack() as stack:
+            file = stack.enter_context(path.open("w"))
+            if not flock(file, path):
+                return None
             if _has_name(file, path):
+                stack.pop_all()  # the caller closes it
                 return file
-        except BlockingIOError:
-            file.close()
-            return None
-        file.close()
 
 
 def _has_name(file: TextIO, path: Path) -> bool:

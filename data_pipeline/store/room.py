@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from bst_base.locks import flock
 from data_pipeline.store.locks import take_lock
 
 _COPY = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)(?<!\.partial)")
@@ -87,8 +87,9 @@ class Room:
     @contextmanager
     def _counted(self) -> Iterator[tuple[int | None, Callable[[int], None]]]:
         """Yield (the stored total or None if unknown, a function that stores a new total), under a lock."""
-        with (self._directory / ".taken").open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        path = self._directory / ".taken"
+        with path.open("a+") as file:
+            flock(file, path, wait=True)
             file.seek(0)
             text = file.read()
 

@@ -29,6 +29,7 @@ from bst_base.settings import dump
 from bst_dist.checkpoint.directory import committed
 from bst_dist.cluster.processes import catch_stop_signals, signal_session
 from bst_dist.config import load_recipe
+from bst_dist.faults.lease import LEASE, LeaseError, acquire, in_use
 from bst_dist.faults.status import RESUBMIT
 from bst_dist.study.runs.recipes import Job
 from bst_dist.study.runs.state import OUT_OF_MEMORY, FailedStart, State, Status
@@ -109,7 +110,8 @@ class Runner:
         try:
             if self.state.status_of(run).status == "done":  # another command finished it before the lock was taken
                 return
-            micro = self._prepare(run)
+            if (micro := self._prepared(run)) is None:
+                return
             place = min(set(range(self.limit)) - {worker.place for worker in self.workers})
             log_file = self.state.path("logs", run.name)
             log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -123,15 +125,25 @@ class Runner:
         finally:
             os.close(lock)  # the process has inherited the descriptor and holds the lock
 
-    def _prepare(self, run: Job) -> int:
-        """Write the recipe, remove a run directory that cannot be resumed, and return the micro-batch size."""
-        write_text(self.state.path("recipes", run.name), dump(run.recipe))
+    def _prepared(self, run: Job) -> int | None:
+        """Write the recipe, empty a run directory that cannot be resumed, and return the micro-batch size.
+
+        Returns None when another process trains the run. On a file system whose locks hold only on one host, only the
+        lease of its directory says so.
+        """
         directory = self.state.directory(run.name)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        micro = self._micro(run)
-        if directory.exists() and not committed(directory) and not self._same_micro(directory, micro):
-            shutil.rmtree(directory)  # it was killed before its recipe was written, or ran out of memory
-        return micro
+        try:
+            lease = acquire(directory, say=self.say)
+        except LeaseError:
+            return None
+        try:
+            write_text(self.state.path("recipes", run.name), dump(run.recipe))
+            micro = self._micro(run)
+            if not committed(directory) and not self._same_micro(directory, micro):
+                _empty(directory)  # it was killed before its recipe was written, or ran out of memory
+            return micro
+        finally:
+            lease.release()  # the process that trains the run takes it itself
 
     def _micro(self, run: Job) -> int:
         """Return the recipe's micro-batch size, halved each time memory ran out, and at most that of its trunk."""
@@ -178,10 +190,14 @@ class Runner:
             name, seconds = worker.run.name, time.monotonic() - worker.started
             run_status = self.state.status_of(worker.run)
             stopped = worker.process.returncode == RESUBMIT  # another process's signal ended it, with a checkpoint
-            if run_status.status not in ("done", "diverged") and not stopped:
+            if run_status.status not in ("done", "diverged") and not stopped and not self._refused(worker):
                 self.state.record(name, self._failed_start(worker, seconds))
                 run_status = self.state.status_of(worker.run)
             self.say(f"{run_status.status:>9} {name} after {seconds:.0f} s {run_status.reason}")
+
+    def _refused(self, worker: Worker) -> bool:
+        """Whether a process ended because another one was training its run; that is no failure of the run."""
+        return worker.process.returncode == LeaseError.exit_status and in_use(self.state.directory(worker.run.name))
 
     def _failed_start(self, worker: Worker, seconds: float) -> FailedStart:
         """Return the record of a start that did not finish its run."""
@@ -222,6 +238,15 @@ class Runner:
             except subprocess.TimeoutExpired:
                 signal_session(worker.process, signal.SIGKILL)
                 worker.process.wait()
+
+
+def _empty(directory: Path) -> None:
+    """Remove all that a start has left in a run directory but its lease, which the caller holds."""
+    for path in directory.iterdir():
+        if path.is_dir() and path.name != LEASE:
+            shutil.rmtree(path)
+        elif path.name != LEASE:
+            path.unlink()
 
 
 def _tail(path: Path, most: int = 40) -> list[str]:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any, Literal, get_args
 
 from bst_base.clock import utc_now
 from bst_base.files import write_text
+from bst_base.locks import flock
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.runs.recipes import Job
 from bst_dist.train.rundir import read_outcome
@@ -113,7 +113,7 @@ class State:
         """
         path = self.path("locks", name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _locked(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+        return _locked(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), path)
 
     def progress(self, name: str) -> dict[str, Any] | None:
         """Return the metrics of the last training step that the run has reported; None before the first."""
@@ -142,8 +142,9 @@ class State:
 
     def _locked(self, name: str) -> bool:
         """Whether a process holds the run's lock. Creates no lock file for a run that was never started."""
+        path = self.path("locks", name)
         try:
-            handle = _locked(os.open(self.path("locks", name), os.O_RDWR))
+            handle = _locked(os.open(path, os.O_RDWR), path)
         except FileNotFoundError:
             return False
         if handle is not None:
@@ -151,11 +152,12 @@ class State:
         return handle is None
 
 
-def _locked(handle: int) -> int | None:
+def _locked(handle: int, path: Path) -> int | None:
     """Lock an open file and return its descriptor; close it and return None if another process holds the lock."""
+    held = False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle
+        held = flock(handle, path)
+    finally:
+        if not held:
+            os.close(handle)
+    return handle if held else None

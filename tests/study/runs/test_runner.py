@@ -11,12 +11,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from bst_base.errors import UserError
 from bst_base.settings import parse
+from bst_dist.faults.lease import acquire
 from bst_dist.study.laws.advantage import QUIET
 from bst_dist.study.report import document
 from bst_dist.study.runs.command import Study, show_status
@@ -302,6 +304,28 @@ def test_run_locked_by_another_process_is_skipped(sweep):
     assert sweep.state.lock(run.name) is None
     os.close(held)
     assert sweep.state.status_of(run).status == "waiting"
+
+
+def test_with_locks_of_one_host_alone_a_run_in_training_is_left_in_peace(sweep, monkeypatch):
+    """Each of two commands gets the lock, as on two hosts. The first has not written the recipe yet."""
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
+    run = next(run for run in sweep.runs if run.trunk is None)
+    directory, started = sweep.state.directory(run.name), []
+    monkeypatch.setattr("subprocess.Popen", lambda *words, **options: started.append(words))
+    lease = acquire(directory)
+    (directory / "begun").touch()
+    Runner([run], sweep.state, 1, print)._fill()
+    assert (directory / "begun").exists()
+    assert started == []
+    refused = SimpleNamespace(poll=lambda: 2, returncode=2)
+    second = Runner([run], sweep.state, 1, lambda text: None)
+    second.workers = [Worker(run, refused, 0)]
+    second._collect()  # a process that it started at the same time was refused
+    assert sweep.state.failed_starts(run.name) == []
+    lease.release()
+    Runner([run], sweep.state, 1, print)._fill()
+    assert len(started) == 1
+    assert [path.name for path in directory.iterdir()] == ["lease"]
 
 
 def test_table_reads_back_equal_and_wrong_columns_are_named(sweep, tmp_path):
