@@ -152,7 +152,7 @@ def kernel_flops(config: ModelConfig, channels: int, maps: int, length: int) -> 
         within = 2 * channels * maps * (chunk + ssm.state) + 2 * channels * ssm.state
         return {"ssm": within + channels * _dense_scan(ssm.state, length // chunk) / length}
     if ssm.kernel in ("explicit", "hyena"):
-        size = padded_size(length, length, ssm.length)
+        size = padded_size(length, length, min(ssm.length, length))  # no token has more before it
         transforms = 2.5 * size * math.log2(size) * channels * (1 + maps)
         return {"fft": (transforms + 3 * size * channels * maps) / length}
     return {}

@@ -1,5 +1,7 @@
 """FLOPs of every mixer and kernel compared with torch's counter, which counts all matmuls of plain attention."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -57,7 +59,7 @@ def counted(model, rows):
 
 def build(settings):
     shared = {"width": 32, "heads": 4, "ffn": 48, "block": BLOCK, "depth": 3, "placement": [0, 2], "vocab_size": 50}
-    return LanguageModel(ModelConfig(**shared, **settings)).requires_grad_(False)
+    return LanguageModel(ModelConfig(**shared | settings)).requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -79,3 +81,17 @@ def test_fused_full_attention_counts_causal_tiles_only():
     more = counted(fused, 3) - counted(fused, 2) - (counted(tiled, 3) - counted(tiled, 2))
     hidden = 2 * 4 * 32 * (LENGTH - QUERY_TILE) / 2  # what the plain path of two layers computes beyond the tiles
     assert more / LENGTH == pytest.approx(hidden, rel=1e-9)
+
+
+@pytest.mark.parametrize("taps", [150, 256, 4096])
+def test_fft_size_equals_that_of_the_layers_transforms(taps, monkeypatch):
+    """Also for filters that are longer than the sequence, of which the layer uses as many taps as there are tokens."""
+    sizes, rfft = set(), torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda x, n: sizes.add(n) or rfft(x, n=n))
+    model = build({"mixer": "ssm", "ssm": {"kernel": "explicit", "length": taps}, "placement": [0]})
+    ids = torch.zeros(1, LENGTH, dtype=torch.long)
+    model(ids, ids)
+    (size,) = sizes
+    transforms = 2.5 * size * math.log2(size) * 2  # of each channel, to frequencies and back
+    found = forward_flops(model.config, LENGTH)["fft"]
+    assert found * LENGTH == pytest.approx((transforms + 3 * size) * 32)
