@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from bst_dist.parallel.config import data_parallel
+from bst_dist.parallel.phases import Phases
 from bst_dist.parallel.sequence.group import SequenceGroup
 
 
@@ -40,13 +41,18 @@ class Mesh:
         """Index of this rank's slice of the rows."""
         return self.rank % self.sp
 
-    def sp_group(self) -> SequenceGroup | None:
+    def sp_group(self, phases: Phases | None = None) -> SequenceGroup | None:
         """Return the group of ranks that share this rank's sequence; None if sp is 1.
 
-        It creates process groups, so every rank of the world must call it once.
+        It creates process groups, so every rank of the world must call it once. They are created one after the other,
+        and with NCCL each takes all ranks: `phases` records each as an exchange, so that the watchdog sees progress.
         """
         if self.sp == 1:
             return None
-        sequences = [list(range(first, first + self.sp)) for first in range(0, self.world, self.sp)]
-        own, _ = dist.new_subgroups_by_enumeration(sequences)
+        phases = phases or Phases()
+        for first in range(0, self.world, self.sp):
+            with phases.exchanging("process groups"):
+                group = dist.new_group(list(range(first, first + self.sp)))
+            if first == self.rank - self.sp_rank:
+                own = group
         return SequenceGroup(own)
