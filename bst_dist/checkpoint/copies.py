@@ -11,18 +11,15 @@ with the digest in it. When a checkpoint is removed or replaced, its manifest is
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
-
-from bst_base.addresses import filled, redacted
-from bst_base.errors import StorageError, UserError
-from bst_base.files import atomic_file, sync_directory
+from bst_base.errors import StorageError
+from bst_base.files import atomic_file, sync_directory, sync_file
+from bst_base.object_store import ObjectStore
 from bst_dist.checkpoint.directory import (
     CHECKPOINTS,
     MANIFEST,
@@ -40,36 +37,26 @@ T = TypeVar("T")
 
 
 class RunCopy:
-    """The copy of a run at a URL that fsspec supports: ``s3://bucket/run``, ``gs://…``, ``file:///…``.
+    """The copy of a run at the address of an `ObjectStore`, such as ``s3://bucket/run``.
 
-    The store's client reads credentials and endpoints from its usual places (for S3 the AWS_… variables), or fsspec
-    from the FSSPEC_… variables. A password in the URL may be given as the name of an environment variable, `$NAME`; no
-    message shows it. Methods raise StorageError, naming the file, when the store reports an error.
+    Methods raise StorageError, naming the file, when the store reports an error.
     """
 
     def __init__(self, url: str) -> None:
-        if "://" not in url:
-            raise UserError(f"{url}: not an address of an object store: s3://bucket/run, gs://…, or file:///path")
-        full, self._hidden = filled(url.rstrip("/"))
-        self.url = redacted(url.rstrip("/"))
+        self._store = ObjectStore(url)
+        self.url = self._store.where
         """The address as it is shown, without a password."""
-        try:
-            options = {"auto_mkdir": True} if full.startswith("file:") else {}
-            self._fs, self._root = fsspec.url_to_fs(full, **options)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{self.url}: {self._said(error)}") from None
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints in the store, newest first."""
-        found = self._names(f"{CHECKPOINTS}/*/{MANIFEST}")
+        found = self._store.names(f"{CHECKPOINTS}/*/{MANIFEST}")
         return sorted((step_of(Path(name).parent) for name in found), reverse=True)
 
     def manifest(self, step: int) -> dict[str, Any]:
         """Read the manifest of a complete checkpoint in the store; raises CheckpointError when it was cut off."""
         name = f"{_place(step)}/{MANIFEST}"
-        content = self._told(name, "read", lambda: self._fs.cat_file(self._at(name)))
         try:
-            return json.loads(content)
+            return json.loads(self._read(name))
         except ValueError:  # a file system, where a write can be cut off
             raise CheckpointError(f"{self.url}/{name}: not JSON: push this checkpoint again, or remove it") from None
 
@@ -106,23 +93,18 @@ class RunCopy:
     def remove(self, step: int) -> None:
         """Remove a checkpoint from the store."""
         place = _place(step)
-        self._told(place, "remove", lambda: self._fs.rm_file(self._at(f"{place}/{MANIFEST}")))
-        self._told(place, "remove", lambda: self._fs.rm(self._at(place), recursive=True))
+        self._store.remove(f"{place}/{MANIFEST}")
+        self._store.remove_below(place)
 
     def get_files(self, run_dir: Path, last: str) -> None:
         """Download the files directly in the run directory; when the file `last` is there, all others are."""
-        for name in sorted(self._names("*"), key=lambda name: name == last):
+        for name in sorted(self._store.names("*"), key=lambda name: name == last):
             with atomic_file(run_dir / name) as file:
-                file.write(self._told(name, "read", lambda name=name: self._fs.cat_file(self._at(name))))
+                file.write(self._read(name))
 
     def file(self, name: str) -> bytes | None:
         """Return the content of one file of the run; None when the store does not have it."""
-        try:
-            return self._fs.cat_file(self._at(name))
-        except FileNotFoundError:
-            return None
-        except Exception as error:
-            raise self._error(name, "read", error) from None
+        return self._store.read(name)
 
     def get_checkpoint(self, run_dir: Path, step: int) -> Path:
         """Download a checkpoint into a run directory, completely or not at all; return its path.
@@ -144,40 +126,18 @@ class RunCopy:
         return final
 
     def _put(self, path: Path, name: str) -> int:
-        self._told(name, "write", lambda: self._fs.put_file(str(path), self._at(name)))
+        self._store.upload(path, name)
         return path.stat().st_size
 
     def _get(self, name: str, path: Path) -> None:
-        self._told(name, "read", lambda: self._fs.get_file(self._at(name), str(path)))
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        self._store.download(name, path)
+        sync_file(path)
 
-    def _names(self, pattern: str) -> list[str]:
-        """Return the names of files under the URL that match `pattern`, relative to the URL."""
-        self._fs.invalidate_cache()
-        found = self._told(pattern, "list", lambda: self._fs.glob(self._at(pattern), detail=True))
-        return [name.removeprefix(f"{self._root}/") for name, info in found.items() if info["type"] == "file"]
-
-    def _at(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
-    def _told(self, name: str, doing: str, work: Callable[[], T]) -> T:
-        """Return the result of `work`; turn any exception of the store's client into a StorageError."""
-        try:
-            return work()
-        except Exception as error:  # every client has its own exception types
-            raise self._error(name, doing, error) from None
-
-    def _error(self, name: str, doing: str, error: Exception) -> StorageError:
-        reason = f"{type(error).__name__}: {self._said(error)}".rstrip(": ")
-        return StorageError(f"{self.url}/{name}: cannot {doing}: {reason}")
-
-    def _said(self, error: Exception) -> str:
-        """Return an error's message without the secrets of the URL."""
-        text = str(error)
-        for secret, name in self._hidden.items():
-            text = text.replace(secret, name)
-        return text
+    def _read(self, name: str) -> bytes:
+        """Return the content of a file that was listed."""
+        if (content := self._store.read(name)) is None:
+            raise StorageError(f"{self.url}/{name}: is there no longer; does another process push to this address?")
+        return content
 
 
 def contains(manifest: dict[str, Any], other: dict[str, Any]) -> bool:

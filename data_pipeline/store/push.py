@@ -10,19 +10,16 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import fsspec
-
-from bst_base.addresses import filled, redacted
 from bst_base.errors import StorageError, UserError
+from bst_base.object_store import ObjectStore
 from data_pipeline.format.manifest import MANIFEST, Manifest, sha256_file
 
 UNDER_WAY = "pushing.json"
 SKIPPED = "skipped.jsonl"
 _TRANSFERS = 8  # files uploaded in parallel
 
-T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with (bytes done, total bytes)."""
 
@@ -59,13 +56,15 @@ def push(corpus: Path, url: str, grow: bool, progress: Progress) -> Sent:
     if target.under_way() == manifest.sha256:
         complete |= {(file.name, file.sha256) for file in _files(corpus, manifest)}
     else:
-        target.put_bytes(UNDER_WAY, json.dumps({"manifest_sha256": manifest.sha256}).encode())
+        target.store.write(UNDER_WAY, json.dumps({"manifest_sha256": manifest.sha256}).encode())
     files = list(_files(corpus, manifest))
     sizes = {file.name: _size(corpus / file.name) for file in files}
     waiting = [
         file
         for file in files
-        if file.sha256 is None or (file.name, file.sha256) not in complete or target.size(file.name) != sizes[file.name]
+        if file.sha256 is None
+        or (file.name, file.sha256) not in complete
+        or target.store.size(file.name) != sizes[file.name]
     ]
     total, done = sum(sizes[file.name] for file in waiting), 0
     progress(0, total)
@@ -77,8 +76,8 @@ def push(corpus: Path, url: str, grow: bool, progress: Progress) -> Sent:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    target.put_bytes(MANIFEST, manifest.to_bytes())
-    target.remove(UNDER_WAY)
+    target.store.write(MANIFEST, manifest.to_bytes())
+    target.store.remove(UNDER_WAY)
     return Sent(len(waiting) + 1, total + len(manifest.to_bytes()), len(files) - len(waiting))
 
 
@@ -118,34 +117,18 @@ class _Target:
     """The address that a corpus is uploaded to."""
 
     def __init__(self, url: str) -> None:
-        if "://" not in url:
-            raise UserError(f"{url}: not an address: s3://bucket/corpus, gs://…, or file:///path")
-        full, self._hidden = filled(url.rstrip("/"))
-        self.where = redacted(url.rstrip("/"))
-        try:
-            options = {"auto_mkdir": True} if url.startswith("file:") else {}
-            self._fs, self._root = fsspec.url_to_fs(full, **options)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{self.where}: {error}") from None
+        self.store = ObjectStore(url)
+        self.where = self.store.where
 
     def manifest(self) -> Manifest | None:
         """Return the manifest of the corpus there; None if there is none."""
-        data = self._read(MANIFEST)
+        data = self.store.read(MANIFEST)
         return None if data is None else Manifest.from_bytes(data, f"{self.where}/{MANIFEST}")
 
     def under_way(self) -> str | None:
         """Return the manifest's SHA-256 of the interrupted push there; None if there is none."""
-        data = self._read(UNDER_WAY)
+        data = self.store.read(UNDER_WAY)
         return None if data is None else json.loads(data)["manifest_sha256"]
-
-    def size(self, name: str) -> int | None:
-        """Return a file's size in bytes; None if it is not there."""
-        try:
-            return int(self._fs.info(self._at(name))["size"])
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # every client has its own exception types
-            raise self._error(name, "look for", error) from None
 
     def put(self, corpus: Path, file: File) -> None:
         """Upload a file.
@@ -155,40 +138,8 @@ class _Target:
         path = corpus / file.name
         if file.sha256 is not None and sha256_file(path) != file.sha256:
             raise UserError(f"{path}: not what the manifest says; nothing more is sent; see 'bst data verify {corpus}'")
-        self._told(file.name, "write", lambda: self._fs.put_file(str(path), self._at(file.name)))
-        self._fs.invalidate_cache()
-        if (size := self.size(file.name)) != path.stat().st_size:
+        self.store.upload(path, file.name)
+        if (size := self.store.size(file.name)) != path.stat().st_size:
             raise StorageError(
                 f"{self.where}/{file.name}: {size} bytes arrived of {path.stat().st_size}; push it again"
             )
-
-    def put_bytes(self, name: str, data: bytes) -> None:
-        """Write a small file."""
-        self._told(name, "write", lambda: self._fs.pipe_file(self._at(name), data))
-
-    def remove(self, name: str) -> None:
-        """Remove a file."""
-        self._told(name, "remove", lambda: self._fs.rm_file(self._at(name)))
-
-    def _read(self, name: str) -> bytes | None:
-        try:
-            return self._fs.cat_file(self._at(name))
-        except FileNotFoundError:
-            return None
-        except Exception as error:
-            raise self._error(name, "read", error) from None
-
-    def _at(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
-    def _told(self, name: str, doing: str, work: Callable[[], T]) -> T:
-        try:
-            return work()
-        except Exception as error:
-            raise self._error(name, doing, error) from None
-
-    def _error(self, name: str, doing: str, error: Exception) -> StorageError:
-        reason = f"{type(error).__name__}: {error}".rstrip(": ")
-        for secret, hidden in self._hidden.items():
-            reason = reason.replace(secret, hidden)
-        return StorageError(f"{self.where}/{name}: cannot {doing}: {reason}")
