@@ -31,7 +31,7 @@ def test_a_group_lists_its_commands(group, capsys):
     assert cli.main([group]) == 0
     lines = capsys.readouterr().out.splitlines()
     members = [name.partition(" ")[2] for name in cli.COMMANDS if name.startswith(f"{group} ")]
-    assert [line.split()[0] for line in lines[3:]] == members
+    assert [line.split()[0] for line in lines[4:]] == members
 
 
 @pytest.mark.parametrize(
