@@ -31,8 +31,8 @@ def run_hours(planner: Planner, best: Candidate) -> float:
 def mfu(best: Candidate, cluster: Cluster, bf16: bool) -> float:
     """Return the model FLOPs utilisation: model FLOP/s divided by the peak of all devices.
 
-    `bf16`: whether the run trains in bf16; else the peak is that of fp32, as in the run's own reports. Recomputation and
-    masked sequences do not count.
+    `bf16`: whether the run trains in bf16; else the peak is that of fp32, as in the reports of the run. Recomputation
+    and masked sequences do not count.
     """
     counts = best.spread.rows / (best.spread.rows + best.spread.masked)
     return counts * best.speed.flops / best.speed.total / (cluster.accelerator.peak_flops(bf16) * cluster.world)
