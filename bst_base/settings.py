@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from bst_base.addresses import redacted
 from bst_base.documented import documentation
-from bst_base.errors import UserError
+from bst_base.errors import StorageError, UserError
 from bst_base.places import with_base
 from bst_base.shipped import base_of
 from bst_base.yaml_text import SettingsError, read_yaml, write_yaml
@@ -51,15 +51,17 @@ def load(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Return the settings in a YAML file, not yet validated.
 
-    Raises ConfigError when the file has none or is not readable.
+    Raises ConfigError when there is no such file or it has no settings, and StorageError when the system cannot read it.
     """
     path = Path(path)
     try:
         data = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a directory, not a file of settings") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise StorageError.of(error, path, doing="read") from None
     except (SettingsError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if data is None:
