@@ -51,7 +51,7 @@ def load(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Return the settings in a YAML file, not yet validated.
 
-    Raises ConfigError when there is no such file or it has no settings, and StorageError when the system cannot read it.
+    Raises ConfigError when there is no such file or it has no settings, StorageError when the system cannot read it.
     """
     path = Path(path)
     try:

@@ -81,7 +81,7 @@ class Comparison:
     arm: str
     variants: dict[str, Advantage]
     missing: dict[str, str]
-    """Variants without a comparison or without a test -> the reason."""
+    """Variants without a comparison, or without the test of a factor -> the reason."""
 
 
 def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis = "flops") -> Comparison:
@@ -190,4 +190,5 @@ def adjusted(observed: Sequence[Observation], gaps: Gaps, baseline: str, factor:
         return None
     weights = np.zeros(columns.shape[1])
     weights[2 + len(kept) + names.index(factor)] = -np.log(UNITS[factor].factor)
-    return found.estimate(weights)
+    change = found.estimate(weights)
+    return None if change.standard_error is None else change

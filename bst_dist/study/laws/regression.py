@@ -7,7 +7,9 @@ Lane, J. Business & Economic Statistics 1 (1983).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,10 +17,28 @@ from bst_base.errors import UserError
 from bst_dist.study.statistics import Estimate
 
 Vector = np.ndarray
+SINGULAR = 1e-8
+"""Eigenvalues of I - H (between 0 and 1) up to this are rounding errors of 0."""
 
 
 class RegressionError(UserError):
     """The observations do not determine the coefficients."""
+
+
+class Alone(NamedTuple):
+    """What one cluster alone determines. Its noise is in the coefficients, but in no residual, so in no error."""
+
+    cluster: str
+    direction: Vector
+    """(p,): adding a multiple of it to the coefficients changes no fitted value outside of the cluster."""
+
+
+def rests_on(alone: Sequence[Alone], weights: Vector) -> str | None:
+    """Return the cluster without which a weighted sum of coefficients is not determined; None if there is none."""
+    for cluster, direction in alone:
+        if abs(direction @ weights) > 1e-6 * np.linalg.norm(direction) * np.linalg.norm(weights):
+            return cluster
+    return None
 
 
 @dataclass(frozen=True)
@@ -28,10 +48,16 @@ class Regression:
     values: Vector
     covariance: Vector
     degrees: int
+    alone: tuple[Alone, ...]
 
     def estimate(self, weights: Vector | int) -> Estimate:
-        """Return one coefficient, by its index, or a weighted sum of all coefficients."""
+        """Return one coefficient, by its index, or a weighted sum of all coefficients.
+
+        It has no standard error if it rests on one cluster.
+        """
         weights = np.eye(len(self.values))[weights] if isinstance(weights, int) else np.asarray(weights)
+        if rests_on(self.alone, weights) is not None:
+            return Estimate(float(weights @ self.values), None)
         variance = max(0.0, float(weights @ self.covariance @ weights))
         return Estimate(float(weights @ self.values), float(np.sqrt(variance)), self.degrees)
 
@@ -50,6 +76,7 @@ class Estimator:
     scores: Vector
     """(G, p, n): maps the target to each cluster's part of the errors."""
     degrees: int
+    alone: tuple[Alone, ...]
 
     @classmethod
     def of(cls, columns: Vector, clusters: Vector) -> Estimator:
@@ -63,21 +90,24 @@ class Estimator:
         inverse = np.linalg.inv(columns.T @ columns)
         coefficients = inverse @ columns.T
         residual_maker = np.eye(n) - columns @ coefficients
-        scores = np.empty((len(names), p, n))
+        scores, alone = np.empty((len(names), p, n)), []
         for index in range(len(names)):
             own = np.flatnonzero(number == index)
-            left = residual_maker[np.ix_(own, own)]  # I - H of the cluster; singular if it alone determines a column
-            scores[index] = coefficients[:, own] @ np.linalg.pinv(left, hermitian=True) @ residual_maker[own]
+            values, vectors = np.linalg.eigh(residual_maker[np.ix_(own, own)])  # of I - H of the cluster
+            kept = values > SINGULAR
+            inverse_left = vectors[:, kept] / values[kept] @ vectors[:, kept].T
+            scores[index] = coefficients[:, own] @ inverse_left @ residual_maker[own]
+            alone += [Alone(str(names[index]), one) for one in (coefficients[:, own] @ vectors[:, ~kept]).T]
         if len(names) < n:
             scores *= np.sqrt((len(names) - 1) / len(names))
-        return cls(coefficients, scores, len(names) - p)
+        return cls(coefficients, scores, len(names) - p, tuple(alone))
 
 
 def regress(columns: Vector, target: Vector, clusters: Vector) -> Regression:
     """Regress `target` (n,) on `columns` (n, p) by least squares. `Estimator` describes the errors."""
     estimator = Estimator.of(columns, clusters)
     scores = estimator.scores @ target  # (G, p)
-    return Regression(estimator.coefficients @ target, scores.T @ scores, estimator.degrees)
+    return Regression(estimator.coefficients @ target, scores.T @ scores, estimator.degrees, estimator.alone)
 
 
 def clustered_mean(values: Vector, clusters: Vector) -> Estimate:
@@ -98,6 +128,8 @@ class CoefficientTest:
         """Raise RegressionError if the columns are collinear or there are too few clusters."""
         estimator = Estimator.of(columns, clusters)
         self.degrees = estimator.degrees
+        self.rests_on = rests_on(estimator.alone, np.eye(columns.shape[1])[index])
+        """The cluster that alone determines the coefficient, so that neither test is valid; None if none does."""
         self.weights, self.scores = estimator.coefficients[index], estimator.scores[:, index]  # (n,), (G, n)
         reduced = np.delete(columns, index, axis=1)
         self.residual_maker = np.eye(len(columns)) - reduced @ np.linalg.pinv(reduced)

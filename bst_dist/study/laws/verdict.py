@@ -34,7 +34,8 @@ RULE: tuple[str | tuple[str, ...], ...] = (
         "margin.",
     ),
     "A variant that cannot be tested, or of which no pair of runs has finished, is included in Holm's adjustment with "
-    "p = 1, so that the adjustment of the others does not become weaker.",
+    "p = 1, so that the adjustment of the others does not become weaker. So is a factor whose change rests on one pair "
+    "of runs, as when of the largest depth only one pair has finished: its noise cannot be told from the change.",
 )
 """The rule in words, as a report prints it: paragraphs, and the answers in the order in which they are tried."""
 DRAWS = 999
@@ -135,14 +136,24 @@ class Rule:
         names = {name for gaps in every for name in columns(gaps)[1] if name in UNITS}
         self.tests = (len(every) + absent) * len(names)
         for place, gaps in enumerate(every):
-            matrix, varying = columns(gaps)
             try:
-                for factor in (name for name in UNITS if name in varying):
-                    test = CoefficientTest(matrix, gaps.block, 1 + varying.index(factor), draws)
-                    off = mismatch_over(gaps, factor)
-                    self.cases.append(Case(gaps, place, factor, test, np.log(UNITS[factor].factor), off))
+                self._prepare(gaps, place, draws)
             except RegressionError as error:
                 self.untested[gaps.variant] = str(error)
+
+    def _prepare(self, gaps: Gaps, place: int, draws: int) -> None:
+        """Add the cases of one variant, and say which of its factors cannot be tested."""
+        matrix, varying = columns(gaps)
+        alone = []
+        for factor in (name for name in UNITS if name in varying):
+            test = CoefficientTest(matrix, gaps.block, 1 + varying.index(factor), draws)
+            if test.rests_on is not None:
+                alone.append(f"the change over {UNITS[factor].name} rests on one pair of runs: {test.rests_on}")
+                continue
+            off = mismatch_over(gaps, factor)
+            self.cases.append(Case(gaps, place, factor, test, np.log(UNITS[factor].factor), off))
+        if alone:
+            self.untested[gaps.variant] = "; ".join(alone)
 
     def measure(self, case: Case, targets: np.ndarray) -> Measured:
         """Run one test in many studies; `targets` (studies, n) are the gaps of the case's variant."""
@@ -170,7 +181,8 @@ class Rule:
 
 def judge(every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN,
           absent: int = 0) -> tuple[list[Change], dict[str, str]]:  # fmt: skip
-    """Apply the rule to all variants together. Return the changes, and for each untestable variant the reason.
+    """Apply the rule to all variants together. Return the changes, and for each variant that is not tested, or not
+    over each factor, the reason.
 
     `absent`: the number of planned variants without a pair.
     """
@@ -228,7 +240,8 @@ def interaction(gaps: Gaps) -> Estimate | None:
         return None
     weights = np.zeros(matrix.shape[1] + 1)
     weights[-1] = np.log(10) * np.log(2)
-    return found.estimate(weights)
+    estimate = found.estimate(weights)
+    return None if estimate.standard_error is None else estimate
 
 
 class Crossing(NamedTuple):
@@ -248,6 +261,8 @@ def crossing(gaps: Gaps) -> Crossing | None:
     try:
         found = regress(matrix, gaps.gap, gaps.block)
     except RegressionError:
+        return None
+    if any(found.estimate(index).standard_error is None for index in (0, place)):
         return None
     a, b = found.values[0], found.values[place]
     t = stats.t.ppf(1 - LEVEL / 2, found.degrees) ** 2
@@ -272,12 +287,16 @@ def predict_gap(gaps: Gaps, at: Gaps) -> list[Estimate]:
     for place in range(len(at)):
         weights = np.array([1.0, *(np.log(getattr(at, name)[place]) - centres[name] for name in names)])
         own = found.estimate(weights)
-        predicted.append(own._replace(standard_error=float(np.hypot(own.standard_error or 0.0, scatter))))
+        error = None if own.standard_error is None else float(np.hypot(own.standard_error, scatter))
+        predicted.append(own._replace(standard_error=error))
     return predicted
 
 
 def contrast(gaps: Gaps, other: Gaps) -> dict[str, Estimate]:
-    """Return how the advantage differs in another arm: its mean, and its change per unit of each factor both vary."""
+    """Return how the advantage differs in another arm: its mean, and its change per unit of each factor both vary.
+
+    A change that rests on one pair of runs in either arm is left out.
+    """
     found = {"mean": _difference(mean_gap(gaps), mean_gap(other))}
     parts = []
     for one in (gaps, other):
@@ -288,7 +307,8 @@ def contrast(gaps: Gaps, other: Gaps) -> dict[str, Estimate]:
             return found
         parts.append({n: fitted.estimate(np.eye(len(names) + 1)[1 + names.index(n)] * np.log(UNITS[n].factor))
                       for n in names if n in UNITS})  # fmt: skip
-    return found | {name: _difference(parts[0][name], parts[1][name]) for name in parts[0] if name in parts[1]}
+    changes = {name: _difference(parts[0][name], parts[1][name]) for name in parts[0] if name in parts[1]}
+    return found | {name: change for name, change in changes.items() if change.standard_error is not None}
 
 
 def _difference(one: Estimate, other: Estimate) -> Estimate:

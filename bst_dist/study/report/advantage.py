@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from bst_base.terminal import Sheet
-from bst_dist.study.laws.advantage import Advantage, Comparison
+from bst_dist.study.laws.advantage import Advantage, Comparison, HeldOutGap
 from bst_dist.study.laws.verdict import MARGIN, Change
 from bst_dist.study.report.document import Block, Items, Paragraph
 from bst_dist.study.report.words import number, percent, percent_interval, power, span
@@ -25,8 +25,15 @@ def answer(found: Comparison) -> Iterator[Block]:
     for name, one in found.variants.items():
         lines.append(ahead(name, found, one))
         lines += [sentence(change, one) for change in one.changes]
-    lines += [f"{name} is not judged: {why}" for name, why in found.missing.items()]
+    lines += not_judged(found)
     yield Items(lines or ["No pair of runs has finished: there is nothing to compare."])
+
+
+def not_judged(found: Comparison) -> list[str]:
+    """Return a line with the reason for each variant that has no verdict, or none over some factor."""
+    judged = {name for name, one in found.variants.items() if one.changes}
+    return [f"{name} is {'only partly' if name in judged else 'not'} judged: {why}"
+            for name, why in found.missing.items()]  # fmt: skip
 
 
 def ahead(name: str, found: Comparison, one: Advantage) -> str:
@@ -94,7 +101,7 @@ def tables(found: Comparison) -> Iterator[Block]:
         yield Items(lines)
     yield from _zones(found)
     rows = [
-        [name, arm, what, percent(e.value), f"{percent(e.low)} to {percent(e.high)}"]
+        [name, arm, what, percent(e.value), _interval(e)]
         for name, one in found.variants.items() for arm, parts in one.contrasts.items() for what, e in parts.items()
     ]  # fmt: skip
     if rows:
@@ -126,13 +133,19 @@ def held_out(found: Comparison) -> Iterator[Block]:
     """Yield the table of held-out pairs, with the predictions from the other sizes."""
     rows = [
         [name, out.block, power(out.flops), percent(out.observed), percent(out.expected.value),
-         f"{percent(out.expected.low)} to {percent(out.expected.high)}",
-         "yes" if out.expected.low <= out.observed <= out.expected.high else "no"]
+         _interval(out.expected), _inside(out)]
         for name, one in found.variants.items() for out in one.held_out
     ]  # fmt: skip
     if rows:
         yield Paragraph("The held-out size: the advantage of each pair, and the prediction from the other sizes.")
         yield Sheet(("variant", "block", "FLOPs", "advantage", "predicted", "95 % interval", "inside"), rows)
+
+
+def _inside(out: HeldOutGap) -> str:
+    """Return whether a held-out gap is inside its interval; an empty string without one, as it rests on one pair."""
+    if out.expected.standard_error is None:
+        return ""
+    return "yes" if out.expected.low <= out.observed <= out.expected.high else "no"
 
 
 def _more(name: str, found: Comparison, one: Advantage) -> Iterator[str]:
@@ -154,8 +167,7 @@ def _more(name: str, found: Comparison, one: Advantage) -> Iterator[str]:
 def _mean_row(name: str, one: Advantage) -> list[str]:
     gain, least, most = one.gain, one.gaps.mismatch.min(), one.gaps.mismatch.max()
     interval = "" if gain.standard_error is None else f" ({math.exp(gain.low):.3f} to {math.exp(gain.high):.3f})"
-    known = f"{percent(one.mean.low)} to {percent(one.mean.high)}" if one.mean.standard_error is not None else ""
-    return [name, str(one.gaps.pairs), percent(one.mean.value), known,
+    return [name, str(one.gaps.pairs), percent(one.mean.value), _interval(one.mean),
             number(math.exp(gain.value) if math.isfinite(gain.value) else None, ".3f") + interval,
             f"{least:+.3f} to {most:+.3f}"]  # fmt: skip
 

@@ -19,7 +19,7 @@ from bst_dist.study.laws.regression import RegressionError, regress
 from bst_dist.study.laws.scaling import Laws
 from bst_dist.study.laws.verdict import MARGIN, columns
 from bst_dist.study.report.style import INCHES, marked, panels
-from bst_dist.study.statistics import mean
+from bst_dist.study.statistics import Estimate, mean
 
 LABELS: dict[str, tuple[Callable[[Gaps], np.ndarray], str]] = {
     "flops": (lambda gaps: gaps.flops, "training FLOPs"),
@@ -113,26 +113,37 @@ def _measured(axes: Axes, gaps: Gaps, depth: float, values: np.ndarray, look: di
 def _band(axes: Axes, one: Advantage, depth: float, colour: str) -> None:
     """Draw the rule's regression at one depth over compute, with its 95 % band; without a regression, the mean gap."""
     gaps = one.gaps
-    matrix, names = columns(gaps)
     own = gaps.depth == depth
-    try:
-        found = regress(matrix, gaps.gap, gaps.block)
-    except RegressionError:
+    along = np.geomspace(gaps.flops[own].min(), gaps.flops[own].max(), 20)
+    estimates = _regression(gaps, depth, along)
+    if any(e.standard_error is None for e in estimates):
         pairs = [gaps.gap[own & (gaps.block == b)].mean() for b in np.unique(gaps.block[own])]
         estimate = mean(pairs)
         axes.errorbar(np.exp(np.log(gaps.flops[own]).mean()), 100 * estimate.value,
                       yerr=100 * (estimate.half_width or 0.0), fmt="_", color=colour, capsize=2)  # fmt: skip
         return
-    along = np.geomspace(gaps.flops[own].min(), gaps.flops[own].max(), 20)
+    axes.plot(along, [100 * e.value for e in estimates], color=colour, linewidth=1.3)
+    axes.fill_between(along, [100 * e.low for e in estimates], [100 * e.high for e in estimates], color=colour,
+                      alpha=0.15, linewidth=0)  # fmt: skip
+
+
+def _regression(gaps: Gaps, depth: float, along: np.ndarray) -> list[Estimate]:
+    """Return the gaps that the rule's regression has at one depth, at each compute (FLOPs) of `along`.
+
+    They have no standard errors if there is no regression, or if at this depth it rests on one pair of runs.
+    """
+    matrix, names = columns(gaps)
+    try:
+        found = regress(matrix, gaps.gap, gaps.block)
+    except RegressionError:
+        return [Estimate(np.nan, None)] * len(along)
     means = {"depth": np.log(depth), "tokens_per_parameter": np.log(gaps.tokens_per_parameter).mean()}
     estimates = []
     for flops in np.log(along):
         at = {**means, "flops": flops}
         weights = np.array([1.0, *(at[n] - np.log(getattr(gaps, n)).mean() for n in names)])
         estimates.append(found.estimate(weights))
-    axes.plot(along, [100 * e.value for e in estimates], color=colour, linewidth=1.3)
-    axes.fill_between(along, [100 * e.low for e in estimates], [100 * e.high for e in estimates], color=colour,
-                      alpha=0.15, linewidth=0)  # fmt: skip
+    return estimates
 
 
 def _law_lines(axes: Axes, own: Sequence[Observation], law: Law, colour: str) -> None:

@@ -10,6 +10,7 @@ from bst_dist.study.laws.scaling import ArchitectureLaws, Fitted, Laws, Optimum,
 from bst_dist.study.laws.uncertainty import UNKNOWNS, Interval
 from bst_dist.study.report.document import Block, Heading, Items, Paragraph
 from bst_dist.study.report.words import number, percent_interval, power, span
+from bst_dist.study.statistics import Estimate
 
 EXPONENTS = ("E", "A", "alpha", "G", "gamma", "B", "beta", "kappa")
 
@@ -30,8 +31,7 @@ def _architecture(laws: ArchitectureLaws) -> Iterator[Block]:
         yield Sheet(("form, objective", *EXPONENTS, "error on held-out shapes", "error on the largest size"), rows)
     reasons = {(f.form, f.why_not) for f in laws.fits if not f.law}
     lines = [f"{form}: not fitted: {why}" for form, why in sorted(reasons)]
-    lines += [f"d ln L / d ln {name} = {e.value:+.4f} (95 % interval {e.low:+.4f} to {e.high:+.4f}), over the range of "
-              "the points" for name, e in laws.slopes.items()]  # fmt: skip
+    lines += [f"d ln L / d ln {name} = {_slope(e)}, over the range of the points" for name, e in laws.slopes.items()]
     if laws.chosen is not None:
         lines += list(_trust(laws))
     yield Items(lines)
@@ -42,6 +42,12 @@ def _architecture(laws: ArchitectureLaws) -> Iterator[Block]:
     if laws.optima:
         yield Paragraph("The best model for a compute budget, with 95 % intervals:")
         yield Sheet(("FLOPs", "N", "D", "width", "depth", ""), [_optimum_row(o) for o in laws.optima])
+
+
+def _slope(slope: Estimate) -> str:
+    if slope.standard_error is None:
+        return f"{slope.value:+.4f} (it rests on one run: no interval)"
+    return f"{slope.value:+.4f} (95 % interval {slope.low:+.4f} to {slope.high:+.4f})"
 
 
 def _trust(laws: ArchitectureLaws) -> Iterator[str]:

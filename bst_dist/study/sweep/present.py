@@ -88,7 +88,7 @@ def _advantage(found: Findings) -> Iterator[Block]:
             yield Paragraph("Training times can only be compared when nothing else ran on the machine; otherwise there "
                             "is no verdict here.")  # fmt: skip
             if comparison.missing:
-                yield Items([f"{name} is not judged: {why}" for name, why in comparison.missing.items()])
+                yield Items(advantage.not_judged(comparison))
         yield from advantage.tables(comparison)
         yield Picture(f"gap-{comparison.axis.removesuffix('_s')}", gap_figure(comparison),
                       f"Advantage at equal {label} in arm {comparison.arm}. Lines with 95 % bands: the regression of "

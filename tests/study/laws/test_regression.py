@@ -63,3 +63,33 @@ def test_holm_correction_equals_the_textbook_example():
     assert regression.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     both = np.array([[0.01, 0.04, 0.03, 0.005], [0.9, 0.01, 0.01, 0.01]]).T
     assert pytest.approx(np.array([[0.03, 0.06, 0.06, 0.02], [0.9, 0.04, 0.04, 0.04]])) == regression.holm(both).T
+
+
+def lone_cluster():
+    """Return columns, clusters and a target: six clusters of three points at one depth, and one at another."""
+    generator = np.random.default_rng(5)
+    clusters = np.repeat(np.arange(7), 3)
+    columns = np.stack((np.ones(21), clusters == 6, generator.normal(size=21)), axis=1)
+    return columns, clusters, generator.normal(size=21) + generator.normal(size=7)[clusters]
+
+
+def test_coefficient_that_rests_on_one_cluster_has_no_standard_error():
+    """Once, the errors had nothing of this cluster's noise: intervals of 95 % covered the truth in 55 % of cases."""
+    columns, clusters, target = lone_cluster()
+    found = regression.regress(columns, target, clusters)
+    fitted = np.linalg.lstsq(columns, target, rcond=None)[0]
+    assert found.estimate(1) == (pytest.approx(fitted[1]), None, np.inf, None)
+    assert found.estimate([1, 1, 0]).standard_error is None  # the mean at the other depth
+    assert regression.CoefficientTest(columns, clusters, 1, draws=9).rests_on == "6"
+
+
+def test_other_coefficients_keep_the_error_of_the_jackknife():
+    """Without the lone cluster they are still determined; what is not cancels, in the solution of least norm too."""
+    columns, clusters, target = lone_cluster()
+    found = regression.regress(columns, target, clusters)
+    left = [np.linalg.pinv(columns[clusters != g]) @ target[clusters != g] for g in range(7)]
+    for weights in ([0, 0, 1], [1, 0, 0]):  # the slope, and the mean at the depth of six clusters
+        fitted = np.linalg.lstsq(columns, target, rcond=None)[0] @ weights
+        expected = np.sqrt(6 / 7 * sum((one @ weights - fitted) ** 2 for one in left))
+        assert found.estimate(weights).standard_error == pytest.approx(expected)
+    assert regression.CoefficientTest(columns, clusters, 2, draws=9).rests_on is None

@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.collections import PolyCollection
 
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet
 from bst_dist.study.laws import gap
 from bst_dist.study.laws.advantage import Advantage, compare
 from bst_dist.study.laws.audit import audit
-from bst_dist.study.laws.power import detectable_in_standard_errors, pairs_needed
+from bst_dist.study.laws.power import Noise, detectable_in_standard_errors, pairs_needed, predict
 from bst_dist.study.report import advantage
+from bst_dist.study.report.figures import gap_figure
 
 
 def lost(observed, of, status="diverged", reason="the loss is nan"):
@@ -173,3 +176,48 @@ def test_corner_whose_other_rates_all_failed_is_undecided(observation):
     assert answers["sliding"] == ("passed", "")
     (nothing,) = audit(lost([o for o in rows if o.architecture == "bst"], bool, "failed"))
     assert (nothing.answer, nothing.losses) == ("undecided", {})
+
+
+@pytest.fixture
+def lone_pair(study):
+    """A study of two arms and a held-out size, in which one pair of the largest depth has finished in arm all."""
+    observed = study(3, seeds=2, held_out=(1e6,)) + study(4, seeds=2, arm="far")
+    observed = [replace(o, by_block=(o.loss,) * 10) for o in observed]
+    return lost(observed, lambda o: o.arm == "all" and o.depth == 8 and not o.held_out
+                and not o.block.endswith("200000 8-s1"))  # fmt: skip
+
+
+def test_change_that_rests_on_one_pair_has_no_verdict(lone_pair):
+    found = compare(lone_pair, "sliding", "all")
+    one = found.variants["bst"]
+    assert [change.factor for change in one.changes] == ["flops"]
+    assert found.missing == {"bst": "the change over depth rests on one pair of runs: all 200000 8-s1"}
+    assert f"bst is only partly judged: {found.missing['bst']}" in items(advantage.answer(found))
+    (flops,) = one.changes
+    assert flops.p_difference == min(1, 2 * max(flops.p_robust, flops.p_permutation))  # depth counts as a test
+    assert one.interaction is None
+    assert one.crossing is None  # it is at the mean depth
+    assert {(zone.arm, zone.change is None, zone.answer) for zone in one.zones} == {
+        ("all", True, None), ("far", False, None),
+    }  # fmt: skip
+    assert set(one.contrasts["far"]) == {"mean", "flops"}
+    assert [power.factor for power in predict([one.gaps], Noise(0.01, 0.3), studies=20)] == ["flops"]
+
+
+def test_the_report_shows_no_interval_that_rests_on_one_pair(lone_pair):
+    found = compare(lone_pair, "sliding", "all")
+    (sheet,) = (block for block in advantage.held_out(found) if isinstance(block, Sheet))
+    intervals = {"8-s" in row[1]: (row[5] != "", row[6]) for row in sheet.rows}
+    assert intervals == {True: (False, ""), False: (True, "yes")}
+    rows = [row for block in advantage.tables(found) if isinstance(block, Sheet) for row in block.rows]
+    assert not [cell for row in rows for cell in row if "inf" in cell or "nan" in cell]
+    axes = gap_figure(found).axes[0]
+    assert sum(isinstance(one, PolyCollection) for one in axes.collections) == 1  # the band of two layers
+
+
+def test_two_pairs_at_a_depth_give_a_verdict_again(lone_pair, study):
+    second = [o for o in study(3, seeds=2) if o.depth == 8 and o.block.endswith("200000 8-s0")]
+    kept = [o for o in lone_pair if o.name not in {s.name for s in second}]
+    found = compare([*kept, *second], "sliding", "all")
+    assert [change.factor for change in found.variants["bst"].changes] == ["flops", "depth"]
+    assert found.missing == {}
