@@ -1,9 +1,13 @@
-"""Exact counts of floating-point operations per token, by term, without building the model.
+"""Floating-point operations per token, by term, counted without building the model.
 
-A multiply-add is two operations. The counts are of what the model computes: attention scores for all keys in a query
-tile, masked ones included, and products with the SSM's chunk matrices. Computing the tables of these matrices is left
-out, because it is amortised over the batch. Training costs three times the forward pass. Recomputation under activation
-checkpointing is *hardware* work and is not counted here: MFU and HFU are two numbers.
+A multiply-add is two operations. Attention is counted by tiles of 128 queries (`model.tiles`), with the scores of all
+keys that a tile meets, masked ones included, whatever kernel runs: so a count depends on the model and the length only,
+and sizes and utilisation can be compared between devices. The kernels compute other numbers of scores: for a window of
+64 and 4,096 tokens, 190 keys per query are counted, the CPU kernel meets 127, and FlexAttention's blocks of 128 x 128
+have 252 (docs/sweeps.md has a table). Everything else is what the model computes, with products with the SSM's chunk
+matrices. Computing the tables of these matrices is left out, because it is amortised over the batch. Training costs
+three times the forward pass. Recomputation under activation checkpointing is *hardware* work and is not counted here:
+MFU and HFU are two numbers.
 """
 
 from __future__ import annotations
@@ -181,7 +185,8 @@ def _dense_scan(state: int, chunks: int) -> int:
 
 
 def _mean_keys(window: int, length: int) -> float:
-    """Return the mean number of keys scored per query. The first window has fewer, because nothing precedes it."""
+    """Return the mean number of keys per query in tiles of 128 queries. The first window has fewer, as nothing precedes
+    it."""
     return _scored(sliding_tiles(length, 0, window)) / length
 
 

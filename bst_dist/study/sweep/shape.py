@@ -1,9 +1,9 @@
-"""Shapes of equal size: the width and ffn with which a given depth reaches a size, and exact counts of the result.
+"""Shapes of equal size: the width and ffn with which a given depth reaches a size, and the counts of the result.
 
-The size is N = training FLOPs per token / 6, so that the compute is exactly 6 N D. Half the width and four times the
-depth keep 12 width^2 depth constant, but heads, windows, states and the vocabulary change the exact N. So shapes are
-found by search. Models that are compared must have equal size: at equal compute a larger model has seen fewer tokens,
-which biases the difference.
+The size is N = training FLOPs per token / 6, as `plan.flops` counts them, so that the compute is 6 N D.
+Half the width and four times the depth keep 12 width^2 depth constant, but heads, windows, states and the vocabulary
+change N. So shapes are found by search. Models that are compared must have equal size: at equal compute a larger model
+has seen fewer tokens, which biases the difference.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ _COUNTED: dict[tuple[str, int], Counts] = {}
 
 
 def count(model: ModelConfig, length: int) -> Counts:
-    """Return the exact counts of a model, built on the meta device without memory. The process caches the results."""
+    """Return the counts of a model, built on the meta device without memory. The process caches the results."""
     key = (model.model_dump_json(), length)
     if key not in _COUNTED:
         _COUNTED[key] = _count(model, length)

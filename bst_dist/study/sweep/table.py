@@ -48,7 +48,7 @@ class Row(Config):
     block: str
     """Arm, size, depth and seed; the runs of a pair have the same block."""
     parameters: float
-    """N of the laws and comparisons: exact training FLOPs per token / 6."""
+    """N of the laws and comparisons: training FLOPs per token / 6, as `plan.flops` counts them."""
     ln_n_over_baseline: Measured = math.nan
     """ln N - ln N of the baseline in the same block; 0 for the baseline itself."""
     parameters_total: int
