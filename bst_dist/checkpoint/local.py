@@ -26,10 +26,10 @@ from typing import Any
 
 from bst_base.errors import StorageError
 from bst_base.files import atomic_file
+from bst_dist.checkpoint.agreement import of_first
 from bst_dist.checkpoint.config import LOCAL_COPIES_KEPT
 from bst_dist.checkpoint.copying import Copied, HostCopy
 from bst_dist.checkpoint.directory import committed, step_of
-from bst_dist.checkpoint.judging import of_first
 from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy
 from bst_dist.checkpoint.local_search import Found, brought, gathered
 from bst_dist.checkpoint.neighbours import Neighbours, Node, keepers

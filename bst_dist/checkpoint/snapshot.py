@@ -15,6 +15,7 @@ import torch
 from bst_base.clock import utc_now
 from bst_base.errors import StorageError
 from bst_dist.checkpoint import rng, saving
+from bst_dist.checkpoint.agreement import common_checkpoints, confirmed_damage, manifest_of
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     AVERAGE,
@@ -33,7 +34,6 @@ from bst_dist.checkpoint.directory import (
     stored_name,
 )
 from bst_dist.checkpoint.fragments import Fragment
-from bst_dist.checkpoint.judging import common_checkpoints, confirmed_damage, manifest_of
 from bst_dist.checkpoint.layout import Carried, Layout, Rows, redistribute
 from bst_dist.checkpoint.local_copy import LocalCopy, copied_name
 from bst_dist.checkpoint.retention import set_aside, tidy

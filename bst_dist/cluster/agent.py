@@ -28,7 +28,7 @@ from typing import IO, Any
 
 from bst_base.host import free_port
 from bst_dist.cluster.channel import Channel, Closed, Message, proof, proved
-from bst_dist.cluster.hearing import look
+from bst_dist.cluster.liveness import look
 from bst_dist.cluster.probe import probe, unmark
 from bst_dist.cluster.processes import LocalRanks, Share, catch_stop_signals
 

@@ -3,7 +3,7 @@
 The state of a job is what its agents report. A host is lost when its connection ends while its ranks run, or when
 nothing has arrived from it for a while, not even a heartbeat. Then, as when a rank fails, the ranks of all hosts are
 ended. The controller reads all pending messages before it decides, and its timeouts count only time spent listening
-(`hearing`). So a launching process that was stopped and continued still learns correctly what happened meanwhile.
+(`liveness`). So a launching process that was stopped and continued still learns correctly what happened meanwhile.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 
 from bst_dist.cluster import launchers
 from bst_dist.cluster.agent import BEAT_S
-from bst_dist.cluster.calling import AgentGateway, own_addresses
 from bst_dist.cluster.channel import Channel, Closed, Message
-from bst_dist.cluster.hearing import ListeningClock
+from bst_dist.cluster.gateway import AgentGateway, own_addresses
 from bst_dist.cluster.hosts import Host, HostError
+from bst_dist.cluster.liveness import ListeningClock
 from bst_dist.cluster.processes import Share
 from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended, LeftAlone, lease_s
 
@@ -61,7 +61,7 @@ class Controller:
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         """`stop_signals`: the numbers of the signals received so far, as `processes.catch_stop_signals` yields them."""
         self.hosts, self.options, self.stop_signals = list(hosts), options, stop_signals
-        self.hearing = ListeningClock(clock)
+        self.liveness = ListeningClock(clock)
         self.channels: dict[str, Channel] = {}
         self.gone: dict[str, str] = {}
         """Hosts whose connection has ended -> the reason."""
@@ -101,8 +101,8 @@ class Controller:
 
         Then the launcher's last lines are printed too.
         """
-        until = self.hearing.listened_s + CALL_S
-        while len(self.channels) + len(self._gateway.refused) < len(self.hosts) and self.hearing.listened_s < until:
+        until = self.liveness.listened_s + CALL_S
+        while len(self.channels) + len(self._gateway.refused) < len(self.hosts) and self.liveness.listened_s < until:
             self._pump()
             if self.stop_signals or self._gateway.launcher_ended:
                 self._pump()  # read its last output
@@ -122,8 +122,8 @@ class Controller:
         self._answers.clear()
         for host, details in fields.items():
             self.send(host, kind, question=self._question, **details)
-        until = self.hearing.listened_s + CALL_S
-        while self.hearing.listened_s < until and not fields.keys() - self.gone.keys() <= self._answers.keys():
+        until = self.liveness.listened_s + CALL_S
+        while self.liveness.listened_s < until and not fields.keys() - self.gone.keys() <= self._answers.keys():
             if kind != "kill" and self.stop_signals:
                 break
             self._pump()
@@ -159,8 +159,8 @@ class Controller:
 
     def listen(self, seconds: float) -> None:
         """Handle the messages of the next seconds."""
-        until = self.hearing.listened_s + seconds
-        while self.hearing.listened_s < until:
+        until = self.liveness.listened_s + seconds
+        while self.liveness.listened_s < until:
             self._pump()
 
     def run(self, program: Sequence[str], environment: Mapping[str, str], shares: Mapping[str, Share],
@@ -171,7 +171,7 @@ class Controller:
         """
         self.ended = Ended(next(iter(shares.values())).world)
         for host in self.channels:
-            self.hearing.hear(host)
+            self.liveness.hear(host)
         devices = {host.name: {"CUDA_VISIBLE_DEVICES": host.devices} for host in self.hosts if host.devices}
         for host, share in shares.items():
             self.send(host, "start", command=list(program), directory=str(self.options.directory),
@@ -188,7 +188,7 @@ class Controller:
         gone, and whether they were told to stop makes no difference.
         """
         give_up = math.inf
-        while not self.ended.over and self.hearing.listened_s < give_up:
+        while not self.ended.over and self.liveness.listened_s < give_up:
             self._pump()
             self._look_for_the_lost(shares)
             if self.stop_signals and self.ended.stop_signal is None:
@@ -196,7 +196,7 @@ class Controller:
                 name = signal.Signals(self.ended.stop_signal).name
                 print(f"bst launch: {notice.format(name)}", file=sys.stderr, flush=True)
                 self._tell("stop")
-                give_up = min(give_up, self.hearing.listened_s + self.options.grace_s + SETTLE_S)
+                give_up = min(give_up, self.liveness.listened_s + self.options.grace_s + SETTLE_S)
             elif len(self.stop_signals) > 1:
                 self.ended.at_once = True
                 return
@@ -204,12 +204,12 @@ class Controller:
                 self._passed_on = repeats
                 self._tell("stop")
             if self.ended.failed:
-                give_up = min(give_up, self.hearing.listened_s + self.ended.settle_s)
+                give_up = min(give_up, self.liveness.listened_s + self.ended.settle_s)
 
     def _look_for_the_lost(self, shares: Mapping[str, Share]) -> None:
         """Record and print the hosts that are lost while their ranks run."""
         for host in shares.keys() - self.ended.lost.keys():
-            silent = self.hearing.silent_s(host) if host in self.channels else 0.0
+            silent = self.liveness.silent_s(host) if host in self.channels else 0.0
             if self._has_ended(shares[host]):
                 continue
             if host not in self.gone and silent <= self.options.lost_after_s:
@@ -227,31 +227,31 @@ class Controller:
         A host that was cut off ends its ranks by itself, so this waits as long as that can take. After a second signal
         it does not wait, because no new ranks will be started.
         """
-        silent = [self.hearing.last(host) for host in self.ended.lost if host in self.channels]
+        silent = [self.liveness.last(host) for host in self.ended.lost if host in self.channels]
         reachable = shares.keys() - self.ended.lost.keys()
         self.ask("kill", {host: {} for host in reachable})
         for host in self.ended.lost:
             self.send(host, "kill")  # if only the agent was stopped, it reads this when it continues
             self._drop(host, "given up")
         free = max(silent, default=0.0) + lease_s(self.options.lost_after_s, self.options.grace_s) + BEAT_S
-        while silent and self.hearing.clock() < free and len(self.stop_signals) < 2:
+        while silent and self.liveness.clock() < free and len(self.stop_signals) < 2:
             self._pump()
 
     def _pump(self) -> None:
         """Handle the messages that have arrived, and send heartbeats to the agents."""
-        for key, _ in self.hearing.turn(self._selector, TICK_S):
+        for key, _ in self.liveness.turn(self._selector, TICK_S):
             key.data()
         for host, channel in list(self.channels.items()):
             if channel.waiting:
                 self._attempt(host, channel.flush)
         self._gateway.dismiss_strangers()
-        if self.hearing.clock() - self._beaten > BEAT_S:
-            self._beaten = self.hearing.clock()
+        if self.liveness.clock() - self._beaten > BEAT_S:
+            self._beaten = self.liveness.clock()
             self._tell("beat")
 
     def _welcome(self, host: str, channel: Channel) -> None:
         self.channels[host] = channel
-        self.hearing.hear(host)
+        self.liveness.hear(host)
         self._selector.register(channel, selectors.EVENT_READ, partial(self._listen, host))
 
     def _listen(self, host: str) -> None:
@@ -260,7 +260,7 @@ class Controller:
         except Closed as error:
             self._drop(host, f"its agent is gone ({error})")
             return
-        self.hearing.hear(host)
+        self.liveness.hear(host)
         self._take_all(host, messages)
 
     def _take_all(self, host: str, messages: Sequence[Message]) -> None:
@@ -285,12 +285,12 @@ class Controller:
         elif kind == "failed":
             self._drop(host, f"its agent failed while it ran '{message['duty']}': {message['why']}")
         elif kind == "beat":
-            self.hearing.beat(host, float(message["at"]))
+            self.liveness.beat(host, float(message["at"]))
         elif message["question"] == self._question:
             self._answers[host] = {**message, "arrived": time.time()}
 
     def _when(self, host: str, message: Message) -> float:
-        return self.hearing.when(host, float(message["at"]))
+        return self.liveness.when(host, float(message["at"]))
 
     def send(self, host: str, kind: str, **fields: Any) -> None:
         """Send a message whose answer, if there is one, is not waited for; a host that is gone is skipped."""

@@ -22,8 +22,8 @@ from bst_dist.cluster.agent import Agent
 from bst_dist.cluster.channel import Channel, Closed
 from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.elastic import shares
-from bst_dist.cluster.hearing import MOST_S, ListeningClock
 from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.liveness import MOST_S, ListeningClock
 from bst_dist.cluster.processes import Share
 from bst_dist.cluster.verdict import Ended
 from bst_dist.faults.status import DONE, FAILED, RESUBMIT
@@ -253,23 +253,23 @@ def test_a_late_answer_is_not_taken_for_the_answer_to_another_question(late):
 def test_time_of_suspension_does_not_count_as_silence_of_a_host():
     """For example after the whole machine was suspended, network included."""
     now = 100.0
-    hearing = ListeningClock(lambda: now)
-    hearing.hear("a")
+    liveness = ListeningClock(lambda: now)
+    liveness.hear("a")
     with selectors.DefaultSelector() as selector:
         now += 1e6
-        assert hearing.turn(selector, 0) == []
-    assert hearing.silent_s("a") == MOST_S
+        assert liveness.turn(selector, 0) == []
+    assert liveness.silent_s("a") == MOST_S
 
 
 def test_a_drifting_host_clock_is_followed():
     now = 100.0
-    hearing = ListeningClock(lambda: now)
-    assert hearing.when("a", 7.0) == now  # its clock is not known yet
+    liveness = ListeningClock(lambda: now)
+    assert liveness.when("a", 7.0) == now  # its clock is not known yet
     for beats in range(100_000):
         now = 100.0 + beats
-        hearing.beat("a", 5.0 + beats * (1 - 5e-5))  # 50 parts in a million slower: 5 s in these 28 hours
+        liveness.beat("a", 5.0 + beats * (1 - 5e-5))  # 50 parts in a million slower: 5 s in these 28 hours
     now += 60.0  # read late
-    assert hearing.when("a", 5.0 + beats * (1 - 5e-5)) == pytest.approx(now - 60.0, abs=0.01)
+    assert liveness.when("a", 5.0 + beats * (1 - 5e-5)) == pytest.approx(now - 60.0, abs=0.01)
 
 
 @pytest.mark.parametrize("stubborn", [False, True])

@@ -20,10 +20,10 @@ import pytest
 
 from bst_base.host import free_port
 from bst_dist.cluster import agent, launchers, verdict
-from bst_dist.cluster.calling import AgentGateway
 from bst_dist.cluster.channel import Closed, proof
 from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.elastic import shares
+from bst_dist.cluster.gateway import AgentGateway
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.verdict import Ended
 
@@ -162,9 +162,9 @@ def test_a_stop_signal_ends_the_wait_for_an_answer(job):
         assert controller.call() == {}
         job.stop_signals.append(signal.SIGTERM)
         controller.channels["a"].send = lambda *_, **__: None  # the request is lost, and would be waited for
-        before = controller.hearing.listened_s
+        before = controller.liveness.listened_s
         assert controller.ask("clock", {"a": {}}) == {}
-        assert controller.hearing.listened_s == before
+        assert controller.liveness.listened_s == before
 
 
 def test_every_question_gets_the_answer_of_every_agent(job):

@@ -32,7 +32,7 @@ from bst_dist.study.comparison import pairs
 from bst_dist.study.comparison.equality import equality
 from bst_dist.study.comparison.pairs import Differences
 from bst_dist.study.comparison.run_summary import LAST_STEPS, Figures, RunSummary, Scored, summarise
-from bst_dist.study.comparison.standing import Standing
+from bst_dist.study.comparison.training_status import TrainingStatus
 from bst_dist.study.runs.results import named
 from bst_dist.study.statistics import Estimate, entries
 
@@ -46,15 +46,15 @@ class Compared:
 
     name: str
     run_dir: Path
-    standing: Standing
+    status: TrainingStatus
     figures: Figures
     differences: Differences | None
     """Differences from the first run; None for the first run."""
 
     def report(self) -> dict[str, Any]:
         """Return the machine-readable report. Its names contain the units; unknown values are left out."""
-        place = {"name": self.name, "run": str(self.run_dir), "status": self.standing.status,
-                 "standing": self.standing.text}  # fmt: skip
+        place = {"name": self.name, "run": str(self.run_dir), "status": self.status.word,
+                 "standing": self.status.text}  # fmt: skip
         return place | entries(self.figures) | (entries(self.differences) if self.differences else {})
 
 
@@ -102,7 +102,7 @@ def compare(runs: dict[str, RunSummary]) -> Comparison:
     first, *others = runs.values()
     return Comparison(
         _recipe_differences(runs),
-        [Compared(name, one.result.directory, one.standing, one.figures(),
+        [Compared(name, one.result.directory, one.status, one.figures(),
                   pairs.differences(first, one) if one in others else None)
          for name, one in runs.items()],
     )  # fmt: skip
@@ -147,8 +147,8 @@ def _show_figures(runs: Sequence[Compared]) -> None:
     rows = [[title.translate(counted), *cells] for title, cells in shown]
     print_table(_sheet(runs, rows), "results of the runs", _notes(runs).translate(counted))
     for one in runs:
-        if one.standing.status != "finished":
-            say(f"{one.name}: {one.standing.text}")
+        if one.status.word != "finished":
+            say(f"{one.name}: {one.status.text}")
 
 
 def _sheet(runs: Sequence[Compared], rows: Sequence[Sequence[str]]) -> Sheet:
@@ -209,7 +209,7 @@ MARKS = "¹²³⁴⁵"
 Row = tuple[str, Callable[[Compared], str]]
 """The title of a row and the function that returns its text for a run, empty if unknown."""
 ROWS: tuple[Row, ...] = (
-    ("", lambda one: one.standing.status),
+    ("", lambda one: one.status.word),
     ("parameters", lambda one: _number(one.figures.parameters, ",")),
     ("ranks", lambda one: _number(one.figures.ranks, "")),
     ("steps", lambda one: _number(one.figures.step, ",")),

@@ -17,7 +17,7 @@ from bst_dist.config import flat
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.weightless import weightless
 from bst_dist.report.saved import REPORTS
-from bst_dist.study.comparison.standing import Standing, standing
+from bst_dist.study.comparison.training_status import TrainingStatus, training_status
 from bst_dist.study.runs.results import Result, read_result
 from bst_dist.study.statistics import Estimate
 from bst_dist.train.rundir import RECIPE, read_recipe, read_starts
@@ -77,7 +77,7 @@ class RunSummary:
     result: Result
     recipe: dict[str, Any]
     """Dotted name -> value of each field, as the run has stored it."""
-    standing: Standing
+    status: TrainingStatus
     parameters: int | None
     ranks: int | None
     """Number of ranks at its last start."""
@@ -107,7 +107,7 @@ def summarise(run_dir: Path) -> RunSummary:
         read_recipe(run_dir)  # raises the UserError
     recipe, result = flat(read_settings(path)), read_result(run_dir)
     ranks = starts[-1].get("ranks") if (starts := read_starts(run_dir)) else None
-    where = standing(run_dir, result.step, recipe.get("train.steps"))
+    where = training_status(run_dir, result.step, recipe.get("train.steps"))
     report = eval_report(run_dir, result.step)
     documents = _by_name(report["corpora"]) if report else {}
     return RunSummary(result, recipe, where, _parameters(run_dir), ranks, documents)

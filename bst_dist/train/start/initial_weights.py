@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from bst_dist.checkpoint.agreement import confirmed_damage, of_first
 from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, committed, damage, directory, open_shards, step_of
-from bst_dist.checkpoint.judging import confirmed_damage, of_first
 from bst_dist.checkpoint.retention import has_full
 from bst_dist.train.config import InitialWeightsConfig
 from bst_dist.train.rundir import tokenizer_of

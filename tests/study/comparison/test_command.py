@@ -186,7 +186,7 @@ def test_status_of_a_run_is_derived_from_its_files(pair, outcome, beat_age_s, st
         (run_dir / LEASE).mkdir()
         (run_dir / LEASE / "epoch-00000001.json").write_text("{}")
         os.utime(run_dir / LEASE / "epoch-00000001.json", (time.time() - beat_age_s,) * 2)
-    assert summarise(run_dir).standing.status == status
+    assert summarise(run_dir).status.word == status
 
 
 def test_compare_accepts_runs_of_any_kind_and_length(pair, make_run, tmp_path, capsys):

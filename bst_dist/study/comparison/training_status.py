@@ -10,24 +10,26 @@ from bst_dist.train.rundir import read_outcome
 
 
 @dataclass(frozen=True)
-class Standing:
+class TrainingStatus:
     """The status of a run as a keyword, and as a line for the terminal."""
 
-    status: str
+    word: str
     """"finished", "running", "stopped", "diverged" or "broken off"."""
     text: str
 
 
-def standing(run_dir: Path, step: int, steps: int | None) -> Standing:
+def training_status(run_dir: Path, step: int, steps: int | None) -> TrainingStatus:
     """Return the status of a run that has taken `step` of `steps` steps (None: not known from its recipe)."""
     reached = f"step {step:,}" + ("" if steps is None else f" of {steps:,}")
     outcome = read_outcome(run_dir)
     if outcome is None:  # the last start is still running, or was killed
         if is_held(run_dir):
-            return Standing("running", f"running, {reached}")
-        return Standing("broken off", f"interrupted after {reached}: killed or failed" if step else "no step yet")
+            return TrainingStatus("running", f"running, {reached}")
+        return TrainingStatus("broken off", f"interrupted after {reached}: killed or failed" if step else "no step yet")
     if outcome.get("finished"):
-        return Standing("finished", f"finished, {reached}")
+        return TrainingStatus("finished", f"finished, {reached}")
     if diverged := outcome.get("diverged"):
-        return Standing("diverged", f"diverged after {reached}: {diverged}")
-    return Standing("stopped", f"stopped{' by ' + outcome['stopped'] if 'stopped' in outcome else ''} after {reached}")
+        return TrainingStatus("diverged", f"diverged after {reached}: {diverged}")
+    return TrainingStatus(
+        "stopped", f"stopped{' by ' + outcome['stopped'] if 'stopped' in outcome else ''} after {reached}"
+    )
