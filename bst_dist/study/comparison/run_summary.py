@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,20 +149,31 @@ def _parameters(run_dir: Path) -> int | None:
 def eval_report(run_dir: Path, step: int, averaged: bool = False) -> dict[str, Any] | None:
     """Return the newest complete report of `bst eval` on the whole validation documents after `step` steps, or None.
 
-    Reports are searched in the run directory and in its reports/. `averaged`: a report on the averaged weights.
+    Reports are searched in the run directory and in its reports/. One on the run's own corpora comes before those on
+    others; one in another precision than that of training is never used. `averaged`: a report on the averaged weights.
     """
-    found: list[tuple[float, dict[str, Any]]] = []
+    recipe = flat(read_settings(run_dir / RECIPE))
+    precision, corpora = recipe.get("train.precision"), sorted(Result(run_dir, []).corpora.split())
+    asked = {"command": "bst eval", "step": step, "split": "validation", "context_tokens": None}
+    found = []
+    for time, report in _reports(run_dir):
+        whole = asked.items() <= report.items() and report.get("passed") is not False  # False: it was stopped
+        alike = bool(report.get("averaged")) == averaged and precision in (None, report.get("precision", precision))
+        if whole and alike and report.get("corpora"):
+            own = sorted(of.get("sha256", "") for of in report["corpora"]) == corpora
+            found.append((own, time, report))
+    return max(found, key=lambda one: one[:2])[-1] if found else None
+
+
+def _reports(run_dir: Path) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Yield every readable report in the run directory and in its reports/, with the time of its file."""
     for path in (*run_dir.glob("*.json"), *(run_dir / REPORTS).glob("*.json")):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        asked = {"command": "bst eval", "step": step, "split": "validation", "context_tokens": None}
-        whole = isinstance(report, dict) and report.get("passed") is not False  # False: the evaluation was stopped
-        alike = whole and asked.items() <= report.items() and bool(report.get("averaged")) == averaged
-        if alike and report.get("corpora"):
-            found.append((path.stat().st_mtime, report))
-    return max(found, key=lambda one: one[0])[1] if found else None
+        if isinstance(report, dict):
+            yield path.stat().st_mtime, report
 
 
 def _time_s(result: Result) -> float:

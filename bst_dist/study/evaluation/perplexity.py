@@ -70,6 +70,8 @@ class OfCorpus:
     """Results on the documents of one corpus that were read to their end; errors are over documents."""
 
     corpus: str
+    sha256: str
+    """Of its manifest."""
     scored: Score
     words: int
     loss: Estimate
@@ -85,12 +87,13 @@ class OfCorpus:
     time_s: float
 
     @classmethod
-    def of(cls, corpus: str, scored: Score, words: np.ndarray, held: int, time_s: float) -> OfCorpus:
+    def of(cls, corpus: Corpus, scored: Score, words: np.ndarray, time_s: float) -> OfCorpus:
         """Compute the results; `words` (n,) is the number of words of each document in `scored`."""
         loss = ratio(scored.nats, scored.tokens)
         by_word = exponential(ratio(scored.nats, words)) if words.sum() else None
         bits = bits_per_byte(scored.nats, scored.bytes)
-        return cls(corpus, scored, int(words.sum()), loss, exponential(loss), by_word, bits, held, time_s)
+        return cls(corpus.storage.where, corpus.sha256, scored, int(words.sum()), loss, exponential(loss), by_word,
+                   bits, len(corpus), time_s)  # fmt: skip
 
     @property
     def documents(self) -> int:
@@ -108,6 +111,7 @@ class OfCorpus:
         """Return the machine-readable report. `bst compare` pairs runs by document with the last two entries."""
         return {
             "corpus": self.corpus,
+            "sha256": self.sha256,
             "documents": self.documents,
             "tokens": self.tokens,
             "bytes": self.bytes,
@@ -146,9 +150,8 @@ def _read(args: argparse.Namespace, readers: Readers) -> dict[str, Any] | None:
             started = time.perf_counter()
             scored, whole = evaluate(trained, corpus, args.context, args.batch_size, readers, stop_requested)
             if whole.any() and readers.first:
-                words, where = words_of(corpus, np.flatnonzero(whole)), corpus.storage.where
-                time_s = time.perf_counter() - started
-                found.append(OfCorpus.of(where, scored.of(whole), words, len(corpus), time_s))
+                words = words_of(corpus, np.flatnonzero(whole))
+                found.append(OfCorpus.of(corpus, scored.of(whole), words, time.perf_counter() - started))
                 _show(args, trained, found[-1])
             elif readers.first:
                 print(f"{corpus.storage.where}: stopped before any document was finished")

@@ -15,7 +15,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.report.metrics import FILE
 from bst_dist.study.comparison.command import compare
 from bst_dist.study.comparison.figure import draw
-from bst_dist.study.comparison.run_summary import summarise
+from bst_dist.study.comparison.run_summary import eval_report, summarise
 from bst_dist.train.rundir import OUTCOME, RECIPE
 
 
@@ -114,6 +114,35 @@ def test_eval_report_of_the_last_step_is_used(pair):
     first, second = compared(*pair)["runs"]
     assert first["scored"] == {"a": {"documents": 7, "bits_per_byte": 2.25, "bits_per_byte_standard_error": 0.125}}
     assert "scored" not in second
+
+
+def test_report_of_another_corpus_or_precision_does_not_replace_the_own_one(pair):
+    """Once, the newest report was used, whatever it was of."""
+    run_dir = pair[0]
+    corpora = [{"path": "/data/a", "sha256": "1" * 64}, {"path": "/data/b", "sha256": "2" * 64}]
+    (run_dir / "environment.json").write_text(json.dumps({"starts": [{"corpora": corpora}]}))
+    report = {"command": "bst eval", "step": 4, "split": "validation", "context_tokens": None, "precision": "fp32"}
+
+    def keep(age, *hashes, **changes):
+        path = run_dir / f"{age}.json"
+        scored = [{"corpus": f"/moved/{sha256[:1]}", "sha256": sha256, "documents": age} for sha256 in hashes]
+        path.write_text(json.dumps(report | {"corpora": scored} | changes))
+        os.utime(path, (1e9 - age, 1e9 - age))
+
+    def used():
+        found = eval_report(run_dir, 4)
+        return found and found["corpora"][0]["documents"]  # the age
+
+    keep(1, "1" * 64, "2" * 64, precision="bf16")
+    assert used() is None
+    keep(2, "3" * 64)
+    assert used() == 2
+    keep(3, "1" * 64)  # a part of the run's corpora
+    assert used() == 2
+    keep(5, "2" * 64, "1" * 64)
+    assert used() == 5
+    keep(4, "1" * 64, "2" * 64)
+    assert used() == 4
 
 
 def test_each_evaluated_corpus_has_its_own_row(pair, capsys):

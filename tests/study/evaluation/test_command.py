@@ -10,6 +10,7 @@ import pytest
 from bst_base import files
 from bst_dist.cli import main
 from bst_dist.study.comparison.run_summary import eval_report
+from data_pipeline.serve.reader import Corpus
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,7 @@ def test_each_kind_of_evaluation_keeps_its_own_report(make_run, corpus):
     names = ["documents", "documents-context-8", f"documents-{corpus.name}", "lengths"]
     assert kept.keys() == {f"eval-4-validation-{name}.json" for name in names}
     assert eval_report(run_dir, 4)["corpora"] == kept[f"eval-4-validation-documents-{corpus.name}.json"]["corpora"]
+    assert eval_report(run_dir, 4)["corpora"][0]["sha256"] == Corpus.open(str(corpus), "validation").sha256
     assert kept["eval-4-validation-documents-context-8.json"]["context_tokens"] == 8
 
 
