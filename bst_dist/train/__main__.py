@@ -105,21 +105,24 @@ def main(argv: list[str] | None = None) -> int:
         ended = train(asked, ranks, notice, disks)
         ranks.leave()
         return ended
-    except Stopped as error:
+    except Exception as error:
+        return _reported(error, notice)
+
+
+def _reported(error: Exception, notice: signals.Notice) -> int:
+    """Print what ended this rank, once for all ranks, and return its exit status."""
+    if isinstance(error, Stopped):
         report_once(f"{error} by {notice.signal.name}, before the first step; start again with --resume", notice)
         return error.exit_status
-    except UserError as error:
+    if isinstance(error, UserError):
         report_once(str(error), notice)
         return error.exit_status
-    except OSError as error:
-        if error.filename is None and error.errno not in FULL:  # no file is involved, but a socket or a process
-            report_once(traceback.format_exc(), notice)
-            return status.FAILED
+    # Without a file and unless a disk is full, the cause is a socket or a process.
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
         report_once(str(StorageError.of(error, error.filename or "a file of the run", doing="read or write")), notice)
         return status.UNREADABLE
-    except Exception as error:
-        report_once(traceback.format_exc(), notice, lost_peer(error))
-        return status.FAILED
+    report_once(traceback.format_exc(), notice, lost_peer(error))
+    return status.FAILED
 
 
 def _name_the_rank() -> None:
