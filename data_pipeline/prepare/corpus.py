@@ -80,11 +80,7 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
             earlier.require_same(wanted)
             wanted["continues"] = earlier.history
         if (output / MANIFEST).exists():
-            manifest = Manifest.read(output)
-            check_same({key: manifest.provenance.get(key) for key in {**wanted, "continues": None}}, wanted, output)
-            check_there(manifest, output)
-            shutil.rmtree(output / WORK, ignore_errors=True)
-            return manifest, {"reused": True}
+            return _found(output, wanted), {"reused": True}
         if config.source.tokenized:
             config = config.model_copy(update={"source": config.source.with_tokenizer(given)})
         work = output / WORK / name_of(wanted)
@@ -105,6 +101,15 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
         "shards_already_there": sum(shard.was_there for shard in shards),
         **({} if earlier is None else {"shards_added": len(shards), "documents_added": len(plan)}),
     }
+
+
+def _found(output: Path, wanted: dict[str, Any]) -> Manifest:
+    """Return the manifest of a complete corpus; raises UserError if it was made from anything but what is wanted."""
+    manifest = Manifest.read(output)
+    check_same({key: manifest.provenance.get(key) for key in {**wanted, "continues": None}}, wanted, output)
+    check_there(manifest, output)
+    shutil.rmtree(output / WORK, ignore_errors=True)
+    return manifest
 
 
 def _require_outside(config: PrepareConfig) -> None:
