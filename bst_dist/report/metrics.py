@@ -87,7 +87,7 @@ class EvalReport:
     loss_nats: float
     bits_per_byte: float
     loss_by_block: Sequence[float]
-    """Nats per token by position in the sequence, one value per block."""
+    """Nats per token by position in the sequence, one value per block; NaN for a block without valid tokens."""
     time_s: float
 
     def about(self) -> str:
@@ -340,6 +340,11 @@ def duration(seconds: float) -> str:
 def _harmonic(speeds: Sequence[float]) -> float:
     """Return the harmonic mean: the mean speed over equal amounts of work; 0 if any speed is 0."""
     return len(speeds) / sum(1 / speed for speed in speeds) if all(speeds) else 0.0
+
+
+def nats_per_token(nats: float, tokens: float) -> float:
+    """Return a sum of negative log-likelihoods per token; NaN without tokens, because 0 would be a perfect loss."""
+    return nats / tokens if tokens else nan
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bst_dist.parallel.sequence.neighbour import past_of_slice
 from bst_dist.parallel.sequence.past import EarlierCall, Past
-from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte
+from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte, nats_per_token
 from bst_dist.train.config import EvaluationConfig
 from bst_dist.train.step import on_device, sum_of_batch
 from data_pipeline.serve.slices import slices_of
@@ -135,9 +135,9 @@ class Evaluate(Callback):
             step=step,
             split="validation",
             tokens=int(tokens),
-            loss_nats=nats / max(1.0, tokens),
+            loss_nats=nats_per_token(nats, tokens),
             bits_per_byte=bits_per_byte(nats, text_bytes),
-            loss_by_block=[n / max(1.0, t) for n, t in zip(of_blocks[::2], of_blocks[1::2], strict=True)],
+            loss_by_block=[nats_per_token(*of_block) for of_block in zip(of_blocks[::2], of_blocks[1::2], strict=True)],
             time_s=time.perf_counter() - start,
         )
 

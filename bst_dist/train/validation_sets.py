@@ -17,7 +17,7 @@ import torch
 
 from bst_base.errors import UserError
 from bst_dist.config import Recipe
-from bst_dist.report.metrics import CorpusReport, bits_per_byte
+from bst_dist.report.metrics import CorpusReport, bits_per_byte, nats_per_token
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.step import sum_of_batch
 from data_pipeline.serve.config import DataConfig
@@ -57,7 +57,7 @@ class EvaluateCorpus(Evaluate):
             step=step,
             split=self.name,
             tokens=int(tokens),
-            loss_nats=nats / max(1.0, tokens),
+            loss_nats=nats_per_token(nats, tokens),
             bits_per_byte=bits_per_byte(nats, text_bytes),
             loss_by_block=[],
             time_s=time.perf_counter() - start,

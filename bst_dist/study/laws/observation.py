@@ -39,7 +39,7 @@ class Observation:
     loss: float
     """Nats per token; NaN unless the run is done."""
     by_block: tuple[float, ...] = ()
-    """The loss by position in the sequence, one value per block of W tokens."""
+    """The loss by position in the sequence, one value per block of W tokens; NaN for a block without valid tokens."""
     by_document: tuple[float, ...] = ()
     held_out: bool = False
     """Whether it is only predicted, neither fitted nor compared."""

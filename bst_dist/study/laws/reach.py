@@ -37,6 +37,8 @@ def compare_reach(observed: Sequence[Observation], variant: str, baseline: str, 
     if gaps.shape[1] < 2:
         return None
     late = gaps[:, -1] - gaps[:, 0]
+    if not np.isfinite(late).all():  # no validation sequence is long enough to have a label in the last block
+        return None
     try:
         difference = regress(np.ones((len(late), 1)), late, blocks).estimate(0)
     except RegressionError:

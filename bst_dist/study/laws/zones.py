@@ -7,6 +7,7 @@ last zone begins later in deeper models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -56,7 +57,7 @@ def zones(observed: Sequence[Observation], baseline: str, arm: str, others: Sequ
 
 def _gaps(observed: Sequence[Observation], zone: str, baseline: str, arm: str, axis: Axis) -> list[Gaps]:
     """Return the gaps of every variant, with the mean loss of the zone in place of the whole loss."""
-    parts = [replace(o, loss=float(np.mean(o.by_block[_part(o, zone)]))) if o.usable else o for o in observed
+    parts = [replace(o, loss=_loss(o.by_block[_part(o, zone)])) if o.usable else o for o in observed
              if not o.usable or len(o.by_block) > o.depth]  # fmt: skip
     found = []
     for variant in dict.fromkeys(o.architecture for o in parts if o.architecture != baseline):
@@ -65,6 +66,12 @@ def _gaps(observed: Sequence[Observation], zone: str, baseline: str, arm: str, a
         except UserError:  # no pair: the comparison of the whole loss reports the reason
             continue
     return found
+
+
+def _loss(by_block: Sequence[float]) -> float:
+    """Return the mean over the blocks with valid tokens; NaN if there are none."""
+    known = [loss for loss in by_block if not math.isnan(loss)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _part(o: Observation, zone: str) -> slice:

@@ -17,7 +17,7 @@ from bst_base.settings import Config
 from bst_dist.study.laws.observation import Observation
 from bst_dist.study.runs.state import Status
 
-# NaN until the run is done; null in JSON.
+# NaN until the run is done, or if there is nothing to measure; null in JSON.
 Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
@@ -65,8 +65,8 @@ class Row(Config):
     loss_nats: Measured = math.nan
     """Loss on the validation sequences after the last step, in nats per token."""
     bits_per_byte: Measured = math.nan
-    loss_by_block: tuple[float, ...] = ()
-    """The same loss by position in the sequence, one value per block of W tokens."""
+    loss_by_block: tuple[Measured, ...] = ()
+    """The same loss by position in the sequence, one value per block of W tokens; NaN for one without valid tokens."""
     loss_by_document: tuple[float, ...] = ()
     """Nats per token of the first tokens of each validation document; empty without `bst sweep collect --documents`."""
     time_s: Measured = math.nan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from bst_dist.study.laws.reach import compare_reach
@@ -30,3 +32,8 @@ def test_reach_that_differs_by_the_margin_is_rarely_called_equal(study):
 def test_reach_is_not_compared_without_losses_by_position(study):
     bare = [o.__class__(**{**vars(o), "by_block": ()}) for o in study(1)]
     assert compare_reach(bare, "bst", "sliding", "all") is None
+
+
+def test_reach_is_not_compared_without_labels_late_in_the_sequence(study):
+    observed = [replace(o, by_block=(*o.by_block, float("nan"))) for o in study(1)]
+    assert compare_reach(observed, "bst", "sliding", "all") is None

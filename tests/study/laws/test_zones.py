@@ -64,3 +64,14 @@ def test_comparison_contains_the_zones_of_every_arm(study):
     found = compare(observed, "sliding", "near").variants["bst"].zones
     assert {(z.arm, z.zone) for z in found} == {("far", z) for z in ("first window", "within reach", "beyond reach")}
     assert compare(observed, "sliding", "near", "time_s").variants["bst"].zones == []
+
+
+def test_blocks_without_labels_do_not_count(study):
+    """Validation documents shorter than the sequence leave its last blocks without labels, in every run alike."""
+    full = with_places(study(1, noise=0.001))
+    cut = {n: [replace(o, by_block=(*o.by_block[:n], *[np.nan] * (BLOCKS - n))) for o in full] for n in (20, 2)}
+    beyond = zones(cut[20], "sliding", "all", [])["bst"][-1]
+    assert (beyond.zone, beyond.pairs) == ("beyond reach", 24)
+    assert beyond.mean.value == pytest.approx(BEYOND)
+    found = {zone.zone: zone.pairs for zone in zones(cut[2], "sliding", "all", [])["bst"]}
+    assert found == {"first window": 24, "within reach": 24}  # two layers reach both blocks, and nothing is beyond
