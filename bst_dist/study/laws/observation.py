@@ -30,7 +30,7 @@ class Observation:
     parameters: float
     """N, training FLOPs per token / 6."""
     non_embedding: float
-    """N, parameters in matrices, without embedding and head."""
+    """All parameters except those of embedding and head."""
     tokens: float
     length: float
     """Tokens per parameter, as planned."""

@@ -37,6 +37,7 @@ class Counts:
     """N, training FLOPs per token / 6."""
     total: int
     non_embedding: int
+    """All parameters except those of embedding and head."""
     matrices: int
     """Parameters in matrices, including the head."""
     kernel: int

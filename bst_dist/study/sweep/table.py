@@ -53,6 +53,7 @@ class Row(Config):
     """ln N - ln N of the baseline in the same block; 0 for the baseline itself."""
     parameters_total: int
     parameters_non_embedding: int
+    """All parameters except those of embedding and head."""
     parameters_matrices: int
     """Parameters in matrices, including the head."""
     parameters_kernel: int
