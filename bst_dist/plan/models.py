@@ -30,6 +30,7 @@ from bst_dist.config import load_recipe, with_vocabulary
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import FeedForward, Layer
 from bst_dist.model.ssm.kernels import KERNELS
+from bst_dist.model.ssm.selective import Decays
 from bst_dist.parallel.sequence.past import EarlierCall
 from bst_dist.plan.flops import forward_flops
 from data_pipeline.serve.loader import open_corpora
@@ -48,7 +49,8 @@ class Entry:
 
     name: str
     parameters: dict[str, int]
-    """Number of parameters by kind. `attention` is everything in a mixer except its SSM: projections, biases, scales, a
+    """Number of parameters by kind. `ssm` is an SSM kernel, or the decays and steps of a selective recurrence (Mamba-2,
+    Gated DeltaNet). `attention` is everything else in a mixer: projections, short convolutions, biases, scales, a
     recurrent state. `embedding` includes the head."""
     total_parameters: int
     forward_flops_per_token: dict[str, float]
@@ -147,7 +149,7 @@ def parameters_by_kind(layer: Layer) -> Counter[str]:
 
 def _kind(module: nn.Module) -> str | None:
     """Return the kind of this module's parameters; None: the same kind as its parent."""
-    if isinstance(module, tuple(KERNELS.values())):
+    if isinstance(module, (*KERNELS.values(), Decays)):
         return "ssm"
     return {FeedForward: "ffn", nn.RMSNorm: "norm"}.get(type(module))
 

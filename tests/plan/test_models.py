@@ -27,7 +27,7 @@ def test_counts_equal_those_of_the_built_model(name):
     assert found.total_parameters == sum(p.numel() for p in model.parameters())
     for kind, modules in {"embedding": [model.embedding], "ffn": [layer.ffn for layer in model.layers]}.items():
         assert found.parameters[kind] == sum(p.numel() for module in modules for p in module.parameters())
-    own = [p for key, p in model.named_parameters() if ".ssm." in key]
+    own = [p for key, p in model.named_parameters() if {"ssm", "scan", "rule"} & set(key.split("."))]
     assert found.parameters["ssm"] == sum(p.numel() for p in own)
     assert found.total_forward_flops_per_token == sum(forward_flops(config, LENGTH).values())
     past = model.carry()
@@ -49,6 +49,12 @@ def test_model_sizes_equal_the_equations():
     assert bst.parameters["attention"] - found.parameters["attention"] == 2 * (d * ds + 2 * d * d + 2 * ds * d + h)
     assert bst.parameters["ssm"] == 2 * ds * (1 + s + 1 + n)  # step; decays and frequencies; skip; complex read-out
     assert bst.state_bytes - found.state_bytes == 2 * ds * n * 4
+
+
+@pytest.mark.parametrize(("name", "heads"), [("Mamba-2 hybrid", 1), ("Gated DeltaNet hybrid", 4)])
+def test_decays_and_steps_of_a_selective_recurrence_count_as_its_ssm(name, heads):
+    """A decay and a step per head, in three of four layers; Mamba-2 at D 32 has one head of 64."""
+    assert entry(name, MODELS[name], LENGTH).parameters["ssm"] == 3 * 2 * heads
 
 
 def test_gate_adds_a_third_ffn_matrix_per_layer():
