@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from bst_dist.plan.host import host_memory
+from bst_dist.plan.host import host_at_start, host_memory
 from bst_dist.plan.search import Candidate, Planner
 from bst_dist.plan.speed import Cluster
 
@@ -88,6 +88,7 @@ def describe(planner: Planner, best: Candidate) -> dict[str, Any]:
         "device_bytes": best.limit,
         "excess_bytes": best.excess,
         "host_bytes": {name.replace(" ", "_"): held for name, held in host_memory(planner, best).items()},
+        "host_start_bytes": host_at_start(planner),
         "sent_bytes_per_step": {**best.traffic, **best.between},
         "sent_in_node_bytes_per_step": inside,
         "sent_between_nodes_bytes_per_step": between,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bst_dist.checkpoint.config import LOCAL_COPIES_KEPT
+from bst_dist.plan.memory.zero import WORD
 from bst_dist.plan.search import Candidate, Planner
 
 
@@ -23,3 +24,11 @@ def host_memory(planner: Planner, best: Candidate) -> dict[str, float]:
         "checkpoint copy": (held / cluster.world if replicated else held) if checkpoint.background else 0,
         "local copies": held * (1 + files) if checkpoint.local_every else 0,
     }
+
+
+def host_at_start(planner: Planner) -> float:
+    """Bytes of host memory per GPU that a start takes before any step; `host_memory` is taken later.
+
+    Every rank builds the whole model there, in every ZeRO stage, before DeepSpeed moves or shards it.
+    """
+    return WORD * planner.sizes.total

@@ -17,7 +17,7 @@ from bst_dist.config import Recipe
 from bst_dist.plan.accelerators import Accelerator
 from bst_dist.plan.figures import by_link, mfu, overrides, run_hours, tokens_a_day
 from bst_dist.plan.flops import forward_flops
-from bst_dist.plan.host import host_memory
+from bst_dist.plan.host import host_at_start, host_memory
 from bst_dist.plan.models import entry
 from bst_dist.plan.search import GATHERED_ONCE, POLICIES, STAGES, Candidate, Planner
 from bst_dist.plan.slices import PLACES, Longest, Size
@@ -252,7 +252,7 @@ def _counts(planner: Planner, best: Candidate) -> list[Table]:
         found += [_count("GB sent per step and GPU", sent, GB, 3), _count("of that, over links", links, GB, 3)]
     if any((host := host_memory(planner, best)).values()):
         found.append(_count("host GB per GPU", host, GB, 2))
-    return found
+    return [*found, _count("host GB per GPU, at the start", {"whole model": host_at_start(planner)}, GB, 2)]
 
 
 def _count(title: str, amounts: Mapping[str, float], unit: float, digits: int) -> Table:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from bst_dist.checkpoint.copying import HostCopy
 from bst_dist.checkpoint.local import LocalCopies
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.accelerators import accelerator
-from bst_dist.plan.host import host_memory
+from bst_dist.plan.host import host_at_start, host_memory
 from bst_dist.plan.search import Planner
 from bst_dist.plan.speed import Cluster
+from bst_dist.train import building
+from bst_dist.train.engine import Engine
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request, load, resolve
 
@@ -19,9 +22,13 @@ PADDING = 0.02
 """ZeRO gives every rank an equal share, padded at the end of each group of parameters."""
 
 
-def planned(request: Request, nodes: int = 1) -> dict[str, float]:
+def planner_of(request: Request, nodes: int = 1) -> Planner:
     recipe = resolve(load(request), request, WORLD).recipe  # with the vocabulary of the corpus
-    planner = Planner(recipe, Cluster(nodes, WORLD // nodes, accelerator("h100-80gb")))
+    return Planner(recipe, Cluster(nodes, WORLD // nodes, accelerator("h100-80gb")))
+
+
+def planned(request: Request, nodes: int = 1) -> dict[str, float]:
+    planner = planner_of(request, nodes)
     return host_memory(planner, planner.as_written())
 
 
@@ -68,3 +75,27 @@ def test_planned_host_memory_counts_neighbour_copies_and_no_disabled_features(re
     alone, beside = (of("checkpoint.local_every=1", nodes=nodes) for nodes in (1, 2))
     assert alone["checkpoint copy"] == beside["checkpoint copy"] > 0
     assert beside["local copies"] / alone["local copies"] == 7 / 4  # one copy in pinned memory, three or six in files
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_each_rank_builds_the_whole_model_in_host_memory_at_the_start(
+    recipe_file, tmp_path, on_ranks, monkeypatch, stage
+):
+    request = Request(recipe_file(), [f"deepspeed=ds_configs/zero{stage}.json"], tmp_path / "run", False, 1)
+    expected, built = host_at_start(planner_of(request)), []
+
+    def engine(model: nn.Module, *others: object) -> Engine:
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+        assert {storage.device.type for storage in storages.values()} == {"cpu"}
+        built.append(sum(storage.nbytes() for storage in storages.values()))
+        return Engine(model, *others)
+
+    monkeypatch.setattr(building, "Engine", engine)
+
+    def run(ranks: Ranks) -> list[int]:
+        train(request, ranks)
+        return built
+
+    assert on_ranks(WORLD, run) == [[expected]] * WORLD

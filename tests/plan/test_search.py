@@ -165,7 +165,9 @@ def test_plan_command_prints_valid_training_options(recipe_file, capsys, tmp_pat
     assert main(["plan", recipe_file, "--gpus-per-node", "2", "--json", str(tmp_path / "plan.json")]) == 0
     report = json.loads((tmp_path / "plan.json").read_text())
     assert report["fits"]
-    assert " ".join(report["overrides"]) in capsys.readouterr().out
+    assert report["host_start_bytes"] > 0
+    assert " ".join(report["overrides"]) in (said := capsys.readouterr().out)
+    assert "at the start" in said
     assert "sp: 1" in dump(parse(Recipe, SETTINGS | {"parallel": {"sp": report["sp"]}}))
 
 
