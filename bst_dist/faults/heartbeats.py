@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -104,14 +104,14 @@ class LocalBoard:
         return [self._texts.get(key) for key in keys]
 
 
-def shared_board(world: int, environment: Mapping[str, str] = os.environ, wait_s: float = 60) -> Board:
+def shared_board(world: int, wait_s: float = 60) -> Board:
     """Return the Board of this job, whose ranks have connected; raises DistStoreError if it does not answer in time."""
     if world == 1:
         return LocalBoard()
-    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # A separate connection: the rank's main connection is locked while it waits for a key.
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=wait_s), wait_for_workers=False)
-    return StoreBoard(PrefixStore(f"watchdog/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
+    return StoreBoard(PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
 
 
 def key_of(rank: int) -> str:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from bst_dist.plan.accelerators import of_device
 
+MEASURED_SIZE, MEASURED_S = 4096, 0.3
+"""Rows of the square matrices with which an unknown accelerator is measured, and for how many seconds. One product
+takes 0.14 ms at 1 PFLOP/s, well above the time to launch it and to wait for it."""
 SLOW_BF16 = 2.0
 """bf16 counts as slow if a product takes at least this many times as long as in fp32."""
 
@@ -33,31 +36,28 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return measured_flops(device, dtype)
 
 
-def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 4096, for_s: float = 0.3) -> float:
-    """Return the best FLOP/s of several products of square matrices; takes about `for_s` seconds.
-
-    The default size takes 0.14 ms at 1 PFLOP/s, well above the time to launch it and to wait for it.
-    """
-    a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best FLOP/s of several products of square matrices; takes about `MEASURED_S` seconds."""
+    a, b = (torch.randn(MEASURED_SIZE, MEASURED_SIZE, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     _product_s(a, b)  # the first product also sets up the library
-    best, end = _product_s(a, b), time.perf_counter() + for_s
+    best, end = _product_s(a, b), time.perf_counter() + MEASURED_S
     while time.perf_counter() < end:
         best = min(best, _product_s(a, b))
-    return 2 * size**3 / best
+    return 2 * MEASURED_SIZE**3 / best
 
 
-def bf16_slowdown(size: int = 128, rounds: int = 5) -> float:
+def bf16_slowdown() -> float:
     """Return how many times as long the CPU takes for a matrix product in bf16 as in fp32.
 
     It is well above 1 on a CPU without bf16 instructions. Takes less than 0.1 s. Measures the CPU time of one thread,
     because other programs on the same cores would hide the difference in wall-clock time or with several threads.
     """
-    single = torch.randn(size, size)
+    single = torch.randn(128, 128)
     cases = {torch.float32: single, torch.bfloat16: single.to(torch.bfloat16)}
     best, threads = dict.fromkeys(cases, float("inf")), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for _ in range(rounds):
+        for _ in range(5):
             for dtype, matrix in cases.items():
                 start = time.thread_time()
                 matrix @ matrix

@@ -19,7 +19,7 @@ from bst_dist.parallel.sequence.past import Past
 
 
 def start_incoming_states(
-    ends: Pair, log_a: Pair, starts: Tensor | None, past: Past, name: str = "ssm", inside: bool = False
+    ends: Pair, log_a: Pair, starts: Tensor | None, past: Past, inside: bool = False
 ) -> Callable[[], Pair]:
     """Start computing the state before each chunk (B, m, *), and return a function that gives it.
 
@@ -40,7 +40,7 @@ def start_incoming_states(
     transition, last = log_a.power(m, dtype), running.each(lambda x: x[:, -1])
     if documents is not None:
         transition = transition.scaled(_like(documents[:, -1] == 0, last.real))
-    arrive = past.start_state(name, last.joined(), transition.joined())
+    arrive = past.start_state("ssm", last.joined(), transition.joined())
 
     def finish() -> Pair:
         before = arrive()

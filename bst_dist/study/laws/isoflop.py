@@ -12,6 +12,8 @@ import numpy as np
 
 from bst_dist.study.laws.law import Points, Vector
 
+BUDGETS = 5
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -24,8 +26,8 @@ class Profile:
     """N at the minimum; None if the parabola opens downwards or its minimum is outside of the sizes."""
 
 
-def profiles(points: Points, budgets: int = 5) -> list[Profile]:
-    """Return profiles at budgets C = 6 N D, spread over the range that three sizes share; empty if there is none."""
+def profiles(points: Points) -> list[Profile]:
+    """Return profiles at `BUDGETS` values of C = 6 N D over the range that three sizes share, or none."""
     curves = _curves(points)
     if len(curves) < 3:
         return []
@@ -33,7 +35,7 @@ def profiles(points: Points, budgets: int = 5) -> list[Profile]:
     low, high = starts[2], ends[-3]  # here at least three curves have begun and three have not ended
     if low >= high:
         return []
-    return [p for c in np.linspace(low, high, budgets) if (p := _profile(curves, c)) is not None]
+    return [p for c in np.linspace(low, high, BUDGETS) if (p := _profile(curves, c)) is not None]
 
 
 def exponent(found: list[Profile]) -> float | None:

@@ -18,6 +18,9 @@ from bst_dist.study.statistics import Estimate
 
 MARGIN = 0.01
 """The margin within which two values of E count as equal, as a share of the lowest loss."""
+FORM: FormName = "chinchilla"
+DELTA = 1e-3
+"""As in `fit`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def e_difference(points: Points, first: str, second: str, draws: int = 100) -> E
     return Estimate((other - e) / least, float(np.std(other_drawn - drawn, ddof=1)) / least, degrees)
 
 
-def fit_shared(points: Points, form: FormName = "chinchilla", delta: float = 1e-3, rounds: int = 2) -> JointFit:
+def fit_shared(points: Points) -> JointFit:
     """Fit all groups together with one E; all other unknowns are separate for each group.
 
     The search starts from several values of E between those of the separate fits.
@@ -56,18 +59,18 @@ def fit_shared(points: Points, form: FormName = "chinchilla", delta: float = 1e-
     if len(groups) < 2:
         raise FitError("a joint fit needs two architectures at least")
     centre, target = Centre.of(points), np.log(points.loss)
-    alone = [_centred(fit(points.take(points.group == group), form, delta), centre) for group in groups]
-    matrices, bounds = terms(form, points, centre, groups), _stack(form, [bounds_of(form, target)] * len(groups))
+    alone = [_centred(fit(points.take(points.group == group), FORM, DELTA), centre) for group in groups]
+    matrices, bounds = terms(FORM, points, centre, groups), _stack(FORM, [bounds_of(FORM, target)] * len(groups))
     own = sorted(theta[0] for theta in alone)
     found = []
     for e in np.unique(np.log(np.linspace(np.exp(own[0]), np.exp(own[-1]), 4))):
-        begin = _stack(form, alone)
+        begin = _stack(FORM, alone)
         begin[0] = e
-        found.append(polish(matrices, target, begin, delta, bounds, rounds))
-    value, theta = min((objective(target - log_loss(matrices, t)[0], delta), tuple(t)) for t in found)
-    separate = sum(_value(points.take(points.group == g), form, centre, t, delta)
+        found.append(polish(matrices, target, begin, DELTA, bounds))
+    value, theta = min((objective(target - log_loss(matrices, t)[0], DELTA), tuple(t)) for t in found)
+    separate = sum(_value(points.take(points.group == g), FORM, centre, t, DELTA)
                    for g, t in zip(groups, alone, strict=True))  # fmt: skip
-    laws = {g: as_law(form, t, centre) for g, t in zip(groups, _split(form, np.array(theta), len(groups)), strict=True)}
+    laws = {g: as_law(FORM, t, centre) for g, t in zip(groups, _split(FORM, np.array(theta), len(groups)), strict=True)}
     return JointFit(laws, value, separate)
 
 

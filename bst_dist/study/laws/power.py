@@ -136,7 +136,7 @@ def predict(every: Sequence[Gaps], noise: Noise, studies: int = STUDIES, margin:
     ]  # fmt: skip
 
 
-def detectable_in_standard_errors(every: Sequence[Gaps], studies: int = 200, absent: int = 0) -> dict[str, float]:
+def detectable_in_standard_errors(every: Sequence[Gaps], absent: int = 0) -> dict[str, float]:
     """Return for each factor the smallest change detected with power 0.8, in standard errors of the change.
 
     The simulated studies have the same pairs, with the seeds repeated up to about MANY_PAIRS. Confounded variants,
@@ -145,7 +145,7 @@ def detectable_in_standard_errors(every: Sequence[Gaps], studies: int = 200, abs
     found: dict[str, float] = {}
     enlarged = [repeated(gaps, max(1, round(MANY_PAIRS / gaps.pairs))) for gaps in every]
     # With much noise, detected changes are far above the margin, so none of them is called equivalent.
-    simulation = Simulation(enlarged, Noise(0.05, 0.3), studies, absent=absent)
+    simulation = Simulation(enlarged, Noise(0.05, 0.3), studies=200, absent=absent)
     for test, case in enumerate(simulation.rule.cases):
         if case.factor not in found and abs(case.mismatch) <= MISMATCH:
             error = float(np.std(simulation.null_measurements[test].change))

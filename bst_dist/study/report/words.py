@@ -18,12 +18,11 @@ def percent(log: float, digits: int = 2, sign: bool = True) -> str:
     return f"{100 * log:{'+' if sign else ''}.{digits}f} %".replace("-", "−")
 
 
-def percent_interval(estimate: Estimate, digits: int = 2) -> str:
+def percent_interval(estimate: Estimate) -> str:
     """Format as "+1.23 % (95 % interval +0.20 % to +2.26 %)"; without an interval if there is no standard error."""
     if estimate.standard_error is None:
-        return f"{percent(estimate.value, digits)} (from one pair, without an interval)"
-    return (f"{percent(estimate.value, digits)} (95 % interval {percent(estimate.low, digits)} to "
-            f"{percent(estimate.high, digits)})")  # fmt: skip
+        return f"{percent(estimate.value)} (from one pair, without an interval)"
+    return f"{percent(estimate.value)} (95 % interval {percent(estimate.low)} to {percent(estimate.high)})"
 
 
 def power(value: float, digits: int = 2) -> str:

@@ -25,10 +25,10 @@ class PeerError(UserError):
     """The peers could not be installed."""
 
 
-def install(directory: Path | None = None) -> None:
+def install() -> None:
     """Make the other packages importable; install them if missing. Raise PeerError if pip fails."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    directory = directory or cache / "bst-dist" / "peers"
+    directory = cache / "bst-dist" / "peers"
     stamp = directory / "installed.txt"
     if not stamp.is_file() or stamp.read_text() != "\n".join(PACKAGES):
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target",

@@ -65,8 +65,9 @@ def ratios(base: list[float], other: list[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(base, other, strict=True)])
 
 
-def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
     """Measure the FLOP/s of one square matrix product, used as the peak in "of peak"."""
+    size = 2048
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     return 2 * size**3 / seconds_of(lambda: a @ b)
 

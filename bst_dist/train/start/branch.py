@@ -19,7 +19,7 @@ from bst_dist.train.rundir import RECIPE
 from bst_dist.train.schedule import factor
 
 # Settings in which a branch may differ from its trunk. The schedules must still agree on every shared step.
-OWN = ("name:", "branch", "train.steps:", "schedule.", "evaluation.")
+OWN = ("branch", "train.steps:", "schedule.")
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ def adopted(model: bytes, path: Path, config: TokenizerConfig) -> bytes:
     for token in settings["added_tokens"]:
         if not token["special"]:  # text is encoded into it, and must keep the spaces next to it
             token.update(lstrip=False, rstrip=False)
-    _set_everywhere(settings["pre_tokenizer"], {"add_prefix_space": False, "prepend_scheme": "never"})
-    _set_everywhere(settings["decoder"], {"add_prefix_space": False, "prepend_scheme": "never"})
+    _keep_text_as_it_is(settings["pre_tokenizer"])
+    _keep_text_as_it_is(settings["decoder"])
     backend = _backend(json.dumps(settings).encode(), str(path))
     beside = path.with_name("tokenizer_config.json")
     said = json.loads(beside.read_text()) if beside.is_file() else {}
@@ -181,11 +181,14 @@ def _writes_spaces(normalizer: Mapping[str, Any]) -> bool:
     return normalizer["type"] == "Replace" and normalizer["content"] == _SPACE
 
 
-def _set_everywhere(component: dict[str, Any] | None, values: Mapping[str, Any]) -> None:
-    """Set those of `values` that a component, or a part of it, has. Also remove decoders that strip the first space."""
+_NO_SPACE = {"add_prefix_space": False, "prepend_scheme": "never"}
+
+
+def _keep_text_as_it_is(component: dict[str, Any] | None) -> None:
+    """Let no part of a component add a space before a text, and remove decoders that strip the first space."""
     if component is None:
         return
     for part in _parts(component):
-        part.update({key: value for key, value in values.items() if key in part})
+        part.update({key: value for key, value in _NO_SPACE.items() if key in part})
     if component.get("type") == "Sequence" and "decoders" in component:
         component["decoders"] = [part for part in component["decoders"] if part["type"] != "Strip"]
