@@ -36,9 +36,10 @@ def layer_flops(config: ModelConfig, mixer: str, sequence_length: int) -> dict[s
     return MIXER_TERMS[mixer](config, sequence_length) | {"ffn": network}
 
 
-def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Return the FLOPs of one token's forward and backward pass."""
-    return 3 * sum(forward_flops(config, sequence_length).values())
+def train_flops_per_token(config: ModelConfig, sequence_length: int, head: bool = True) -> float:
+    """Return the FLOPs of one token's forward and backward pass. `head`: whether logits are computed for each token."""
+    terms = forward_flops(config, sequence_length)
+    return 3 * (sum(terms.values()) - (0 if head else terms["head"]))
 
 
 def _sliding(config: ModelConfig, length: int) -> dict[str, float]:

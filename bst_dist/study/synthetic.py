@@ -100,6 +100,7 @@ class SyntheticObjective:
 
     labels: ClassVar[str] = "labels"
     tokens_per_label: ClassVar[int] = 1
+    predicts_tokens: ClassVar[bool] = True
     evaluates: ClassVar[bool] = True
     mixed: ClassVar[Sequence[str]] = ()
 

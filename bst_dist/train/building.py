@@ -21,6 +21,7 @@ from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.report.utilisation import Speed, edge_flops_per_token, recomputed_flops_per_token
 from bst_dist.train.engine import Engine
+from bst_dist.train.objective import Objective
 from bst_dist.train.start.changes import fixed, may_change
 from bst_dist.train.start.initial_weights import load_initial, loads_initial
 from bst_dist.train.start.request import Start
@@ -72,7 +73,7 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
         again = recomputed_flops_per_token(
             recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)
         ) + edge_flops_per_token(recipe.model, length, train.slices, train.edges_every)
-        return Speed(tokens * train_flops_per_token(recipe.model, length), peak, tokens * again)
+        return Speed(model_flops_per_label(start.objective, length), peak, tokens * again)
 
     for _, length in recipe.train.lengths:
         speed(length)  # computed and cached here, so that no step waits for it
@@ -80,6 +81,15 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
                       speed, sharing, stop)  # fmt: skip
     trainer.corpora = start.objective.mixed
     return trainer
+
+
+def model_flops_per_label(objective: Objective, length: int) -> float:
+    """Return the FLOPs of both passes over the tokens of one label, in sequences of that length.
+
+    A classifier's own head is left out: it runs once per example.
+    """
+    per_token = train_flops_per_token(objective.recipe.model, length, head=objective.predicts_tokens)
+    return objective.tokens_per_label * per_token
 
 
 def identity_of(start: Start, engine: Engine, ranks: Ranks) -> Identity:

@@ -61,6 +61,8 @@ class Objective(Protocol):
     """The name of the labels in printed output; `tokens` in the metrics counts them."""
     tokens_per_label: int
     """Number of tokens that the model processes per label."""
+    predicts_tokens: bool
+    """Whether the model computes logits over the vocabulary for every token."""
     evaluates: bool
     """Whether there is any data to evaluate on."""
     mixed: Sequence[str]
@@ -103,6 +105,7 @@ class LanguageModelling:
 
     labels: ClassVar[str] = "tokens"
     tokens_per_label: ClassVar[int] = 1
+    predicts_tokens: ClassVar[bool] = True
 
     recipe: Recipe
     corpora: Sequence[Corpus]

@@ -43,6 +43,7 @@ class Classification:
     """The objective of a run that learns the class of each example."""
 
     labels: ClassVar[str] = "labels"
+    predicts_tokens: ClassVar[bool] = False
     evaluates: ClassVar[bool] = True
     mixed: ClassVar[Sequence[str]] = ()
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from bst_base.settings import ConfigError, parse
 from bst_dist.config import Recipe
 from bst_dist.model.config import ModelConfig
 from bst_dist.study.lra.config import LongRangeConfig
 from bst_dist.study.lra.model import Classifier
+from bst_dist.study.lra.objective import Classification
+from bst_dist.train.building import model_flops_per_label
 
 
 def classifier(task: str = "listops", pooling: str = "mean", **changes) -> Classifier:
@@ -92,3 +96,17 @@ def test_recipe_that_does_not_fit_its_task_is_refused(settings, section, change,
     with pytest.raises(ConfigError) as error:
         parse(Recipe, settings | {section: {**settings.get(section, {}), **change}})
     assert message in str(error.value)
+
+
+def test_model_flops_of_an_example_equal_those_of_the_torch_counter(settings, monkeypatch):
+    monkeypatch.setattr("bst_dist.model.attention.attention_path", lambda device: "tiles")  # which torch can count
+    objective = Classification.of(parse(Recipe, settings))
+    model = objective.model().requires_grad_(False)
+
+    def counted(rows: int) -> int:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(torch.ones(rows, 32, dtype=torch.long))
+        return counter.get_total_flops()
+
+    own_head = 2 * 16 * 10  # once per example
+    assert model_flops_per_label(objective, 32) == pytest.approx(3 * (counted(3) - counted(2) - own_head))
