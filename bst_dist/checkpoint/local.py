@@ -64,9 +64,10 @@ class LocalCopies:
             self._open()
 
     def _open(self) -> None:
-        """Exchange which node each rank is on, and turn the copies off if one node has not enough space for them.
+        """Exchange which node each rank is on, and create the group of ranks that send copies to each other.
 
-        A full /dev/shm would also break other programs and NCCL.
+        Turns the copies off if a rank cannot connect to the others, or if one node has not enough space for them: a
+        full /dev/shm would also break other programs and NCCL.
         """
         held = self.snapshots.state.held()
         own = LOCAL_COPIES_KEPT * 4 * sum(fragment.elements(self.snapshots.kinds) for fragment in held)
@@ -86,9 +87,12 @@ class LocalCopies:
             f"take {needed[node.directory] / 1e6:,.1f} MB: make room, or set checkpoint.local_directory or "
             "checkpoint.local_every" for node, *_ in seen if node.free < needed[node.directory]
         ])  # fmt: skip
+        if not self.on:
+            return
+        neighbours, why = _tried(lambda: Neighbours(self.ranks.rank, places))
+        self._turn_off([said for said in self.ranks.gather(why) if said])
         if self.on:
-            self._needed, self._kept_by = max(needed.values()), kept_by
-            self._neighbours = Neighbours(self.ranks.rank, places)
+            self._needed, self._kept_by, self._neighbours = max(needed.values()), kept_by, neighbours
             self._copy, self._thread = HostCopy(self.ranks.device), ThreadPoolExecutor(1, "local-copy")
 
     def describe(self) -> str:

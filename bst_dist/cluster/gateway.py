@@ -26,7 +26,8 @@ import psutil
 from bst_base.host import die_with_parent
 from bst_dist.cluster.channel import Channel, Closed, proof, proved
 from bst_dist.cluster.hosts import HostError
-from bst_dist.cluster.processes import family_of, route_to, signal_session
+from bst_dist.cluster.processes import family_of, signal_session
+from bst_dist.parallel.interface import route_to
 
 ANNOUNCED = re.compile(rb"bst-agent (?P<key>\S+) (?P<secret>[0-9a-f]{64})\b")
 """The first line that an agent prints; launchers may put a label before it."""

@@ -16,7 +16,8 @@ from pathlib import Path
 from bst_base.errors import UserError
 from bst_dist.cluster.environment import OF_ONE_HOST
 from bst_dist.cluster.hosts import Host, HostError, slurm_tasks
-from bst_dist.cluster.processes import family_of, route_to
+from bst_dist.cluster.processes import family_of
+from bst_dist.parallel.interface import route_to
 
 SSH = ("ssh", *("-o", "BatchMode=yes"), *("-o", "ConnectTimeout=8"), *("-o", "ServerAliveInterval=15"))
 # The variables from which each launcher reads options for ssh; the name changed between versions of Open MPI.

@@ -17,11 +17,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from bst_base.host import die_with_parent
 from bst_dist.faults.ending import LAST_WORD
 from bst_dist.faults.signals import FurtherSignal, stopping
+from bst_dist.parallel.interface import gloo_interface
 
 SAME_KEY_S = 0.5
 """Seconds after the first signal in which a SIGINT is taken for a copy of it (or the same press of Ctrl-C)."""
@@ -66,7 +65,7 @@ class LocalRanks:
     ) -> None:
         """Start the processes; `piped`: the caller reads their output from pipes."""
         threads = str(max(1, len(os.sched_getaffinity(0)) // share.count))
-        defaults = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **_interface(share.address)}
+        defaults = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **gloo_interface(share.address)}
         pipe = subprocess.PIPE if piped else None
         self._kill_at: float | None = None
         self._killed = False
@@ -168,19 +167,6 @@ def signal_session(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def route_to(address: str) -> str | None:
-    """Return this machine's address on the route to `address`; None without a route. No packet is sent."""
-    try:
-        found = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
-    except OSError:
-        return None
-    for family, kind, protocol, _, remote in found:
-        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
-            probe.connect(remote)
-            return str(probe.getsockname()[0])
-    return None
-
-
 def family_of(address: str) -> socket.AddressFamily | None:
     """Return whether an address is IPv4 or IPv6; None for other addresses, such as Ethernet's."""
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -188,17 +174,6 @@ def family_of(address: str) -> socket.AddressFamily | None:
             socket.inet_pton(family, address)
             return family
     return None
-
-
-def _interface(address: str) -> dict[str, str]:
-    """Return the variable that tells gloo the network interface on the route to the rendezvous address.
-
-    By default gloo resolves this host's name, which is 127.0.0.1 on many systems. Interface names may differ between
-    hosts, so each host determines its own.
-    """
-    own = route_to(address)
-    names = [name for name, found in psutil.net_if_addrs().items() if any(one.address == own for one in found)]
-    return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
 
 
 class StopSignals(list[int]):

@@ -20,6 +20,7 @@ from bst_base.sizes import spans
 from bst_dist.parallel.communication import record_deepspeed
 from bst_dist.parallel.devices import cpu_refusal, local_rank
 from bst_dist.parallel.gathering import agreed_port, gathered
+from bst_dist.parallel.interface import choose_gloo_interface
 from bst_dist.parallel.numa import bind_to_device_node, pci_address
 from bst_dist.parallel.phases import Phases
 
@@ -80,8 +81,10 @@ class Ranks:
             if "RANK" not in os.environ:  # first, because it would overwrite the values set below
                 deepspeed.comm.comm.mpi_discovery(options["distributed_port"], verbose=False)
             number_by_device(device)
+        choose_gloo_interface()  # on CPUs for all exchanges
         with gathered():
             deepspeed.init_distributed(verbose=False, **options)
+        choose_gloo_interface()  # for the group of local copies, where DeepSpeed has found rank 0's host by MPI
         self.rank = distributed.get_rank()
         self.world = distributed.get_world_size()
         self.device = torch.device(accelerator.current_device_name())

@@ -38,6 +38,8 @@ from bst_dist.faults import ledger
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.comparison.equality import equality
+from bst_dist.train.run import train
+from bst_dist.train.start.request import Request
 from tests.checkpoint.alone import Alone
 from tests.checkpoint.damage import flip
 
@@ -351,6 +353,26 @@ def test_a_full_directory_stops_local_copies_but_not_training(tmp_path, monkeypa
     assert said.startswith("no local copies (checkpoint.local_every) in the rest of this start: ")
     assert said.endswith("cannot write /dev/shm/x: No space left on device")
     assert not run.copies.root.exists()
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+def test_a_rank_that_cannot_connect_to_its_neighbours_stops_local_copies_but_not_training(
+    recipe_file, on_ranks, tmp_path, monkeypatch, capfd
+):
+    def connect(rank: int, places: list[str]) -> Neighbours:
+        if rank == 1:
+            raise RuntimeError("Gloo connectFullMesh failed")
+        return Neighbours(rank, places)
+
+    monkeypatch.setattr(local, "Neighbours", connect)
+    changes = ["checkpoint.local_every=1", f"checkpoint.local_directory={tmp_path / 'memory'}"]
+    request = Request(recipe_file(), changes, tmp_path / "run", False, 2)
+    on_ranks(2, lambda ranks: train(request, ranks))
+    assert [line["step"] for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "train"] == [1, 2]
+    said = capfd.readouterr().out
+    assert "no local copies (checkpoint.local_every) in the rest of this start: " in said
+    assert "Gloo connectFullMesh failed" in said
 
 
 def test_without_room_for_all_copies_none_are_written(tmp_path, monkeypatch):

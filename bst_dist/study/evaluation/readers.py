@@ -26,6 +26,7 @@ from bst_base.host import allow_open_files, free_port
 from bst_base.launched import require_single_process
 from bst_dist.cluster.local import launch
 from bst_dist.cluster.processes import Share
+from bst_dist.parallel.interface import choose_gloo_interface
 from bst_dist.parallel.ranks import own_device
 
 LIMIT = timedelta(days=7)
@@ -79,6 +80,7 @@ def joined() -> Iterator[Readers]:
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(own_device(torch.accelerator.device_count()))
     allow_open_files()  # rank 0 holds a connection of every rank
+    choose_gloo_interface()
     distributed.init_process_group("gloo", timeout=LIMIT)
     try:
         yield Readers(distributed.get_rank(), distributed.get_world_size())
