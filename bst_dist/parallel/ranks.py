@@ -37,6 +37,27 @@ SEPARATE_PROCESSES_HINT = (
 )
 
 
+def _be_alone_without_launcher() -> None:
+    """Let this process be the only rank if no launcher has started it."""
+    if not any(name in os.environ for name in _LAUNCHED):
+        require_single_process("train all of the run", SEPARATE_PROCESSES_HINT)
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {**alone, "MASTER_PORT": str(free_port())}
+
+
+def _limits(exchange_limit_s: float | None) -> dict[str, Any]:
+    """Set what torch does with an exchange that hangs; return the arguments that DeepSpeed passes on to torch."""
+    options: dict[str, Any] = {}
+    if exchange_limit_s is not None:
+        options = {"timeout": timedelta(seconds=exchange_limit_s)}
+        # The timeout of NCCL's heartbeat monitor, which does not follow from the timeout of exchanges.
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{exchange_limit_s:.0f}")
+    # Keep torch's flight recorder for jobs that hang, and write it when NCCL times out.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    return options
+
+
 class Ranks:
     """The process group of all ranks, for any launcher that started this process.
 
@@ -56,10 +77,7 @@ class Ranks:
             # Otherwise DeepSpeed tries its C++ extensions one by one and compiles an all-reduce that only its inference
             # uses. This takes minutes at the first start. If it is killed, its lock blocks the next start.
             deepspeed.ops.__compatible_ops__ = {}
-        if not any(name in os.environ for name in _LAUNCHED):
-            require_single_process("train all of the run", SEPARATE_PROCESSES_HINT)
-            alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-            os.environ |= {**alone, "MASTER_PORT": str(free_port())}
+        _be_alone_without_launcher()
         # Set the device before DeepSpeed initialises the group: under mpirun it learns LOCAL_RANK only from MPI, and by
         # then every process would have taken the first device.
         device = None if accelerator.device_name() == "cpu" else own_device(accelerator.device_count())
@@ -67,14 +85,7 @@ class Ranks:
             accelerator.set_device(device)
         self.numa_node = bind_to_device_node(pci_of_device() if accelerator.device_name() == "cuda" else None)
         """The NUMA node of the device, to whose cores this process is bound; None if it is not bound."""
-        options: dict[str, Any] = {}
-        if exchange_limit_s is not None:
-            options = {"timeout": timedelta(seconds=exchange_limit_s)}
-            # The timeout of NCCL's heartbeat monitor, which does not follow from the timeout of exchanges.
-            os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{exchange_limit_s:.0f}")
-        # Keep torch's flight recorder for jobs that hang, and write it when NCCL times out.
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        options = _limits(exchange_limit_s)
         if "RANK" not in os.environ:  # DeepSpeed will ask MPI
             options["distributed_port"] = agreed_port()
         if device is not None and device != (local_rank(os.environ) or 0):
