@@ -99,9 +99,15 @@ def _block_recurrent(config: ModelConfig, length: int) -> dict[str, float]:
     terms = _sliding(config, length)
     terms["projections"] += 4 * d * inner  # second query, wider output
     terms["cross"] = 4 * inner * states
-    token_keys = 2 * block - block * block / length  # no block precedes the first
-    terms["state"] = states / block * (12 * d * inner + 4 * inner * (states + token_keys))
+    terms["state"] = states / block * 12 * d * inner + state_attention_flops(config, length)
     return terms
+
+
+def state_attention_flops(config: ModelConfig, length: int) -> float:
+    """Return the attention in Block-Recurrent's term `state`: of the states to themselves and to tokens."""
+    states, block = config.block_recurrent.states, config.block
+    token_keys = 2 * block - block * block / length  # no block precedes the first
+    return states / block * 4 * config.inner * (states + token_keys)
 
 
 def _gss(config: ModelConfig, length: int) -> dict[str, float]:

@@ -7,18 +7,24 @@ counts the recomputation of activation checkpointing (Korthikanti et al., arXiv 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
-from torch import nn
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.activation.selective import keeps
+from bst_dist.model import products
 from bst_dist.model.config import ModelConfig
+from bst_dist.model.flex import uses_flex_tiles
+from bst_dist.model.layers import Layer
+from bst_dist.parallel.sequence.past import Past
 from bst_dist.parallel.sequence.slices import Spacing
-from bst_dist.plan.flops import forward_flops, layer_flops
-
-FUSED = "fused-tiles"
-"""The attention path whose outputs the selective policy keeps."""
+from bst_dist.plan.flops import forward_flops, layer_flops, state_attention_flops
 
 
 @dataclass(frozen=True)
@@ -46,19 +52,18 @@ class Speed:
 
 
 def recomputed_flops_per_token(config: ModelConfig, length: int, checkpointing: ActivationCheckpointingConfig,
-                               layers: Iterable[nn.Module], path: str) -> float:  # fmt: skip
+                               path: str, compiled: bool) -> float:  # fmt: skip
     """Return the FLOPs of one token that activation checkpointing recomputes.
 
-    `layers`: the model's layers; `path`: the path that attention takes.
+    `path`: the path that attention takes (`attention_path`); `compiled`: whether layers are compiled.
     """
+    again = [mixer for index, mixer in enumerate(config.mixers()) if checkpointing.runs_again(index)]
     total = 0.0
-    for index, (mixer, layer) in enumerate(zip(config.mixers(), layers, strict=True)):
-        if not checkpointing.runs_again(index):
-            continue
-        terms = layer_flops(config, mixer, length)
-        total += sum(terms.values())
+    for mixer, layers in Counter(again).items():
+        of_one = sum(layer_flops(config, mixer, length).values())
         if checkpointing.policy == "selective":
-            total -= _kept(layer) + (terms.get("attention", 0) + terms.get("cross", 0) if path == FUSED else 0)
+            of_one -= _kept_products(config, mixer, compiled) + _kept_attention(config, mixer, length, path)
+        total += layers * of_one
     return total
 
 
@@ -68,7 +73,42 @@ def edge_flops_per_token(config: ModelConfig, length: int, slices: int, every: i
     return layers * Spacing(slices, every).passes / slices
 
 
-def _kept(layer: nn.Module) -> float:
-    """Return the FLOPs of one token in the products that the selective policy keeps: in_features >= out_features."""
-    products = (module for module in layer.modules() if isinstance(module, nn.Linear))
-    return sum(2 * one.in_features * one.out_features for one in products if one.in_features >= one.out_features)
+def _kept_attention(config: ModelConfig, mixer: str, length: int, path: str) -> float:
+    """Return the FLOPs of one token in attention that the selective policy keeps: in torch's kernels and FlexAttention.
+
+    Attention in plain operations is recomputed: on devices without a kernel, on CUDA in the windows of sequences that
+    are too short for FlexAttention, and to the states of `bst-joint` unless FlexAttention computes it.
+    """
+    if path == "tiles":
+        return 0.0
+    terms = layer_flops(config, mixer, length)
+    flex = path == "flex" and uses_flex_tiles(length)
+    kept = terms.get("attention", 0.0) if flex or path != "flex" else 0.0
+    if mixer != "bst-joint" or (flex and config.context.variant != "MF"):
+        kept += terms.get("cross", 0.0)
+    return kept + (state_attention_flops(config, length) if mixer == "block-recurrent" else 0.0)
+
+
+def _kept_products(config: ModelConfig, mixer: str, compiled: bool) -> float:
+    """Return the FLOPs of one token in the matrix products that the selective policy keeps.
+
+    One block of tokens goes through a layer of tensors without storage. So a product counts as often as it runs, once
+    per token or per state, and maps that a compiled layer merges count as one product.
+    """
+    as_in_training = patch.object(products, "is_compiling", lambda: compiled)
+    with FakeTensorMode(), torch.no_grad(), as_in_training:
+        layer, x = Layer(mixer, config), torch.zeros(1, config.block, config.width)
+        with _KeptProducts() as counted:
+            layer(x, Past())
+    return counted.flops / config.block
+
+
+class _KeptProducts(TorchDispatchMode):
+    """Counts the FLOPs of the matrix products that the selective policy keeps."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default and keeps(func, args):
+            self.flops += 2 * args[0].numel() * args[1].shape[1]
+        return func(*args, **(kwargs or {}))

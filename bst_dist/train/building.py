@@ -71,7 +71,11 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
     def speed(length: int) -> Speed:
         train = recipe.of_one_length(length).train
         again = recomputed_flops_per_token(
-            recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)
+            recipe.model,
+            length,
+            recipe.activation_checkpointing,
+            attention_path(ranks.device),
+            compiled=engine.module.layers[0].compiled,
         ) + edge_flops_per_token(recipe.model, length, train.slices, train.edges_every)
         return Speed(model_flops_per_label(start.objective, length), peak, tokens * again)
 

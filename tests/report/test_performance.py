@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from bst_dist.activation import policy as activation
+from bst_dist.activation import selective
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import load_recipe
 from bst_dist.model.config import ModelConfig
@@ -202,8 +204,7 @@ SLIDING = CONFIG.model_copy(update={"depth": 2, "mixer": "sliding", "placement":
 )
 def test_recomputed_flops_equal_those_of_recomputed_layers(policy, layers):
     settings = ActivationCheckpointingConfig(policy=policy)
-    model = LanguageModel(CONFIG)
-    again = recomputed_flops_per_token(CONFIG, 64, settings, model.layers, "tiles")
+    again = recomputed_flops_per_token(CONFIG, 64, settings, "tiles", compiled=False)
     terms = forward_flops(layers, 64) if layers else {"head": 0}
     assert again == pytest.approx(sum(terms.values()) - terms["head"])
     speed = Speed(3e9, 1e12, again)
@@ -217,25 +218,68 @@ def test_utilisation_above_one_or_without_a_known_peak_is_nan(peak):
     assert math.isnan(peak) or [Speed(flops, peak).mfu(10.0) for flops in (0.5e8, 1e8)] == [0.5, 1.0]
 
 
-@pytest.mark.parametrize("policy", ["every-layer", "every-kth-layer", "selective"])
-def test_recomputed_flops_equal_those_counted_by_torch(policy):
-    def counted(settings: ActivationCheckpointingConfig) -> int:
-        torch.manual_seed(0)
-        model = LanguageModel(CONFIG)
-        model.checkpoint = activation.policy(settings, model.layers)
-        ids = torch.randint(50, (2, 64))
-        with FlopCounterMode(display=False) as counter:
-            model(ids, ids, torch.ones_like(ids, dtype=torch.bool)).total.backward()
-        return counter.get_total_flops()
+def counted(config: ModelConfig, settings: ActivationCheckpointingConfig) -> int:
+    """Return the FLOPs of both passes over 128 tokens, without fused CPU kernels, which torch does not count."""
+    torch.manual_seed(0)
+    model = LanguageModel(config)
+    model.checkpoint = activation.policy(settings, model.layers)
+    ids = torch.randint(50, (2, 64))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, ids, torch.ones_like(ids, dtype=torch.bool)).total.backward()
+    return counter.get_total_flops()
 
+
+@pytest.mark.parametrize("policy", ["every-layer", "every-kth-layer"])
+def test_recomputed_flops_equal_those_counted_by_torch(policy):
     settings = ActivationCheckpointingConfig(policy=policy)
-    more = counted(settings) - counted(ActivationCheckpointingConfig())
-    again = recomputed_flops_per_token(CONFIG, 64, settings, LanguageModel(CONFIG).layers, "fused-tiles")
-    if policy != "selective":  # selective keeps attention; torch does not count its fused CPU kernel
-        for index in filter(settings.runs_again, range(CONFIG.depth)):
-            terms = MIXER_TERMS[CONFIG.mixers()[index]](CONFIG, 64)
-            again -= terms["attention"] + terms.get("cross", 0)
+    more = counted(CONFIG, settings) - counted(CONFIG, ActivationCheckpointingConfig())
+    again = recomputed_flops_per_token(CONFIG, 64, settings, "fused-tiles", compiled=False)
+    for index in filter(settings.runs_again, range(CONFIG.depth)):
+        terms = MIXER_TERMS[CONFIG.mixers()[index]](CONFIG, 64)
+        again -= terms["attention"] + terms.get("cross", 0)
     assert more / 128 == pytest.approx(again, rel=0.02)
+
+
+SELECTIVE = ActivationCheckpointingConfig(policy="selective")
+MIXERS = {
+    "SH": {},
+    "MF": {"context": {"variant": "MF", "states": 3}},
+    "joint": {"mixer": "bst-joint"},
+    "MF joint": {"mixer": "bst-joint", "context": {"variant": "MF", "states": 3}},
+    "block-recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": 12}},
+    "gate": {"activation": "swiglu"},
+}
+
+
+def of(name: str) -> ModelConfig:
+    return ModelConfig(**CONFIG.model_dump(exclude_unset=True) | {"activation": "gelu"} | MIXERS[name])
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["single maps", "merged maps"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_selective_recomputes_the_flops_counted_by_torch(name, merged, monkeypatch):
+    """Attention of these layers is in kernels that the policy keeps and that torch's counter leaves out, except that to
+    the states of a joint softmax.
+
+    Also with the maps of one input in one product, as in a compiled layer: the product may be wider than its input.
+    """
+    config = of(name)
+    monkeypatch.setattr("bst_dist.model.products.is_compiling", lambda: merged)
+    more = counted(config, SELECTIVE) - counted(config, ActivationCheckpointingConfig())
+    again = recomputed_flops_per_token(config, 64, SELECTIVE, "fused-tiles", compiled=merged)
+    assert more / 128 == pytest.approx(again, rel=0.01)
+
+
+def test_selective_keeps_flex_attention_on_cuda():
+    config = of("SH")
+    assert selective.keeps(flex_attention, ())
+    on = {path: recomputed_flops_per_token(config, 256, SELECTIVE, path, compiled=True)
+          for path in ("flex", "fused-tiles", "tiles")}  # fmt: skip
+    terms = forward_flops(config, 256)
+    assert on["flex"] == on["fused-tiles"] == pytest.approx(on["tiles"] - terms["attention"] - terms["cross"])
+    short = recomputed_flops_per_token(config, 128, SELECTIVE, "flex", compiled=True)  # the window in plain operations
+    kept = recomputed_flops_per_token(config, 128, SELECTIVE, "fused-tiles", compiled=True)
+    assert short == pytest.approx(kept + forward_flops(config, 128)["attention"])
 
 
 @pytest.mark.ranks
