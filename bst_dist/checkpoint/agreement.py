@@ -8,6 +8,7 @@ is one, finds the same. When the two disagree, or a host cannot read, the start 
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from bst_base.errors import StorageError
 from bst_dist.checkpoint.directory import Finding, committed, examine, read_manifest, step_of
 from bst_dist.parallel.ranks import Ranks
 
+SLICE_S = 5.0
+"""Seconds after which a rank that reads takes part in an exchange."""
 UNCHANGED = "nothing was changed; start again when all hosts see the same files"
 
 
@@ -45,13 +48,16 @@ def confirmed_damage(ranks: Ranks, checkpoint: Path, kind: str = "") -> list[Fin
     """
     manifest, _ = ranks.from_first(_tried(lambda: read_manifest(checkpoint)) if ranks.first else None)
     # Without a manifest from rank 0, every rank tries to read it and reports the problem.
-    first = gathered(ranks, lambda: examine(checkpoint, ranks.rank, ranks.world, manifest=manifest, kind=kind))
+    first = read_together(
+        ranks,
+        lambda arrived: examine(checkpoint, ranks.rank, ranks.world, manifest=manifest, kind=kind, arrived=arrived),
+    )
     if not any(first):
         return []
     hosts = ranks.gather(socket.gethostname())
     again = _again(first, hosts)
     own = [name for name, by in again if by == ranks.rank]
-    second = gathered(ranks, lambda: examine(checkpoint, only=own) if own else [])
+    second = read_together(ranks, lambda arrived: examine(checkpoint, only=own, arrived=arrived) if own else [])
     confirmed = {finding.file for found in second for finding in found}
     for rank, found in enumerate(first):
         for finding in found:
@@ -80,7 +86,32 @@ def of_first(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 def gathered(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
     """Run `work` on every rank and return all results; an exception on one rank is raised on all ranks."""
-    everyone = ranks.gather(_tried(work))
+    return _values(ranks.gather(_tried(work)))
+
+
+def read_together(ranks: Ranks, work: Callable[[Callable[[], None]], Any]) -> list[Any]:
+    """Do `gathered` for work that reads from the storage, however long this takes.
+
+    `work` calls its argument whenever a part of the data has arrived. The rank then takes part in an exchange if the
+    last one was some seconds ago, and ranks that have finished exchange until all have. So the watchdog sees all ranks
+    move while data arrives, however slowly, and names a rank for which none does: it is behind the others. No exchange
+    lasts as long as the reading, so torch's limit is not reached.
+    """
+    since = time.monotonic()
+
+    def arrived() -> None:
+        nonlocal since
+        if time.monotonic() - since > SLICE_S:
+            ranks.gather(None)
+            since = time.monotonic()
+
+    own = _tried(lambda: work(arrived))
+    while None in (everyone := ranks.gather(own)):
+        pass
+    return _values(everyone)
+
+
+def _values(everyone: Sequence[tuple[Any, Exception | None]]) -> list[Any]:
     for _, raised in everyone:
         if raised is not None:
             raise raised

@@ -20,10 +20,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from bst_base.errors import StorageError, UserError
 from bst_dist.checkpoint.index import Index, Indexed
@@ -164,27 +164,29 @@ class Finding:
 
 
 def examine(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = True, only: Sequence[str] | None = None,
-            manifest: dict[str, Any] | None = None, kind: str = "") -> list[Finding]:  # fmt: skip
+            manifest: dict[str, Any] | None = None, kind: str = "",
+            arrived: Callable[[], None] = lambda: None) -> list[Finding]:  # fmt: skip
     """Check a checkpoint's files against the manifest, as this host sees them, and return the problems.
 
     `part`, `parts`: check only every `parts`-th file, beginning with number `part`. `only`: check only these files.
     `kind`: check only files of this kind. `manifest`: the manifest if it was already read. Without `digests` only
-    existence and size are checked, and no content is read. Raises OtherFormatError, because such a checkpoint is not
-    damaged. Raises StorageError when a file cannot be read, because its content may be intact.
+    existence and size are checked, and no content is read. `arrived`: called after each part that is read. Raises
+    OtherFormatError, because such a checkpoint is not damaged. Raises StorageError when a file cannot be read, because
+    its content may be intact.
     """
     try:
         files = (manifest or read_manifest(checkpoint))["files"]
     except ManifestError as error:
         return [Finding(MANIFEST, f"{error.what}:", missing=error.missing)]
     names = [name for name in sorted(files) if (only is None or name in only) and name.startswith(kind)]
-    return list(_wrong(checkpoint, {name: files[name] for name in names[part::parts]}, digests))
+    return list(_wrong(checkpoint, {name: files[name] for name in names[part::parts]}, digests, arrived))
 
 
-def _wrong(checkpoint: Path, files: dict[str, Any], digests: bool) -> Iterator[Finding]:
+def _wrong(checkpoint: Path, files: dict[str, Any], digests: bool, arrived: Callable[[], None]) -> Iterator[Finding]:
     for name, record in files.items():
         rank, host = record.get("rank"), record.get("host")
         try:
-            if what := _compare(checkpoint / name, record, digests):
+            if what := _compare(checkpoint / name, record, digests, arrived):
                 yield Finding(name, what, rank, host)
         except FileNotFoundError:
             yield Finding(name, "missing:", rank, host, missing=True)
@@ -192,14 +194,26 @@ def _wrong(checkpoint: Path, files: dict[str, Any], digests: bool) -> Iterator[F
             raise StorageError.of(error, checkpoint / name) from None
 
 
-def _compare(path: Path, record: dict[str, Any], digests: bool) -> str | None:
+def _compare(path: Path, record: dict[str, Any], digests: bool, arrived: Callable[[], None]) -> str | None:
     """Return how a file differs from its record in the manifest; None if it does not."""
     with path.open("rb") as file:
         if (there := os.fstat(file.fileno()).st_size) != record["bytes"]:
             return f"size mismatch ({there} bytes instead of {record['bytes']}) in"
-        if digests and hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+        if digests and hashlib.file_digest(_Followed(file, arrived), "sha256").hexdigest() != record["sha256"]:
             return "checksum mismatch in"
     return None
+
+
+class _Followed:
+    """A file for `hashlib.file_digest` that calls `arrived` after each part that was read."""
+
+    def __init__(self, file: IO[bytes], arrived: Callable[[], None]) -> None:
+        self.readable, self._file, self._arrived = file.readable, file, arrived
+
+    def readinto(self, buffer: bytearray) -> int:
+        count = self._file.readinto(buffer)
+        self._arrived()
+        return count
 
 
 def damage(checkpoint: Path, digests: bool = True, kind: str = "") -> list[str]:

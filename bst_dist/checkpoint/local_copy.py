@@ -17,7 +17,7 @@ import io
 import json
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +106,8 @@ class LocalCopy:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: no local copy: {error}") from None
 
-    def intact(self) -> bool:
-        """Whether the content matches its digest."""
+    def intact(self, arrived: Callable[[], None] = lambda: None) -> bool:
+        """Whether the content matches its digest; `arrived`: called after each part that is read."""
         digest = hashlib.sha256()
         try:
             with self.path.open("rb") as file:
@@ -115,6 +115,7 @@ class LocalCopy:
                 while left and (part := file.read(min(CHUNK, left))):
                     digest.update(part)
                     left -= len(part)
+                    arrived()
         except OSError:
             return False
         return digest.digest() == self._sha256

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bst_dist.checkpoint.agreement import read_together
 from bst_dist.checkpoint.directory import CheckpointError
 from bst_dist.checkpoint.layout import Layout
 from bst_dist.checkpoint.local_copy import Key, LocalCopy
@@ -68,10 +69,12 @@ def brought(ranks: Ranks, root: Path, heads: Sequence[int], found: Found) -> tup
                     hand_over(ranks, found.key.path(root, taker), giver, taker)
                 except OSError as error:
                     why = f"{socket.gethostname()} cannot write the copy: {error.strerror}"
-    try:
-        if why is None and not LocalCopy(found.key.path(root, own)).intact():
-            why = f"damaged on {socket.gethostname()}"
-    except CheckpointError as error:
-        why = str(error)
-    said = ranks.gather(why)
+    said = read_together(ranks, lambda arrived: why or _damage(found.key.path(root, own), arrived))
     return list(givers), next((f"rank {rank}'s: {why}" for rank, why in enumerate(said) if why), None)
+
+
+def _damage(path: Path, arrived: Callable[[], None]) -> str | None:
+    try:
+        return None if LocalCopy(path).intact(arrived) else f"damaged on {socket.gethostname()}"
+    except CheckpointError as error:
+        return str(error)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # at run time imported where values are used: reading headers
     from torch import Tensor
 
 DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
+PART = 1 << 26
+"""Maximum bytes of one read."""
 PIECES = "pieces"
 """Key in a file's metadata: shape and first element of each run that is not a whole tensor."""
 
@@ -184,10 +186,11 @@ class Shards:
         """The names and shapes of all tensors."""
         return self._places.shapes
 
-    def fill(self, wanted: Sequence[tuple[str, int, Tensor]]) -> None:
+    def fill(self, wanted: Sequence[tuple[str, int, Tensor]], arrived: Callable[[], None] = lambda: None) -> None:
         """For each (name, begin, into) fill `into` (n,) with the elements of the flattened tensor from `begin` on.
 
-        Each file is opened once. Raises ShardError when the shards do not have all of the elements.
+        Each file is opened once. `arrived`: called after each part. Raises ShardError when the shards do not have all
+        of the elements.
         """
         by_holder: dict[Any, list[int]] = {}
         for number, (name, begin, into) in enumerate(wanted):
@@ -196,13 +199,14 @@ class Shards:
         found = [0] * len(wanted)
         for holder in sorted(by_holder):
             for number in by_holder[holder]:
-                found[number] += self._read_part(self._places.stored(holder, wanted[number][0]), *wanted[number][1:])
+                stored = self._places.stored(holder, wanted[number][0])
+                found[number] += self._read_part(stored, *wanted[number][1:], arrived)
         for count, (name, begin, into) in zip(found, wanted, strict=True):
             if count != into.numel():
                 end = begin + into.numel()
                 raise ShardError(f"{name}: {count} of its elements {begin} to {end} are in the shards")
 
-    def _read_part(self, stored: Stored, begin: int, into: Tensor) -> int:
+    def _read_part(self, stored: Stored, begin: int, into: Tensor, arrived: Callable[[], None]) -> int:
         """Read the elements of `into` that one shard has; return how many there are."""
         piece = stored.piece
         first, last = max(begin, piece.begin), min(begin + into.numel(), piece.begin + piece.count)
@@ -210,20 +214,21 @@ class Shards:
             return 0
         part = into[first - begin : last - begin]
         values = part if part.device.type == "cpu" else part.new_empty(part.shape, device="cpu")
-        self._read_values(stored, first - piece.begin, values)
+        self._read_values(stored, first - piece.begin, values, arrived)
         if values is not part:
             part.copy_(values)
         return last - first
 
-    def _read_values(self, stored: Stored, skip: int, into: Tensor) -> None:
+    def _read_values(self, stored: Stored, skip: int, into: Tensor, arrived: Callable[[], None]) -> None:
         view = memoryview(into.numpy()).cast("B")
         try:
             file = self._opened(stored.path)
             file.seek(stored.offset + skip * into.element_size())
             while view:
-                if not (count := file.readinto(view)):
+                if not (count := file.readinto(view[:PART])):
                     raise ShardError(f"{stored.path}: ends in the middle of {stored.piece.name}")
                 view = view[count:]
+                arrived()
         except OSError as error:
             raise StorageError.of(error, stored.path) from None
 

@@ -15,7 +15,7 @@ import torch
 from bst_base.clock import utc_now
 from bst_base.errors import StorageError
 from bst_dist.checkpoint import rng, saving
-from bst_dist.checkpoint.agreement import common_checkpoints, confirmed_damage, manifest_of
+from bst_dist.checkpoint.agreement import common_checkpoints, confirmed_damage, manifest_of, read_together
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     AVERAGE,
@@ -193,15 +193,18 @@ class Snapshots:
         manifest = self._manifest_of(checkpoint)
         if not of_trunk:
             self._require_same(checkpoint, manifest)
-        self._fill(checkpoint, manifest)
+        read_together(self.ranks, lambda arrived: self._fill(checkpoint, manifest, arrived))
         return self._resume(manifest, cache(partial(_own, checkpoint)))
 
     def load_local(self, copy: LocalCopy) -> Position:
         """Load this rank's local copy, taken under the same layout, and return its position."""
         self._require_same(copy.path, copy.manifest)
         averaged = AVERAGED in copy.manifest["kinds"]  # else the average starts as the weights, as in `_fill`
-        self._fill_from(copy.path, lambda _: copy.shards(), lambda parameter, tensor: copied_name(
-            parameter, WEIGHT if tensor == AVERAGE and not averaged else tensor))  # fmt: skip
+
+        def named(parameter: str, tensor: str) -> str:
+            return copied_name(parameter, WEIGHT if tensor == AVERAGE and not averaged else tensor)
+
+        read_together(self.ranks, partial(self._fill_from, copy.path, lambda _: copy.shards(), named))
         own = copy.own()
         return self._resume(copy.manifest, lambda _: own)
 
@@ -260,7 +263,7 @@ class Snapshots:
                     f"{own.get(name, 'not set')!r}"
                 )
 
-    def _fill(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    def _fill(self, checkpoint: Path, manifest: dict[str, Any], arrived: Callable[[], None] = lambda: None) -> None:
         """Fill this rank's tensors: from its own files under the same layout, else from all files that have parts."""
         own = self.ranks.rank if Layout(**manifest["layout"]) == self.identity.layout else None
 
@@ -269,9 +272,10 @@ class Snapshots:
             there = kind if has(manifest, kind) or kind != AVERAGED else WEIGHTS
             return open_shards(checkpoint, there, own, manifest)
 
-        self._fill_from(checkpoint, opened, stored_name)
+        self._fill_from(checkpoint, opened, stored_name, arrived)
 
-    def _fill_from(self, checkpoint: Path, opened: Callable[[str], Shards], named: Callable[[str, str], str]) -> None:
+    def _fill_from(self, checkpoint: Path, opened: Callable[[str], Shards], named: Callable[[str, str], str],
+                   arrived: Callable[[], None]) -> None:  # fmt: skip
         """`opened`: opens the shards of a kind. `named`: returns a tensor's name there, from parameter and tensor."""
         held = self.state.held()
         for kind in self.kinds:
@@ -281,7 +285,7 @@ class Snapshots:
                     name = named(fragment.piece.name, tensor)
                     self._require_shape(checkpoint, name, fragment.piece.shape, shards.shape(name))
                     wanted.append((name, fragment.piece.begin, fragment.values[tensor]))
-            shards.fill(wanted)
+            shards.fill(wanted, arrived)
             shards.close()
 
     @staticmethod

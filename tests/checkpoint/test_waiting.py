@@ -1,7 +1,8 @@
-"""Ranks that wait for their checkpoint: a slow one is written to its end, a stuck one is ended by the watchdog."""
+"""Ranks that wait for their checkpoint: a slow one is written or read to its end, the watchdog ends a stuck one."""
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from bst_dist.checkpoint import saving
+from bst_dist.checkpoint import agreement, saving
+from bst_dist.checkpoint.agreement import read_together
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from bst_dist.checkpoint.saving import Saved, Saver
 from bst_dist.checkpoint.shards import Piece
@@ -20,6 +22,9 @@ from bst_dist.faults.disks import Disks
 from bst_dist.faults.heartbeats import LocalBoard
 from bst_dist.faults.watchdog import Watchdog
 from bst_dist.parallel.phases import Phases
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.run import train
+from bst_dist.train.start.request import Request
 from tests.checkpoint.alone import Alone
 
 KINDS = ("weights", "optimizer")
@@ -159,3 +164,88 @@ def test_the_watchdog_ends_a_rank_whose_files_do_not_grow_and_names_it(tmp_path,
     assert "rank 1 on" in said[0].splitlines()[1]
     assert "behind the others" in said[0].splitlines()[1]
     assert "checkpoint" in said[0].splitlines()[1]
+
+
+def read(ranks: list[Together], slowly: Callable[[Callable[[], None]], Any]) -> list[Any]:
+    """Let rank 1 read `slowly`, and return the results of all ranks."""
+    found: list[Any] = [None] * len(ranks)
+
+    def run(own: Together) -> None:
+        found[own.rank] = read_together(own, slowly if own.rank == 1 else lambda _: "at once")
+
+    threads = [threading.Thread(target=run, args=(own,)) for own in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return found
+
+
+def test_ranks_exchange_while_one_of_them_reads(two, monkeypatch):
+    ranks, _ = two
+    monkeypatch.setattr(agreement, "SLICE_S", 0.02)
+
+    def slowly(arrived: Callable[[], None]) -> str:
+        until = time.monotonic() + 20
+        while time.monotonic() < until and ranks[0].phases.exchanges < 8:
+            time.sleep(0.01)
+            arrived()
+        return "in the end"
+
+    assert read(ranks, slowly) == [["at once", "in the end"]] * 2
+    assert ranks[0].phases.exchanges == ranks[1].phases.exchanges >= 8
+
+
+def test_the_watchdog_ends_a_rank_whose_reading_stands_still_and_names_it(tmp_path, two):
+    ranks, _ = two
+    said: dict[int, str] = {}
+    ended, board = threading.Event(), LocalBoard()
+
+    def end_of(rank: int) -> Callable[..., None]:
+        def end(status: int, message: str, stacks: bool = False) -> None:
+            said[rank] = message
+            ended.set()
+
+        return end
+
+    dogs = [Watchdog(WatchdogConfig(limit_s=4), tmp_path, own.rank, 2, own.phases, board, Disks(), end_of(own.rank))
+            for own in ranks]  # fmt: skip
+    with dogs[0], dogs[1]:
+        read(ranks, lambda _: ended.wait(60))
+    assert "rank 1 on" in said[0].splitlines()[1]
+    assert "behind the others" in said[0].splitlines()[1]
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("reads", ["digests", "tensors"])
+def test_a_run_resumes_though_reading_takes_longer_than_the_watchdog_waits(
+    reads, recipe_file, on_ranks, tmp_path, monkeypatch
+):
+    def go(resume: bool, until: int) -> None:
+        request = Request(recipe_file(), ["watchdog.limit_s=4"], tmp_path / "run", resume, until)
+        on_ranks(2, lambda ranks: train(request, ranks))
+
+    go(resume=False, until=2)
+    readinto, taken_s = io.FileIO.readinto, 14.0
+
+    class Slow(io.FileIO):
+        """A file that gives a byte, then nothing for a moment, and so on, until the time is over."""
+
+        def readinto(self, buffer: Any) -> int:
+            if time.monotonic() > begun + taken_s:
+                return readinto(self, buffer)
+            time.sleep(0.2)
+            return readinto(self, memoryview(buffer)[:4])
+
+    def opened(path: Path, mode: str = "r", buffering: int = -1, **others: Any) -> Any:
+        if path.suffix != ".safetensors" or mode != "rb" or (buffering == 0) != (reads == "tensors"):
+            return plain(path, mode, buffering, **others)
+        return Slow(path)
+
+    plain, begun = Path.open, time.monotonic()
+    monkeypatch.setattr(agreement, "SLICE_S", 0.5)
+    monkeypatch.setattr(Path, "open", opened)
+    go(resume=True, until=3)
+    assert time.monotonic() > begun + taken_s
+    assert [line["step"] for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "train"] == [1, 2, 3]

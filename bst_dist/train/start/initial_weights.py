@@ -6,12 +6,13 @@ tokenizer must be those of the other run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from bst_dist.checkpoint.agreement import confirmed_damage, of_first
+from bst_dist.checkpoint.agreement import confirmed_damage, read_together
 from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, committed, damage, directory, open_shards, step_of
 from bst_dist.checkpoint.retention import has_full
 from bst_dist.train.config import InitialWeightsConfig
@@ -50,20 +51,23 @@ def load_initial(model: nn.Module, config: InitialWeightsConfig, tokenizer_sha25
     if found:
         raise CheckpointError(f"initial_weights: {checkpoint}: {found[0]}")
     if ranks:
-        of_first(ranks, lambda: _fill(model, checkpoint))
+        read_together(ranks, lambda arrived: _fill(model, checkpoint, arrived) if ranks.first else None)
     else:
         _fill(model, checkpoint)
 
 
-def _fill(model: nn.Module, checkpoint: Path) -> None:
-    """Read the weights into the model's own memory, so that they are held once."""
+def _fill(model: nn.Module, checkpoint: Path, arrived: Callable[[], None] = lambda: None) -> None:
+    """Read the weights into the model's own memory, so that they are held once.
+
+    `arrived`: called after each part that is read.
+    """
     shards, own = open_shards(checkpoint, WEIGHTS), model.state_dict()
     for name in sorted(shards.shapes.keys() | own.keys()):
         there = shards.shapes.get(name, "missing")
         here = tuple(own[name].shape) if name in own else "missing"
         if there != here:
             raise CheckpointError(f"initial_weights: {checkpoint} is of another model: {name} is {there}, here {here}")
-    shards.fill([(name, 0, tensor.view(-1)) for name, tensor in own.items()])
+    shards.fill([(name, 0, tensor.view(-1)) for name, tensor in own.items()], arrived)
     shards.close()
 
 
