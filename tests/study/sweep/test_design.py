@@ -346,7 +346,7 @@ def test_constant_size_differences_are_accepted(designer):
 
 
 def test_budget_removes_whole_blocks_and_keeps_the_design_sound(designer):
-    made = designer(budget={"flops": 1.2e14})
+    made = designer(budget={"flops": 1.5e14})
     runs, sweep = runs_of(made), made.sweep
     spent, limit, unit = price.cost(sweep.budget, {})
     assert unit == "FLOPs"
@@ -359,6 +359,14 @@ def test_budget_removes_whole_blocks_and_keeps_the_design_sound(designer):
         by_block.setdefault(run.cell.block, set()).add(run.cell.architecture)
     assert all(architectures == {"sliding", "bst"} for architectures in by_block.values())
     sound(fitted.runs)
+
+
+def test_budget_leaves_no_change_that_rests_on_one_pair(designer):
+    """With 1.2e14 FLOPs one pair of the larger size was left, which alone determined the changes over both factors."""
+    made = designer()
+    spent, _, _ = price.cost(made.sweep.budget, {})
+    with pytest.raises(UserError, match=r"the least grid that can answer costs 1.39e\+14"):
+        price.fit_budget(runs_of(made), spent, 1.2e14, made.sweep.noise, "sliding", "near")
 
 
 def test_budget_too_small_for_a_sound_grid_is_refused(designer):
