@@ -193,7 +193,8 @@ def _problems(one: Checked, common: Mapping[str, tuple[str, str]], job: str, nee
 
 def _limits(first: Checked, ranks: int) -> Found:
     """Yield the problem of a host whose processes may not open as many files as rank 0 of so many ranks needs."""
-    most, needed = first.answer["open_files"], FILES_PER_RANK * ranks + OWN_FILES
+    needed = FILES_PER_RANK * ranks + OWN_FILES
+    most = first.answer.get("open_files", needed)  # missing if the host has older code, which is a problem of its own
     if most < needed:
         yield (
             "limits",

@@ -81,7 +81,8 @@ def step(variant: str, isolated: bool, again: bool, stage: int, sp: int) -> dict
     engine = Recorded(of, OptimizerConfig(), completed)
     config = TrainConfig(steps=1, sequence_length=LENGTH, sequences=ROWS, micro_sequences=MICRO_ROWS, precision="fp32")
     token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
-    trainer = Trainer(config, ScheduleConfig(), engine, ranks, token_bytes, lambda _: Speed(1.0, 1.0), mesh.sp_group())
+    trainer = Trainer(config, ScheduleConfig(), 1e-3, engine, ranks, token_bytes, lambda _: Speed(1.0, 1.0),
+                      mesh.sp_group())  # fmt: skip
     report = trainer.step(0, batches(mesh, isolated), time.perf_counter())
     return {"loss": report.loss_nats, "norm": report.gradient_norm, "gradients": engine.gradients}
 

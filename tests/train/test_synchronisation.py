@@ -149,7 +149,7 @@ def test_a_gpu_step_does_not_synchronise_before_the_update(name: str, documents:
         ranks = SimpleNamespace(device=torch.device("meta"), world=1, phases=Phases(), add_up=lambda x: x)
         config = TrainConfig(steps=1, sequence_length=LENGTH, sequences=2 * ROWS, micro_sequences=ROWS)
         token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
-        trainer = Trainer(config, ScheduleConfig(), engine, ranks, token_bytes, lambda _: Speed(1.0, 1.0))
+        trainer = Trainer(config, ScheduleConfig(), 1e-3, engine, ranks, token_bytes, lambda _: Speed(1.0, 1.0))
         waits.found.clear()
         with pytest.raises(StopIteration):
             trainer.step(0, [batch(documents)] * 2, time.perf_counter())

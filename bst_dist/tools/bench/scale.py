@@ -242,7 +242,8 @@ def _preflight(hosts: int) -> float:
     """Return the CPU-seconds to judge and show the answers of that many hosts."""
     versions = dict.fromkeys(("python", "torch", "deepspeed", "numpy", "webdataset", "safetensors"), "1.0")
     answer = {"versions": versions, "code": "0" * 64, "files": {"recipe.yaml": "1" * 64}, "nonce": "job",
-              "free_bytes": 10**12, "ranks": [], "devices": ["nvidia0"] * A_HOST, "memory_errors": {}}  # fmt: skip
+              "free_bytes": 10**12, "open_files": 2**20, "ranks": [], "devices": ["nvidia0"] * A_HOST,
+              "memory_errors": {}}  # fmt: skip
     checked = [Checked(Host(f"node-{number:04}", A_HOST), answer=answer, clock_offset_s=0.0) for number in range(hosts)]
     begin = time.process_time()
     judge(checked, "job", 10**9)

@@ -103,7 +103,7 @@ def test_failed_pack_leaves_no_folder(sweep, planned, tmp_path, monkeypatch):
         folder.make(config, runs, tmp_path / "pack", 5, ["3.11"], 1000)
     assert not (tmp_path / "pack").exists()
     without = config.model_copy(update={"budget": config.budget.model_copy(update={"flops_per_s": None})})
-    with pytest.raises(UserError, match=r"needs budget\.flops_per_s"):
+    with pytest.raises(UserError, match=r"set budget\.flops_per_s"):
         folder.make(without, runs, tmp_path / "pack", 5, ["3.11"], 10**8)
 
 

@@ -365,7 +365,7 @@ def test_budget_leaves_no_change_that_rests_on_one_pair(designer):
     """With 1.2e14 FLOPs one pair of the larger size was left, which alone determined the changes over both factors."""
     made = designer()
     spent, _, _ = price.cost(made.sweep.budget, {})
-    with pytest.raises(UserError, match=r"the least grid that can answer costs 1.39e\+14"):
+    with pytest.raises(UserError, match=r"the smallest grid that can answer costs 1.39e\+14"):
         price.fit_budget(runs_of(made), spent, 1.2e14, made.sweep.noise, "sliding", "near")
 
 
