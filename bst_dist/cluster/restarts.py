@@ -38,9 +38,8 @@ class Restarts:
 
         An empty string means that no restart is allowed or useful, so no reason is printed. Two failures after the
         same step, without a lost host or a file system error, probably come from the program or the data and would
-        repeat. A
-        new checkpoint resets the count, so old failures of a long run do not count. `started`: False when no host was
-        fit for the last restart.
+        repeat. A new checkpoint resets the count, so old failures of a long run do not count. `started`: False when no
+        host was fit for the last restart.
         """
         if not ended.worth_a_restart or not self.most:
             return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from bst_dist.study.lengths.measure import How, LengthError, how, measure
 from bst_dist.study.runs.results import Result, read_result
 from bst_dist.study.runs.state import State
 from bst_dist.study.sweep.shape import count
+from bst_dist.train.config import TrainConfig
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.serve.loader import open_corpora
 
@@ -97,7 +99,7 @@ def measure_run(name: str, asked: MeasureConfig, state: State, say: Callable[[st
     result = read_result(run_dir)
     found = Measured(count(recipe.model, recipe.train.sequence_length).total, versions=result.versions)
     if asked.validation:
-        found.readings["bits_per_byte"] = Reading(result.final["bits_per_byte"])
+        _validation(result.final, found)
     if asked.task:
         found.readings.update({key: Reading(result.final[key]) for key in ("accuracy", "loss_nats")})
     if asked.task_beyond:
@@ -107,10 +109,17 @@ def measure_run(name: str, asked: MeasureConfig, state: State, say: Callable[[st
         found.readings.update(tokens_per_s=Reading(typical), tokens_per_s_fastest=Reading(fastest),
                               memory_mib=Reading(result.memory_bytes / MIB))  # fmt: skip
     if asked.time_to is not None:
-        _time_to(asked.time_to, result, found)
+        _time_to(asked.time_to, result, recipe.train, found)
     if asked.lengths:
         _lengths(run_dir, recipe, asked, state, found, say)
     return found
+
+
+def _validation(final: dict[str, Any], found: Measured) -> None:
+    if np.isnan(final["bits_per_byte"]):
+        found.notes["bits_per_byte"] = "the ids stand for no text"
+    else:
+        found.readings["bits_per_byte"] = Reading(final["bits_per_byte"])
 
 
 def _beyond(distance: int, final: dict[str, Any], found: Measured) -> None:
@@ -125,19 +134,36 @@ def _beyond(distance: int, final: dict[str, Any], found: Measured) -> None:
         found.readings[key] = Reading(mean)
 
 
-def _time_to(target: float, result: Result, found: Measured) -> None:
-    """Add the tokens and the time until the evaluations reach the target, interpolated between two evaluations.
-
-    The time is the number of steps times the median step time, so it excludes evaluations and checkpoints.
-    """
+def _time_to(target: float, result: Result, train: TrainConfig, found: Measured) -> None:
+    """Add the tokens and the time until the evaluations reach the target, interpolated between two evaluations."""
     evaluations = [(line["step"], line["bits_per_byte"]) for line in result.evaluations]
     step = reached(target, evaluations)
     if step is None:
         best = min(loss for _, loss in evaluations)
         found.notes.update(dict.fromkeys(("tokens_to_loss", "seconds_to_loss"), f"not reached: at best {best:.3f}"))
         return
-    found.readings["tokens_to_loss"] = Reading(step * result.tokens / result.train[-1]["step"])
-    found.readings["seconds_to_loss"] = Reading(step * result.step_s)
+    steps, tokens, seconds = progress(result, train)
+    found.readings["tokens_to_loss"] = Reading(float(np.interp(step, steps, tokens)))
+    found.readings["seconds_to_loss"] = Reading(float(np.interp(step, steps, seconds)))
+
+
+def progress(result: Result, train: TrainConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the steps, tokens and seconds of training at the start and after each step, (steps + 1,) each.
+
+    A step takes the median time of the steps with its batch and length, without the first ones of a start. So the
+    seconds exclude evaluations, checkpoints and compilation.
+    """
+
+    def batch(line: dict[str, Any]) -> tuple[int, int]:
+        step = line["step"] - 1
+        return train.sequences_at(step), train.length_at(step)
+
+    times: dict[tuple[int, int], list[float]] = {}
+    for line in result.warm:
+        times.setdefault(batch(line), []).append(line["step_time_s"])
+    seconds = [median(times[batch(line)]) if batch(line) in times else result.step_s for line in result.train]
+    steps, tokens = ([0, *(line[key] for line in result.train)] for key in ("step", "tokens"))
+    return np.array(steps), np.array(tokens), np.cumsum([0.0, *seconds])
 
 
 def reached(target: float, evaluations: list[tuple[int, float]]) -> float | None:

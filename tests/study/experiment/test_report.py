@@ -13,8 +13,10 @@ from bst_base.settings import dump
 from bst_dist.study.experiment.commands.report import report
 from bst_dist.study.experiment.config import load_experiment
 from bst_dist.study.experiment.design import trials
-from bst_dist.study.experiment.measure import reached
+from bst_dist.study.experiment.measure import progress, reached
+from bst_dist.study.runs.results import Result
 from bst_dist.study.runs.state import State
+from bst_dist.train.config import TrainConfig
 
 
 @pytest.fixture
@@ -210,6 +212,31 @@ def test_table_without_trained_runs_is_empty(made):
 @pytest.mark.parametrize(("target", "step"), [(7.0, 10.0), (5.0, 15.0), (4.0, 20.0), (3.5, 38.0), (3.0, None)])
 def test_step_that_reaches_a_loss_is_interpolated_between_evaluations(target, step):
     assert reached(target, [(10, 6.0), (20, 4.0), (30, 4.5), (40, 3.25)]) == (step and pytest.approx(step))
+
+
+def test_progress_follows_changes_of_the_batch(tmp_path):
+    """100 steps of 8 sequences in 0.1 s, then 100 of 32 in 0.4 s; the first two steps of the start compile."""
+    train = TrainConfig(steps=200, sequence_length=512, sequences=8, sequence_changes=[{"step": 100, "sequences": 32}])
+    lines, tokens = [], 0
+    for step in range(200):
+        sequences, seconds = (8, 0.1) if step < 100 else (32, 0.4)
+        tokens += sequences * 512
+        lines.append(
+            {"kind": "train", "step": step + 1, "tokens": tokens, "step_time_s": 60.0 if step < 2 else seconds}
+        )
+    steps, read, spent = progress(Result(tmp_path, lines), train)
+    assert (steps[0], read[0], spent[0]) == (0, 0, 0.0)
+    assert (steps[100], read[100], spent[100]) == (100, 409_600, pytest.approx(10.0))
+    assert (steps[150], read[150], spent[150]) == (150, 409_600 + 50 * 32 * 512, pytest.approx(30.0))
+
+
+def test_no_bits_per_byte_are_reported_of_ids_without_a_text(made):
+    m = made(measure={"validation": True})
+    for trial in m.trials:
+        m.finish(trial, [6.0, 4.0, 2.5, math.nan])
+    row = _rows(m.report())["fir"]
+    assert "bits_per_byte" not in row["measured"]
+    assert "the ids stand for no text" in row["notes"]["bits_per_byte"]
 
 
 def test_synthetic_task_results_come_from_the_last_evaluation(made, tmp_path):
