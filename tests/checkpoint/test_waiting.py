@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,9 @@ def test_ranks_exchange_while_old_checkpoints_are_removed(tmp_path, two):
     assert ranks[0].phases.exchanges == ranks[1].phases.exchanges
 
 
-def test_the_watchdog_ends_a_rank_whose_files_do_not_grow_and_names_it(tmp_path, two):
-    ranks, writes = two
+@contextmanager
+def watched(ranks: list[Together], run_dir: Path) -> Iterator[tuple[dict[int, str], threading.Event]]:
+    """Let a watchdog watch each rank; yield what each says when it would end its rank, and whether one has."""
     said: dict[int, str] = {}
     ended, board = threading.Event(), LocalBoard()
 
@@ -156,10 +158,17 @@ def test_the_watchdog_ends_a_rank_whose_files_do_not_grow_and_names_it(tmp_path,
 
         return end
 
-    writes(lambda _: ended.wait(60))
-    dogs = [Watchdog(WatchdogConfig(limit_s=4), tmp_path, own.rank, 2, own.phases, board, Disks(), end_of(own.rank))
-            for own in ranks]  # fmt: skip
-    with dogs[0], dogs[1]:
+    with ExitStack() as dogs:
+        for own in ranks:
+            dogs.enter_context(Watchdog(WatchdogConfig(limit_s=4), run_dir, own.rank, len(ranks), own.phases, board,
+                                        Disks(), end_of(own.rank)))  # fmt: skip
+        yield said, ended
+
+
+def test_the_watchdog_ends_a_rank_whose_files_do_not_grow_and_names_it(tmp_path, two):
+    ranks, writes = two
+    with watched(ranks, tmp_path) as (said, ended):
+        writes(lambda _: ended.wait(60))
         save(ranks, tmp_path, background=True)
     assert "rank 1 on" in said[0].splitlines()[1]
     assert "behind the others" in said[0].splitlines()[1]
@@ -198,19 +207,7 @@ def test_ranks_exchange_while_one_of_them_reads(two, monkeypatch):
 
 def test_the_watchdog_ends_a_rank_whose_reading_stands_still_and_names_it(tmp_path, two):
     ranks, _ = two
-    said: dict[int, str] = {}
-    ended, board = threading.Event(), LocalBoard()
-
-    def end_of(rank: int) -> Callable[..., None]:
-        def end(status: int, message: str, stacks: bool = False) -> None:
-            said[rank] = message
-            ended.set()
-
-        return end
-
-    dogs = [Watchdog(WatchdogConfig(limit_s=4), tmp_path, own.rank, 2, own.phases, board, Disks(), end_of(own.rank))
-            for own in ranks]  # fmt: skip
-    with dogs[0], dogs[1]:
+    with watched(ranks, tmp_path) as (said, ended):
         read(ranks, lambda _: ended.wait(60))
     assert "rank 1 on" in said[0].splitlines()[1]
     assert "behind the others" in said[0].splitlines()[1]
