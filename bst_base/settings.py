@@ -242,8 +242,12 @@ def _in_words(cls: type[Config], problem: Any) -> str:
 
 def _tagged_by(kinds: dict[str, type[Config]]) -> str:
     """Return the name of the field that gives the kind of a section."""
-    return next(name for tag, section in kinds.items() for name, field in section.model_fields.items()
-                if tag in get_args(field.annotation))  # fmt: skip
+    return next(
+        name
+        for tag, section in kinds.items()
+        for name, field in section.model_fields.items()
+        if tag in get_args(field.annotation)
+    )
 
 
 def _as_written(problem: str, given: Any) -> str:

@@ -19,8 +19,10 @@ def shortage(needed: float, free: float, where: object) -> str:
 
     The missing bytes are given too, since the other two numbers may look the same after rounding.
     """
-    return (f"it needs {readable_size(needed)}, {where} has {readable_size(free)} free, "
-            f"{readable_size(needed - free)} too little")  # fmt: skip
+    return (
+        f"it needs {readable_size(needed)}, {where} has {readable_size(free)} free, "
+        f"{readable_size(needed - free)} too little"
+    )
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -52,8 +52,9 @@ def drawn(sheet: Sheet, title: str | None = None) -> Table:
         whole = place == 0 or numbers
         width = max((cell_len(str(cell)) for cell in cells), default=0) if whole else None
         right = numbers or (sheet.flush_right and place > 0)
-        table.add_column(Text(name), justify="right" if right else "left", no_wrap=whole, min_width=width,
-                         overflow="fold")  # fmt: skip
+        table.add_column(
+            Text(name), justify="right" if right else "left", no_wrap=whole, min_width=width, overflow="fold"
+        )
     for number, row in enumerate(sheet.rows, 1):
         cells = (cell if isinstance(cell, Text) else Text(cell) for cell in row)
         table.add_row(*cells, end_section=number == sheet.rule_after)

@@ -349,8 +349,11 @@ def identity(recipe: Recipe, defaults: bool = True) -> dict[str, Any]:
     corpus = data["data"].pop("corpus", None)
     if isinstance(corpus, list):
         data["data"]["weights"] = [each.get("weight", 1.0) for each in corpus]
-    return {name: value for name, value in flat(data).items()
-            if not any(name == free or name.startswith(f"{free}.") for free in FREE)}  # fmt: skip
+    return {
+        name: value
+        for name, value in flat(data).items()
+        if not any(name == free or name.startswith(f"{free}.") for free in FREE)
+    }
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -50,8 +50,12 @@ def _given(action: argparse.Action, args: argparse.Namespace) -> bool:
 
 def overview(sections: Mapping[str, Mapping[str, Command]], groups: Mapping[str, str]) -> str:
     """Return the help of all commands by section; a group of commands has one line with its commands' names."""
-    lines = ["usage: bst COMMAND ...", "       bst COMMAND --help     what a command does, and its options",
-             "       bst GROUP              the commands of a group", "       bst --version"]  # fmt: skip
+    lines = [
+        "usage: bst COMMAND ...",
+        "       bst COMMAND --help     what a command does, and its options",
+        "       bst GROUP              the commands of a group",
+        "       bst --version",
+    ]
     for title, commands in sections.items():
         lines += ["", title]
         for first, members in groupby(commands, key=lambda name: name.partition(" ")[0]):
@@ -67,8 +71,12 @@ def overview(sections: Mapping[str, Mapping[str, Command]], groups: Mapping[str,
 def listing(commands: Mapping[str, Command], group: str, about: str) -> str:
     """Return the help of a group, one line per command; `about`: describes the group."""
     members = {name.partition(" ")[2]: text for name, (_, text) in commands.items() if name.startswith(f"{group} ")}
-    head = [f"usage: bst {group} COMMAND ...",
-            f"       bst {group} COMMAND --help     what a command does, and its options", "", about]  # fmt: skip
+    head = [
+        f"usage: bst {group} COMMAND ...",
+        f"       bst {group} COMMAND --help     what a command does, and its options",
+        "",
+        about,
+    ]
     return "\n".join([*head, *(line for name, text in members.items() for line in _line(name, text))])
 
 

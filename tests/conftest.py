@@ -136,9 +136,16 @@ def make_model():
             "mamba2": {"head": 8},
         } | changes
         settings = {
-            "vocab_size": 19, "width": 16, "heads": 2, "ffn": 24, "block": 8, "depth": 3, "mixer": mixer,
-            "placement": [1, 2], **{name: sections[name] for name in MIXER_SECTIONS[mixer] if name in sections},
-        }  # fmt: skip
+            "vocab_size": 19,
+            "width": 16,
+            "heads": 2,
+            "ffn": 24,
+            "block": 8,
+            "depth": 3,
+            "mixer": mixer,
+            "placement": [1, 2],
+            **{name: sections[name] for name in MIXER_SECTIONS[mixer] if name in sections},
+        }
         model = LanguageModel(ModelConfig(**settings)).double().eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -184,9 +191,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(40):
         (folder / f"{number:02}.txt").write_text(" ".join(random.choice(words, 100 + 20 * number)))
     settings = {
-        "source": {"kind": "folder", "path": str(folder), "pattern": "*.txt"}, "output": str(output),
-        "tokenizer": {"vocab_size": 320}, "validation_fraction": 0.2,
-    }  # fmt: skip
+        "source": {"kind": "folder", "path": str(folder), "pattern": "*.txt"},
+        "output": str(output),
+        "tokenizer": {"vocab_size": 320},
+        "validation_fraction": 0.2,
+    }
     with open_workers(1) as workers:
         prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
     return output
@@ -196,9 +205,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(corpus: Path) -> dict[str, Any]:
     """A recipe that trains in seconds, as plain data; in fp32, so that runs can be compared for equality."""
     return {
-        "name": "small", "seed": 3,
-        "model": {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 3, "mixer": "bst", "placement": [1],
-                  "ssm": {"state": 4, "chunk": 4}},
+        "name": "small",
+        "seed": 3,
+        "model": {
+            "width": 16,
+            "heads": 2,
+            "ffn": 32,
+            "block": 8,
+            "depth": 3,
+            "mixer": "bst",
+            "placement": [1],
+            "ssm": {"state": 4, "chunk": 4},
+        },
         "data": {"corpus": str(corpus), "prefetch": 0},
         "train": {"steps": 6, "sequence_length": 32, "sequences": 4, "precision": "fp32"},
         "evaluation": {"every": 3, "sequences": 4},
@@ -206,7 +224,7 @@ def settings(corpus: Path) -> dict[str, Any]:
         "checkpoint": {"every": 2},
         "log": {"tensorboard": False},
         "deepspeed": "ds_configs/zero1.json",
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -214,8 +232,10 @@ def recipe_file(tmp_path: Path, settings: dict[str, Any]) -> Callable[..., Path]
     """``recipe_file(**changes)`` writes the small recipe, with sections changed, and returns its path."""
 
     def write(**changes: Any) -> Path:
-        changed = {key: {**settings.get(key, {}), **value} if isinstance(value, dict) else value
-                   for key, value in changes.items()}  # fmt: skip
+        changed = {
+            key: {**settings.get(key, {}), **value} if isinstance(value, dict) else value
+            for key, value in changes.items()
+        }
         path = tmp_path / f"recipe-{len(list(tmp_path.iterdir()))}.yaml"
         path.write_text(dump(parse(Recipe, settings | changed)))
         return path
@@ -334,11 +354,21 @@ def make_run(tmp_path, corpus):
 
     def make(name: str = "run", steps: tuple[int, ...] = (4,), seed: int = 0, documents: str = "joined") -> Path:
         settings = {
-            "name": "small", "seed": 0, "data": {"corpus": str(corpus), "documents": documents},
-            "model": {"vocab_size": 320, "width": 16, "heads": 2, "ffn": 16, "block": 8, "depth": 2, "mixer": "bst",
-                      "ssm": {"chunk": 4}},
+            "name": "small",
+            "seed": 0,
+            "data": {"corpus": str(corpus), "documents": documents},
+            "model": {
+                "vocab_size": 320,
+                "width": 16,
+                "heads": 2,
+                "ffn": 16,
+                "block": 8,
+                "depth": 2,
+                "mixer": "bst",
+                "ssm": {"chunk": 4},
+            },
             "train": {"steps": 4, "sequence_length": 32, "sequences": 2, "precision": "fp32"},
-        }  # fmt: skip
+        }
         run_dir = tmp_path / name
         run_dir.mkdir(parents=True, exist_ok=True)
         recipe = parse(Recipe, settings)
@@ -375,9 +405,13 @@ def bst(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*arguments: object, under: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*under, *BST, *map(str, arguments)],
-            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_S,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_S,
+        )
 
     return run
 

@@ -102,8 +102,11 @@ def test_there_are_no_circular_imports(graph):
 
 def test_imports_follow_the_order_of_levels(graph):
     rooms = {name for name in graph if name not in PACKAGES}
-    upward = [(one, other) for one, other in arrows(graph)
-              if {one, other} <= rooms and not is_settings(other) and level(other) < level(one)]  # fmt: skip
+    upward = [
+        (one, other)
+        for one, other in arrows(graph)
+        if {one, other} <= rooms and not is_settings(other) and level(other) < level(one)
+    ]
     assert not upward
 
 
@@ -112,8 +115,11 @@ def test_settings_import_only_settings(graph):
     sections = {name for name in recipe if is_settings(name)}
     assert len(sections) >= 8
     plain = {"bst_dist.model.parametrisation", "bst_dist.study.lra.tasks"}  # formulas and a table, on plain numbers
-    foreign = [(one, other) for one, other in arrows(graph) if one in sections
-               and not (is_settings(other) or other in plain or other.startswith("bst_base"))]  # fmt: skip
+    foreign = [
+        (one, other)
+        for one, other in arrows(graph)
+        if one in sections and not (is_settings(other) or other in plain or other.startswith("bst_base"))
+    ]
     assert not foreign
 
 
@@ -123,11 +129,14 @@ def test_the_data_pipeline_does_not_import_bst_dist(graph):
 
 def test_only_runtime_packages_import_deepspeed():
     """Only the runtime imports DeepSpeed; models, settings, reports and evaluation do not."""
-    named = {name for name, file in modules().items()
-             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-             if isinstance(node, (ast.Import, ast.ImportFrom))
-             for path in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
-             if "deepspeed" in path.split(".")}  # fmt: skip
+    named = {
+        name
+        for name, file in modules().items()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for path in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+        if "deepspeed" in path.split(".")
+    }
     assert {name.split(".")[1] for name in named} == {"parallel", "plan", "tools", "train", "verify"}
 
 

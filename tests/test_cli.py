@@ -76,9 +76,15 @@ def test_help_explains_every_argument_and_default(name):
 
 @pytest.mark.parametrize(
     "words",
-    ["plot run --out", "compare a b --plot", "eval run --plot", "ablate run --out", "data stats corpus --png",
-     "law fit table.csv --n n --tokens d --loss l --plot"],
-)  # fmt: skip
+    [
+        "plot run --out",
+        "compare a b --plot",
+        "eval run --plot",
+        "ablate run --out",
+        "data stats corpus --png",
+        "law fit table.csv --n n --tokens d --loss l --plot",
+    ],
+)
 def test_an_unsupported_picture_suffix_is_refused_before_any_work(words, capsys, monkeypatch):
     name = next(name for name in cli.COMMANDS if words.startswith(f"{name} "))
     monkeypatch.setattr(importlib.import_module(cli.COMMANDS[name][0]), "run", lambda _: pytest.fail("worked"))

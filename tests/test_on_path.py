@@ -35,8 +35,14 @@ def bst(tmp_path, link_packages):
     environment = {**os.environ, "PYTHONPATH": f"{copy}:{packages}", "OMP_NUM_THREADS": "1"}
 
     def run(*arguments: object) -> str:
-        done = subprocess.run([base, "-s", "-m", "bst_dist", *map(str, arguments)], cwd=tmp_path, env=environment,
-                              capture_output=True, text=True, timeout=300)  # fmt: skip
+        done = subprocess.run(
+            [base, "-s", "-m", "bst_dist", *map(str, arguments)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 

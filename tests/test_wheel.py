@@ -18,8 +18,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*words: object, cwd: Path) -> str:
-    done = subprocess.run([str(word) for word in words], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -87,8 +93,12 @@ def test_an_installed_wheel_prepares_trains_resumes_and_evaluates_in_any_directo
     for number in range(20):
         lines = [f"for x{i % 7} in range({number}): print({i * number})\n" for i in range(60)]
         (place / "texts" / f"{number}.txt").write_text("".join(lines))
-    corpus = {"source": {"kind": "folder", "path": "texts", "pattern": "*.txt"}, "output": "corpora/tiny",
-              "tokenizer": {"vocab_size": 300}, "validation_fraction": 0.3}  # fmt: skip
+    corpus = {
+        "source": {"kind": "folder", "path": "texts", "pattern": "*.txt"},
+        "output": "corpora/tiny",
+        "tokenizer": {"vocab_size": 300},
+        "validation_fraction": 0.3,
+    }
     (place / "tiny.yaml").write_text(yaml.safe_dump(corpus))
     settings |= {"data": {"corpus": "../corpora/tiny", "prefetch": 0}, "deepspeed": "zero2", "ranks": 2}
     (place / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(settings))

@@ -44,8 +44,13 @@ class HostCopy:
 
     def of(self, fragments: list[Fragment], kinds: Sequence[str]) -> list[Copied]:
         """Copy the tensors of these kinds from the fragments; the copies are valid until the next call."""
-        named = [(f.piece, name, f.values[name]) for kind in kinds for name in TENSORS[kind] for f in fragments
-                 if name in f.values]  # fmt: skip
+        named = [
+            (f.piece, name, f.values[name])
+            for kind in kinds
+            for name in TENSORS[kind]
+            for f in fragments
+            if name in f.values
+        ]
         self.reserve(sum(values.numel() for *_, values in named))
         room, copies = deque(self._memory), []
         for piece, name, values in named:

@@ -163,9 +163,16 @@ class Finding:
         return f"{self.what} {whose}{self.file}" + (f" (host {self.host})" if self.host else "")
 
 
-def examine(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = True, only: Sequence[str] | None = None,
-            manifest: dict[str, Any] | None = None, kind: str = "",
-            arrived: Callable[[], None] = lambda: None) -> list[Finding]:  # fmt: skip
+def examine(
+    checkpoint: Path,
+    part: int = 0,
+    parts: int = 1,
+    digests: bool = True,
+    only: Sequence[str] | None = None,
+    manifest: dict[str, Any] | None = None,
+    kind: str = "",
+    arrived: Callable[[], None] = lambda: None,
+) -> list[Finding]:
     """Check a checkpoint's files against the manifest, as this host sees them, and return the problems.
 
     `part`, `parts`: check only every `parts`-th file, beginning with number `part`. `only`: check only these files.
@@ -252,8 +259,12 @@ def open_shards(checkpoint: Path, kind: str, own: int | None = None, manifest: d
         likely = None if own is None else checkpoint / shard_file(kind, own)
         return Shards(Headers((checkpoint / name for name in sorted(files)), likely))
     index = Index.of(manifest[INDEX])
-    tensors = {stored_name(parameter, tensor): (parameter, number) for number, tensor in enumerate(TENSORS[kind])
-               for parameter, division in index.divisions.items() if number < division.moments}  # fmt: skip
+    tensors = {
+        stored_name(parameter, tensor): (parameter, number)
+        for number, tensor in enumerate(TENSORS[kind])
+        for parameter, division in index.divisions.items()
+        if number < division.moments
+    }
     starts = {record["rank"]: (checkpoint / name, record["start"]) for name, record in files.items()}
     return Shards(Indexed(index, tensors, starts))
 

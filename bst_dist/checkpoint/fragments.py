@@ -92,8 +92,12 @@ class EngineState:
         else:
             groups = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
         counts = (sum(kind in _state(*updated) for kind in MOMENTS) for updated in self._updated())
-        return {self._names[id(parameter)]: count for count, group in zip(counts, groups, strict=True)
-                for parameter in group if count < len(MOMENTS)}  # fmt: skip
+        return {
+            self._names[id(parameter)]: count
+            for count, group in zip(counts, groups, strict=True)
+            for parameter in group
+            if count < len(MOMENTS)
+        }
 
     def updates(self) -> int:
         """Return the number of updates that the optimizer has made, which its bias correction uses."""
@@ -189,8 +193,9 @@ def placed(engine: Any) -> Iterator[Placed]:
             division = Division(tuple(parameter.ds_shape), ranks)
             yield Placed(parameter, division, zero.fp32_partitioned_groups_flat[group], offset)
         return
-    flat = zip(zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets,
-               strict=True)  # fmt: skip
+    flat = zip(
+        zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True
+    )
     for tensor, group, offsets in flat:
         share = tensor.numel()
         for parameter, offset in zip(group, offsets, strict=True):

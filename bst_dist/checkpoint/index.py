@@ -123,18 +123,27 @@ class Index:
     def of(cls, described: Mapping[str, Any]) -> Index:
         """Create the index from its form in a manifest."""
         ranks = described["ranks"]
-        return cls(ranks, {
-            name: Division(tuple(one["shape"]), ranks, one.get("first", 0), tuple(one.get("cuts", ())),
-                           one.get("moments", Division.moments))
-            for name, one in described["tensors"].items()
-        })  # fmt: skip
+        return cls(
+            ranks,
+            {
+                name: Division(
+                    tuple(one["shape"]),
+                    ranks,
+                    one.get("first", 0),
+                    tuple(one.get("cuts", ())),
+                    one.get("moments", Division.moments),
+                )
+                for name, one in described["tensors"].items()
+            },
+        )
 
 
 class Indexed:
     """The places of tensors (`shards.Places`) according to an index."""
 
-    def __init__(self, index: Index, tensors: Mapping[str, tuple[str, int]],
-                 files: Mapping[int, tuple[Path, int]]) -> None:  # fmt: skip
+    def __init__(
+        self, index: Index, tensors: Mapping[str, tuple[str, int]], files: Mapping[int, tuple[Path, int]]
+    ) -> None:
         """`tensors`: tensor name -> (parameter, number of the tensor among those of its kind). `files`: rank -> (path,
         byte offset of the first value)."""
         self.index, self.tensors, self.files = index, tensors, files
@@ -159,8 +168,12 @@ class Indexed:
         return Stored(Piece(name, division.shape, *division.run(holder)), path, start + 4 * elements)
 
 
-def agreed(ranks: Ranks, shapes: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece],
-           moments: Mapping[str, int] | None = None) -> Index:  # fmt: skip
+def agreed(
+    ranks: Ranks,
+    shapes: Mapping[str, tuple[int, ...]],
+    pieces: Iterable[Piece],
+    moments: Mapping[str, int] | None = None,
+) -> Index:
     """Return the index of the pieces that all ranks hold; every rank calls it with its own `pieces`.
 
     `moments`: the number of moments for parameters that do not have two. Raises RuntimeError unless the ranks together

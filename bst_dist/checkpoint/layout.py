@@ -56,8 +56,13 @@ def redistribute(rows: Rows, saved: Layout, load: Callable[[int], Carried]) -> C
     """
     wanted, spread = rows.of_micro_batches(), Spread(rows.sequences, saved.ranks // saved.sp, 1)
     sources = {spread.owner(row) * saved.sp for batch in wanted for row in batch if row != MASKED}
-    found = {row: (entry, place) for rank in sorted(sources) for entry in load(rank)
-             for place, row in enumerate(entry["rows"]) if row != MASKED}  # fmt: skip
+    found = {
+        row: (entry, place)
+        for rank in sorted(sources)
+        for entry in load(rank)
+        for place, row in enumerate(entry["rows"])
+        if row != MASKED
+    }
     if not found:
         return []
     found[MASKED] = next(iter(found.values()))  # any state will do: masked rows have no labels

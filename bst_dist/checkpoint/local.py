@@ -82,11 +82,15 @@ class LocalCopies:
         for rank, (*_, size) in enumerate(seen):
             for holder in {rank, kept_by[rank]} - {None}:
                 needed[places[holder]] += size
-        self._turn_off([
-            f"{node.host} has {node.free / 1e6:,.1f} MB free in {self.config.local_directory}, local copies may "
-            f"take {needed[node.directory] / 1e6:,.1f} MB: make room, or set checkpoint.local_directory or "
-            "checkpoint.local_every" for node, *_ in seen if node.free < needed[node.directory]
-        ])  # fmt: skip
+        self._turn_off(
+            [
+                f"{node.host} has {node.free / 1e6:,.1f} MB free in {self.config.local_directory}, local copies may "
+                f"take {needed[node.directory] / 1e6:,.1f} MB: make room, or set checkpoint.local_directory or "
+                "checkpoint.local_every"
+                for node, *_ in seen
+                if node.free < needed[node.directory]
+            ]
+        )
         if not self.on:
             return
         neighbours, why = _tried(lambda: Neighbours(self.ranks.rank, places))
@@ -118,8 +122,10 @@ class LocalCopies:
         reached = self.snapshots.reached()
         found = gathered(self.ranks, self.root, self._heads)
         newer = [key for key in sorted(found, reverse=True) if (key.skipped, key.step) >= reached]
-        newer, saved = of_first(self.ranks, lambda: ([key for key in newer if shown(key.step)],
-                                                     {step_of(path) for path in committed(self.run_dir)}))  # fmt: skip
+        newer, saved = of_first(
+            self.ranks,
+            lambda: ([key for key in newer if shown(key.step)], {step_of(path) for path in committed(self.run_dir)}),
+        )
         for place, key in enumerate(newer):
             why = refusal or found[key].missing(self.snapshots.identity.layout)
             taken, why = ([], why) if why else brought(self.ranks, self.root, self._heads, found[key])
@@ -198,8 +204,9 @@ class LocalCopies:
         work = self._thread.submit(self._write, key, [*self._held, key], copied, own, manifest)
         self._writing = key, work
 
-    def _write(self, key: Key, kept: Sequence[Key], copied: Sequence[Copied], own: dict[str, Any],
-               manifest: dict[str, Any]) -> str | None:  # fmt: skip
+    def _write(
+        self, key: Key, kept: Sequence[Key], copied: Sequence[Copied], own: dict[str, Any], manifest: dict[str, Any]
+    ) -> str | None:
         """Write and send this rank's copy and receive the one it keeps; return None or an error message.
 
         Runs in the thread.

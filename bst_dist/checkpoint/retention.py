@@ -203,8 +203,12 @@ def abandon(run_dir: Path, step: int) -> None:
     for path in committed(run_dir):
         if step_of(path) > step:
             if CheckpointEntry(path, {}).pinned:
-                _log.warning("%s: was pinned, and is removed: the run rolls back to step %d and takes the later steps "
-                             "again with other data", path, step)  # fmt: skip
+                _log.warning(
+                    "%s: was pinned, and is removed: the run rolls back to step %d and takes the later steps "
+                    "again with other data",
+                    path,
+                    step,
+                )
             delete(path)
 
 

@@ -113,8 +113,16 @@ class _Pending:
 class Saver:
     """Writes the checkpoints of one run, one at a time; all ranks make every call."""
 
-    def __init__(self, run_dir: Path, state: State, ranks: Ranks, background: bool, tidy: Callable[[], None],
-                 lease: SharedLease = NO_LEASE, kinds: Sequence[str] = (WEIGHTS, OPTIMIZER)) -> None:  # fmt: skip
+    def __init__(
+        self,
+        run_dir: Path,
+        state: State,
+        ranks: Ranks,
+        background: bool,
+        tidy: Callable[[], None],
+        lease: SharedLease = NO_LEASE,
+        kinds: Sequence[str] = (WEIGHTS, OPTIMIZER),
+    ) -> None:
         """`background`: copy first and write in a thread; else `start` returns when this rank's files are written.
         `tidy`: called in rank 0's thread after each commit. `lease`: must be held for a commit. `kinds`: of files that
         a full checkpoint has."""
@@ -145,8 +153,13 @@ class Saver:
         if self.background:
             copied = self._copy.of(fragments, kinds)
         else:
-            copied = [Copied(f.piece, name, [f.values[name]]) for kind in kinds for name in TENSORS[kind]
-                      for f in fragments if name in f.values]  # fmt: skip
+            copied = [
+                Copied(f.piece, name, [f.values[name]])
+                for kind in kinds
+                for name in TENSORS[kind]
+                for f in fragments
+                if name in f.values
+            ]
         files = Files(partial)
         written = self._thread.submit(self._write, files, copied, own, kinds)
         self._pending = _Pending(partial, {**manifest, INDEX: index.described()}, started, files, written)
@@ -309,8 +322,9 @@ def _needed(index: Index, kinds: Sequence[str]) -> int:
     """Return the number of bytes that all ranks together will write."""
     elements = sum(
         division.numel * min(division.moments, len(TENSORS[kind]))
-        for kind in kinds for division in index.divisions.values()
-    )  # fmt: skip
+        for kind in kinds
+        for division in index.divisions.values()
+    )
     return elements * torch.float32.itemsize + SPARE_BYTES
 
 

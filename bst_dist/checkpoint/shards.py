@@ -279,6 +279,9 @@ def _stored(path: Path, start: int, name: str, entry: dict[str, Any], place: dic
     if entry["dtype"] != DTYPES["torch.float32"]:
         raise ValueError(f"{name} is {entry['dtype']}, not single precision")
     count = math.prod(entry["shape"])
-    piece = Piece(name, tuple(place["shape"]), place["begin"], count) if place else Piece(
-        name, tuple(entry["shape"]), 0, count)  # fmt: skip
+    piece = (
+        Piece(name, tuple(place["shape"]), place["begin"], count)
+        if place
+        else Piece(name, tuple(entry["shape"]), 0, count)
+    )
     return Stored(piece, path, start + entry["data_offsets"][0])

@@ -93,9 +93,17 @@ class State(saving.State, Protocol):
 class Snapshots:
     """Writes and reads the checkpoints of one run with all ranks together: every rank makes every call."""
 
-    def __init__(self, run_dir: Path, state: State, ranks: Ranks, identity: Identity, config: CheckpointConfig,
-                 lease: SharedLease = NO_LEASE, averaged: bool = False,
-                 constant_until: int | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        run_dir: Path,
+        state: State,
+        ranks: Ranks,
+        identity: Identity,
+        config: CheckpointConfig,
+        lease: SharedLease = NO_LEASE,
+        averaged: bool = False,
+        constant_until: int | None = None,
+    ) -> None:
         """`averaged`: the state has an average of the weights, which is written and read too. `constant_until`: see
         `retention.reasons`."""
         self.kinds = (WEIGHTS, OPTIMIZER, AVERAGED) if averaged else (WEIGHTS, OPTIMIZER)
@@ -103,8 +111,9 @@ class Snapshots:
         self.identity, self.config = identity, config
         self._manifest: tuple[Path, dict[str, Any]] | None = None
         self._versions = versions() if ranks.first else {}  # runs git, so it is done before training
-        self._saver = Saver(run_dir, state, ranks, config.background, partial(tidy, run_dir, config, constant_until),
-                            lease, self.kinds)  # fmt: skip
+        self._saver = Saver(
+            run_dir, state, ranks, config.background, partial(tidy, run_dir, config, constant_until), lease, self.kinds
+        )
 
     def start(self, position: Position, validation_loss: float | None = None, full: bool = True) -> Failed | None:
         """Begin the checkpoint of `position`, which `poll` or `finish` commits; return Failed if it cannot be begun.
@@ -274,8 +283,13 @@ class Snapshots:
 
         self._fill_from(checkpoint, opened, stored_name, arrived)
 
-    def _fill_from(self, checkpoint: Path, opened: Callable[[str], Shards], named: Callable[[str, str], str],
-                   arrived: Callable[[], None]) -> None:  # fmt: skip
+    def _fill_from(
+        self,
+        checkpoint: Path,
+        opened: Callable[[str], Shards],
+        named: Callable[[str, str], str],
+        arrived: Callable[[], None],
+    ) -> None:
         """`opened`: opens the shards of a kind. `named`: returns a tensor's name there, from parameter and tensor."""
         held = self.state.held()
         for kind in self.kinds:
@@ -327,8 +341,15 @@ class Checkpoints(Callback):
 
     phase = "checkpoint"
 
-    def __init__(self, config: CheckpointConfig, snapshots: Snapshots, trainer: Progress, evaluated: Evaluated,
-                 data_state: Callable[[int], dict[str, Any]], say: Callable[[str], None]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        snapshots: Snapshots,
+        trainer: Progress,
+        evaluated: Evaluated,
+        data_state: Callable[[int], dict[str, Any]],
+        say: Callable[[str], None],
+    ) -> None:
         """`evaluated`: holds the last validation loss. `data_state`: returns the loader's state after a number of
         steps. `say`: prints a message."""
         self.config, self.snapshots, self.trainer, self.evaluated = config, snapshots, trainer, evaluated

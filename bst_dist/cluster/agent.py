@@ -226,10 +226,12 @@ def without_own_task(environment: Mapping[str, str]) -> dict[str, str]:
 
 def main() -> int:
     """Connect to the launching process and serve it; return the exit status."""
-    parser = argparse.ArgumentParser(prog="bst_dist.cluster.agent", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--controller", required=True, metavar="ADDRESS,...:PORT",
-                        help="the launching process, by any of its addresses")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="bst_dist.cluster.agent", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--controller", required=True, metavar="ADDRESS,...:PORT", help="the launching process, by any of its addresses"
+    )
     parser.add_argument("--job", required=True, help="the launch that this is a part of")
     parser.add_argument("--key", default=os.environ.get("SLURMD_NODENAME", ""), help="which of its agents this is")
     parser.add_argument("--lost-after", type=float, required=True, metavar="SECONDS")
@@ -242,8 +244,11 @@ def main() -> int:
         channel, first = call(args.controller, args.key, secret)
     except (OSError, Closed) as error:
         where = f"{socket.gethostname()} cannot reach the launching process at {args.controller}"
-        print(f"bst-agent {args.key} failed: {where}: {error}; if a firewall is between them, give "
-              "`bst launch` --address and --port that this host can reach", flush=True)  # fmt: skip
+        print(
+            f"bst-agent {args.key} failed: {where}: {error}; if a firewall is between them, give "
+            "`bst launch` --address and --port that this host can reach",
+            flush=True,
+        )
         return 1
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the launcher's connection may break; only the channel matters
     Agent(channel, args.lost_after, args.grace, first).serve()

@@ -68,8 +68,10 @@ def slowness(seconds: Sequence[float], rank: int) -> str | None:
     times = seconds[rank] / statistics.median(seconds)
     if times <= SLOW:
         return None
-    return (f"takes {times:.1f} times as long as the median rank for a matrix product: is another program using it, "
-            "or is it throttled by heat or a power limit?")  # fmt: skip
+    return (
+        f"takes {times:.1f} times as long as the median rank for a matrix product: is another program using it, "
+        "or is it throttled by heat or a power limit?"
+    )
 
 
 def _say(text: str) -> None:

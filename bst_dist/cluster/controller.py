@@ -57,8 +57,13 @@ class LaunchOptions:
 class Controller:
     """Controls the agents on `hosts`; a context manager that releases all agents at its end."""
 
-    def __init__(self, hosts: Sequence[Host], options: LaunchOptions, stop_signals: Sequence[int] = (),
-                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+    def __init__(
+        self,
+        hosts: Sequence[Host],
+        options: LaunchOptions,
+        stop_signals: Sequence[int] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`stop_signals`: the numbers of the signals received so far, as `processes.catch_stop_signals` yields them."""
         self.hosts, self.options, self.stop_signals = list(hosts), options, stop_signals
         self.liveness = ListeningClock(clock)
@@ -163,8 +168,9 @@ class Controller:
         while self.liveness.listened_s < until:
             self._pump()
 
-    def run(self, program: Sequence[str], environment: Mapping[str, str], shares: Mapping[str, Share],
-            notice: str = STOP) -> Ended:  # fmt: skip
+    def run(
+        self, program: Sequence[str], environment: Mapping[str, str], shares: Mapping[str, Share], notice: str = STOP
+    ) -> Ended:
         """Run `program` on all ranks until they end or a signal stops them; return how it ended.
 
         `notice`: the message printed at a signal, with a placeholder for its name.
@@ -174,8 +180,14 @@ class Controller:
             self.liveness.hear(host)
         devices = {host.name: {"CUDA_VISIBLE_DEVICES": host.devices} for host in self.hosts if host.devices}
         for host, share in shares.items():
-            self.send(host, "start", command=list(program), directory=str(self.options.directory),
-                       environment={**environment, **devices.get(host, {})}, share=vars(share))  # fmt: skip
+            self.send(
+                host,
+                "start",
+                command=list(program),
+                directory=str(self.options.directory),
+                environment={**environment, **devices.get(host, {})},
+                share=vars(share),
+            )
         self._watch(shares, notice)
         if not self.ended.over:
             self._end_ranks(shares)
@@ -322,5 +334,16 @@ class Controller:
 
 def agent_command(controller: str, job: str, options: LaunchOptions) -> list[str]:
     """Return the command line of an agent, without its key; `controller`: ``ADDRESS,...:PORT`` to connect to."""
-    return [sys.executable, "-m", "bst_dist.cluster.agent", "--controller", controller, "--job", job,
-            "--lost-after", f"{options.lost_after_s:g}", "--grace", f"{options.grace_s:g}"]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "bst_dist.cluster.agent",
+        "--controller",
+        controller,
+        "--job",
+        job,
+        "--lost-after",
+        f"{options.lost_after_s:g}",
+        "--grace",
+        f"{options.grace_s:g}",
+    ]

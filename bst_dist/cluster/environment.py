@@ -11,8 +11,29 @@ from string import Template
 from bst_base.addresses import SECRET, redacted
 from bst_base.errors import UserError
 
-PREFIXES = ("NCCL_", "RCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "DS_", "DEEPSPEED_", "CUDA_", "CUBLAS_", "HIP_",
-            "HSA_", "MIOPEN_", "OMP_", "MKL_", "UCX_", "FI_", "PYTHON", "AWS_", "WANDB_", "MLFLOW_")  # fmt: skip
+PREFIXES = (
+    "NCCL_",
+    "RCCL_",
+    "GLOO_",
+    "TORCH",
+    "PYTORCH_",
+    "TRITON_",
+    "DS_",
+    "DEEPSPEED_",
+    "CUDA_",
+    "CUBLAS_",
+    "HIP_",
+    "HSA_",
+    "MIOPEN_",
+    "OMP_",
+    "MKL_",
+    "UCX_",
+    "FI_",
+    "PYTHON",
+    "AWS_",
+    "WANDB_",
+    "MLFLOW_",
+)
 NAMES = ("LD_LIBRARY_PATH",)
 OF_ONE_HOST = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
 """Variables that are valid on one host only and are not passed on."""

@@ -48,8 +48,13 @@ END_S = 5.0
 class AgentGateway:
     """One launcher, the agents that it starts, and the port that they connect to."""
 
-    def __init__(self, selector: selectors.BaseSelector, keys: Mapping[str, str],
-                 welcome: Callable[[str, Channel], None], port: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        keys: Mapping[str, str],
+        welcome: Callable[[str, Channel], None],
+        port: int = 0,
+    ) -> None:
         """`keys`: key of an agent -> name of its host. `welcome`: called once for each host with its channel."""
         self.job = secrets.token_hex(8)
         """A name for this launch; it is not secret."""
@@ -77,8 +82,15 @@ class AgentGateway:
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the launcher."""
         pipe = subprocess.PIPE
-        self._launcher = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
-                                          start_new_session=True, preexec_fn=die_with_parent)  # fmt: skip
+        self._launcher = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
         for stream in (self._launcher.stdout, self._launcher.stderr):
             os.set_blocking(stream.fileno(), False)
             self._selector.register(stream, selectors.EVENT_READ, partial(self._hear_launcher, stream, [b""]))

@@ -113,8 +113,9 @@ def _slurm_names(nodes: str) -> list[str]:
         why = f"{' '.join(command)}: {error.stderr.strip() or f'status {error.returncode}'}"
     except FileNotFoundError:
         why = "scontrol is not on the PATH"
-    raise HostError(f"the nodes of this Slurm allocation are not known: {why}; start outside of the container, or give "
-                    "--hostfile")  # fmt: skip
+    raise HostError(
+        f"the nodes of this Slurm allocation are not known: {why}; start outside of the container, or give --hostfile"
+    )
 
 
 def _slurm_accelerators(environment: Mapping[str, str]) -> int:

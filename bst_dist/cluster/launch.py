@@ -71,38 +71,73 @@ single precision."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_program_arguments(parser)
-    parser.add_argument("--hostfile", type=Path, metavar="FILE", help=(
-        "one line `name slots=RANKS` per host; rank 0 is on the first (default with Slurm: the job's nodes)"
-    ))  # fmt: skip
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help=(
-        "how to start an agent on each host; local: on this machine, without ssh (default: pdsh)"
-    ))  # fmt: skip
+    parser.add_argument(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help=("one line `name slots=RANKS` per host; rank 0 is on the first (default with Slurm: the job's nodes)"),
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="pdsh",
+        help=("how to start an agent on each host; local: on this machine, without ssh (default: pdsh)"),
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print commands and files; contact no host, write nothing"
     )
     parser.add_argument("--check", action="store_true", help="check all hosts and stop; exit status 2 if a check fails")
-    parser.add_argument("--accept", action="append", default=[], choices=CHECKS, metavar="CHECK", help=(
-        f"start even if this check fails; may be given several times: {', '.join(CHECKS)}"
-    ))  # fmt: skip
-    parser.add_argument("--max-restarts", type=at_least(0), default=0, metavar="N", help=(
-        "restarts allowed after failures, on the remaining hosts, without a new checkpoint in between (default: 0)"
-    ))  # fmt: skip
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        choices=CHECKS,
+        metavar="CHECK",
+        help=(f"start even if this check fails; may be given several times: {', '.join(CHECKS)}"),
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help=(
+            "restarts allowed after failures, on the remaining hosts, without a new checkpoint in between (default: 0)"
+        ),
+    )
     add_grace(parser)
-    parser.add_argument("--lost-after", type=seconds, default=30.0, metavar="SECONDS", help=(
-        "a host that does not answer for this long is lost (default: 30)"
-    ))  # fmt: skip
-    parser.add_argument("--port", type=at_least(1), default=0, metavar="PORT", help=(
-        "port of this machine that the agents connect to (default: any free one)"
-    ))  # fmt: skip
-    parser.add_argument("--address", type=without_brackets, metavar="ADDRESS", help=(
-        "address of this machine that the agents connect to (default: the first of its addresses that answers)"
-    ))  # fmt: skip
-    parser.add_argument("--ssh-port", type=at_least(1), metavar="PORT", help=(
-        "ssh port of the hosts, if it is not 22 or in ~/.ssh/config"
-    ))  # fmt: skip
-    parser.add_argument("--master-port", type=at_least(1), default=0, metavar="PORT", help=(
-        "rendezvous port of the ranks (MASTER_PORT) on rank 0's host (default: any free one)"
-    ))  # fmt: skip
+    parser.add_argument(
+        "--lost-after",
+        type=seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help=("a host that does not answer for this long is lost (default: 30)"),
+    )
+    parser.add_argument(
+        "--port",
+        type=at_least(1),
+        default=0,
+        metavar="PORT",
+        help=("port of this machine that the agents connect to (default: any free one)"),
+    )
+    parser.add_argument(
+        "--address",
+        type=without_brackets,
+        metavar="ADDRESS",
+        help=("address of this machine that the agents connect to (default: the first of its addresses that answers)"),
+    )
+    parser.add_argument(
+        "--ssh-port",
+        type=at_least(1),
+        metavar="PORT",
+        help=("ssh port of the hosts, if it is not 22 or in ~/.ssh/config"),
+    )
+    parser.add_argument(
+        "--master-port",
+        type=at_least(1),
+        default=0,
+        metavar="PORT",
+        help=("rendezvous port of the ranks (MASTER_PORT) on rank 0's host (default: any free one)"),
+    )
 
 
 @unhurried_output()
@@ -117,8 +152,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     hosts = _hosts(args, recipe)
     start = resolve(recipe, asked, usable(recipe, sum(host.slots for host in hosts)))
     asked = replace(asked, run_dir=start.run_dir.resolve())
-    options = LaunchOptions(args.launcher, Path.cwd(), args.lost_after, args.grace, args.port, args.address,
-                            args.ssh_port, args.master_port, own)  # fmt: skip
+    options = LaunchOptions(
+        args.launcher,
+        Path.cwd(),
+        args.lost_after,
+        args.grace,
+        args.port,
+        args.address,
+        args.ssh_port,
+        args.master_port,
+        own,
+    )
     job = Job(asked, start.recipe, environment, _needs(asked, start.recipe), args.accept)
     if args.dry_run:
         return _show(job, hosts, options)

@@ -82,9 +82,11 @@ def _all_accelerators(environment: Mapping[str, str]) -> list[str]:
     tasks = set(slurm_tasks(environment))
     if len(tasks) > 1:
         counts = environment["SLURM_TASKS_PER_NODE"]
-        raise HostError(f"the job's accelerators are requested per task, and its nodes have different numbers of tasks "
-                        f"({counts}): the agents' step cannot get them all; request --gpus-per-node, or add "
-                        "--ntasks-per-node")  # fmt: skip
+        raise HostError(
+            f"the job's accelerators are requested per task, and its nodes have different numbers of tasks "
+            f"({counts}): the agents' step cannot get them all; request --gpus-per-node, or add "
+            "--ntasks-per-node"
+        )
     return [f"--gpus-per-node={int(of_task) * tasks.pop()}"]
 
 
@@ -134,8 +136,11 @@ def command(launcher: str, hosts: Sequence[Host], directory: Path, agent: Sequen
 def environment(launcher: str, ssh_port: int | None, given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the environment of the launcher; MPI's launchers pass it to agents, so it names no device of this host."""
     if launcher == "slurm":
-        return {name: value for name, value in given.items()
-                if not name.startswith(("SLURM_", "SRUN_")) or name in _SLURM_JOB}  # fmt: skip
+        return {
+            name: value
+            for name, value in given.items()
+            if not name.startswith(("SLURM_", "SRUN_")) or name in _SLURM_JOB
+        }
     if launcher not in OVER_SSH:
         return dict(given)
     options = shlex.join([*SSH[1:], *_port(ssh_port)])
@@ -157,11 +162,15 @@ def _refuse_for_mpi(launcher: str, hosts: Sequence[Host]) -> None:
     """Raise UserError for a host with a user or an IPv6 address, which MPI's launchers do not support."""
     for host in hosts:
         if family_of(host.address) == socket.AF_INET6:
-            raise UserError(f"{host.name}: --launcher {launcher} accepts no IPv6 address: write the host's name, or "
-                            "use --launcher pdsh")  # fmt: skip
+            raise UserError(
+                f"{host.name}: --launcher {launcher} accepts no IPv6 address: write the host's name, or "
+                "use --launcher pdsh"
+            )
         if host.address != host.name:
-            raise UserError(f"{host.name}: mpirun accepts no user in a host name: set `User` in "
-                            "~/.ssh/config, or use --launcher pdsh")  # fmt: skip
+            raise UserError(
+                f"{host.name}: mpirun accepts no user in a host name: set `User` in "
+                "~/.ssh/config, or use --launcher pdsh"
+            )
 
 
 def _joined(parts: Sequence[list[str]]) -> list[str]:

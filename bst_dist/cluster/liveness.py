@@ -21,8 +21,9 @@ DRIFT_S = 1e-4
 Ready = list[tuple[selectors.SelectorKey, int]]
 
 
-def look(selector: selectors.BaseSelector, seconds: float, clock: Callable[[], float] = time.monotonic
-         ) -> tuple[float, Ready]:  # fmt: skip
+def look(
+    selector: selectors.BaseSelector, seconds: float, clock: Callable[[], float] = time.monotonic
+) -> tuple[float, Ready]:
     """Wait at most `seconds` for something to read. Return a time, and everything that is readable after that time.
 
     The result of the wait itself is not used: if the process was stopped in it, it ends with nothing (EINTR). The time

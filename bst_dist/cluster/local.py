@@ -53,21 +53,36 @@ from bst_dist.train.start.request import Request, Start, load, resolve
 
 def add_grace(parser: argparse.ArgumentParser) -> None:
     """Add the option --grace: how long a stop may take. A scheduler that sends the signal has such a limit too."""
-    parser.add_argument("--grace", type=seconds, default=math.inf, metavar="SECONDS", help=(
-        "after a signal, kill the ranks if their checkpoint takes longer than this (default: no limit; a second "
-        "Ctrl-C ends them at once)"
-    ))  # fmt: skip
+    parser.add_argument(
+        "--grace",
+        type=seconds,
+        default=math.inf,
+        metavar="SECONDS",
+        help=(
+            "after a signal, kill the ranks if their checkpoint takes longer than this (default: no limit; a second "
+            "Ctrl-C ends them at once)"
+        ),
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_program_arguments(parser)
-    parser.add_argument("--ranks", type=at_least(1), metavar="N", help=(
-        "processes to start on this machine (default: the recipe's `ranks`; if that is null, one per accelerator, or "
-        "one on a CPU)"
-    ))  # fmt: skip
-    parser.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help=(
-        "number of hosts that run this command, each with its own --node (default: 1)"
-    ))  # fmt: skip
+    parser.add_argument(
+        "--ranks",
+        type=at_least(1),
+        metavar="N",
+        help=(
+            "processes to start on this machine (default: the recipe's `ranks`; if that is null, one per accelerator, "
+            "or one on a CPU)"
+        ),
+    )
+    parser.add_argument(
+        "--nodes",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help=("number of hosts that run this command, each with its own --node (default: 1)"),
+    )
     parser.add_argument(
         "--node",
         type=at_least(0),
@@ -75,8 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I",
         help="with --nodes: which of them this is, from 0 (default: 0)",
     )
-    parser.add_argument("--master", metavar="ADDRESS:PORT", help="with --nodes: address of node 0 and a "
-                        "free port there; an IPv6 address in brackets")  # fmt: skip
+    parser.add_argument(
+        "--master",
+        metavar="ADDRESS:PORT",
+        help="with --nodes: address of node 0 and a free port there; an IPv6 address in brackets",
+    )
     parser.add_argument("--check", action="store_true", help="only check the recipe: start no rank, write nothing")
     add_grace(parser)
 
@@ -161,8 +179,10 @@ def share_of(args: argparse.Namespace, recipe: Recipe) -> Share:
         return Share(0, count, count, "127.0.0.1", free_port())
     address, _, port = (args.master or "").rpartition(":")
     if not address or not port.isdigit() or not 0 <= args.node < args.nodes:
-        raise UserError(f"--node {args.node} of --nodes {args.nodes}: nodes count from 0, and --master ADDRESS:PORT "
-                        "says where node 0 is")  # fmt: skip
+        raise UserError(
+            f"--node {args.node} of --nodes {args.nodes}: nodes count from 0, and --master ADDRESS:PORT "
+            "says where node 0 is"
+        )
     return Share(args.node * count, count, args.nodes * count, without_brackets(address), int(port))
 
 

@@ -29,8 +29,7 @@ from bst_dist.cluster.processes import signal_session
 CLOCK_S = 2.0
 """Clock offset in seconds above which a warning is printed. No result depends on clocks, but users compare the times
 of logs and files."""
-CHECKS = ("ssh", "versions", "code", "files", "shared", "space", "ranks", "devices", "memory", "limits", "sum",
-          "speed")  # fmt: skip
+CHECKS = ("ssh", "versions", "code", "files", "shared", "space", "ranks", "devices", "memory", "limits", "sum", "speed")
 """The names of the checks, as `--accept` takes them."""
 FILES_PER_RANK, OWN_FILES = 3, 512
 """Open files of rank 0's process: its connections with each rank (torch's, that of the heartbeats, and one more while
@@ -88,8 +87,9 @@ def _login_problem(command: Sequence[str], stop_signals: Sequence[int]) -> str |
     Its errors go to a file, because a connection that ssh keeps for later (ControlPersist) keeps a pipe open.
     """
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
-                                   start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
         deadline = time.monotonic() + LOGIN_S
         while process.poll() is None and not stop_signals and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -102,8 +102,9 @@ def _login_problem(command: Sequence[str], stop_signals: Sequence[int]) -> str |
     return (lines or ["ssh failed"])[-1] if process.returncode else None
 
 
-def require_reachable(hosts: Sequence[Host], options: LaunchOptions, accepted: Collection[str] = (),
-                      stop_signals: Sequence[int] = ()) -> None:  # fmt: skip
+def require_reachable(
+    hosts: Sequence[Host], options: LaunchOptions, accepted: Collection[str] = (), stop_signals: Sequence[int] = ()
+) -> None:
     """Print all hosts and raise PreflightError unless ssh can log in to every one of them."""
     if "ssh" in accepted:
         return
@@ -175,12 +176,22 @@ def _problems(one: Checked, common: Mapping[str, tuple[str, str]], job: str, nee
         yield "shared", "does not see the run directory that the first host wrote to: is it shared?"
     elif answer["free_bytes"] is not None and answer["free_bytes"] < needed_bytes:
         free, needed = readable_size(answer["free_bytes"]), readable_size(needed_bytes)
-        yield "space", (f"{free} free on the file system of the run directory, two checkpoints need {needed}: free "
-                        "space, or choose another --run-dir")  # fmt: skip
+        yield (
+            "space",
+            (
+                f"{free} free on the file system of the run directory, two checkpoints need {needed}: free "
+                "space, or choose another --run-dir"
+            ),
+        )
     if answer["ranks"]:
         pids = ", ".join(map(str, answer["ranks"]))
-        yield "ranks", (f"ranks of an earlier start still train in this run directory (processes {pids}): wait until "
-                        "they end, or stop them")  # fmt: skip
+        yield (
+            "ranks",
+            (
+                f"ranks of an earlier start still train in this run directory (processes {pids}): wait until "
+                "they end, or stop them"
+            ),
+        )
     devices, slots = answer["devices"], one.host.slots
     if 0 < len(devices) < slots:
         yield "devices", f"{slots} slots, but {len(devices)} accelerators"
@@ -215,8 +226,10 @@ def _warnings(one: Checked) -> list[str]:
 
 def _flat(answer: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Return the values that must be equal on all hosts: name for messages -> (check, value)."""
-    files = {Path(path).name if Path(path).suffix == ".yaml" else path: ("files", digest or "missing")
-             for path, digest in answer["files"].items()}  # fmt: skip
+    files = {
+        Path(path).name if Path(path).suffix == ".yaml" else path: ("files", digest or "missing")
+        for path, digest in answer["files"].items()
+    }
     versions = {name: ("versions", version or "missing") for name, version in answer["versions"].items()}
     return {**versions, "this project's code": ("code", answer["code"]), **files}
 
@@ -234,8 +247,14 @@ def _differences(answer: Mapping[str, Any], common: Mapping[str, tuple[str, str]
             yield check, f"{name} is missing"
         elif here != there:
             short = len(here) == 64  # do not print digests
-            yield check, (f"{name} has other contents than on the other hosts" if short else
-                          f"{name} is {here}, the other hosts have {there}")  # fmt: skip
+            yield (
+                check,
+                (
+                    f"{name} has other contents than on the other hosts"
+                    if short
+                    else f"{name} is {here}, the other hosts have {there}"
+                ),
+            )
 
 
 def show(checked: Sequence[Checked]) -> None:
@@ -265,5 +284,7 @@ def _described(one: Checked) -> str:
 def require(checked: Sequence[Checked]) -> None:
     """Raise PreflightError, naming the hosts that failed a check."""
     if bad := [one.host.name for one in checked if one.problems]:
-        raise PreflightError(f"not started: fix the problems of {', '.join(bad)} above, or start without these hosts; "
-                             "--accept CHECK starts in spite of a failed check")  # fmt: skip
+        raise PreflightError(
+            f"not started: fix the problems of {', '.join(bad)} above, or start without these hosts; "
+            "--accept CHECK starts in spite of a failed check"
+        )

@@ -82,9 +82,16 @@ class LocalRanks:
             os.set_blocking(self._last_words[rank], False)
             own = {**share.environment(rank), LAST_WORD: str(word)}
             self.processes[rank] = subprocess.Popen(
-                command, env={**defaults, **environment, **own}, cwd=directory, stdin=subprocess.DEVNULL, stdout=pipe,
-                stderr=pipe, start_new_session=True, preexec_fn=die_with_parent, pass_fds=[word],
-            )  # fmt: skip
+                command,
+                env={**defaults, **environment, **own},
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=pipe,
+                stderr=pipe,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+                pass_fds=[word],
+            )
             os.close(word)
 
     def poll(self) -> dict[int, int]:

@@ -49,8 +49,10 @@ class Restarts:
         outside = ended.lost or ended.left_alone or self._storage_failed or not started
         step = None if outside else self._step()
         if step is not None and step == self._failed_after:
-            return (f"failed twice after step {step} with all hosts available, so the cause is probably the program or "
-                    "the data; see the error above")  # fmt: skip
+            return (
+                f"failed twice after step {step} with all hosts available, so the cause is probably the program or "
+                "the data; see the error above"
+            )
         self._failed_after = step
         if self.used >= self.most:
             return f"{self.used} restarts without a new checkpoint (--max-restarts)"

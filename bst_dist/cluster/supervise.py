@@ -105,8 +105,10 @@ class Supervisor:
         told += [(f"{host} was ", number) for host, number in controller.told.items()] if controller else []
         if told:
             who, number = told[0]
-            raise Stopped(f"{who}told to stop ({signal.Signals(number).name}) while no rank of the run was running: "
-                          "nothing had to be saved")  # fmt: skip
+            raise Stopped(
+                f"{who}told to stop ({signal.Signals(number).name}) while no rank of the run was running: "
+                "nothing had to be saved"
+            )
 
     def _rehearse(self, controller: Controller) -> None:
         """Run the collective check on all ranks; raises PreflightError when a rank fails or is slow.

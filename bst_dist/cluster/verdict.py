@@ -91,8 +91,11 @@ class Ended:
         that failed after a host was left alone are not blamed.
         """
         until = self.neglected[1].when if self.neglected else math.inf
-        wrong = {rank: when for rank, status in self.statuses.items()
-                 if status not in ORDERLY and (when := self.when.get(rank, 0.0)) <= until}  # fmt: skip
+        wrong = {
+            rank: when
+            for rank, status in self.statuses.items()
+            if status not in ORDERLY and (when := self.when.get(rank, 0.0)) <= until
+        }
         first = min(wrong.values(), default=0.0)
         suspects = [rank for rank, when in wrong.items() if when <= first + MOMENT_S]
         return min(suspects, key=lambda rank: (_weight(self.statuses[rank]), wrong[rank], rank), default=None)
@@ -127,8 +130,11 @@ class Ended:
             return _failure(self.culprit, self.statuses[self.culprit], host_of.get(self.culprit, "this host"))
         if self.neglected and self.status != DONE:
             host, alone = self.neglected
-            then = ("the ranks wrote a checkpoint and stopped" if self.status == RESUBMIT else
-                    "not all ranks stopped with a checkpoint in time")  # fmt: skip
+            then = (
+                "the ranks wrote a checkpoint and stopped"
+                if self.status == RESUBMIT
+                else "not all ranks stopped with a checkpoint in time"
+            )
             return f"{host} got no sign of life from this process for {alone.silent_s:.0f} s (was it stopped?): {then}"
         if not self.over or self.cut_short:
             if self.at_once:
@@ -149,8 +155,10 @@ def lease_s(lost_after_s: float, grace_s: float) -> float:
 
 def _failure(rank: int, status: int, host: str) -> str:
     if status == HUNG:
-        return (f"all ranks hung and the watchdog ended them (status {HUNG}); the first to end was rank {rank} on "
-                f"{host}; the watchdog's message above says what blocked the job")  # fmt: skip
+        return (
+            f"all ranks hung and the watchdog ended them (status {HUNG}); the first to end was rank {rank} on "
+            f"{host}; the watchdog's message above says what blocked the job"
+        )
     how = f"ended with status {status}"
     if status == USER_ERROR:
         how += " (a wrong setting, or the run diverged): see its message above"

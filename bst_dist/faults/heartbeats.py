@@ -147,8 +147,11 @@ def judge(before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None])
     lines, waiting = silent, alive
     if not silent:
         furthest = max(beat.exchanges for beat in alive)
-        lines = [f"{beat.name()}: behind the others, for {beat.still_s:.0f} s in {beat.describe()}"
-                 for beat in alive if beat.exchanges != furthest]  # fmt: skip
+        lines = [
+            f"{beat.name()}: behind the others, for {beat.still_s:.0f} s in {beat.describe()}"
+            for beat in alive
+            if beat.exchanges != furthest
+        ]
         waiting = [beat for beat in alive if beat.exchanges == furthest]
     if not lines and len(alive) == 1:
         lines = [f"{alive[0].name()}: for {alive[0].still_s:.0f} s in {alive[0].describe()}"]

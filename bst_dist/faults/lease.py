@@ -142,8 +142,12 @@ def _end(why: str) -> None:
     end(LeaseError.exit_status, f"bst train: {why}")
 
 
-def acquire(run_dir: Path, lost: Callable[[str], None] | None = None, silence_s: float = SILENCE_S,
-            say: Callable[[str], None] = print) -> Lease:  # fmt: skip
+def acquire(
+    run_dir: Path,
+    lost: Callable[[str], None] | None = None,
+    silence_s: float = SILENCE_S,
+    say: Callable[[str], None] = print,
+) -> Lease:
     """Acquire the lease on `run_dir`; raises LeaseError, naming the holder, when another living start holds it.
 
     `lost`: called in a thread with the reason when another start has taken over the directory. `silence_s`: how long to
@@ -205,9 +209,15 @@ def _take(run_dir: Path, epoch: int, lost: Callable[[str], None] | None) -> Leas
 
 def _about(environ: Mapping[str, str]) -> dict[str, Any]:
     job = next((f"{kind} {environ[name]}" for name, kind in JOBS.items() if environ.get(name)), None)
-    return {"host": socket.gethostname(), "pid": os.getpid(), "job": job, "machine": _machine(),
-            "started": _started(os.getpid()), "time": utc_now(),
-            "beats": 0}  # fmt: skip
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": job,
+        "machine": _machine(),
+        "started": _started(os.getpid()),
+        "time": utc_now(),
+        "beats": 0,
+    }
 
 
 def _lives(folder: Path, epoch: int, before: Mapping[str, Any], silence_s: float) -> bool:

@@ -72,8 +72,11 @@ class Ledger:
 
     def lately(self, data_step: int, within: int) -> int:
         """Return the number of rejected steps among the last `within` steps' data before `data_step`."""
-        return sum(data_step - within <= entry.data_step < data_step for entry in self.entries
-                   if entry.action not in (CHANGE, RESUMED))  # fmt: skip
+        return sum(
+            data_step - within <= entry.data_step < data_step
+            for entry in self.entries
+            if entry.action not in (CHANGE, RESUMED)
+        )
 
 
 def read(run_dir: Path, step: int, skipped: int) -> list[Entry]:

@@ -114,8 +114,11 @@ def end_when_stuck(notice: Notice, disks: Disks) -> None:
         disks.watch("told to stop")
         while not (silent := disks.silent()):
             time.sleep(STUCK_TICK_S)
-        end(UNREADABLE, f"bst train: {socket.gethostname()}: told to stop ({notice.signal.name}) more than once, and "
-            f"{unanswering(silent)}: ended without a checkpoint; resume from the last one with --resume")  # fmt: skip
+        end(
+            UNREADABLE,
+            f"bst train: {socket.gethostname()}: told to stop ({notice.signal.name}) more than once, and "
+            f"{unanswering(silent)}: ended without a checkpoint; resume from the last one with --resume",
+        )
 
     threading.Thread(target=watch, name="told to stop", daemon=True).start()
 

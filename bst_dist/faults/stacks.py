@@ -30,8 +30,10 @@ def stacks_of_threads() -> str:
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames, main = sys._current_frames(), threading.main_thread().ident
-    return "\n".join(_stack(names.get(ident, "without a name"), ident, frames[ident])
-                     for ident in sorted(frames, key=lambda ident: ident != main))  # fmt: skip
+    return "\n".join(
+        _stack(names.get(ident, "without a name"), ident, frames[ident])
+        for ident in sorted(frames, key=lambda ident: ident != main)
+    )
 
 
 def _stack(name: str, ident: int, frame: FrameType | None) -> str:

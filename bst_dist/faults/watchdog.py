@@ -59,8 +59,17 @@ class Reading:
 class Watchdog:
     """Watches one rank inside its context."""
 
-    def __init__(self, config: WatchdogConfig, run_dir: Path, rank: int, world: int, phases: Phases, board: Board,
-                 disks: Disks, end: Callable[..., object] = end_process) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: WatchdogConfig,
+        run_dir: Path,
+        rank: int,
+        world: int,
+        phases: Phases,
+        board: Board,
+        disks: Disks,
+        end: Callable[..., object] = end_process,
+    ) -> None:
         """`end`: called with the exit status and the message when the job hangs."""
         self.limit_s, self.stacks, self.rank, self.phases = config.limit_s, run_dir / STACKS, rank, phases
         self.silence_s = min(LONGEST_SILENCE_S, self.limit_s / 2)
@@ -174,15 +183,27 @@ class Watchdog:
 
     def _beat(self, beats: int) -> Heartbeat:
         phases, disks = self.phases, self._disks.silent(min(self.silence_s, self.limit_s / 4))
-        return Heartbeat(self.rank, socket.gethostname(), os.getpid(), beats, phases.step, phases.name,
-                         phases.entered, phases.exchange, phases.exchanges,
-                         time.monotonic() - self._still_since, disks)  # fmt: skip
+        return Heartbeat(
+            self.rank,
+            socket.gethostname(),
+            os.getpid(),
+            beats,
+            phases.step,
+            phases.name,
+            phases.entered,
+            phases.exchange,
+            phases.exchanges,
+            time.monotonic() - self._still_since,
+            disks,
+        )
 
     def _where_stacks_are(self) -> str:
         if not self._dumped.wait(FILES_S):
             return f"cannot write stacks to {self.stacks}, which does not answer; this rank's stacks follow"
-        return (f"stacks of all ranks that could write them: {self.stacks}; their exchanges as torch recorded them: "
-                f"torchfrtrace --allow-incomplete-ranks {self.stacks / RECORDER}")  # fmt: skip
+        return (
+            f"stacks of all ranks that could write them: {self.stacks}; their exchanges as torch recorded them: "
+            f"torchfrtrace --allow-incomplete-ranks {self.stacks / RECORDER}"
+        )
 
     def _write_files(self) -> None:
         while self._dump.wait() and not self._closed.is_set():

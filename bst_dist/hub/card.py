@@ -83,9 +83,14 @@ _BEGIN = {
 
 
 def model_card(
-    run_dir: Path, one: CheckpointEntry, recipe: Recipe, tokenizer: Tokenizer, shapes: dict[str, tuple[int, ...]],
-    averaged: bool = False, repository: str | None = None,
-) -> str:  # fmt: skip
+    run_dir: Path,
+    one: CheckpointEntry,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    shapes: dict[str, tuple[int, ...]],
+    averaged: bool = False,
+    repository: str | None = None,
+) -> str:
     """Return the card of a checkpoint with tensors of these shapes, as Markdown. `averaged`: it is for the averaged
     weights. `repository`: the repository on the hub where it will be uploaded."""
     who = "the tokenizer puts" if tokenizer.has_text else "put"

@@ -98,8 +98,11 @@ def _kind(args: argparse.Namespace) -> str:
 def _write_configuration(folder: Path, one: CheckpointEntry, recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Write config.json, generation_config.json and the tokenizer's files."""
     begin = begin_token(recipe, tokenizer)
-    named = {"bos_token_id": begin[0] if begin else None, "eos_token_id": tokenizer.eos_id,
-             "pad_token_id": tokenizer.pad_id}  # fmt: skip
+    named = {
+        "bos_token_id": begin[0] if begin else None,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
     config = BSTConfig(
         recipe=without_place(recipe).model_dump(mode="json"),
         checkpoint={key: value for key, value in one.manifest.items() if key != "files"},

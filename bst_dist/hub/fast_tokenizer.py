@@ -41,9 +41,10 @@ def fast_tokenizer(tokenizer: Tokenizer, begin: int | None) -> PreTrainedTokeniz
     if begin is not None:
         named["bos_token"] = tokenizer.piece(begin)
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{named['bos_token']} $A", pair=f"{named['bos_token']} $A $B",
+            single=f"{named['bos_token']} $A",
+            pair=f"{named['bos_token']} $A $B",
             special_tokens=[(named["bos_token"], begin)],
-        )  # fmt: skip
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         padding_side="left",
@@ -70,11 +71,14 @@ def _is_plain(model: dict[str, Any]) -> bool:
     metaspace = bool(cut) and cut["type"] == "Metaspace" and cut["replacement"] == SPACE
     pieces = model["model"].get("vocab", ())
     return (
-        (replaces or metaspace) and (replaces or not normalizer) and (metaspace or not cut)
-        and model["model"]["type"] == "BPE" and all(f"<0x{byte:02X}>" in pieces for byte in SPACE.encode())
+        (replaces or metaspace)
+        and (replaces or not normalizer)
+        and (metaspace or not cut)
+        and model["model"]["type"] == "BPE"
+        and all(f"<0x{byte:02X}>" in pieces for byte in SPACE.encode())
         and not any(" " in piece for piece in pieces)
         and not any(SPACE in token["content"] for token in model["added_tokens"])
-    )  # fmt: skip
+    )
 
 
 def _with_spaces(model: dict[str, Any]) -> dict[str, Any]:

@@ -67,8 +67,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
         (folder / tokenizer.file).write_bytes(tokenizer.model)
         _write_checkpoint(directory(folder, step), tensors, about | {"step": step, "recipe": digest(recipe)})
-    print(f"{args.run}: the weights of step {step:,} of {recipe.name}, {len(tensors.shapes)} tensors\n"
-          f"start another run from them with initial_weights.run={args.run} initial_weights.step={step}")  # fmt: skip
+    print(
+        f"{args.run}: the weights of step {step:,} of {recipe.name}, {len(tensors.shapes)} tensors\n"
+        f"start another run from them with initial_weights.run={args.run} initial_weights.step={step}"
+    )
     return {"run": str(args.run), "step": step, "tensors": len(tensors.shapes)}
 
 
@@ -162,9 +164,17 @@ def _write_checkpoint(path: Path, tensors: _Tensors, about: dict[str, Any]) -> N
         write_header(file, pieces, [torch.float32] * len(pieces), {"format": "pt"})
         for piece in pieces:
             write_values(file, tensors.read(piece.name))
-    unknown = {"tokens": 0, "validation_loss_nats": None, "data": {}, "skipped": 0, "updates": 0, "groups": {},
-               "layout": {"ranks": 1, "sp": 1, "zero_stage": 0}, "versions": versions(),
-               "time": utc_now()}  # fmt: skip
+    unknown = {
+        "tokens": 0,
+        "validation_loss_nats": None,
+        "data": {},
+        "skipped": 0,
+        "updates": 0,
+        "groups": {},
+        "layout": {"ranks": 1, "sp": 1, "zero_stage": 0},
+        "versions": versions(),
+        "time": utc_now(),
+    }
     records = {name: {**record, "rank": 0} for name, record in files.records.items()}
     about = {key: value for key, value in about.items() if key != PLACES}  # it describes other files
     (path / MANIFEST).write_text(json.dumps({**unknown, **about, "format": FORMAT, "files": records}, indent=1))

@@ -125,8 +125,11 @@ class BSTForCausalLM(PreTrainedModel, GenerationMixin):
         """Load as transformers does, but raise UserError if weights are missing, unknown, or of another shape."""
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = super().from_pretrained(*args, **kwargs)
-        for wrong, keys in (("missing", "missing_keys"), ("of another shape", "mismatched_keys"),
-                            ("not of this model", "unexpected_keys")):  # fmt: skip
+        for wrong, keys in (
+            ("missing", "missing_keys"),
+            ("of another shape", "mismatched_keys"),
+            ("not of this model", "unexpected_keys"),
+        ):
             if found := sorted(key if isinstance(key, str) else key[0] for key in info[keys]):
                 raise UserError(f"{args[0]}: {len(found)} weights are {wrong}, {found[0]} the first: export it again")
         return (model, info) if output_loading_info else model

@@ -166,14 +166,22 @@ class SlidingAttention(nn.Module):
         by = past.once(*self._angles(k.shape[1], k))  # only differences matter, so any common origin will do
         return rotate(q, by.last(q.shape[1])), rotate(k, by)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: Past, documents: Documents | None = None,
-               tiles: tuple[Tensor, ...] | None = None) -> Tensor:  # fmt: skip
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: Past,
+        documents: Documents | None = None,
+        tiles: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
         """Attend: (B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh). `tiles`: the result of the method `tiles`;
         None: made when needed."""
         return sliding_attention(*self._arguments(q, k, v, past, documents, tiles))
 
-    def _arguments(self, q: Tensor, k: Tensor, v: Tensor, past: Past, documents: Documents | None,
-                   tiles: tuple[Tensor, ...] | None) -> tuple[object, ...]:  # fmt: skip
+    def _arguments(
+        self, q: Tensor, k: Tensor, v: Tensor, past: Past, documents: Documents | None, tiles: tuple[Tensor, ...] | None
+    ) -> tuple[object, ...]:
         """Return the arguments of `sliding_attention`."""
         bias = self.by_distance(self.distances, past)
         varying, include_self = min(self.config.max_distance, self.window + 1), self.config.include_self
@@ -212,8 +220,9 @@ class SlidingAttention(nn.Module):
         buckets, furthest = self.config.buckets, self.config.max_distance
         return f"buckets: {buckets}, {furthest}, {distances}", lambda: self.bias.buckets(distances)
 
-    def _tiles(self, length: int, keys: int, device: torch.device,
-               documents: Documents | None) -> tuple[str, Callable[[], tuple[Tensor, ...]]]:  # fmt: skip
+    def _tiles(
+        self, length: int, keys: int, device: torch.device, documents: Documents | None
+    ) -> tuple[str, Callable[[], tuple[Tensor, ...]]]:
         begin, include_self = None if documents is None else documents.begin, self.config.include_self
         name = f"tiles: {length}, {keys}, {self.window}, {include_self}, {begin is not None}"
         return name, lambda: visited_tiles(Band(length, keys, self.window, include_self), device, begin)
@@ -328,9 +337,18 @@ def sliding_share(q: Tensor, k: Tensor, v: Tensor, *settings: object) -> Partial
     return PartialAttention(*_sliding(q, k, v, *settings, sums=True))
 
 
-def _sliding(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool,
-             documents: Documents | None, varying: int | None, tiles: tuple[Tensor, ...] | None,
-             sums: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def _sliding(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    bias: Tensor | None,
+    include_self: bool,
+    documents: Documents | None,
+    varying: int | None,
+    tiles: tuple[Tensor, ...] | None,
+    sums: bool,
+) -> tuple[Tensor, Tensor | None]:
     k, v = k.to(q.dtype), v.to(q.dtype)
     path = attention_path(q.device)
     if path == "flex":

@@ -96,8 +96,16 @@ class Settings(NamedTuple):
     """Whether to return the sums of the exponentials too."""
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor | None, settings: Settings,
-            tiles: tuple[Tensor, ...], before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    begin: Tensor | None,
+    settings: Settings,
+    tiles: tuple[Tensor, ...],
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Call FlexAttention, and attach the computation of the bias's gradient.
 
     `before`: `Band.before` as a tensor; None: it is a constant of the graph.
@@ -111,9 +119,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor 
     mask = block_mask(band, begin, tiles, before)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, aux = flex_attention(
-        q, k, v, None if bias is None else add_bias, mask, scale=1.0, enable_gqa=k.shape[1] < q.shape[1],
+        q,
+        k,
+        v,
+        None if bias is None else add_bias,
+        mask,
+        scale=1.0,
+        enable_gqa=k.shape[1] < q.shape[1],
         return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
+    )
     lse = aux.lse if settings.sums else aux.lse.detach()
     if bias is not None and bias.requires_grad:
         out, lse = _BiasGradient.apply(out, lse, bias, q.detach(), k.detach(), v.detach(), begin, settings)
@@ -304,9 +318,17 @@ class _BiasGradient(torch.autograd.Function):
 
 
 def bias_gradient(
-    d_out: Tensor, out: Tensor, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, begin: Tensor | None,
-    settings: Settings, d_lse: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    d_out: Tensor,
+    out: Tensor,
+    bias: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    begin: Tensor | None,
+    settings: Settings,
+    d_lse: Tensor | None = None,
+) -> Tensor:
     """Return the gradient of the bias, (H, distances): the gradient of the scores, summed over all pairs of a distance.
 
     Distances below `varying` (near) are computed one by one; from `varying` on (far) all share one bias. Softmax gives

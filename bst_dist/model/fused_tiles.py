@@ -139,8 +139,18 @@ def _with_gradient_of_sums(d_out: Tensor, out: Tensor, d_sums: Tensor) -> tuple[
     return torch.cat((d_out[..., :-1], -d_sums), dim=-1), torch.cat((out[..., :-1], torch.ones_like(d_sums)), dim=-1)
 
 
-def _bias_gradient(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor, normalizer: Tensor,
-                   d_sums: Tensor | None, distances: int, varying: int) -> Tensor:  # fmt: skip
+def _bias_gradient(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    out: Tensor,
+    normalizer: Tensor,
+    d_sums: Tensor | None,
+    distances: int,
+    varying: int,
+) -> Tensor:
     """Return the gradient of the bias, (H, W + 1): the gradient of the scores, summed over all pairs of a distance."""
     tile, near, wide = _band_tile(mask.shape[1]), min(varying, distances), normalizer.dtype
     window = mask.shape[2] - mask.shape[1]

@@ -20,8 +20,17 @@ class BlockStateTransformer(LanguageModel):
     documents the arguments, `ModelConfig` the `settings`.
     """
 
-    def __init__(self, vocab_size: int, width: int = 512, depth: int = 12, heads: int = 8, block: int = 512,
-                 ffn: int | None = None, mixer: str = "bst", **settings: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int = 512,
+        depth: int = 12,
+        heads: int = 8,
+        block: int = 512,
+        ffn: int | None = None,
+        mixer: str = "bst",
+        **settings: Any,
+    ) -> None:
         """`ffn`: width of the feed-forward networks, by default four times the model's."""
         settings |= {"vocab_size": vocab_size, "width": width, "depth": depth, "heads": heads, "block": block}
         super().__init__(ModelConfig(**settings, ffn=ffn or 4 * width, mixer=mixer))
@@ -33,8 +42,9 @@ class BSTLayer(Layer):
     Causal. l is a multiple of `block`, or the slice lies within one block.
     """
 
-    def __init__(self, width: int, heads: int, block: int = 512, ffn: int | None = None, depth: int = 1,
-                 **settings: Any) -> None:  # fmt: skip
+    def __init__(
+        self, width: int, heads: int, block: int = 512, ffn: int | None = None, depth: int = 1, **settings: Any
+    ) -> None:
         """`depth`: layers in the stack, which scales the initial values; `settings`: see `LayerConfig`."""
         super().__init__("bst", LayerConfig(width=width, heads=heads, block=block, ffn=ffn or 4 * width, **settings))
         self.initialize(depth)

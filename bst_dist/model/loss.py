@@ -91,8 +91,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float, z: float,
-                fused: bool) -> tuple:  # fmt: skip
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float, z: float, fused: bool
+    ) -> tuple:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -132,8 +133,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden * grad,
             None if d_weight is None else d_weight * grad,
-            None, None, None, None, None,
-        )  # fmt: skip
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _tiles(tokens: int, vocabulary: int, device: str) -> Iterator[slice]:
@@ -144,8 +149,9 @@ def _tiles(tokens: int, vocabulary: int, device: str) -> Iterator[slice]:
         yield slice(first, first + rows)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float,
-                         z_loss: float = 0.0, fused: bool = False) -> tuple:  # fmt: skip
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float, z_loss: float = 0.0, fused: bool = False
+) -> tuple:
     """Return the negative log-likelihood in nats of `labels` under the logits ``scale * hidden @ weight.T``.
 
     Args:
@@ -178,8 +184,15 @@ class OutputHead(nn.Module):
         self.weight = nn.Parameter(torch.randn(vocabulary, width))
         self.products_only = ("weight",)
 
-    def forward(self, hidden: Tensor, scale: float, labels: Tensor | None = None, mask: Tensor | None = None,
-                z_loss: float = 0.0, fused: bool = False) -> Tensor | tuple:  # fmt: skip
+    def forward(
+        self,
+        hidden: Tensor,
+        scale: float,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        z_loss: float = 0.0,
+        fused: bool = False,
+    ) -> Tensor | tuple:
         """Return the result of `linear_cross_entropy`; without labels the logits, (..., D) -> (..., V)."""
         if labels is None:
             return hidden @ self.weight.T * scale

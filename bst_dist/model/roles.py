@@ -57,8 +57,15 @@ class Linear(nn.Linear):
         bias: whether there is a bias; only networks that compute a kernel have one.
     """
 
-    def __init__(self, fan_in: int, fan_out: int, role: Role = Role.MATRIX, into_stream: bool = False,
-                 bias: bool = False, parts: Sequence[int] = ()) -> None:  # fmt: skip
+    def __init__(
+        self,
+        fan_in: int,
+        fan_out: int,
+        role: Role = Role.MATRIX,
+        into_stream: bool = False,
+        bias: bool = False,
+        parts: Sequence[int] = (),
+    ) -> None:
         super().__init__(fan_in, fan_out, bias=bias)
         self.roles, self.stacks = {"weight": role}, {"weight": Stack(0, tuple(parts))}
         self.products_only = ("weight",) if role is Role.MATRIX else ()

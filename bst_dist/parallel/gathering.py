@@ -52,8 +52,15 @@ def gathered(environment: Mapping[str, str] = os.environ, limit_s: float = LIMIT
     with _saying(f"waiting for rank 0 at {where}", rank):
         try:
             # multi_tenant: torch's own store, opened later on the same port, then shares this one.
-            store = TCPStore(address, port, world, rank == 0 and not agent_holds_it, timedelta(seconds=limit_s),
-                             wait_for_workers=False, multi_tenant=True)  # fmt: skip
+            store = TCPStore(
+                address,
+                port,
+                world,
+                rank == 0 and not agent_holds_it,
+                timedelta(seconds=limit_s),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
             store.set(f"{prefix}/{rank}", socket.gethostname())
         except (DistStoreError, RuntimeError) as error:
             serves = rank == 0 and not agent_holds_it
@@ -117,8 +124,11 @@ def _taken(port: int) -> str:
 def _listener(port: int) -> str:
     """Describe the process that listens on a port of this host, as far as this user may see it."""
     try:
-        listening = [one for one in psutil.net_connections("tcp")
-                     if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid]  # fmt: skip
+        listening = [
+            one
+            for one in psutil.net_connections("tcp")
+            if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid
+        ]
         process = psutil.Process(listening[0].pid)
         return f"process {process.pid} ({shlex.join(process.cmdline())[:120]})"
     except (psutil.Error, OSError, IndexError):

@@ -50,21 +50,42 @@ R = TypeVar("R")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe, YAML, or the name of one of launch/recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
-    parser.add_argument("--nodes", type=_numbers, default=[1], metavar="N,...",
-                        help="number of nodes; several numbers give a table (default: 1)")  # fmt: skip
+    parser.add_argument(
+        "--nodes",
+        type=_numbers,
+        default=[1],
+        metavar="N,...",
+        help="number of nodes; several numbers give a table (default: 1)",
+    )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="accelerators per node (default: 8)")
-    parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=(
-        f"accelerator: {', '.join(accelerators())}, or a name of --accelerators (default: h100-80gb)"
-    ))  # fmt: skip
+    parser.add_argument(
+        "--gpu",
+        default="h100-80gb",
+        metavar="NAME",
+        help=(f"accelerator: {', '.join(accelerators())}, or a name of --accelerators (default: h100-80gb)"),
+    )
     parser.add_argument("--lengths", type=_numbers, metavar="L,...", help="sequence lengths in tokens; gives a table")
-    parser.add_argument("--slices", action="store_true",
-                        help="table of memory and time by train.slice_tokens, and the fastest that fits")  # fmt: skip
-    parser.add_argument("--longest", type=_numbers, metavar="GPUS,...",
-                        help="the longest sequence that fits on this many GPUs, whole and in slices")  # fmt: skip
-    parser.add_argument("--host-gb", type=float, default=1000, metavar="GB",
-                        help="with --longest: host memory per node that edges may use (default: 1000)")  # fmt: skip
-    parser.add_argument("--from-run", type=Path, metavar="RUN",
-                        help="multiply all times by this run's measured time / planned time")  # fmt: skip
+    parser.add_argument(
+        "--slices",
+        action="store_true",
+        help="table of memory and time by train.slice_tokens, and the fastest that fits",
+    )
+    parser.add_argument(
+        "--longest",
+        type=_numbers,
+        metavar="GPUS,...",
+        help="the longest sequence that fits on this many GPUs, whole and in slices",
+    )
+    parser.add_argument(
+        "--host-gb",
+        type=float,
+        default=1000,
+        metavar="GB",
+        help="with --longest: host memory per node that edges may use (default: 1000)",
+    )
+    parser.add_argument(
+        "--from-run", type=Path, metavar="RUN", help="multiply all times by this run's measured time / planned time"
+    )
     parser.add_argument("--accelerators", type=Path, metavar="FILE", help="YAML file with your own accelerators")
 
 
@@ -196,8 +217,12 @@ def _of_length(recipe: Recipe, length: int) -> Recipe:
 
     data = recipe.model_dump()
     changes = [{"step": one.step, "sequences": of(one.sequences)} for one in recipe.train.sequence_changes]
-    data["train"] |= {"sequence_length": length, "sequences": of(recipe.train.sequences), "micro_sequences": 1,
-                      "sequence_changes": changes}  # fmt: skip
+    data["train"] |= {
+        "sequence_length": length,
+        "sequences": of(recipe.train.sequences),
+        "micro_sequences": 1,
+        "sequence_changes": changes,
+    }
     data["parallel"] = {"sp": 1}
     if length % recipe.model.block:
         near = max(1, round(length / recipe.model.block)) * recipe.model.block

@@ -61,8 +61,10 @@ def measure(run: Path, device: Accelerator) -> Measured:
     every = [(start, _times(own, recipe)) for start, own in zip(starts, by_start(lines, starts), strict=True)]
     enough = [(start, times) for start, times in every if len(times) >= FEWEST_STEPS]
     if not enough:
-        raise UserError(f"{run}: no start took {FEWEST_STEPS} steps after its first {WARM_UP_STEPS}: too few to "
-                        "measure the time of a step")  # fmt: skip
+        raise UserError(
+            f"{run}: no start took {FEWEST_STEPS} steps after its first {WARM_UP_STEPS}: too few to "
+            "measure the time of a step"
+        )
     start, times = enough[-1]
     _require(run, start.get("device"), device)
     nodes = len(start["hosts"])

@@ -35,8 +35,7 @@ from bst_dist.parallel.sequence.past import EarlierCall
 from bst_dist.plan.flops import forward_flops
 from data_pipeline.serve.loader import open_corpora
 
-SHARED = ("width", "heads", "head_width", "ffn", "activation", "block", "depth", "vocab_size",
-          "tied", "attention")  # fmt: skip
+SHARED = ("width", "heads", "head_width", "ffn", "activation", "block", "depth", "vocab_size", "tied", "attention")
 """Settings that every listed model takes from the recipe."""
 KINDS = ("embedding", "attention", "ssm", "ffn", "norm")
 SHOWN = ("attention", "ssm")

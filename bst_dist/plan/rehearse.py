@@ -24,8 +24,16 @@ MOST_BLOCKS = 16
 """Longest slice of the dry run, in blocks, tried first: the bytes sent do not depend on the length."""
 
 
-def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bool = False, documents: str = "joined",
-             run_again: bool = False, stream: bool = False) -> dict[str, int]:  # fmt: skip
+def rehearse(
+    model: ModelConfig,
+    sp: int,
+    rows: int,
+    slice_length: int,
+    bf16: bool = False,
+    documents: str = "joined",
+    run_again: bool = False,
+    stream: bool = False,
+) -> dict[str, int]:
     """Return the bytes, by kind, that a rank with two neighbours sends for one micro-batch, forward and backward.
 
     Args:
@@ -86,8 +94,9 @@ def no_borders(documents: str, rows: int, length: int, block: int) -> Starts | N
     return torch.zeros(rows, length // block, dtype=torch.bool) if documents == "isolated" else None
 
 
-def _one_layer(model: ModelConfig, sp: int, rows: int, length: int, bf16: bool, documents: str,
-               stream: bool) -> dict[str, int]:  # fmt: skip
+def _one_layer(
+    model: ModelConfig, sp: int, rows: int, length: int, bf16: bool, documents: str, stream: bool
+) -> dict[str, int]:
     group = Rehearsal(sp // 2, sp)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         ids = torch.zeros(rows, length, dtype=torch.long)

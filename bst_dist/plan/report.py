@@ -74,15 +74,31 @@ def show(
 def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list) -> None:
     """Print a table with the best plan of each cluster and length."""
     tokens = recipe.train.most_sequences * recipe.train.sequence_length
-    console.print(f"[bold]{recipe.name}[/], {tokens:,} tokens per step, on nodes of {device.title}", highlight=False,
-                  soft_wrap=True)  # fmt: skip
+    console.print(
+        f"[bold]{recipe.name}[/], {tokens:,} tokens per step, on nodes of {device.title}",
+        highlight=False,
+        soft_wrap=True,
+    )
     lines = []
     bf16 = recipe.train.precision == "bf16"
     for cluster, longer, _, best in rows:
         head = (f"{longer.train.sequence_length:,}", f"{cluster.world:,}", f"{longer.train.most_sequences:,}")
         lines.append([*head, *(_cells(best, cluster, bf16) if isinstance(best, Candidate) else [*[""] * 9, best])])
-    columns = ("tokens", "GPUs", "rows", "ZeRO", "dp", "sp", "micro", "checkpointing", "GB", "step s", "MFU",
-               "G tok/day", "note")  # fmt: skip
+    columns = (
+        "tokens",
+        "GPUs",
+        "rows",
+        "ZeRO",
+        "dp",
+        "sp",
+        "micro",
+        "checkpointing",
+        "GB",
+        "step s",
+        "MFU",
+        "G tok/day",
+        "note",
+    )
     print_table(Sheet(columns, lines))
 
 
@@ -92,21 +108,40 @@ def show_sizes(console: Console, planner: Planner, found: list[Size]) -> None:
     console.print(
         f"[bold]{planner.recipe.name}[/], sequences of {length:,} tokens in slices, on {_cluster(planner.cluster)}, "
         "one sequence of a rank at a time; GB per GPU by the place of edges, and the rest of the fastest that fits\n",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
     lines = []
     for size in found:
         fitting = [way for way in size.by_place.values() if way.fits] or [size.by_place["device"]]
         way = min(fitting, key=lambda one: one.speed.total)
-        cells = [_cell(size.by_place[place], (size, place) == chosen) if place in size.by_place else ""
-                 for place in PLACES]  # fmt: skip
-        lines.append([
-            f"{size.tokens:,}" if size.slices > 1 else "at once", f"{size.slices:,}", f"{size.edges_bytes / GB:,.2f}",
-            *cells, _stage(way), way.work.checkpointing.describe(), f"{sum(way.traffic.values()) / GB:,.1f}",
-            f"{way.speed.total:,.2f}", f"{way.speed.rerun:,.2f}",
-        ])  # fmt: skip
-    columns = ("slice", "slices", "edges GB", *(f"GB: {place}" for place in PLACES), "ZeRO", "checkpointing", "GB sent",
-               "step s", "rerun s")  # fmt: skip
+        cells = [
+            _cell(size.by_place[place], (size, place) == chosen) if place in size.by_place else "" for place in PLACES
+        ]
+        lines.append(
+            [
+                f"{size.tokens:,}" if size.slices > 1 else "at once",
+                f"{size.slices:,}",
+                f"{size.edges_bytes / GB:,.2f}",
+                *cells,
+                _stage(way),
+                way.work.checkpointing.describe(),
+                f"{sum(way.traffic.values()) / GB:,.1f}",
+                f"{way.speed.total:,.2f}",
+                f"{way.speed.rerun:,.2f}",
+            ]
+        )
+    columns = (
+        "slice",
+        "slices",
+        "edges GB",
+        *(f"GB: {place}" for place in PLACES),
+        "ZeRO",
+        "checkpointing",
+        "GB sent",
+        "step s",
+        "rerun s",
+    )
     print_table(Sheet(columns, lines))
     if chosen is None:
         console.print("no size fits: more GPUs, or a smaller model", highlight=False)
@@ -123,18 +158,31 @@ def show_longest(console: Console, recipe: Recipe, device: Accelerator, host_gb:
     """Print the longest sequence for each number of devices."""
     console.print(
         f"[bold]{recipe.name}[/]: the longest sequence, shared by all GPUs, on {device.title}; ZeRO-3 on several, "
-        "every layer recomputed\n", highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        "every layer recomputed\n",
+        highlight=False,
+        soft_wrap=True,
+    )
     lines = []
     for row in rows:
         cells = ["the model's states alone do not fit", "", "", "", ""]
         if row.way is not None:
             disk = 1e6 / row.slice_tokens * row.edge_bytes / GB
-            cells = [f"{row.at_once:,}", f"{row.slice_tokens:,}", f"{row.in_slices['device']:,}",
-                     f"{row.in_slices['host']:,}", f"{disk:,.1f}"]  # fmt: skip
+            cells = [
+                f"{row.at_once:,}",
+                f"{row.slice_tokens:,}",
+                f"{row.in_slices['device']:,}",
+                f"{row.in_slices['host']:,}",
+                f"{disk:,.1f}",
+            ]
         lines.append([f"{row.devices:,}", *cells])
-    columns = ("GPUs", "at once", "slices of", "edges on the device", f"in {host_gb:,.0f} GB of host memory",
-               "on disk: GB per million tokens")  # fmt: skip
+    columns = (
+        "GPUs",
+        "at once",
+        "slices of",
+        "edges on the device",
+        f"in {host_gb:,.0f} GB of host memory",
+        "on disk: GB per million tokens",
+    )
     print_table(Sheet(columns, lines, flush_right=True))
 
 
@@ -294,7 +342,12 @@ def _cells(best: Candidate, cluster: Cluster, bf16: bool) -> list[str]:
     if not best.fits:
         rates = ["", "", ""]
     return [
-        str(work.strategy.stage), str(cluster.world // sp), str(sp), str(work.slice.rows),
-        work.checkpointing.describe(), f"{best.needed / GB:,.1f}", *rates,
+        str(work.strategy.stage),
+        str(cluster.world // sp),
+        str(sp),
+        str(work.slice.rows),
+        work.checkpointing.describe(),
+        f"{best.needed / GB:,.1f}",
+        *rates,
         "" if best.fits else f"{best.excess / GB:,.1f} GB over",
-    ]  # fmt: skip
+    ]

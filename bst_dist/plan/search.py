@@ -131,10 +131,12 @@ class Planner:
         train, world, block = self.recipe.train, self.cluster.world, self.model.block
         fewest, most = train.fewest_sequences, train.most_sequences
         found = [
-            sp for sp in range(1, world + 1)
-            if world % sp == 0 and (train.slice_tokens or train.sequence_length) % (block * sp) == 0
+            sp
+            for sp in range(1, world + 1)
+            if world % sp == 0
+            and (train.slice_tokens or train.sequence_length) % (block * sp) == 0
             and fewest >= world // sp
-        ]  # fmt: skip
+        ]
         if found:
             return [sp for sp in found if most % (world // sp) == 0] or found
         blocks = fewest * train.sequence_length // block
@@ -156,9 +158,17 @@ class Planner:
         rows = -(-self.recipe.train.most_sequences * sp // self.cluster.world)
         return [rows_at_once for rows_at_once in range(min(rows, MOST_ROWS), 0, -1) if rows % rows_at_once == 0]
 
-    def candidate(self, stage: int | str, sp: int, rows: int, policy: str, slices: int | None = None,
-                  edges: str | None = None, every: int | None = None,
-                  sequences: int | None = None) -> Candidate:  # fmt: skip
+    def candidate(
+        self,
+        stage: int | str,
+        sp: int,
+        rows: int,
+        policy: str,
+        slices: int | None = None,
+        edges: str | None = None,
+        every: int | None = None,
+        sequences: int | None = None,
+    ) -> Candidate:
         """Evaluate one layout. Raise SequenceParallelError if a layer cannot be computed with this sp.
 
         Args:
@@ -176,9 +186,18 @@ class Planner:
         part = Slice(rows, train.sequence_length // (sp * slices), sp, stream=slices > 1)
         compiled = self._compiles(self.strategies[stage].stage, checkpointing, sp, slices)
         work = Work(
-            self.strategies[stage], cluster.world, part, spread.micro_batches * slices, checkpointing,
-            self.model.depth, slices, edges, every, compiled, averaged=train.average is not None,
-        )  # fmt: skip
+            self.strategies[stage],
+            cluster.world,
+            part,
+            spread.micro_batches * slices,
+            checkpointing,
+            self.model.depth,
+            slices,
+            edges,
+            every,
+            compiled,
+            averaged=train.average is not None,
+        )
         sizes = self.sizes.by_layer if compiled else self.sizes
         between = sequence_traffic(self.model, work, self.messages(sp, slices))
         traffic = zero_traffic(sizes, work)

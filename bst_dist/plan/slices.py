@@ -88,9 +88,11 @@ def where_they_help(planner: Planner, plan: Candidate) -> list[Size]:
         return []
     found = sizes(planner)
     chosen = best(found)
-    faster = chosen is not None and chosen[0].slices > 1 and (
-        not plan.fits or chosen[0].by_place[chosen[1]].speed.total < plan.speed.total
-    )  # fmt: skip
+    faster = (
+        chosen is not None
+        and chosen[0].slices > 1
+        and (not plan.fits or chosen[0].by_place[chosen[1]].speed.total < plan.speed.total)
+    )
     return found if faster or plan.work.slices > 1 else []
 
 
@@ -128,12 +130,20 @@ def _at_once(recipe: Recipe, cluster: Cluster) -> int:
     return record
 
 
-def _shared(recipe: Recipe, cluster: Cluster, length: int, policy: str, slices: int = 1,
-            edges: str = "device") -> Candidate:  # fmt: skip
+def _shared(
+    recipe: Recipe, cluster: Cluster, length: int, policy: str, slices: int = 1, edges: str = "device"
+) -> Candidate:
     """Evaluate the layout in which all devices share one sequence of that length."""
     data = recipe.model_dump()
-    data["train"] |= {"sequence_length": length, "sequences": 1, "sequence_changes": [], "micro_sequences": 1,
-                      "slice_tokens": None, "edges": "device", "edges_every": 1}  # fmt: skip
+    data["train"] |= {
+        "sequence_length": length,
+        "sequences": 1,
+        "sequence_changes": [],
+        "micro_sequences": 1,
+        "slice_tokens": None,
+        "edges": "device",
+        "edges_every": 1,
+    }
     data["parallel"] = {"sp": 1}
     planner = Planner(parse(Recipe, data, f"length {length}"), cluster)
     return planner.candidate(3 if cluster.world > 1 else 0, cluster.world, 1, policy, slices, edges)
@@ -153,14 +163,19 @@ def describe(found: Size) -> dict[str, Any]:
         "edges_bytes": found.edges_bytes,
         "by_place": {
             place: {
-                "zero_stage": way.work.strategy.stage, "deepspeed": way.work.strategy.name,
+                "zero_stage": way.work.strategy.stage,
+                "deepspeed": way.work.strategy.name,
                 "activation_checkpointing": way.work.checkpointing.policy,
-                "needed_bytes": way.needed, "fits": way.fits, "step_s": way.speed.total,
-                "rerun_s": way.speed.rerun, "host_bytes": way.memory.host, "sent_bytes": way.traffic,
+                "needed_bytes": way.needed,
+                "fits": way.fits,
+                "step_s": way.speed.total,
+                "rerun_s": way.speed.rerun,
+                "host_bytes": way.memory.host,
+                "sent_bytes": way.traffic,
             }
             for place, way in found.by_place.items()
         },
-    }  # fmt: skip
+    }
 
 
 def _best(planner: Planner, sp: int, slices: int, edges: str) -> Candidate:

@@ -122,8 +122,15 @@ class Moved:
     """FLOPs to orthogonalise momentum, of the rank with most."""
 
 
-def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, float], between: dict[str, int],
-          cluster: Cluster, bf16: bool) -> Speed:  # fmt: skip
+def speed(
+    flops: dict[str, float],
+    work: Work,
+    moved: Moved,
+    traffic: dict[str, float],
+    between: dict[str, int],
+    cluster: Cluster,
+    bf16: bool,
+) -> Speed:
     """Return the modelled seconds of one step.
 
     Args:

@@ -270,12 +270,18 @@ class Console(Writer):
     def write(self, report: Report) -> None:
         if isinstance(report, EvalReport):
             weights = "averaged weights: " if report.averaged else ""
-            print(f"{report.step:>12} {report.loss_nats:>8.4f} {_bits(report)}  {weights}{report.about()} in "
-                  f"{report.time_s:.1f} s", flush=True)  # fmt: skip
+            print(
+                f"{report.step:>12} {report.loss_nats:>8.4f} {_bits(report)}  {weights}{report.about()} in "
+                f"{report.time_s:.1f} s",
+                flush=True,
+            )
             return
         if isinstance(report, SkippedReport):
-            print(f"{report.step:>6}/{self.steps:<5} {report.loss_nats:>8.4f} {_bits(report)} "
-                  f"{report.gradient_norm:>8.3f}  skipped: see ledger.jsonl", flush=True)  # fmt: skip
+            print(
+                f"{report.step:>6}/{self.steps:<5} {report.loss_nats:>8.4f} {_bits(report)} "
+                f"{report.gradient_norm:>8.3f}  skipped: see ledger.jsonl",
+                flush=True,
+            )
             return
         if isinstance(report, PerformanceReport):
             self._performance(report)
@@ -294,8 +300,11 @@ class Console(Writer):
         slow = report.slowest_rank if report.slowest_ratio > self.straggler else None
         if slow is not None and slow == self._slow:
             who = f"rank {report.slowest_rank} on {report.slowest_host}"
-            print(f"{'':>12} {who} is slow: its own work in a step takes {report.slowest_ratio:.2f} times "
-                  f"the median rank's {report.work_s:.3g} s", flush=True)  # fmt: skip
+            print(
+                f"{'':>12} {who} is slow: its own work in a step takes {report.slowest_ratio:.2f} times "
+                f"the median rank's {report.work_s:.3g} s",
+                flush=True,
+            )
         self._slow = slow
 
     def _line(self, last: StepReport) -> str:

@@ -67,8 +67,10 @@ class Performance(Callback):
 
     def _report(self, report: StepReport, seconds: dict[str, float], sent: dict[str, float]) -> None:
         measured = max(1, self._measured)
-        own = {f"seconds {phase}": spent / (self._since if phase in OCCASIONAL else measured)
-               for phase, spent in seconds.items()}  # fmt: skip
+        own = {
+            f"seconds {phase}": spent / (self._since if phase in OCCASIONAL else measured)
+            for phase, spent in seconds.items()
+        }
         own |= {f"sent {kind}": count / self._since for kind, count in sent.items()}
         names, table = self._rows.exchange({**own, MEMORY: self.ranks.memory_high_water()})
         if self.writers:
@@ -119,8 +121,10 @@ def summarise(report: StepReport, names: Sequence[str], table: Tensor, hosts: Se
     of each rank.
     """
     columns = dict(zip(names, table.T, strict=True))
-    seconds, sent = ({name.removeprefix(kind): column for name, column in columns.items() if name.startswith(kind)}
-                     for kind in ("seconds ", "sent "))  # fmt: skip
+    seconds, sent = (
+        {name.removeprefix(kind): column for name, column in columns.items() if name.startswith(kind)}
+        for kind in ("seconds ", "sent ")
+    )
     work = sum((seconds[phase] for phase in OWN_WORK if phase in seconds), torch.zeros(len(table), dtype=table.dtype))
     typical, slowest, memory = float(work.median()), int(work.argmax()), columns[MEMORY]
     return PerformanceReport(

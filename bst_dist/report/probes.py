@@ -50,9 +50,17 @@ class Inspected(Protocol):
 class Probes:
     """Probes the model during and after an evaluation."""
 
-    def __init__(self, config: LogConfig, engine: Inspected, ranks: Ranks, writers: Sequence[Writer],
-                 tokenizer: Tokenizer | None, prompt: Sequence[int], evaluated: tuple[int, int],
-                 say: Callable[[str], None]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: LogConfig,
+        engine: Inspected,
+        ranks: Ranks,
+        writers: Sequence[Writer],
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int],
+        evaluated: tuple[int, int],
+        say: Callable[[str], None],
+    ) -> None:
         """`tokenizer`, `prompt`: for samples; no samples without a tokenizer. `evaluated`: the steps between two
         evaluations (0: only the last one), and the steps of the run."""
         self.config, self.engine, self.ranks, self.writers = config, engine, ranks, writers

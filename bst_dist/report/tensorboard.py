@@ -15,11 +15,25 @@ from bst_dist.report.writers import scalars
 
 FOLDER = "tensorboard"
 HPARAMS = (
-    "model.mixer", "model.context.variant", "model.ssm.kernel", "model.width", "model.depth", "model.heads",
-    "model.ffn", "model.block", "train.sequence_length", "train.sequences", "train.steps", "train.precision",
-    "optimizer.learning_rate", "optimizer.ssm_learning_rate", "optimizer.weight_decay", "seed", "parallel.sp",
+    "model.mixer",
+    "model.context.variant",
+    "model.ssm.kernel",
+    "model.width",
+    "model.depth",
+    "model.heads",
+    "model.ffn",
+    "model.block",
+    "train.sequence_length",
+    "train.sequences",
+    "train.steps",
+    "train.precision",
+    "optimizer.learning_rate",
+    "optimizer.ssm_learning_rate",
+    "optimizer.weight_decay",
+    "seed",
+    "parallel.sp",
     "deepspeed",
-)  # fmt: skip
+)
 """Fields of the recipe that are columns of the HParams page; the same in every run, so that runs can be compared."""
 SHOWN = ("model.mixer", "model.context.variant", "model.ssm.kernel", "optimizer.learning_rate", "parameters")
 """Columns that the page shows by default. TensorBoard shows only five, and would choose them alphabetically."""

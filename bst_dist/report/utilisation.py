@@ -51,8 +51,9 @@ class Speed:
         return share if share <= 1 else math.nan  # above 1 the peak is wrong: measured on a busy device
 
 
-def recomputed_flops_per_token(config: ModelConfig, length: int, checkpointing: ActivationCheckpointingConfig,
-                               path: str, compiled: bool) -> float:  # fmt: skip
+def recomputed_flops_per_token(
+    config: ModelConfig, length: int, checkpointing: ActivationCheckpointingConfig, path: str, compiled: bool
+) -> float:
     """Return the FLOPs of one token that activation checkpointing recomputes.
 
     `path`: the path that attention takes (`attention_path`); `compiled`: whether layers are compiled.

@@ -30,10 +30,15 @@ class WeightsAndBiases(Service):
         self.path = run_dir / "wandb"
         own = kept_name(run_dir, NAME) or secrets.token_hex(4)
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT), name=recipe.name, id=own, resume="allow",
-            dir=str(run_dir.absolute()), config=recipe.model_dump(mode="json") | about, allow_val_change=True,
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=recipe.name,
+            id=own,
+            resume="allow",
+            dir=str(run_dir.absolute()),
+            config=recipe.model_dump(mode="json") | about,
+            allow_val_change=True,
             settings=wandb.Settings(console="off", silent=True),  # the launcher keeps the output
-        )  # fmt: skip
+        )
         keep_name(run_dir, NAME, own)
         self._run.define_metric("*", step_metric="step")
         self.catch_up()

@@ -74,8 +74,11 @@ def curves(line: dict[str, Any]) -> dict[str, float]:
     if line["kind"] == SkippedReport.kind:
         return {}
     group = curve_group(line)
-    return {f"{group}/{name.replace('.', '/')}": value for name, value in flat(line).items()
-            if name != "step" and isinstance(value, (int, float)) and not math.isnan(value)}  # fmt: skip
+    return {
+        f"{group}/{name.replace('.', '/')}": value
+        for name, value in flat(line).items()
+        if name != "step" and isinstance(value, (int, float)) and not math.isnan(value)
+    }
 
 
 class Background(Writer):

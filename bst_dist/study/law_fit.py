@@ -45,17 +45,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", required=True, metavar="COLUMN", help="column with the loss in nats per token")
     parser.add_argument("--width", metavar="COLUMN", help="column with the model's width")
     parser.add_argument("--depth", metavar="COLUMN", help="column with the number of layers")
-    parser.add_argument("--run", metavar="COLUMN", help="column that names the run of each point (default: every point "
-                        "is a run of its own)")  # fmt: skip
-    parser.add_argument("--group", metavar="COLUMN", help="column of groups, such as architectures; each gets its own "
-                        "law")  # fmt: skip
-    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE",
-                        help="use only rows with this value; may be given several times, all must match")  # fmt: skip
+    parser.add_argument(
+        "--run",
+        metavar="COLUMN",
+        help="column that names the run of each point (default: every point is a run of its own)",
+    )
+    parser.add_argument(
+        "--group", metavar="COLUMN", help="column of groups, such as architectures; each gets its own law"
+    )
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="use only rows with this value; may be given several times, all must match",
+    )
     parser.add_argument("--held-out", metavar="COLUMN=VALUE", help="rows to predict instead of fitting")
-    parser.add_argument("--drop-largest", type=at_least(0), default=0, metavar="K",
-                        help="leave out the K points with the largest losses (default: 0)")  # fmt: skip
-    parser.add_argument("--draws", type=at_least(2), default=200, metavar="N",
-                        help="number of bootstrap resamples for the intervals (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--drop-largest",
+        type=at_least(0),
+        default=0,
+        metavar="K",
+        help="leave out the K points with the largest losses (default: 0)",
+    )
+    parser.add_argument(
+        "--draws",
+        type=at_least(2),
+        default=200,
+        metavar="N",
+        help="number of bootstrap resamples for the intervals (default: %(default)s)",
+    )
     parser.add_argument("--plot", type=picture, metavar="PATH", help="also draw losses and laws: a png, pdf or svg")
 
 
@@ -84,8 +103,9 @@ def read(args: argparse.Namespace) -> list[Observation]:
             raise UserError(f"{args.table}: no column {name!r}; there are {', '.join(names) or 'none'}")
     found = [
         _observation(line, row, asked, args.table, out is not None and row[out[0]] == out[1])
-        for line, row in rows if all(row[name] == value for name, value in conditions)
-    ]  # fmt: skip
+        for line, row in rows
+        if all(row[name] == value for name, value in conditions)
+    ]
     dropped = sorted(found, key=lambda o: o.loss)[len(found) - args.drop_largest :] if args.drop_largest else []
     kept = [o for o in found if o not in dropped]
     if not kept:
@@ -136,8 +156,20 @@ def _observation(line: int, row: dict[str, str], asked: dict[str, str | None], t
     n = numbers["n"]
     tokens = numbers.get("d", numbers.get("flops", 0.0) / (6 * n))
     return Observation(
-        name=f"line {line}", architecture=row[asked["group"]] if asked["group"] else "", arm="",
-        block=str(line), run=row[asked["run"]] if asked["run"] else str(line), seed=0,
-        width=numbers.get("width", 1.0), depth=numbers.get("depth", 1.0), parameters=n, non_embedding=math.nan,
-        tokens=tokens, length=tokens / n, flops=6 * n * tokens, time_s=math.nan, loss=numbers["loss"], held_out=held,
-    )  # fmt: skip
+        name=f"line {line}",
+        architecture=row[asked["group"]] if asked["group"] else "",
+        arm="",
+        block=str(line),
+        run=row[asked["run"]] if asked["run"] else str(line),
+        seed=0,
+        width=numbers.get("width", 1.0),
+        depth=numbers.get("depth", 1.0),
+        parameters=n,
+        non_embedding=math.nan,
+        tokens=tokens,
+        length=tokens / n,
+        flops=6 * n * tokens,
+        time_s=math.nan,
+        loss=numbers["loss"],
+        held_out=held,
+    )

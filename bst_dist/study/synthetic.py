@@ -128,17 +128,28 @@ class SyntheticObjective:
     def loader(self, mesh: Mesh, start_step: int = 0) -> SyntheticLoader:
         train = self.recipe.train
         share = share_of(self.recipe, mesh, train.sequences, train.micro_sequences)
-        return SyntheticLoader(self.recipe.data, "train", share, seed=self.recipe.seed, start_step=start_step,
-                               row_tokens=self._row)  # fmt: skip
+        return SyntheticLoader(
+            self.recipe.data, "train", share, seed=self.recipe.seed, start_step=start_step, row_tokens=self._row
+        )
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> EvaluateByDistance:
         """Return the evaluation on the first rows of the validation split, which are the same for every run seed."""
         recipe, ranks = self.recipe, trainer.ranks
         mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
         batches = self._validation(mesh, recipe.evaluation.sequences, recipe.train.micro_sequences).batches(0)
-        return EvaluateByDistance(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
-                                  recipe.train.steps, trainer.stop, trainer.sharing,
-                                  task=recipe.data.synthetic, longest=self._row)  # fmt: skip
+        return EvaluateByDistance(
+            recipe.evaluation,
+            batches,
+            trainer.engine,
+            ranks,
+            trainer.token_bytes,
+            writers,
+            recipe.train.steps,
+            trainer.stop,
+            trainer.sharing,
+            task=recipe.data.synthetic,
+            longest=self._row,
+        )
 
     @property
     def _row(self) -> int:
@@ -172,5 +183,11 @@ class EvaluateByDistance(Evaluate):
             return None
         sums = self.ranks.sum(found.sums.flatten().tolist())
         report = found.report(self.task, self.longest, sums)
-        return DistanceReport(step=step, split="validation", bits_per_byte=nan, loss_by_block=[],
-                              time_s=time.perf_counter() - start, **report)  # fmt: skip
+        return DistanceReport(
+            step=step,
+            split="validation",
+            bits_per_byte=nan,
+            loss_by_block=[],
+            time_s=time.perf_counter() - start,
+            **report,
+        )

@@ -63,8 +63,11 @@ class Demo:
         train = self.recipe.train.model_copy(update={"precision": precision})
         self.recipe = self.recipe.model_copy(update={"train": train})
         self.overrides = [f"train.precision={precision}"]
-        why = "the existing runs use it" if stored else \
-            f"this CPU multiplies matrices {slowdown:.0f} times as slowly in bf16"  # fmt: skip
+        why = (
+            "the existing runs use it"
+            if stored
+            else f"this CPU multiplies matrices {slowdown:.0f} times as slowly in bf16"
+        )
         self.console.print(f"Training in {precision}: {why}.", markup=False, highlight=False, soft_wrap=True)
 
     def require_same_recipe(self) -> None:
@@ -224,8 +227,11 @@ def show(demo: Demo, report: dict[str, Any]) -> None:
     equal = "[green]resumed run equals uninterrupted run" if report["passed"] else "[red]resumed run DIFFERS"
     largest = report["resume_largest_difference"]
     rest = max(difference for name, difference in largest.items() if name != "weights")
-    console.print(f"{equal}[/]: stopped after {demo.half} of {demo.recipe.train.steps} steps; largest difference "
-                  f"{rest} at any step, {largest['weights']} in the final weights", highlight=False)  # fmt: skip
+    console.print(
+        f"{equal}[/]: stopped after {demo.half} of {demo.recipe.train.steps} steps; largest difference "
+        f"{rest} at any step, {largest['weights']} in the final weights",
+        highlight=False,
+    )
     console.print(_guide(demo), highlight=False, soft_wrap=True)
 
 

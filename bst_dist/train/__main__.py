@@ -43,16 +43,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run writes (default: runs/<name>)")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint, if there is "
-                        "one")  # fmt: skip
-    parser.add_argument("--from-zero", action="store_true", help=(
-        "start at step 0 even if the run directory has steps but no checkpoint; its metrics move to "
-        "metrics.dropped.jsonl"
-    ))  # fmt: skip
-    parser.add_argument("--replan-schedule", action="store_true", help=(
-        "with --resume: apply a changed train.steps or schedule.* from the newest checkpoint on, even if the new "
-        "schedule has other learning rates for the steps already taken"
-    ))  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest valid checkpoint, if there is one"
+    )
+    parser.add_argument(
+        "--from-zero",
+        action="store_true",
+        help=(
+            "start at step 0 even if the run directory has steps but no checkpoint; its metrics move to "
+            "metrics.dropped.jsonl"
+        ),
+    )
+    parser.add_argument(
+        "--replan-schedule",
+        action="store_true",
+        help=(
+            "with --resume: apply a changed train.steps or schedule.* from the newest checkpoint on, even if the new "
+            "schedule has other learning rates for the steps already taken"
+        ),
+    )
     parser.add_argument(
         "--until", type=at_least(1), metavar="STEP", help="stop with a checkpoint after STEP steps in total"
     )
@@ -78,8 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     allow_open_files()  # rank 0 holds several connections of every rank
     # A closed terminal must not cost the checkpoint.
     sys.stdout, sys.stderr = IgnoreWriteErrors(sys.stdout), IgnoreWriteErrors(sys.stderr)
-    parser = argparse.ArgumentParser(prog="bst_dist.train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="bst_dist.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the launcher; LOCAL_RANK has the same value
     args = parser.parse_intermixed_args(argv)

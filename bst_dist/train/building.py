@@ -37,8 +37,9 @@ def recorded_group(start: Start, ranks: Ranks) -> SequenceGroup | None:
     return group and RecordedGroup(group.process_group, ranks.phases)
 
 
-def build_engine(start: Start, ranks: Ranks, compiled: bool = False, fused_loss: bool = False,
-                 from_zero: bool = False) -> Engine:  # fmt: skip
+def build_engine(
+    start: Start, ranks: Ranks, compiled: bool = False, fused_loss: bool = False, from_zero: bool = False
+) -> Engine:
     """Build the model and wrap it with DeepSpeed, which gives all ranks the weights of rank 0.
 
     Args:
@@ -81,8 +82,9 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
 
     for _, length in recipe.train.lengths:
         speed(length)  # computed and cached here, so that no step waits for it
-    trainer = Trainer(recipe.train, recipe.schedule, recipe.optimizer.learning_rate, engine, ranks, token_bytes,
-                      speed, sharing, stop)  # fmt: skip
+    trainer = Trainer(
+        recipe.train, recipe.schedule, recipe.optimizer.learning_rate, engine, ranks, token_bytes, speed, sharing, stop
+    )
     trainer.corpora = start.objective.mixed
     return trainer
 

@@ -147,8 +147,10 @@ class TrainConfig(Config):
     def tokens(self) -> int:
         """Tokens of all steps together."""
         starts = sorted({start for start, _ in self.batches + self.lengths if start < self.steps})
-        return sum((end - start) * self.sequences_at(start) * self.length_at(start)
-                   for start, end in pairwise([*starts, self.steps]))  # fmt: skip
+        return sum(
+            (end - start) * self.sequences_at(start) * self.length_at(start)
+            for start, end in pairwise([*starts, self.steps])
+        )
 
     @property
     def slices(self) -> int:

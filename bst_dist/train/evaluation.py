@@ -37,9 +37,18 @@ class Evaluate(Callback):
 
     phase = "evaluate"
 
-    def __init__(self, config: EvaluationConfig, batches: Sequence[MicroBatch], engine: Engine, ranks: Ranks,
-                 token_bytes: Tensor, writers: Sequence[Writer], steps: int, stop: Stop,
-                 sharing: SequenceGroup | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        batches: Sequence[MicroBatch],
+        engine: Engine,
+        ranks: Ranks,
+        token_bytes: Tensor,
+        writers: Sequence[Writer],
+        steps: int,
+        stop: Stop,
+        sharing: SequenceGroup | None = None,
+    ) -> None:
         """`batches`: this rank's share of the validation sequences, empty without a validation split. `steps`: of the
         whole run. `sharing`: the ranks that have the other slices."""
         self.config, self.batches, self.engine, self.ranks = config, batches, engine, ranks

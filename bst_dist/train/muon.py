@@ -61,8 +61,9 @@ class Muon(torch.optim.AdamW):
             if one.parameter in self._stacks:
                 by_tensor.setdefault(one.tensor, []).append(one)
         if by_tensor:
-            self._shares = {tensor: _Share.of(members, self._stacks, rank, all_to_all)
-                            for tensor, members in by_tensor.items()}  # fmt: skip
+            self._shares = {
+                tensor: _Share.of(members, self._stacks, rank, all_to_all) for tensor, members in by_tensor.items()
+            }
         for tensor in self._shares:
             self._state_of(tensor)
 
@@ -124,8 +125,9 @@ class _Share:
         return cls([tuple(parameter.shape)], [stack], Exchange([matrix], 0), {0: _Run(0, parameter.numel())})
 
     @classmethod
-    def of(cls, members: Sequence[Placed], stacks: Mapping[nn.Parameter, Stack], rank: int,
-           all_to_all: Callable[..., Any]) -> _Share:  # fmt: skip
+    def of(
+        cls, members: Sequence[Placed], stacks: Mapping[nn.Parameter, Stack], rank: int, all_to_all: Callable[..., Any]
+    ) -> _Share:
         """Return the share of parameters of which each rank updates some runs."""
         own = [stacks[member.parameter] for member in members]
         shapes = [member.division.shape for member in members]
@@ -136,8 +138,11 @@ class _Share:
             runs = {holder: division.run(holder) for holder in division.holders(0, division.numel)}
             matrices.append(Matrix({holder: run for holder, run in runs.items() if run[1]}, cost))
         places = enumerate(zip(members, matrices, strict=True))
-        runs = {place: _Run(member.offset, matrix.runs[rank][1]) for place, (member, matrix) in places
-                if rank in matrix.runs}  # fmt: skip
+        runs = {
+            place: _Run(member.offset, matrix.runs[rank][1])
+            for place, (member, matrix) in places
+            if rank in matrix.runs
+        }
         return cls(shapes, own, Exchange(matrices, rank, all_to_all), runs)
 
     def subtract(self, weights: Tensor, direction: Tensor, rate: float) -> None:

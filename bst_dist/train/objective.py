@@ -160,8 +160,16 @@ class LanguageModelling:
 
     def loader(self, mesh: Mesh, start_step: int = 0) -> Loader:
         train = self.recipe.train
-        return self._loader(self.recipe.data, self.corpora, mesh, train.sequences, train.micro_sequences, start_step,
-                            train.batches[1:], train.lengths)  # fmt: skip
+        return self._loader(
+            self.recipe.data,
+            self.corpora,
+            mesh,
+            train.sequences,
+            train.micro_sequences,
+            start_step,
+            train.batches[1:],
+            train.lengths,
+        )
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
         """Evaluate on the first sequences of the validation split, each once (step 0 of its loader), and on those of
@@ -175,14 +183,24 @@ class LanguageModelling:
         ]
         return evaluate
 
-    def _parts(self, data: DataConfig, corpora: Sequence[Corpus], trainer: Trainer, writers: Sequence[Writer],
-               whose: str = "") -> tuple[Any, ...]:  # fmt: skip
+    def _parts(
+        self, data: DataConfig, corpora: Sequence[Corpus], trainer: Trainer, writers: Sequence[Writer], whose: str = ""
+    ) -> tuple[Any, ...]:
         """Return the arguments of `Evaluate`; `whose`: names the validation split in a printed message."""
         recipe, ranks = self.recipe, trainer.ranks
         asked, mesh = recipe.evaluation.sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
         if not corpora:
-            return (recipe.evaluation, [], trainer.engine, ranks, trainer.token_bytes, writers, recipe.train.steps,
-                    trainer.stop, trainer.sharing)  # fmt: skip
+            return (
+                recipe.evaluation,
+                [],
+                trainer.engine,
+                ranks,
+                trainer.token_bytes,
+                writers,
+                recipe.train.steps,
+                trainer.stop,
+                trainer.sharing,
+            )
         held = sum(self._loader(data, corpora, Mesh(1, 0), 1, 1).sequences)
         if held < asked and ranks.first:
             print(
@@ -192,12 +210,29 @@ class LanguageModelling:
         asked = min(asked, held)
         loader = self._loader(data, corpora, mesh, asked, recipe.train.micro_sequences)
         batches = [changed(batch, _counted_once) for batch in loader.batches(0)]
-        return (recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers, recipe.train.steps,
-                trainer.stop, trainer.sharing)  # fmt: skip
+        return (
+            recipe.evaluation,
+            batches,
+            trainer.engine,
+            ranks,
+            trainer.token_bytes,
+            writers,
+            recipe.train.steps,
+            trainer.stop,
+            trainer.sharing,
+        )
 
-    def _loader(self, data: DataConfig, corpora: Sequence[Corpus], mesh: Mesh, rows: int, micro_rows: int,
-                start_step: int = 0, changes: Sequence[tuple[int, int]] = (),
-                lengths: Sequence[tuple[int, int]] = ()) -> Loader:  # fmt: skip
+    def _loader(
+        self,
+        data: DataConfig,
+        corpora: Sequence[Corpus],
+        mesh: Mesh,
+        rows: int,
+        micro_rows: int,
+        start_step: int = 0,
+        changes: Sequence[tuple[int, int]] = (),
+        lengths: Sequence[tuple[int, int]] = (),
+    ) -> Loader:
         recipe, training = self.recipe, corpora is self.corpora
         length = recipe.train.sequence_length if lengths else recipe.train.lengths[-1][1]
         return Loader(
@@ -221,9 +256,15 @@ def share_of(recipe: Recipe, mesh: Mesh, rows: int, micro_rows: int) -> Share:
     """Return the share of this rank in steps of `rows` sequences."""
     train = recipe.train
     return Share(
-        length=train.sequence_length, rows=rows, micro_rows=micro_rows, dp_rank=mesh.dp_rank, dp=mesh.dp,
-        sp_rank=mesh.sp_rank, sp=mesh.sp, slice_tokens=train.slice_tokens,
-    )  # fmt: skip
+        length=train.sequence_length,
+        rows=rows,
+        micro_rows=micro_rows,
+        dp_rank=mesh.dp_rank,
+        dp=mesh.dp,
+        sp_rank=mesh.sp_rank,
+        sp=mesh.sp,
+        slice_tokens=train.slice_tokens,
+    )
 
 
 def _counted_once(batch: Batch) -> Batch:

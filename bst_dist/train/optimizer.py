@@ -25,9 +25,12 @@ HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", MOMENTUM)
 DECAYED = ("matrices", "filters", "other matrices")
 
 
-def build(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]],
-          scales: Mapping[str, Scale] | None = None,
-          hidden: Sequence[tuple[nn.Parameter, Stack]] = ()) -> torch.optim.AdamW:  # fmt: skip
+def build(
+    config: OptimizerConfig,
+    groups: Mapping[str, Sequence[nn.Parameter]],
+    scales: Mapping[str, Scale] | None = None,
+    hidden: Sequence[tuple[nn.Parameter, Stack]] = (),
+) -> torch.optim.AdamW:
     """Build the optimizer over the model's groups ``{"matrices", "vectors", "ssm", ...}``; empty groups are left out.
 
     `scales`: factors of a group's rate, decay and eps; 1 if missing. `hidden`: the matrices that Muon updates (the
@@ -40,8 +43,15 @@ def build(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]],
         rate = config.ssm_learning_rate if name == "ssm" else config.learning_rate
         decay = config.weight_decay if name in DECAYED else 0.0
         if parameters:
-            described.append({"name": name, "params": list(parameters), "lr": rate * scale.rate,
-                              "weight_decay": decay * scale.decay, "eps": config.eps * scale.eps})  # fmt: skip
+            described.append(
+                {
+                    "name": name,
+                    "params": list(parameters),
+                    "lr": rate * scale.rate,
+                    "weight_decay": decay * scale.decay,
+                    "eps": config.eps * scale.eps,
+                }
+            )
     defaults = {"betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
     if config.kind == "adamw":
         return torch.optim.AdamW(described, **defaults)

@@ -87,9 +87,16 @@ class Run:
         averaged = self.recipe.train.average
         state = EngineState(self.engine.deepspeed, averaged is not None)
         self.average = averaged and Average(averaged, state)
-        self.snapshots = Snapshots(start.run_dir, state, ranks, identity, self.recipe.checkpoint, lease,
-                                   averaged is not None,
-                                   constant_until(self.recipe.schedule, self.recipe.train.steps))  # fmt: skip
+        self.snapshots = Snapshots(
+            start.run_dir,
+            state,
+            ranks,
+            identity,
+            self.recipe.checkpoint,
+            lease,
+            averaged is not None,
+            constant_until(self.recipe.schedule, self.recipe.train.steps),
+        )
         self.copies = LocalCopies(start.run_dir, self.snapshots, ranks, lease.epoch, request.resume)
         self.trainer = build_trainer(start, self.engine, ranks, recorded_group(start, ranks), stop)
         ranks.limit_exchanges(self.recipe.watchdog.exchange_limit_s)
@@ -166,8 +173,9 @@ class Run:
                 with suppress(OSError):  # a full disk was already reported
                     writer.close()
 
-    def _callbacks(self, position: Position, loader: Batches, writers: Sequence[Writer], evaluate: Evaluate,
-                   evaluated: Evaluated) -> list[Callback]:  # fmt: skip
+    def _callbacks(
+        self, position: Position, loader: Batches, writers: Sequence[Writer], evaluate: Evaluate, evaluated: Evaluated
+    ) -> list[Callback]:
         """Return the callbacks that run after each step, in this order."""
         recipe, ranks = self.recipe, self.ranks
 

@@ -42,9 +42,19 @@ if TYPE_CHECKING:
 class Trainer:
     """Takes the steps of a run and keeps its progress: tokens, carried states, skipped data."""
 
-    def __init__(self, config: TrainConfig, schedule: ScheduleConfig, rate: float, engine: Engine,
-                 ranks: Ranks, token_bytes: Tensor, speed: Callable[[int], Speed], sharing: SequenceGroup | None = None,
-                 stop: Stop | None = None, guard: Guard | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: TrainConfig,
+        schedule: ScheduleConfig,
+        rate: float,
+        engine: Engine,
+        ranks: Ranks,
+        token_bytes: Tensor,
+        speed: Callable[[int], Speed],
+        sharing: SequenceGroup | None = None,
+        stop: Stop | None = None,
+        guard: Guard | None = None,
+    ) -> None:
         """`rate`: the recipe's peak learning rate, for the reports. `token_bytes`: (V,) bytes of text per token id, on
         the rank's device. `speed`: returns, for a sequence length, the FLOPs per token and the peak of all ranks, for
         MFU and HFU. `sharing`: the ranks that hold the other slices of this rank's sequences, None when it holds whole

@@ -41,8 +41,9 @@ def _starts(recipe: Recipe, generator: np.random.Generator) -> tuple[np.ndarray 
     return None if recipe.data.documents == "joined" else starts, unit
 
 
-def _batch(ids: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, rows: range, tokens: range,
-           unit: int) -> Batch:  # fmt: skip
+def _batch(
+    ids: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, rows: range, tokens: range, unit: int
+) -> Batch:
     """Return some rows and tokens of the global batch."""
     own, count = slice(rows.start, rows.stop), len(rows)
     at, blocks = slice(tokens.start, tokens.stop), slice(tokens.start // unit, tokens.stop // unit)

@@ -35,8 +35,13 @@ def likely_cause(combination: Combination, world: int, finding: Finding, ranks_a
 
 def _factors(combination: Combination, world: int, scale: float) -> Iterator[tuple[str, float]]:
     """Yield the known quantities (sp, dp, ...), or their inverses, that equal the scale."""
-    known = {"sp": combination.sp, "dp": world // combination.sp, "ranks": world,
-             "micro-batches": combination.accumulation, "slices": combination.slices}  # fmt: skip
+    known = {
+        "sp": combination.sp,
+        "dp": world // combination.sp,
+        "ranks": world,
+        "micro-batches": combination.accumulation,
+        "slices": combination.slices,
+    }
     for name, value in known.items():
         for form, factor in ((name, value), (f"1/{name}", 1 / value)):
             if value > 1 and abs(scale / factor - 1) < NEAR:

@@ -44,8 +44,13 @@ class Line:
     def report(self) -> dict[str, Any]:
         """Return all values as a dictionary for a file; errors are relative."""
         found = asdict(self.finding)
-        return {**self.combination.describe(), "passed": self.finding.passed, "cause": self.cause, "rank": self.rank,
-                **found}  # fmt: skip
+        return {
+            **self.combination.describe(),
+            "passed": self.finding.passed,
+            "cause": self.cause,
+            "rank": self.rank,
+            **found,
+        }
 
 
 def certify(grid: Grid, ranks: Ranks) -> Iterator[Line]:

@@ -52,8 +52,11 @@ class Combination:
         data["train"]["precision"] = self.precision
         data["train"]["micro_sequences"] = small.train.sequences * self.sp // (world * self.accumulation)
         if self.slices > 1:
-            data["train"] |= {"slice_tokens": small.train.sequence_length // self.slices, "edges": self.edges,
-                              "edges_every": min(self.edges_every, self.slices - 1)}  # fmt: skip
+            data["train"] |= {
+                "slice_tokens": small.train.sequence_length // self.slices,
+                "edges": self.edges,
+                "edges_every": min(self.edges_every, self.slices - 1),
+            }
         data["parallel"]["sp"] = self.sp
         data["deepspeed"] = self.deepspeed
         data["activation_checkpointing"]["policy"] = self.checkpointing
@@ -86,14 +89,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     axes.add_argument("--variants", nargs="+", choices=_variants(), help="context states of the Block-State layers")
     axes.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), help="precision of the step")
-    axes.add_argument("--zero", nargs="+", type=int, choices=range(4), metavar="{0,1,2,3}",
-                      help="ZeRO stages, as in ds_configs/")  # fmt: skip
+    axes.add_argument(
+        "--zero", nargs="+", type=int, choices=range(4), metavar="{0,1,2,3}", help="ZeRO stages, as in ds_configs/"
+    )
     axes.add_argument("--sp", nargs="+", type=int, metavar="N", help="sequence-parallel degrees")
     axes.add_argument("--checkpointing", nargs="+", choices=policies, metavar="POLICY", help=", ".join(policies))
     axes.add_argument("--accumulation", nargs="+", type=int, metavar="N", help="micro-batches per rank")
     axes.add_argument("--slices", nargs="+", type=int, metavar="N", help="slices per sequence (train.slice_tokens)")
-    parser.add_argument("--ranks", type=int, metavar="N", help="processes to start (default: the recipe's, at least 2, "
-                        "and as many as the degrees need)")  # fmt: skip
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="processes to start (default: the recipe's, at least 2, and as many as the degrees need)",
+    )
 
 
 def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
@@ -136,8 +144,14 @@ def require_slices(grid: Grid) -> None:
         if combination.sp > 1:
             recipe = combination.apply(grid.small, grid.world)
             share = recipe.train.sequence_length // (combination.slices * combination.sp)
-            rehearse(recipe.model, combination.sp, recipe.train.micro_sequences, share, documents=documents,
-                     stream=combination.slices > 1)  # fmt: skip
+            rehearse(
+                recipe.model,
+                combination.sp,
+                recipe.train.micro_sequences,
+                share,
+                documents=documents,
+                stream=combination.slices > 1,
+            )
 
 
 def _models(recipe: Recipe, variants: Sequence[str] | None) -> list[str]:

@@ -34,8 +34,12 @@ def shrink(recipe: Recipe, unit: int, rows: int) -> Recipe:
 
 def small_buckets(strategy: dict[str, Any]) -> dict[str, Any]:
     """Return a DeepSpeed strategy in which the small model fills several buckets, and ZeRO-3 shards all parameters."""
-    sizes = {"reduce_bucket_size": 8192, "allgather_bucket_size": 8192, "stage3_prefetch_bucket_size": 4096,
-             "stage3_param_persistence_threshold": 0}  # fmt: skip
+    sizes = {
+        "reduce_bucket_size": 8192,
+        "allgather_bucket_size": 8192,
+        "stage3_prefetch_bucket_size": 4096,
+        "stage3_param_persistence_threshold": 0,
+    }
     return {**strategy, "zero_optimization": {**strategy.get("zero_optimization", {}), **sizes}}
 
 

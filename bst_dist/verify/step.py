@@ -48,8 +48,16 @@ def distributed_step(recipe: Recipe, ranks: Ranks, group: SequenceGroup | None) 
     mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
     engine = _engine(recipe, mesh)
     token_bytes = torch.ones(recipe.model.vocab_size, dtype=torch.long, device=ranks.device)
-    trainer = Trainer(recipe.train, recipe.schedule, recipe.optimizer.learning_rate, engine, ranks, token_bytes,
-                      lambda _: Speed(1.0, 1.0), group)  # fmt: skip
+    trainer = Trainer(
+        recipe.train,
+        recipe.schedule,
+        recipe.optimizer.learning_rate,
+        engine,
+        ranks,
+        token_bytes,
+        lambda _: Speed(1.0, 1.0),
+        group,
+    )
     for step in range(2 if recipe.train.carry else 1):
         own = batches(recipe, step, mesh, recipe.train.micro_sequences)
         report = trainer.step(step, own, time.perf_counter())

@@ -41,10 +41,14 @@ def make_endless(directory: Path, documents: int, per_shard: int, mean: int, lin
             for ending in (".tar", ".idx", ".tokens"):
                 if (directory / f"{names[0]}{ending}").exists():
                     (directory / f"{name}{ending}").symlink_to(f"{names[0]}{ending}")
-    columns = {name: np.array([value.encode() if isinstance(value, str) else value] * count)
-               for name, value in info.model_dump().items()}  # fmt: skip
-    columns |= {field: np.array([f"{name}{ending}".encode() for name in names])
-                for field, ending in (("file", ".tar"), ("index", ".idx"))}  # fmt: skip
+    columns = {
+        name: np.array([value.encode() if isinstance(value, str) else value] * count)
+        for name, value in info.model_dump().items()
+    }
+    columns |= {
+        field: np.array([f"{name}{ending}".encode() for name in names])
+        for field, ending in (("file", ".tar"), ("index", ".idx"))
+    }
     data = to_bytes([shard_extents(ShardIndex.read(directory / info.index).lengths)] * count)
     (directory / file_of("train")).write_bytes(data)
     tokenizer = bench_tokenizer()

@@ -42,8 +42,9 @@ class Ours:
 
         config = DataConfig(corpus=str(directory / "ours"), prefetch=0)
         share = Share(length=LENGTH, rows=ROWS, micro_rows=ROWS // world, dp_rank=rank, dp=world)
-        self._loader = Loader(config, open_corpora(config), share, block=512, seed=SEED,
-                              start_step=state["step"] if state else 0)  # fmt: skip
+        self._loader = Loader(
+            config, open_corpora(config), share, block=512, seed=SEED, start_step=state["step"] if state else 0
+        )
         if state:
             self._loader.check(state)
         self._step = state["step"] if state else 0
@@ -125,9 +126,12 @@ class MosaicML:
 
         clean_stale_shared_memory()  # left by processes that were killed; every rank must call it
         dataset = StreamingDataset(
-            local=str(directory / "mosaicml"), shuffle=True, shuffle_seed=SEED, batch_size=ROWS // world,
+            local=str(directory / "mosaicml"),
+            shuffle=True,
+            shuffle_seed=SEED,
+            batch_size=ROWS // world,
             num_canonical_nodes=2,
-        )  # fmt: skip
+        )
         self._loader = StreamingDataLoader(dataset, batch_size=ROWS // world, num_workers=0)
         if state:
             self._loader.load_state_dict(state)

@@ -53,13 +53,19 @@ _DEFAULT = Path("~/.cache/bst/bench-data")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS), help="readers to measure")
-    parser.add_argument("--sequences", metavar="N", type=at_least(16), default=32_000,
-                        help="sequences of 4097 tokens in a pass")  # fmt: skip
+    parser.add_argument(
+        "--sequences", metavar="N", type=at_least(16), default=32_000, help="sequences of 4097 tokens in a pass"
+    )
     parser.add_argument(
         "--repeats", metavar="N", type=at_least(1), default=5, help="measurements per reader; the median is reported"
     )
-    parser.add_argument("--mean-document", metavar="TOKENS", type=at_least(2), default=MEAN_DOCUMENT,
-                        help="mean length of our documents (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--mean-document",
+        metavar="TOKENS",
+        type=at_least(2),
+        default=MEAN_DOCUMENT,
+        help="mean length of our documents (default: %(default)s)",
+    )
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each pass")
     parser.add_argument(
         "--directory",
@@ -143,8 +149,11 @@ class _Bench:
             environment |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         return subprocess.Popen(
             [*command, "--sequences", self._sequences, *extra],
-            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def _result(
         self, name: str, job: str, process: subprocess.Popen[str], limit_s: float | None = None
@@ -199,14 +208,18 @@ def _print(report: dict[str, Any]) -> None:
     for name, each in report["readers"].items():
         low, high = each["tokens_per_cpu_s_range"]
         resume = each["resume_s"]
-        rows.append([
-            READERS[name], f"{each['tokens_per_s'] / 1e6:.0f}",
-            f"{each['tokens_per_cpu_s'] / 1e6:.0f} ({low / 1e6:.0f}-{high / 1e6:.0f})",
-            f"{each['tokens_per_cpu_s'] / litdata:.2f}" if litdata else "-",
-            f"{resume * 1e3:,.0f} ms" if resume is not None else "-",
-            "yes" if each["resume_exact"] else "no", _verdict(each["elastic"]),
-            *([f"{each['disk_bytes_per_byte']:.2f}"] if report["cold"] else []),
-        ])  # fmt: skip
+        rows.append(
+            [
+                READERS[name],
+                f"{each['tokens_per_s'] / 1e6:.0f}",
+                f"{each['tokens_per_cpu_s'] / 1e6:.0f} ({low / 1e6:.0f}-{high / 1e6:.0f})",
+                f"{each['tokens_per_cpu_s'] / litdata:.2f}" if litdata else "-",
+                f"{resume * 1e3:,.0f} ms" if resume is not None else "-",
+                "yes" if each["resume_exact"] else "no",
+                _verdict(each["elastic"]),
+                *([f"{each['disk_bytes_per_byte']:.2f}"] if report["cold"] else []),
+            ]
+        )
     columns = ["reader", "Mtok/s", "Mtok per CPU-s", "of litdata's", "resume", "right", "one rank to two"]
     print_table(
         Sheet((*columns, *(["bytes read per byte served"] if report["cold"] else [])), rows),

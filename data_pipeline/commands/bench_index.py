@@ -36,8 +36,14 @@ from data_pipeline.bench.opening import MEETINGS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--documents", nargs="+", metavar="N", type=_count, default=[10**6, 10**7, 10**9],
-                        help="documents of the corpora (default: 1e6 1e7 1e9)")  # fmt: skip
+    parser.add_argument(
+        "--documents",
+        nargs="+",
+        metavar="N",
+        type=_count,
+        default=[10**6, 10**7, 10**9],
+        help="documents of the corpora (default: 1e6 1e7 1e9)",
+    )
     parser.add_argument("--per-shard", metavar="N", type=_count, default=10_000, help="documents of a shard")
     parser.add_argument("--mean", metavar="TOKENS", type=_count, default=300, help="mean length of a document")
     parser.add_argument("--isolated", action="store_true", help="serve isolated documents; else they are joined")
@@ -145,10 +151,17 @@ def _print(found: list[dict[str, Any]]) -> None:
     rows = []
     for each in found:
         memory = max(each["private_mb"], each["private_mb_at_end"])
-        rows.append([
-            f"{each['documents']:,}", f"{each['shards']:,}", f"{each['tokens']:.1e}", f"{each['manifest_mb']:.1f}",
-            f"{each['first_batch_s']:.1f}", f"{memory:.0f}", f"{each['waited']:.1%}" if "waited" in each else "-",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{each['documents']:,}",
+                f"{each['shards']:,}",
+                f"{each['tokens']:.1e}",
+                f"{each['manifest_mb']:.1f}",
+                f"{each['first_batch_s']:.1f}",
+                f"{memory:.0f}",
+                f"{each['waited']:.1%}" if "waited" in each else "-",
+            ]
+        )
     columns = ("documents", "shards", "tokens", "manifest MB", "first batch s", "MB per rank", "waiting")
     print_table(Sheet(columns, rows))
     for each in found:

@@ -55,8 +55,9 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             beside.mkdir(exist_ok=True)
             shutil.copyfile(tokenizer, beside / tokenizer.name)
     rows = [[split, f"{found['documents']:,}", f"{found['tokens']:,}"] for split, found in splits.items()]
-    print_table(Sheet(("split", "documents", "tokens"), rows), f"{args.output} written for {args.format} from "
-                f"{args.corpus}.")  # fmt: skip
+    print_table(
+        Sheet(("split", "documents", "tokens"), rows), f"{args.output} written for {args.format} from {args.corpus}."
+    )
     return {"corpus": str(args.corpus), "output": str(args.output), "format": args.format, "splits": splits}
 
 

@@ -25,9 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
     parser.add_argument("url", metavar="URL", help="where to: s3://bucket/corpus, gs://…, file:///path")
-    parser.add_argument("--grow", action="store_true", help=(
-        "replace a corpus there that this one continues; files that both have are not sent again"
-    ))  # fmt: skip
+    parser.add_argument(
+        "--grow",
+        action="store_true",
+        help=("replace a corpus there that this one continues; files that both have are not sent again"),
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

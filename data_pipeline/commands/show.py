@@ -33,8 +33,11 @@ _LISTED = 20  # documents listed for each split, unless --limit is given
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
     parser.add_argument("document", nargs="?", help="key of a document, or its path in the source; without it, a list")
-    parser.add_argument("--find", metavar="TEXT", help="list the documents whose path or title contains TEXT; upper "
-                        "and lower case are the same")  # fmt: skip
+    parser.add_argument(
+        "--find",
+        metavar="TEXT",
+        help="list the documents whose path or title contains TEXT; upper and lower case are the same",
+    )
     parser.add_argument(
         "--limit", metavar="N", type=at_least(1), help=f"list at most N documents of each split (default: {_LISTED})"
     )

@@ -50,9 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", metavar="PATH", type=picture, help="draw a histogram of lengths: png, pdf or svg")
     parser.add_argument("--quick", action="store_true", help="do not read the tokens: no duplicates, no overlap")
     parser.add_argument(
-        "--length", metavar="L", type=at_least(1),
+        "--length",
+        metavar="L",
+        type=at_least(1),
         help="count training documents that sequences of L tokens cut although they would fit into one",
-    )  # fmt: skip
+    )
     parser.add_argument("--workers", metavar="N", type=at_least(1), help="processes (default: one for each CPU)")
 
 
@@ -138,8 +140,11 @@ def _quantiles(lengths: np.ndarray) -> dict[str, float]:
 def _print(console: Console, report: dict[str, Any]) -> None:
     print_table(split_table(report["splits"]))
     quantiles = ("mean", "p10", "median", "p90", "max")
-    rows = [[split, *(f"{lengths[q]:,.0f}" for q in quantiles)]
-            for split, n in report["splits"].items() if (lengths := n.get("document_tokens"))]  # fmt: skip
+    rows = [
+        [split, *(f"{lengths[q]:,.0f}" for q in quantiles)]
+        for split, n in report["splits"].items()
+        if (lengths := n.get("document_tokens"))
+    ]
     print_table(Sheet(("tokens per document", *quantiles), rows))
     histogram = report["length_histogram"]
     say("documents by length in tokens:", console)

@@ -158,7 +158,8 @@ class ShardParser:
         if not isinstance(shards, list):
             return shards
         if all(type(shard) is _Row for shard in shards):
-            return ShardTable.of({name: column[shards] for name, column in self._columns.items()} if shards else
-                                 ShardTable()._columns)  # fmt: skip
+            return ShardTable.of(
+                {name: column[shards] for name, column in self._columns.items()} if shards else ShardTable()._columns
+            )
         every = ShardTable.of(self._columns)
         return [every[shard].model_dump() if type(shard) is _Row else shard for shard in shards]

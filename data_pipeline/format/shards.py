@@ -30,9 +30,18 @@ CRC_BLOCK = 8192
 _MAGIC = b"BSTINDEX"
 _VERSION = 1
 _HEADER = np.dtype(
-    [("magic", "S8"), ("version", "<u4"), ("itemsize", "<u4"), ("crc_block", "<u4"), ("reserved", "<u4"),
-     ("documents", "<u8"), ("crcs", "<u8"), ("tar_bytes", "<u8"), ("tar_sha256", "V32")]
-)  # fmt: skip
+    [
+        ("magic", "S8"),
+        ("version", "<u4"),
+        ("itemsize", "<u4"),
+        ("crc_block", "<u4"),
+        ("reserved", "<u4"),
+        ("documents", "<u8"),
+        ("crcs", "<u8"),
+        ("tar_bytes", "<u8"),
+        ("tar_sha256", "V32"),
+    ]
+)
 _ENTRY = np.dtype([("offset", "<u8"), ("tokens", "<u8"), ("id", "<u8")])
 
 

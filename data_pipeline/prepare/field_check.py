@@ -35,8 +35,12 @@ class FieldCheck:
             self._fields = fields if self._fields is None else self._fields.and_of(fields)
         if done >= EARLY and not self._reported and self._fields and (found := self._source.missing(self._fields)):
             self._reported = True
-            _log.warning("in the first %.0f MB: %s; if no later record has it either, the preparation fails when all "
-                         "records are read", done / 1e6, found)  # fmt: skip
+            _log.warning(
+                "in the first %.0f MB: %s; if no later record has it either, the preparation fails when all "
+                "records are read",
+                done / 1e6,
+                found,
+            )
 
     def require(self) -> None:
         """Raise UserError when all chunks are known and no record has one of the fields."""

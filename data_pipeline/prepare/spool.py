@@ -30,9 +30,17 @@ from data_pipeline.sources import Document, Fields, Part, Skipped, Source
 from data_pipeline.sources.base import printable
 
 TABLE = np.dtype(
-    [("chunk", "<u4"), ("names", "<u8"), ("offset", "<u8"), ("bytes", "<u8"), ("digest", "<u8", 2), ("group", "<u8"),
-     ("id", "<u8"), ("split", "u1")]
-)  # fmt: skip
+    [
+        ("chunk", "<u4"),
+        ("names", "<u8"),
+        ("offset", "<u8"),
+        ("bytes", "<u8"),
+        ("digest", "<u8", 2),
+        ("group", "<u8"),
+        ("id", "<u8"),
+        ("split", "u1"),
+    ]
+)
 """A document: its chunk; the byte offsets of its names and its text in the chunk's files; the size of its text; the
 hashes of its text and of its group (0: none); its id; the split that its source gives."""
 

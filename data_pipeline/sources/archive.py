@@ -28,8 +28,15 @@ _OPENERS: dict[str, Callable[..., Any]] = {
     ".xz": lzma.open,
     ".zst": partial(zstd.open, options={DecompressionParameter.window_log_max: 31}),  # `zstd --long=31`
 }
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zstd.ZstdError, lzma.LZMAError, zlib.error, EOFError,
-            gzip.BadGzipFile)  # fmt: skip
+_DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zstd.ZstdError,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    gzip.BadGzipFile,
+)
 
 
 class Member(NamedTuple):

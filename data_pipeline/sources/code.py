@@ -13,9 +13,24 @@ LARGEST_FILE = 1_000_000
 """A source file with more bytes than this counts as data or generated."""
 
 _VENDORED = {
-    "node_modules", "bower_components", "vendor", "vendored", "third_party", "third-party", "thirdparty", "_vendor",
-    "external", "extern", "deps", "dist", "build", "__pycache__", "site-packages", "Godeps", "Pods",
-}  # fmt: skip
+    "node_modules",
+    "bower_components",
+    "vendor",
+    "vendored",
+    "third_party",
+    "third-party",
+    "thirdparty",
+    "_vendor",
+    "external",
+    "extern",
+    "deps",
+    "dist",
+    "build",
+    "__pycache__",
+    "site-packages",
+    "Godeps",
+    "Pods",
+}
 _HIDDEN = re.compile(r"(^|/)\.(git|hg|svn|tox|venv|idea|vscode|mypy_cache)(/|$)")
 _GENERATED_NAME = re.compile(
     r"(\.min\.(js|css)|\.map|\.lock|-lock\.(json|yaml)|_pb2(_grpc)?\.py|\.pb\.(go|cc|h)|\.g\.dart|\.designer\.cs|go\.sum)$",

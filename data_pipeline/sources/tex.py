@@ -15,9 +15,17 @@ from typing import Literal, NamedTuple
 
 _ENCODING = re.compile(r"\\(?:usepackage\s*\[([^\]]*)\]\s*\{inputenc\}|inputencoding\s*\{([^}]*)\})")
 _ENCODINGS = {
-    "latin1": "latin-1", "ansinew": "cp1252", "cp1252": "cp1252", "latin2": "iso8859-2", "latin5": "iso8859-9",
-    "latin9": "iso8859-15", "applemac": "mac-roman", "cp1250": "cp1250", "cp1251": "cp1251", "koi8-r": "koi8-r",
-}  # fmt: skip
+    "latin1": "latin-1",
+    "ansinew": "cp1252",
+    "cp1252": "cp1252",
+    "latin2": "iso8859-2",
+    "latin5": "iso8859-9",
+    "latin9": "iso8859-15",
+    "applemac": "mac-roman",
+    "cp1250": "cp1250",
+    "cp1251": "cp1251",
+    "koi8-r": "koi8-r",
+}
 _VERBATIM = r"verbatim\*?|[BL]?Verbatim\*?|lstlisting|minted|alltt|filecontents\*?"
 _SIGN = re.compile(
     rf"""

@@ -20,9 +20,14 @@ from data_pipeline.sources.base import Endings, Listing, Part, Skipped, Source
 from data_pipeline.store.base import StoreOptions
 
 SPLIT_NAMES = {
-    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation", "test": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
 """The split names of published data sets -> the names used here."""
 
 _WILD = r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])"

@@ -32,9 +32,13 @@ _CHUNK = 8 << 20  # bytes of a whole file fetched in one request; a dropped conn
 _LONGEST_WAIT_S = 30.0
 _POLL_S = 0.2  # how often a waiting read checks whether it was interrupted
 _NO_CREDENTIALS = {  # the clients' exceptions for missing credentials: a retry would fail too
-    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound",
-    "DefaultCredentialsError", "TokenRetrievalError",
-}  # fmt: skip
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "DefaultCredentialsError",
+    "TokenRetrievalError",
+}
 
 T = TypeVar("T")
 
@@ -266,8 +270,20 @@ def _in_a_thread(work: Callable[[], bytes]) -> Future[bytes]:
 
 
 def _found_file(name: str, info: dict[str, Any]) -> FoundFile:
-    said = (info.get(key) for key in ("ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "mtime",
-                                      "created", "Last-Modified"))  # fmt: skip
+    said = (
+        info.get(key)
+        for key in (
+            "ETag",
+            "etag",
+            "md5Hash",
+            "checksum",
+            "LastModified",
+            "last_modified",
+            "mtime",
+            "created",
+            "Last-Modified",
+        )
+    )
     size = info.get("size")
     return FoundFile(name, None if size is None else int(size), str(next((each for each in said if each), "")))
 

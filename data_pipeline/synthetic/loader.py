@@ -85,8 +85,14 @@ class SyntheticLoader:
 
     def _order_at(self, step: int) -> dict[str, Any]:
         task = hashlib.sha256(self.config.synthetic.model_dump_json().encode()).hexdigest()[:16]
-        order = {"tasks": TASK_VERSION, "task": task, "split": self._split, "length": self._share.length,
-                 "seed": self._seed, "step": step}  # fmt: skip
+        order = {
+            "tasks": TASK_VERSION,
+            "task": task,
+            "split": self._split,
+            "length": self._share.length,
+            "seed": self._seed,
+            "step": step,
+        }
         return order | ({"row_steps": self._steps} if self._steps > 1 else {})
 
     def check(self, state: dict[str, Any]) -> None:

@@ -68,9 +68,11 @@ def _verdict(cells: Sequence[Cell], arm: str, reference: str, unfinished: Sequen
     low, high = interval(beyond - within)
     says = "Falls" if low > 0 else "Does not fall" if high < 0 else "Undecided"
     levels = "; ".join(f"of `{one}` {_level_on_both_sides(crossed, one)}" for one in (reference, arm))
-    return (f"**{says}**: the {name} is {_signed(beyond)} where the stack of windows does not reach the source token "
-            f"and {_signed(within)} where it does: a decrease of {_plain(beyond - within)} (95 % interval {low:+.2f} "
-            f"to {high:+.2f}; negative: an increase). Accuracy beyond reach and within reach: {levels}.")  # fmt: skip
+    return (
+        f"**{says}**: the {name} is {_signed(beyond)} where the stack of windows does not reach the source token "
+        f"and {_signed(within)} where it does: a decrease of {_plain(beyond - within)} (95 % interval {low:+.2f} "
+        f"to {high:+.2f}; negative: an increase). Accuracy beyond reach and within reach: {levels}."
+    )
 
 
 def _level_on_both_sides(cells: Sequence[Cell], arm: str) -> str:
@@ -134,9 +136,13 @@ def draw(cells: Sequence[Cell], chance: float) -> Figure:
         for number, arm in enumerate(arms):
             shift = 2 ** ((number - (len(arms) - 1) / 2) / 12)  # so that the marks do not overlap
             axes.errorbar(
-                [depth * shift for depth in depths], [cell.accuracy[arm].mean() for cell in own],
-                [_error(cell.accuracy[arm]) for cell in own], capsize=2, markersize=4, **marked(number),
-            )  # fmt: skip
+                [depth * shift for depth in depths],
+                [cell.accuracy[arm].mean() for cell in own],
+                [_error(cell.accuracy[arm]) for cell in own],
+                capsize=2,
+                markersize=4,
+                **marked(number),
+            )
         for cell in own:
             if cell.hidden:
                 axes.axvspan(cell.depth / 2**0.4, cell.depth * 2**0.4, color=GREY, alpha=0.15, linewidth=0)

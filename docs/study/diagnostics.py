@@ -63,12 +63,14 @@ def _cells(experiment: Experiment) -> list[copying.Cell]:
         return []
     return [
         copying.Cell(
-            experiment.of(condition, "data.synthetic.lag"), experiment.of(condition, "model.depth"),
+            experiment.of(condition, "data.synthetic.lag"),
+            experiment.of(condition, "model.depth"),
             experiment.hidden(condition),
             {arm: np.array(experiment.by_seed(condition, arm)) for arm in experiment.settings["arms"]},
         )
-        for condition in experiment.settings["conditions"] if experiment.rows(condition)
-    ]  # fmt: skip
+        for condition in experiment.settings["conditions"]
+        if experiment.rows(condition)
+    ]
 
 
 def _unfinished(experiment: Experiment) -> list[int]:
@@ -98,8 +100,10 @@ def _standing(experiments: list[Experiment]) -> Iterator[str]:
     for experiment in experiments:
         runs = experiment.runs()
         whole = sum(bool(experiment.rows(c)) for c in experiment.settings["conditions"])
-        yield (f"| `{experiment.name}.yaml` | {sum(runs.values())} of {len(runs)} | {whole} of "
-               f"{len(experiment.settings['conditions'])} |")  # fmt: skip
+        yield (
+            f"| `{experiment.name}.yaml` | {sum(runs.values())} of {len(runs)} | {whole} of "
+            f"{len(experiment.settings['conditions'])} |"
+        )
     yield ""
 
 
@@ -111,9 +115,11 @@ def _tables(experiments: list[Experiment]) -> Iterator[str]:
         reference = experiment.settings["reference"]
         yield f"### {experiment.settings['question']}"
         yield ""
-        yield (f"`bst experiment report launch/recipes/diagnostics/{experiment.name}.yaml`; ± is the standard error "
-               f"over seeds, differences are from `{reference}`, paired by seed, and * marks a 95 % interval "
-               f"(Student's t) without zero. {experiment.table['trained_with']}")  # fmt: skip
+        yield (
+            f"`bst experiment report launch/recipes/diagnostics/{experiment.name}.yaml`; ± is the standard error "
+            f"over seeds, differences are from `{reference}`, paired by seed, and * marks a 95 % interval "
+            f"(Student's t) without zero. {experiment.table['trained_with']}"
+        )
         yield ""
         yield "| condition | arm | parameters | accuracy | loss, nats per label | difference in loss | best in reach |"
         yield "| --- | --- | --- | --- | --- | --- | --- |"
@@ -121,9 +127,11 @@ def _tables(experiments: list[Experiment]) -> Iterator[str]:
             for arm, row in experiment.rows(condition).items():
                 difference = row["difference"].get("loss_nats")
                 star = " *" if difference and difference["apart"] else ""
-                yield (f"| {condition} | {arm} | {row['parameters']:,} | {_level(row, 'accuracy')} | "
-                       f"{_level(row, 'loss_nats')} | {_level(difference, signed=True)}{star} | "
-                       f"{_in_reach(experiment, condition, arm)} |")  # fmt: skip
+                yield (
+                    f"| {condition} | {arm} | {row['parameters']:,} | {_level(row, 'accuracy')} | "
+                    f"{_level(row, 'loss_nats')} | {_level(difference, signed=True)}{star} | "
+                    f"{_in_reach(experiment, condition, arm)} |"
+                )
         yield ""
 
 
@@ -140,9 +148,10 @@ def _in_reach(experiment: Experiment, condition: str, arm: str) -> str:
     if experiment.of(condition, "data.synthetic.task") != "latent-unigram":
         return ""
     task = LatentUnigram(
-        task="latent-unigram", symbols=experiment.of(condition, "data.synthetic.symbols"),
+        task="latent-unigram",
+        symbols=experiment.of(condition, "data.synthetic.symbols"),
         concentration=experiment.of(condition, "data.synthetic.concentration"),
-    )  # fmt: skip
+    )
     length = experiment.of(condition, "train.sequence_length")
     reach = experiment.reach(condition) if arm in ("sliding", "no-ssm") else length
     return f"{best_within(task, reach, length):.4f}"

@@ -68,15 +68,20 @@ class Experiment:
 
     def runs(self) -> dict[str, bool]:
         """Return key of a run -> whether it is done. Runs that two files share have the same key and count once."""
-        done = {(row["condition"], row["arm"], int(seed)): status == "done"
-                for row in (self.table or {"rows": []})["rows"] for seed, status in row["seeds"].items()}  # fmt: skip
+        done = {
+            (row["condition"], row["arm"], int(seed)): status == "done"
+            for row in (self.table or {"rows": []})["rows"]
+            for seed, status in row["seeds"].items()
+        }
         common = json.dumps(self.settings["settings"], sort_keys=True)
         return {
-            json.dumps([common, self.settings["conditions"][condition], arm, settings, seed], sort_keys=True):
-            done.get((condition, arm, seed), False)
-            for condition in self.settings["conditions"] for arm, settings in self.settings["arms"].items()
+            json.dumps([common, self.settings["conditions"][condition], arm, settings, seed], sort_keys=True): done.get(
+                (condition, arm, seed), False
+            )
+            for condition in self.settings["conditions"]
+            for arm, settings in self.settings["arms"].items()
             for seed in self.settings["seeds"]
-        }  # fmt: skip
+        }
 
 
 def _at(layer: dict[str, Any], dotted: str) -> Any:

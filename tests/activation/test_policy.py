@@ -27,9 +27,16 @@ POLICIES = ("none", "every-layer", "every-kth-layer", "selective", "offload")
 def build(policy: str, depth: int, variant: str = "SH", every: int = 2) -> LanguageModel:
     torch.manual_seed(0)
     config = ModelConfig(
-        width=WIDTH, heads=2, ffn=64, block=8, depth=depth, mixer="bst", vocab_size=VOCABULARY,
-        context={"variant": variant, "states": 3}, ssm={"state": 4, "chunk": 4},
-    )  # fmt: skip
+        width=WIDTH,
+        heads=2,
+        ffn=64,
+        block=8,
+        depth=depth,
+        mixer="bst",
+        vocab_size=VOCABULARY,
+        context={"variant": variant, "states": 3},
+        ssm={"state": 4, "chunk": 4},
+    )
     model = LanguageModel(config)
     model.checkpoint = activation.policy(ActivationCheckpointingConfig(policy=policy, every=every), model.layers)
     return model

@@ -53,8 +53,9 @@ def local() -> type[BaseModel]:
 
 @pytest.mark.parametrize("cls", [Told, Told.Inner, Heir, local()], ids=lambda cls: cls.__qualname__)
 def test_field_documentation_equals_that_of_pydantic(cls):
-    expected = {name: " ".join(field.description.split()) for name, field in cls.model_fields.items()
-                if field.description}  # fmt: skip
+    expected = {
+        name: " ".join(field.description.split()) for name, field in cls.model_fields.items() if field.description
+    }
     assert {name: text for name, text in documentation(cls).items() if text} == expected
     assert expected
 

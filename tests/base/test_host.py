@@ -63,8 +63,10 @@ def test_ipv6_address_with_port_is_in_brackets(address, written):
 @pytest.mark.parametrize(("soft", "hard"), [(64, 512), (64, 64)])
 def test_the_limit_of_open_files_is_raised_in_a_process(soft, hard):
     """In a process of its own, which bash starts with these limits."""
-    program = ("from bst_base.host import allow_open_files; allow_open_files(); import resource; "
-               "print(*resource.getrlimit(resource.RLIMIT_NOFILE))")  # fmt: skip
+    program = (
+        "from bst_base.host import allow_open_files; allow_open_files(); import resource; "
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
     limited = f"ulimit -Sn {soft} && ulimit -Hn {hard} && exec {sys.executable} -c '{program}'"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
     assert done.stdout.split() == [str(hard)] * 2, done.stderr
@@ -72,9 +74,14 @@ def test_the_limit_of_open_files_is_raised_in_a_process(soft, hard):
 
 @pytest.mark.parametrize(
     ("soft", "hard", "raised"),
-    [(64, 1 << 20, 1 << 20), (64, 3 << 20, 1 << 20), (64, resource.RLIM_INFINITY, 1 << 20), (2 << 20, 3 << 20, None),
-     (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None)],
-)  # fmt: skip
+    [
+        (64, 1 << 20, 1 << 20),
+        (64, 3 << 20, 1 << 20),
+        (64, resource.RLIM_INFINITY, 1 << 20),
+        (2 << 20, 3 << 20, None),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+    ],
+)
 def test_the_limit_of_open_files_is_at_most_a_million_and_never_lowered(soft, hard, raised, monkeypatch):
     """With limits that not every machine allows; `raised`: the soft limit that is asked for, None for none."""
     asked = []

@@ -34,9 +34,15 @@ def test_number_of_started_copies_is_detected_and_refused(environ, count):
 
 COMMANDS = {
     "train": ["-m", "bst_dist.train", "launch/recipes/demo.yaml", "--run-dir", "never-made"],
-    "prepare": ["-c", "import sys; from bst_dist.cli import main; sys.exit(main(sys.argv[1:]))", "data", "prepare",
-                "launch/data/stdlib.yaml", "output=never-made"],
-}  # fmt: skip
+    "prepare": [
+        "-c",
+        "import sys; from bst_dist.cli import main; sys.exit(main(sys.argv[1:]))",
+        "data",
+        "prepare",
+        "launch/data/stdlib.yaml",
+        "output=never-made",
+    ],
+}
 
 
 @pytest.mark.ranks

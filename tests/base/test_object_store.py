@@ -46,10 +46,15 @@ def test_errors_name_the_file_and_hide_the_password(tmp_path, monkeypatch, passw
     fsspec.register_implementation("refusing", Refusing, clobber=True)
     store = ObjectStore(f"refusing://me:{password}@host/x")
     for work in (
-        lambda: store.read("a"), lambda: store.size("a"), lambda: store.names("a"), lambda: store.write("a", b""),
-        lambda: store.upload(tmp_path, "a"), lambda: store.download("a", tmp_path), lambda: store.remove("a"),
+        lambda: store.read("a"),
+        lambda: store.size("a"),
+        lambda: store.names("a"),
+        lambda: store.write("a", b""),
+        lambda: store.upload(tmp_path, "a"),
+        lambda: store.download("a", tmp_path),
+        lambda: store.remove("a"),
         lambda: store.remove_below("a"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(StorageError) as told:
             work()
         assert str(told.value).startswith(f"refusing://me:{shown}@host/x/a: cannot ")

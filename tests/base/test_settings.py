@@ -144,15 +144,41 @@ def test_a_file_that_the_system_cannot_read_is_no_error_of_the_settings():
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
-        ("1e3", 1000.0), ("1e-3", 0.001), ("-2.5E+2", -250.0), ("1.", 1.0), (".5", 0.5), ("1_000", 1000), ("12", 12),
-        ("0", 0), ("-0", 0), ("0.5", 0.5), ("0x1F", 31), ("0o17", 15), ("+3", 3), (".inf", float("inf")),
-        ("true", True), ("False", False), ("~", None), ("null", None), ("", None), ("12:30:45", "12:30:45"),
+        ("1e3", 1000.0),
+        ("1e-3", 0.001),
+        ("-2.5E+2", -250.0),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("1_000", 1000),
+        ("12", 12),
+        ("0", 0),
+        ("-0", 0),
+        ("0.5", 0.5),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("+3", 3),
+        (".inf", float("inf")),
+        ("true", True),
+        ("False", False),
+        ("~", None),
+        ("null", None),
+        ("", None),
+        ("12:30:45", "12:30:45"),
         ("2024-01-02", "2024-01-02"),
-        ("1e3x", "1e3x"), ("1k", "1k"), ("'no'", "no"), ('"012"', "012"), ("nope", "nope"), ("[1e2, a]", [100.0, "a"]),
+        ("1e3x", "1e3x"),
+        ("1k", "1k"),
+        ("'no'", "no"),
+        ('"012"', "012"),
+        ("nope", "nope"),
+        ("[1e2, a]", [100.0, "a"]),
         ("0x_", "0x_"),
-        ("0.0.1", "0.0.1"), ("1_000.5", 1000.5), ("only", "only"), ("yesterday", "yesterday"), ("e5", "e5"),
+        ("0.0.1", "0.0.1"),
+        ("1_000.5", 1000.5),
+        ("only", "only"),
+        ("yesterday", "yesterday"),
+        ("e5", "e5"),
     ],
-)  # fmt: skip
+)
 def test_plain_yaml_values_are_read_as_expected(written, meant):
     found = read_yaml(written)
     assert found == meant and type(found) is type(meant)
@@ -179,8 +205,12 @@ def test_ambiguous_yaml_values_are_refused(written, message):
 PLAIN_TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]))
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | PLAIN_TEXT,
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN_TEXT, inner)))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | PLAIN_TEXT,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN_TEXT, inner),
+    )
+)
 def test_any_value_written_as_yaml_reads_back_equal(value):
     assert read_yaml(write_yaml(value)) == value
 

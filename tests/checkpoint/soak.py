@@ -76,23 +76,37 @@ def prepare_recipe(soak: Soak) -> None:
     for number in range(40):
         (texts / f"{number:02}.txt").write_text(" ".join(generator.choice(words, 100 + 20 * number)))
     settings = {
-        "source": {"kind": "folder", "path": str(texts), "pattern": "*.txt"}, "output": str(corpus),
-        "tokenizer": {"vocab_size": 320}, "validation_fraction": 0.2,
-    }  # fmt: skip
+        "source": {"kind": "folder", "path": str(texts), "pattern": "*.txt"},
+        "output": str(corpus),
+        "tokenizer": {"vocab_size": 320},
+        "validation_fraction": 0.2,
+    }
     with open_workers(1) as workers:
         prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
     recipe = {
-        "name": "soak", "seed": 3,
-        "model": {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 2, "mixer": "bst",
-                  "ssm": {"state": 4, "chunk": 4}},
+        "name": "soak",
+        "seed": 3,
+        "model": {
+            "width": 16,
+            "heads": 2,
+            "ffn": 32,
+            "block": 8,
+            "depth": 2,
+            "mixer": "bst",
+            "ssm": {"state": 4, "chunk": 4},
+        },
         "data": {"corpus": str(corpus), "prefetch": 0, "mode": "streaming"},
         "train": {"steps": soak.steps, "sequence_length": 32, "sequences": 4, "precision": "fp32", "carry": True},
         "evaluation": {"every": 0, "sequences": 4},
-        "checkpoint": {"every": 3, "weights_every": 60, "local_every": soak.local_every,
-                       "local_directory": str(soak.folder / "memory")},
+        "checkpoint": {
+            "every": 3,
+            "weights_every": 60,
+            "local_every": soak.local_every,
+            "local_directory": str(soak.folder / "memory"),
+        },
         "log": {"tensorboard": False, "every": 50},
         "deepspeed": "ds_configs/zero2.json",
-    }  # fmt: skip
+    }
     soak.recipe.write_text(dump(parse(Recipe, recipe)))
 
 
@@ -236,8 +250,10 @@ def compare(soak: Soak) -> int:
     """
     runs = [soak.folder / name for name in ("whole", "disturbed")]
     keys = ("kind", "step", *COMPUTED)
-    lines = [[{key: line.get(key) for key in keys} for line in read_lines(run / FILE) if line["kind"] != "performance"]
-             for run in runs]  # fmt: skip
+    lines = [
+        [{key: line.get(key) for key in keys} for line in read_lines(run / FILE) if line["kind"] != "performance"]
+        for run in runs
+    ]
     assert lines[0] == lines[1]
     weights = [load_weights(directory(run, soak.steps)) for run in runs]
     assert weights[0].keys() == weights[1].keys()

@@ -28,11 +28,21 @@ from bst_dist.parallel.mesh import Mesh
 from tests.checkpoint.damage import flip
 
 SETTINGS = {
-    "name": "r", "data": {"corpus": "none"}, "train": {"steps": 60, "sequence_length": 32, "sequences": 2},
-    "model": {"vocab_size": 64, "width": 16, "heads": 2, "ffn": 16, "block": 8, "depth": 2, "mixer": "bst",
-              "ssm": {"chunk": 4}},
+    "name": "r",
+    "data": {"corpus": "none"},
+    "train": {"steps": 60, "sequence_length": 32, "sequences": 2},
+    "model": {
+        "vocab_size": 64,
+        "width": 16,
+        "heads": 2,
+        "ffn": 16,
+        "block": 8,
+        "depth": 2,
+        "mixer": "bst",
+        "ssm": {"chunk": 4},
+    },
     "checkpoint": {"keep_last": 1, "keep_best": 0},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -55,8 +65,15 @@ def write(run_dir: Path, model: LanguageModel, step: int, full: bool) -> None:
         fragments.append(Fragment(Piece(name, tuple(parameter.shape), 0, parameter.numel()), values))
     shapes = {fragment.piece.name: fragment.piece.shape for fragment in fragments}
     state = SimpleNamespace(owned=lambda: fragments, shapes=lambda: shapes, moments=dict, updates=lambda: step)
-    ranks = SimpleNamespace(rank=0, world=1, first=True, device=torch.device("cpu"), sum=lambda values: values,
-                            gather=lambda value: [value], from_first=lambda value: value)  # fmt: skip
+    ranks = SimpleNamespace(
+        rank=0,
+        world=1,
+        first=True,
+        device=torch.device("cpu"),
+        sum=lambda values: values,
+        gather=lambda value: [value],
+        from_first=lambda value: value,
+    )
     groups = {"matrices": {"lr": 0.1}}
     identity = Identity("digest", groups, 0, Layout(1, 1, 2), Rows(2, 1, Mesh(1, 0)))
     run = Snapshots(run_dir, state, ranks, identity, CheckpointConfig(keep_last=9, weights_every=40))

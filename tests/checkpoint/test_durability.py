@@ -186,8 +186,11 @@ def test_metrics_and_ledger_are_not_behind_a_checkpoint_after_a_crash(tmp_path):
     """The guard decides from them, so a run that resumes with fewer lines may decide otherwise."""
     (tmp_path / "root").mkdir()
     events = recorded(report_and_save, tmp_path / "root")
-    commits = [place for place, (kind, _, more) in enumerate(events) if kind == "rename" and counts(more[0])
-               and Path(more[0]).name.startswith("step-")]  # fmt: skip
+    commits = [
+        place
+        for place, (kind, _, more) in enumerate(events)
+        if kind == "rename" and counts(more[0]) and Path(more[0]).name.startswith("step-")
+    ]
     assert len(commits) == 3
     for name in (metrics.FILE, ledger.FILE):
         path = str(tmp_path / "root" / name)

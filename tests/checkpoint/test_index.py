@@ -99,14 +99,19 @@ def test_the_index_equals_the_headers_of_the_files(tmp_path, world, stage):
             name = f"{kind}-{rank:05d}.safetensors"
             start, header = read_header(path / name)
             assert manifest["files"][name]["start"] == start
-            held = {prefix + one for prefix in prefixes for one, d in index.divisions.items()
-                    if d.run(rank)[1] and not (prefix == "exp_avg_sq/" and one in MUON)}  # fmt: skip
+            held = {
+                prefix + one
+                for prefix in prefixes
+                for one, d in index.divisions.items()
+                if d.run(rank)[1] and not (prefix == "exp_avg_sq/" and one in MUON)
+            }
             assert held == header.keys()
             for one, entry in header.items():
                 stored = places.stored(rank, one)
                 assert (stored.offset, 4 * stored.piece.count) == (
-                    start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0]
-                )  # fmt: skip
+                    start + entry["data_offsets"][0],
+                    entry["data_offsets"][1] - entry["data_offsets"][0],
+                )
 
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
@@ -174,11 +179,9 @@ def test_manifest_size_is_linear_in_parameters_plus_ranks(tmp_path):
     shapes = {f"layer {number}": (64, 3) for number in range(200)}
     spreads = []
     for ranks in (8, 64):
-        index, _ = World(ranks).run(lambda rank, ranks=ranks: agreed(
-            rank, shapes, pieces(shapes, rank.rank, ranks, 3)))  # fmt: skip
+        index, _ = World(ranks).run(lambda rank, ranks=ranks: agreed(rank, shapes, pieces(shapes, rank.rank, ranks, 3)))
         spreads.append(len(json.dumps(index[0].described())))
-        cut, _ = World(ranks).run(lambda rank, ranks=ranks: agreed(
-            rank, shapes, pieces(shapes, rank.rank, ranks, 1)))  # fmt: skip
+        cut, _ = World(ranks).run(lambda rank, ranks=ranks: agreed(rank, shapes, pieces(shapes, rank.rank, ranks, 1)))
         assert len(json.dumps(cut[0].described())) < 70 * (len(shapes) + ranks)
     assert abs(spreads[1] - spreads[0]) <= 1  # depends only on the number of ranks
 

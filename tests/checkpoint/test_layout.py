@@ -40,7 +40,10 @@ def test_every_rank_gets_the_carried_state_of_its_rows(saved, now):
         assert len(found) == len(wanted)
         for one, other in zip(found, wanted, strict=True):
             assert (one["rows"], one["position"], one["state"].keys()) == (
-                other["rows"], other["position"], other["state"].keys())  # fmt: skip
+                other["rows"],
+                other["position"],
+                other["state"].keys(),
+            )
             own = torch.tensor(one["rows"]) != MASKED
             assert all(torch.equal(one["state"][name][own], other["state"][name][own]) for name in one["state"])
             assert all(one["state"][name].shape == other["state"][name].shape for name in one["state"])

@@ -195,8 +195,9 @@ class Tensor:
 class Run:
     """One start of a run that takes steps like training."""
 
-    def __init__(self, folder: Path, epoch: int = 1, resume: bool = True, layout: Layout | None = None,
-                 **settings: Any) -> None:  # fmt: skip
+    def __init__(
+        self, folder: Path, epoch: int = 1, resume: bool = True, layout: Layout | None = None, **settings: Any
+    ) -> None:
         config = CheckpointConfig(**{"every": 0, "local_every": 1, "local_directory": folder / "memory"} | settings)
         self.ranks, self.state, self.taken = Alone(), Tensor(), 0
         identity = Identity("recipe", {}, 0, layout or Layout(1, 1, 0), Rows(1, 1, Mesh(1, 0)))

@@ -60,12 +60,17 @@ class Tensors:
                 tensor.copy_(content(step, kind, tensor.numel()))
 
     def is_right(self) -> bool:
-        return all(torch.equal(tensor, content(self.step, kind, tensor.numel()))
-                   for values in self.values.values() for kind, tensor in values.items())  # fmt: skip
+        return all(
+            torch.equal(tensor, content(self.step, kind, tensor.numel()))
+            for values in self.values.values()
+            for kind, tensor in values.items()
+        )
 
     def held(self) -> list[Fragment]:
-        return [Fragment(Piece(name, (values[WEIGHT].numel(),), 0, values[WEIGHT].numel()), values)
-                for name, values in self.values.items()]  # fmt: skip
+        return [
+            Fragment(Piece(name, (values[WEIGHT].numel(),), 0, values[WEIGHT].numel()), values)
+            for name, values in self.values.items()
+        ]
 
     owned = held
 

@@ -34,8 +34,11 @@ PLAIN_USER = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
 
 def tree(run_dir: Path) -> dict[str, bytes]:
     left_out = ("heartbeats", "stacks", "lease")
-    return {str(path): path.read_bytes() for path in run_dir.rglob("*")
-            if path.is_file() and not any(part.startswith(left_out) for part in path.parts)}  # fmt: skip
+    return {
+        str(path): path.read_bytes()
+        for path in run_dir.rglob("*")
+        if path.is_file() and not any(part.startswith(left_out) for part in path.parts)
+    }
 
 
 @needs_root
@@ -78,11 +81,14 @@ def test_files_that_one_host_of_two_does_not_see_are_not_treated_as_lost(older):
     nodes = [
         subprocess.Popen(
             [*under, bst, *RESUME, "--ranks", "1", "--nodes", "2", "--node", str(node), "--master", master],
-            cwd=older.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+            cwd=older.parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
         for node, under in enumerate([(), hidden(directory(older, 4))])
-    ]  # fmt: skip
+    ]
     said = [node.communicate(timeout=600)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [UNREADABLE] * 2, said
     assert "checkpoint 4: rank 1 on" in said[0]

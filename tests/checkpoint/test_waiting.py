@@ -160,8 +160,18 @@ def watched(ranks: list[Together], run_dir: Path) -> Iterator[tuple[dict[int, st
 
     with ExitStack() as dogs:
         for own in ranks:
-            dogs.enter_context(Watchdog(WatchdogConfig(limit_s=4), run_dir, own.rank, len(ranks), own.phases, board,
-                                        Disks(), end_of(own.rank)))  # fmt: skip
+            dogs.enter_context(
+                Watchdog(
+                    WatchdogConfig(limit_s=4),
+                    run_dir,
+                    own.rank,
+                    len(ranks),
+                    own.phases,
+                    board,
+                    Disks(),
+                    end_of(own.rank),
+                )
+            )
         yield said, ended
 
 

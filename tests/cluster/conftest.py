@@ -31,9 +31,13 @@ from data_pipeline.prepare.parallel import open_workers
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
-    "pdsh": "pdsh", "/usr/sbin/sshd": "openssh-server", "ssh-keygen": "openssh-client", "ip": "iproute2",
-    "mpiexec.hydra": "mpich", "/usr/lib/*/faketime/libfaketime.so.1": "libfaketime",
-}  # fmt: skip
+    "pdsh": "pdsh",
+    "/usr/sbin/sshd": "openssh-server",
+    "ssh-keygen": "openssh-client",
+    "ip": "iproute2",
+    "mpiexec.hydra": "mpich",
+    "/usr/lib/*/faketime/libfaketime.so.1": "libfaketime",
+}
 HOSTS = 3
 SSHD = """
 Port 22
@@ -92,8 +96,11 @@ class Network:
         _do("ip", "netns", "add", space)
         _do("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
         _do("ip", "link", "set", cable, "master", self.bridge, "up")
-        for words in (["address", "add", f"{host}/24", "dev", "eth0"], ["link", "set", "eth0", "up"],
-                      ["link", "set", "lo", "up"]):  # fmt: skip
+        for words in (
+            ["address", "add", f"{host}/24", "dev", "eth0"],
+            ["link", "set", "eth0", "up"],
+            ["link", "set", "lo", "up"],
+        ):
             _do("ip", "-n", space, *words)
         self.boot(host)
 
@@ -118,14 +125,17 @@ class Network:
         if clock_ahead_s is not None:
             (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
             self.set_clock(host, clock_ahead_s)
-            text += (f"SetEnv LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={self.clock(host)} FAKETIME_NO_CACHE=1 "
-                     "FAKETIME_DONT_FAKE_MONOTONIC=1 NO_FAKE_STAT=1\n")  # fmt: skip
+            text += (
+                f"SetEnv LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={self.clock(host)} FAKETIME_NO_CACHE=1 "
+                "FAKETIME_DONT_FAKE_MONOTONIC=1 NO_FAKE_STAT=1\n"
+            )
         config.write_text(text)
         daemon = f"exec /usr/sbin/sshd -D -e -f {config}"
         own = (f"mount -t tmpfs none {private} && " if private else "") + (f"hostname {name} && " if name else "")
         with (self.directory / f"sshd-{host}.log").open("ab") as log:
-            self._sshd[host] = subprocess.Popen([*self.inside(host), "unshare", "-m", "-u", "sh", "-c", own + daemon],
-                                                stdout=log, stderr=log)  # fmt: skip
+            self._sshd[host] = subprocess.Popen(
+                [*self.inside(host), "unshare", "-m", "-u", "sh", "-c", own + daemon], stdout=log, stderr=log
+            )
         _until(lambda: subprocess.run([str(self.directory / "bin/ssh"), host, "true"]).returncode == 0, 10)
 
     def clock(self, host: str) -> Path:
@@ -187,8 +197,10 @@ class Network:
         if not missing:
             return
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["apt-get", "update", "-qq"],
-                        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]):  # fmt: skip
+        for command in (
+            ["apt-get", "update", "-qq"],
+            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing],
+        ):
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"cannot install {' '.join(missing)}: {done.stderr[-2000:]}"
 
@@ -305,12 +317,17 @@ def launch(network: Network, tmp_path: Path) -> Iterator[Callable[..., Launched]
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"{host} slots=1\n" for host in network.hosts))
 
-    def start(*arguments: str, command: Sequence[str] = ("bst", "launch", "--hostfile", "HOSTFILE"),
-              output: int | None = None) -> Launched:  # fmt: skip
+    def start(
+        *arguments: str, command: Sequence[str] = ("bst", "launch", "--hostfile", "HOSTFILE"), output: int | None = None
+    ) -> Launched:
         words = [str(hostfile) if word == "HOSTFILE" else word for word in (*command, *arguments)]
         path = f"{network.directory}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        own = {"PATH": path, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR",
-               "BST_BIN": str(Path(sys.executable).parent)}  # fmt: skip
+        own = {
+            "PATH": path,
+            "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "BST_BIN": str(Path(sys.executable).parent),
+        }
         environment = as_a_user_has_it() | own
         started.append(Launched(words, environment, tmp_path / f"launch-{len(started)}.log", output))
         return started[-1]
@@ -332,9 +349,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(20):
         (folder / f"{number:02}.txt").write_text(" ".join(numbers.choice(words, 600)))
     settings = {
-        "source": {"kind": "folder", "path": str(folder), "pattern": "*.txt"}, "output": str(output),
-        "tokenizer": {"vocab_size": 300}, "validation_fraction": 0.2,
-    }  # fmt: skip
+        "source": {"kind": "folder", "path": str(folder), "pattern": "*.txt"},
+        "output": str(output),
+        "tokenizer": {"vocab_size": 300},
+        "validation_fraction": 0.2,
+    }
     with open_workers(1) as workers:
         prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
     return output
@@ -346,16 +365,27 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Callable[.
 
     def write(steps: int, **sections: Any) -> Path:
         settings = {
-            "name": "small", "seed": 3,
-            "model": {"width": 16, "heads": 2, "ffn": 16, "block": 8, "depth": 2, "mixer": "bst", "placement": [1],
-                      "ssm": {"state": 4, "chunk": 4}},
+            "name": "small",
+            "seed": 3,
+            "model": {
+                "width": 16,
+                "heads": 2,
+                "ffn": 16,
+                "block": 8,
+                "depth": 2,
+                "mixer": "bst",
+                "placement": [1],
+                "ssm": {"state": 4, "chunk": 4},
+            },
             "data": {"corpus": str(corpus), "prefetch": 0},
             "train": {"steps": steps, "sequence_length": 32, "sequences": 6, "precision": "fp32"},
-            "evaluation": {"every": 0, "sequences": 6}, "schedule": {"warmup_steps": 2},
-            "checkpoint": {"every": 10}, "log": {"every": 10, "tensorboard": False},
+            "evaluation": {"every": 0, "sequences": 6},
+            "schedule": {"warmup_steps": 2},
+            "checkpoint": {"every": 10},
+            "log": {"every": 10, "tensorboard": False},
             "deepspeed": "ds_configs/zero1.json",
             **sections,
-        }  # fmt: skip
+        }
         path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
         path.write_text(dump(parse(Recipe, settings)))
         return path

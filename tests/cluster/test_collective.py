@@ -68,8 +68,15 @@ collective.is_timed = lambda device: True
 collective.seconds_of_product = lambda device: (0.010, 0.011, 0.021)[int(os.environ["RANK"])]
 sys.exit(collective.main())
 """
-    ranks = [subprocess.Popen([sys.executable, "-c", program, *words], env={**os.environ, **share.environment(rank)},
-                              stderr=subprocess.PIPE, text=True) for rank in range(3)]  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *words],
+            env={**os.environ, **share.environment(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == statuses, said
     assert "cpu takes 1.9 times as long as the median rank for a matrix product" in said[2]

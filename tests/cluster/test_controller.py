@@ -83,8 +83,13 @@ class Job:
 
     def agent(self, host: str) -> psutil.Process:
         """Return the agent of a host."""
-        return next(one for one in psutil.process_iter() if self.controller.job in (line := words(one))
-                    and line[:2] == [sys.executable, "-m"] and line[-1] == str("ab".index(host)))  # fmt: skip
+        return next(
+            one
+            for one in psutil.process_iter()
+            if self.controller.job in (line := words(one))
+            and line[:2] == [sys.executable, "-m"]
+            and line[-1] == str("ab".index(host))
+        )
 
     def require_nothing_left(self) -> None:
         """Assert that all ranks end within a minute."""
@@ -352,8 +357,9 @@ def test_an_agent_that_cannot_connect_reports_it_in_its_output(monkeypatch):
     here = launchers.LAUNCHERS["here"]
 
     def blocked(hosts, directory, words):
-        return here(hosts, directory, [word.rpartition(":")[0] and "127.0.0.1:9" if ":" in word else word
-                                       for word in words])  # fmt: skip
+        return here(
+            hosts, directory, [word.rpartition(":")[0] and "127.0.0.1:9" if ":" in word else word for word in words]
+        )
 
     monkeypatch.setitem(launchers.LAUNCHERS, "here", blocked)
     monkeypatch.setattr("bst_dist.cluster.controller.CALL_S", 3600.0)

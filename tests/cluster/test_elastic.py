@@ -12,11 +12,13 @@ from bst_dist.config import Recipe
 
 def recipe(sequences: int, sp: int = 1, micro: int = 1, rows: int = 0) -> Recipe:
     settings = {
-        "name": "small", "data": {"corpus": "none"},
+        "name": "small",
+        "data": {"corpus": "none"},
         "model": {"width": 16, "heads": 2, "ffn": 16, "block": 8, "depth": 1, "mixer": "bst", "ssm": {"chunk": 4}},
         "train": {"steps": 1, "sequence_length": 96, "sequences": sequences, "micro_sequences": micro},
-        "evaluation": {"sequences": rows or sequences}, "parallel": {"sp": sp},
-    }  # fmt: skip
+        "evaluation": {"sequences": rows or sequences},
+        "parallel": {"sp": sp},
+    }
     return parse(Recipe, settings)
 
 
@@ -62,6 +64,10 @@ def test_hosts_are_filled_in_order_and_spare_slots_stay_idle():
     assert idle(hosts[:1], placed) == ""
     assert {host: (share.first, share.count) for host, share in placed.items()} == {"a": (0, 4), "b": (4, 2)}
     assert placed["b"].environment(5) == {
-        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "address", "MASTER_PORT": "1",
-    }  # fmt: skip
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "6",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "address",
+        "MASTER_PORT": "1",
+    }

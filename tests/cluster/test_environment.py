@@ -16,11 +16,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_only_variables_that_concern_the_ranks_are_passed_on(tmp_path):
-    concerns = {"NCCL_DEBUG": "WARN", "AWS_REGION": "x", "CUDA_LAUNCH_BLOCKING": "1", "LD_LIBRARY_PATH": "/opt/lib",
-                "WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "http://host:5000",
-                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":16:8",
-                "TORCHINDUCTOR_CACHE_DIR": "/local/1", "TRITON_CACHE_DIR": "/local/2", "HSA_FORCE_FINE_GRAIN_PCIE": "1",
-                "MIOPEN_USER_DB_PATH": "/local/3", "RCCL_MSCCL_ENABLE": "0", "HIP_LAUNCH_BLOCKING": "1"}  # fmt: skip
+    concerns = {
+        "NCCL_DEBUG": "WARN",
+        "AWS_REGION": "x",
+        "CUDA_LAUNCH_BLOCKING": "1",
+        "LD_LIBRARY_PATH": "/opt/lib",
+        "WANDB_MODE": "offline",
+        "MLFLOW_TRACKING_URI": "http://host:5000",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "CUBLAS_WORKSPACE_CONFIG": ":16:8",
+        "TORCHINDUCTOR_CACHE_DIR": "/local/1",
+        "TRITON_CACHE_DIR": "/local/2",
+        "HSA_FORCE_FINE_GRAIN_PCIE": "1",
+        "MIOPEN_USER_DB_PATH": "/local/3",
+        "RCCL_MSCCL_ENABLE": "0",
+        "HIP_LAUNCH_BLOCKING": "1",
+    }
     devices = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
     other = {"HOME": "/root", "RANK": "3", "SLURM_PROCID": "1", **dict.fromkeys(devices, "0")}
     assert handed_on(concerns | other, [tmp_path]) == concerns
@@ -86,8 +97,17 @@ def test_a_file_that_was_named_and_is_missing_is_reported(tmp_path):
     assert handed_on(given, [tmp_path, tmp_path / "b"]) == {"A": "1", **given}
 
 
-@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_KEY", "MLFLOW_TRACKING_PASSWORD",
-                                  "hf_token", "AWS_SHARED_CREDENTIALS"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_SECRET_ACCESS_KEY",
+        "WANDB_API_KEY",
+        "MY_KEY",
+        "MLFLOW_TRACKING_PASSWORD",
+        "hf_token",
+        "AWS_SHARED_CREDENTIALS",
+    ],
+)
 def test_secrets_are_not_shown(name):
     assert shown({name: "abc", "A": "1"}) in (f"A=1 {name}=...", f"{name}=... A=1")
 
@@ -96,8 +116,22 @@ def test_a_password_in_the_address_of_a_tracking_server_is_not_shown(recipe, tmp
     (tmp_path / "hosts").write_text("node-01 slots=2\n")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2@tracking.example/api?token=hunter3")
     report = tmp_path / "report.json"
-    assert main(["launch", str(recipe(6)), "--hostfile", str(tmp_path / "hosts"), "--dry-run", "--run-dir",
-                 str(tmp_path / "run"), "--json", str(report)]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "launch",
+                str(recipe(6)),
+                "--hostfile",
+                str(tmp_path / "hosts"),
+                "--dry-run",
+                "--run-dir",
+                str(tmp_path / "run"),
+                "--json",
+                str(report),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "MLFLOW_TRACKING_URI=https://me:…@tracking.example/api?token=…" in said
     assert "hunter" not in said + report.read_text()

@@ -52,8 +52,9 @@ def require_same_run(run_dir: Path, undisturbed: Path) -> None:
 
 def require_same_data(run_dir: Path, undisturbed: Path) -> None:
     """Assert the same tokens and bytes at every step; with another number of ranks, sums only differ in their order."""
-    found, wanted = ([line for line in read_lines(path / FILE) if line["kind"] == "train"]
-                     for path in (run_dir, undisturbed))  # fmt: skip
+    found, wanted = (
+        [line for line in read_lines(path / FILE) if line["kind"] == "train"] for path in (run_dir, undisturbed)
+    )
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     for one, other in zip(found, wanted, strict=True):
         assert one["tokens"] == other["tokens"]

@@ -96,9 +96,15 @@ def test_slurm_task_counts_give_the_slots_per_node(scontrol, tasks, slots):
 
 @pytest.mark.parametrize(
     ("asked_for", "slots"),
-    [({}, 1), ({"SLURM_GPUS_PER_NODE": "8"}, 8), ({"SLURM_GPUS_PER_NODE": "h100:2"}, 2),
-     ({"SLURM_GPUS_ON_NODE": "2"}, 2), ({"SLURM_GPUS_PER_NODE": "0"}, 1), ({"SLURM_GPUS_PER_TASK": "8"}, 8)],
-)  # fmt: skip
+    [
+        ({}, 1),
+        ({"SLURM_GPUS_PER_NODE": "8"}, 8),
+        ({"SLURM_GPUS_PER_NODE": "h100:2"}, 2),
+        ({"SLURM_GPUS_ON_NODE": "2"}, 2),
+        ({"SLURM_GPUS_PER_NODE": "0"}, 1),
+        ({"SLURM_GPUS_PER_TASK": "8"}, 8),
+    ],
+)
 def test_one_slurm_task_per_node_gets_a_rank_per_accelerator(scontrol, asked_for, slots):
     """Not if other nodes have several tasks: there a task is a rank."""
     scontrol("echo n1; echo n2; echo n3")
@@ -117,9 +123,11 @@ def test_slurm_node_names_are_kept_as_they_are(scontrol):
 
 @pytest.mark.parametrize(
     ("script", "said"),
-    [("echo 'slurm_load: no controller' >&2; exit 1", "scontrol .*: slurm_load: no controller"),
-     (None, "scontrol is not on the PATH")],
-)  # fmt: skip
+    [
+        ("echo 'slurm_load: no controller' >&2; exit 1", "scontrol .*: slurm_load: no controller"),
+        (None, "scontrol is not on the PATH"),
+    ],
+)
 def test_an_allocation_whose_nodes_cannot_be_listed_is_reported(scontrol, tmp_path, monkeypatch, script, said):
     """For example in a container without Slurm's programs."""
     monkeypatch.setenv("PATH", str(tmp_path))

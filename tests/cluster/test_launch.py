@@ -80,8 +80,12 @@ def test_a_start_without_training_does_not_report_the_previous_one(tmp_path, cap
             raise Stopped("told to stop (SIGUSR1) while no rank of the run was running")
         return Ended(1, {0: USER_ERROR})
 
-    supervisor = SimpleNamespace(job=SimpleNamespace(asked=SimpleNamespace(run_dir=tmp_path)), run=run,
-                                 stop_signals=[signal.SIGUSR1], restarts=Restarts(tmp_path, 0))  # fmt: skip
+    supervisor = SimpleNamespace(
+        job=SimpleNamespace(asked=SimpleNamespace(run_dir=tmp_path)),
+        run=run,
+        stop_signals=[signal.SIGUSR1],
+        restarts=Restarts(tmp_path, 0),
+    )
     status = RESUBMIT if how == "stopped" else USER_ERROR
     found = _train(supervisor, steps=10)
     assert found == {"passed": False, "exit_status": status, "run_dir": str(tmp_path), "restarts": 0}

@@ -33,8 +33,14 @@ def test_agents_are_not_bound_to_cores():
 
 def test_batch_job_options_are_not_passed_to_the_agents_step():
     job = {"SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/slurm.conf", "PATH": "/bin"}
-    options = {"SRUN_CPUS_PER_TASK": "1", "SLURM_GPUS_PER_TASK": "1", "SLURM_NTASKS_PER_NODE": "8",
-               "SLURM_CPU_BIND": "cores", "SLURM_LABELIO": "1", "SLURM_PROCID": "0"}  # fmt: skip
+    options = {
+        "SRUN_CPUS_PER_TASK": "1",
+        "SLURM_GPUS_PER_TASK": "1",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_CPU_BIND": "cores",
+        "SLURM_LABELIO": "1",
+        "SLURM_PROCID": "0",
+    }
     assert environment("slurm", None, job | options) == job
 
 

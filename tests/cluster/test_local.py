@@ -202,8 +202,9 @@ while len(stops) < int(sys.argv[1]):
 time.sleep(0.5)  # a signal to the child would have arrived
 sys.exit(75 if child.poll() is None else 1)
 """
-    ranks = LocalRanks([sys.executable, "-c", program, str(1 + again)], Share(0, 1, 1, "127.0.0.1", 1), os.environ,
-                       piped=True)  # fmt: skip
+    ranks = LocalRanks(
+        [sys.executable, "-c", program, str(1 + again)], Share(0, 1, 1, "127.0.0.1", 1), os.environ, piped=True
+    )
     try:
         child = int(ranks.processes[0].stdout.readline())
         ranks.terminate(600)

@@ -26,10 +26,16 @@ from bst_dist.cluster.preflight import (
 from bst_dist.cluster.probe import memory_errors, old_ranks, probe, unmark
 
 SOUND: dict[str, Any] = {
-    "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"}, "code": "c" * 64, "nonce": "job",
-    "files": {"/shared/recipe.yaml": "a" * 64, "/shared/corpus/manifest.json": "b" * 64}, "free_bytes": 10**12,
-    "ranks": [], "devices": [], "memory_errors": {}, "open_files": 4096,
-}  # fmt: skip
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"},
+    "code": "c" * 64,
+    "nonce": "job",
+    "files": {"/shared/recipe.yaml": "a" * 64, "/shared/corpus/manifest.json": "b" * 64},
+    "free_bytes": 10**12,
+    "ranks": [],
+    "devices": [],
+    "memory_errors": {},
+    "open_files": 4096,
+}
 
 
 def checked_hosts(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.0, 0.0), accepted=()) -> list[Checked]:
@@ -40,8 +46,10 @@ def checked_hosts(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.
         for key, value in change.items():
             answer[key] = {**answer[key], **value} if isinstance(value, dict) else value
         answers.append(answer)
-    checked = [Checked(Host(f"n{i}", 8), answer=answer, clock_offset_s=clock)
-               for i, (answer, clock) in enumerate(zip(answers, clocks, strict=True))]  # fmt: skip
+    checked = [
+        Checked(Host(f"n{i}", 8), answer=answer, clock_offset_s=clock)
+        for i, (answer, clock) in enumerate(zip(answers, clocks, strict=True))
+    ]
     judge(checked, "job", 10**9, accepted)
     return checked
 

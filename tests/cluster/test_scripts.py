@@ -31,19 +31,37 @@ def test_scripts_are_valid_bash(script):
 
 @pytest.mark.parametrize(
     ("status", "requeued", "exit_status"),
-    [(0, 3, 0), (75, 3, "again"), (75, 60, "again"), (70, 3, "again"), (70, 50, 70),
-     (74, None, "again"), (74, 49, "again"), (74, 50, 74), (2, 3, 2), (1, None, 1)],
-)  # fmt: skip
+    [
+        (0, 3, 0),
+        (75, 3, "again"),
+        (75, 60, "again"),
+        (70, 3, "again"),
+        (70, 50, 70),
+        (74, None, "again"),
+        (74, 49, "again"),
+        (74, 50, 74),
+        (2, 3, 2),
+        (1, None, 1),
+    ],
+)
 def test_the_slurm_script_requeues_what_a_later_start_may_cure(tmp_path, status, requeued, exit_status):
     """`bst`, `python`, `scontrol` and `sleep` are scripts that print what they were asked."""
-    for name, text in {"bst": f"exit {status}", "python": "echo small", "sleep": 'echo "sleep $*"',
-                       "scontrol": 'echo "scontrol $*"'}.items():  # fmt: skip
+    for name, text in {
+        "bst": f"exit {status}",
+        "python": "echo small",
+        "sleep": 'echo "sleep $*"',
+        "scontrol": 'echo "scontrol $*"',
+    }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     own = {"BST_BIN": str(tmp_path), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
     counted = {} if requeued is None else {"SLURM_RESTART_COUNT": str(requeued)}
-    done = subprocess.run(["bash", ROOT / "launch/cluster/slurm.sbatch", "small.yaml"], capture_output=True, text=True,
-                          env={**os.environ, **own, **counted})  # fmt: skip
+    done = subprocess.run(
+        ["bash", ROOT / "launch/cluster/slurm.sbatch", "small.yaml"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **own, **counted},
+    )
     waited = ["sleep 60"] if status == 74 and exit_status == "again" else []
     assert done.stdout.splitlines() == [*waited, *(["scontrol requeue 7"] if exit_status == "again" else [])]
     assert done.returncode == (0 if exit_status == "again" else exit_status), done.stderr
@@ -51,8 +69,9 @@ def test_the_slurm_script_requeues_what_a_later_start_may_cure(tmp_path, status,
 
 def test_the_dockerfile_passes_hadolint():
     """The Dockerfile is only linted, because images cannot be built here."""
-    done = subprocess.run([Path(sys.executable).with_name("hadolint"), ROOT / "launch/cluster/Dockerfile"],
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [Path(sys.executable).with_name("hadolint"), ROOT / "launch/cluster/Dockerfile"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -101,8 +120,10 @@ def test_torchrun_trains_on_two_hosts_without_ssh(launch, recipe, network, tmp_p
     small, run_dir = recipe(6), tmp_path / "run"
     common = ["env", f"MASTER_ADDR={network.hosts[0]}", "NODES=2", "RANKS=1", "GLOO_SOCKET_IFNAME=eth0"]
     script = ["launch/cluster/torchrun.sh", str(small), str(run_dir)]
-    started = [launch(command=[*network.inside(host), *common, f"NODE={number}", *script])
-               for number, host in enumerate(network.hosts[:2])]  # fmt: skip
+    started = [
+        launch(command=[*network.inside(host), *common, f"NODE={number}", *script])
+        for number, host in enumerate(network.hosts[:2])
+    ]
     for one in started:
         assert one.status() == 0, one.said
     assert read_outcome(run_dir)["step"] == 6
@@ -111,10 +132,23 @@ def test_torchrun_trains_on_two_hosts_without_ssh(launch, recipe, network, tmp_p
 @pytest.mark.cluster
 def test_hosts_that_each_start_their_own_ranks_stop_together(launch, recipe, network, tmp_path):
     small, run_dir, bst = recipe(500), tmp_path / "run", str(Path(sys.executable).with_name("bst"))
-    command = [bst, "train", str(small), "--run-dir", str(run_dir), "--nodes", "2", "--ranks", "1",
-               "--master", f"{network.hosts[0]}:29500"]  # fmt: skip
-    started = [launch(command=[*network.inside(host), *command, "--node", str(number)])
-               for number, host in enumerate(network.hosts[:2])]  # fmt: skip
+    command = [
+        bst,
+        "train",
+        str(small),
+        "--run-dir",
+        str(run_dir),
+        "--nodes",
+        "2",
+        "--ranks",
+        "1",
+        "--master",
+        f"{network.hosts[0]}:29500",
+    ]
+    started = [
+        launch(command=[*network.inside(host), *command, "--node", str(number)])
+        for number, host in enumerate(network.hosts[:2])
+    ]
     started[0].until("step-00000010:")
     os.kill(started[1].process.pid, signal.SIGTERM)
     assert [one.status() for one in started] == [RESUBMIT, RESUBMIT], started[0].said
@@ -143,10 +177,23 @@ def ipv6_alone(network):
 @pytest.mark.cluster
 def test_ipv6_only_hosts_train_together(launch, recipe, network, ipv6_alone, tmp_path):
     bst, run_dir = str(Path(sys.executable).with_name("bst")), tmp_path / "run"
-    command = [bst, "train", str(recipe(6)), "--run-dir", str(run_dir), "--nodes", "2", "--ranks", "1",
-               "--master", f"[{ipv6_alone[0]}]:29500"]  # fmt: skip
-    started = [launch(command=[*network.inside(host), *command, "--node", str(number)])
-               for number, host in enumerate(network.hosts[:2])]  # fmt: skip
+    command = [
+        bst,
+        "train",
+        str(recipe(6)),
+        "--run-dir",
+        str(run_dir),
+        "--nodes",
+        "2",
+        "--ranks",
+        "1",
+        "--master",
+        f"[{ipv6_alone[0]}]:29500",
+    ]
+    started = [
+        launch(command=[*network.inside(host), *command, "--node", str(number)])
+        for number, host in enumerate(network.hosts[:2])
+    ]
     for one in started:
         assert one.status() == 0, one.said
     assert read_outcome(run_dir)["step"] == 6
@@ -168,8 +215,17 @@ def named(network):
 @pytest.mark.cluster
 def test_ranks_that_mpirun_starts_find_each_other_through_mpi4py(launch, recipe, named, tmp_path):
     names = ("GLOO_SOCKET_IFNAME=eth0", "OMP_NUM_THREADS=1")
-    command = [str(Path(sys.executable).with_name("mpirun")), "--allow-run-as-root", "--wdir", str(ROOT), "-n", "2",
-               "--host", ",".join(named), *(word for name in names for word in ("-x", name))]  # fmt: skip
+    command = [
+        str(Path(sys.executable).with_name("mpirun")),
+        "--allow-run-as-root",
+        "--wdir",
+        str(ROOT),
+        "-n",
+        "2",
+        "--host",
+        ",".join(named),
+        *(word for name in names for word in ("-x", name)),
+    ]
     program = [sys.executable, "-m", "bst_dist.train", str(recipe(6)), "--run-dir", str(tmp_path / "run")]
     started = launch(command=[*command, *program])
     assert started.status() == 0, started.said

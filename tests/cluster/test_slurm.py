@@ -25,8 +25,12 @@ pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 BST = Path(sys.executable).with_name("bst")
-PACKAGES = {"/usr/sbin/slurmctld": "slurmctld", "/usr/sbin/slurmd": "slurmd", "sbatch": "slurm-client",
-            "/usr/sbin/munged": "munge"}  # fmt: skip
+PACKAGES = {
+    "/usr/sbin/slurmctld": "slurmctld",
+    "/usr/sbin/slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "/usr/sbin/munged": "munge",
+}
 CONTROLLERS = ("freezer", "cpuset", "memory", "devices")
 CONFIGURATION = """
 ClusterName=test
@@ -62,8 +66,12 @@ class Slurm:
     def __init__(self, network, directory: Path) -> None:
         self.network, self.directory = network, directory
         self.daemons: list[subprocess.Popen[bytes]] = []
-        own = {"SLURM_CONF": str(directory / "slurm.conf"), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR",
-               "BST_BIN": str(Path(sys.executable).parent)}  # fmt: skip
+        own = {
+            "SLURM_CONF": str(directory / "slurm.conf"),
+            "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "BST_BIN": str(Path(sys.executable).parent),
+        }
         self.environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | own
 
     def start(self) -> None:
@@ -81,13 +89,21 @@ class Slurm:
 
     def _configure(self) -> None:
         cores = os.cpu_count()
-        nodes = [f"NodeName=n{number} NodeAddr={host} CPUs={cores} Gres=gpu:2 State=UNKNOWN"
-                 for number, host in enumerate(self.network.hosts, 1)]  # fmt: skip
+        nodes = [
+            f"NodeName=n{number} NodeAddr={host} CPUs={cores} Gres=gpu:2 State=UNKNOWN"
+            for number, host in enumerate(self.network.hosts, 1)
+        ]
         ports = [free_port(), free_port()]
-        (self.directory / "slurm.conf").write_text(CONFIGURATION.format(
-            controller=socket.gethostname(), address=f"{self.network.subnet}.254", directory=self.directory,
-            port=ports[0], daemon_port=ports[1], nodes="\n".join(nodes),
-        ))  # fmt: skip
+        (self.directory / "slurm.conf").write_text(
+            CONFIGURATION.format(
+                controller=socket.gethostname(),
+                address=f"{self.network.subnet}.254",
+                directory=self.directory,
+                port=ports[0],
+                daemon_port=ports[1],
+                nodes="\n".join(nodes),
+            )
+        )
         (self.directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         # Fake devices (null and zero): Slurm assigns them and sets CUDA_VISIBLE_DEVICES all the same.
         for number, minor in enumerate((3, 5)):
@@ -101,22 +117,31 @@ class Slurm:
         key.chmod(0o400)
         files = [f"--{name}={self.directory}/munge.{name.split('-')[0]}" for name in ("socket", "pid-file", "log-file")]
         # --force: the permissions of a test's directory are not as strict as munged requires.
-        self._run("munged", "/usr/sbin/munged", "-F", "--force", f"--key-file={key}", *files,
-                  f"--seed-file={self.directory}/munge.seed")  # fmt: skip
+        self._run(
+            "munged",
+            "/usr/sbin/munged",
+            "-F",
+            "--force",
+            f"--key-file={key}",
+            *files,
+            f"--seed-file={self.directory}/munge.seed",
+        )
         self.until((self.directory / "munge.socket").exists, 10)
 
     def _run(self, name: str, *command: str) -> None:
         with (self.directory / f"{name}.out").open("wb") as log:
-            self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log,
-                                                 start_new_session=True))  # fmt: skip
+            self.daemons.append(
+                subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            )
 
     def ask(self, *command: str) -> str:
         """Run a Slurm command; return its output, errors included."""
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.run(command, env=self.environment, cwd=ROOT, **output).stdout.strip()
 
-    def submit(self, *script: str, log: Path, options: Sequence[str] = ("--ntasks-per-node=1", "--gpus-per-node=0")
-               ) -> str:  # fmt: skip
+    def submit(
+        self, *script: str, log: Path, options: Sequence[str] = ("--ntasks-per-node=1", "--gpus-per-node=0")
+    ) -> str:
         """Submit a script with its arguments for all hosts, one task per host; return the job id."""
         options = ["--nodes=3", *options, "--no-kill", f"--output={log}"]
         said = self.ask("sbatch", "--parsable", *options, f"--export=ALL,RUNS={log.parent}", *script)
@@ -247,8 +272,9 @@ echo "first start: $?"
 def test_a_second_srun_on_one_run_directory_is_refused(slurm, recipe, network, tmp_path):
     """Both without `bst launch`: srun starts the ranks, and sets their rank in environment variables."""
     log, script, run = tmp_path / "log", tmp_path / "job.sh", tmp_path / "run"
-    script.write_text(DIRECT.format(root=ROOT, address=network.hosts[0], python=sys.executable, recipe=recipe(100_000),
-                                    run=run))  # fmt: skip
+    script.write_text(
+        DIRECT.format(root=ROOT, address=network.hosts[0], python=sys.executable, recipe=recipe(100_000), run=run)
+    )
     job = slurm.submit(str(script), log=log)
     slurm.wait(job, log, timeout_s=600)
     said = log.read_text()

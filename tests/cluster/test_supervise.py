@@ -47,8 +47,13 @@ class Stub:
         return ended
 
 
-def rehearse(tmp_path: Path, status: int, accepted: list[str], stop_signals: Sequence[int] = (),
-             told: dict[str, int] | None = None) -> list[str]:  # fmt: skip
+def rehearse(
+    tmp_path: Path,
+    status: int,
+    accepted: list[str],
+    stop_signals: Sequence[int] = (),
+    told: dict[str, int] | None = None,
+) -> list[str]:
     """Return the command that all ranks were told to run."""
     job = Job(None, None, {}, None, accepted)
     stub = Stub(status, told)
@@ -88,8 +93,9 @@ def test_a_signal_of_the_scheduler_to_agents_and_ranks_is_a_stop(tmp_path, statu
 @pytest.mark.parametrize("error", [PreflightError("not started: fix b"), HostError("b was lost")])
 @pytest.mark.parametrize("stop_signals", [[], [signal.SIGUSR1]])
 def test_a_signal_before_the_first_start_is_a_stop_whatever_it_interrupts(tmp_path, monkeypatch, error, stop_signals):
-    supervisor = Supervisor(Job(None, None, {}, None), HOSTS, LaunchOptions("pdsh", tmp_path), Restarts(tmp_path, 0),
-                            stop_signals)  # fmt: skip
+    supervisor = Supervisor(
+        Job(None, None, {}, None), HOSTS, LaunchOptions("pdsh", tmp_path), Restarts(tmp_path, 0), stop_signals
+    )
 
     def interrupted(*_: object) -> None:
         raise error
@@ -105,8 +111,9 @@ def test_a_signal_between_two_starts_is_a_stop(tmp_path, monkeypatch):
     """Not the failure before it: the run would have been started again."""
     stop_signals: list[int] = []
     monkeypatch.setattr("bst_dist.cluster.supervise.Controller", None)  # nothing is started
-    supervisor = Supervisor(Job(None, None, {}, None), HOSTS, LaunchOptions("slurm", tmp_path), Restarts(tmp_path, 5),
-                            stop_signals)  # fmt: skip
+    supervisor = Supervisor(
+        Job(None, None, {}, None), HOSTS, LaunchOptions("slurm", tmp_path), Restarts(tmp_path, 5), stop_signals
+    )
     monkeypatch.setattr(supervisor, "_all_fit", lambda: nullcontext(Stub(0)))
     monkeypatch.setattr(supervisor, "_train", lambda *_: Ended(2, {0: -9}))
     monkeypatch.setattr(supervisor, "_wait", lambda seconds: stop_signals.append(signal.SIGTERM))

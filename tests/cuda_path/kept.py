@@ -31,8 +31,15 @@ from bst_dist.plan.rehearse import no_borders
 POLICIES = ("none", "selective")
 
 
-def planned(model: ModelConfig, mixer: str, policy: str, rows: int, length: int, documents: str = "joined",
-            compiled: bool = True) -> int:  # fmt: skip
+def planned(
+    model: ModelConfig,
+    mixer: str,
+    policy: str,
+    rows: int,
+    length: int,
+    documents: str = "joined",
+    compiled: bool = True,
+) -> int:
     """Return the planned bytes that a layer keeps for the backward pass under autocast."""
     checkpointing = ActivationCheckpointingConfig(policy=policy)
     activations = Activations(model, bf16=True, documents=documents)
@@ -81,5 +88,7 @@ if __name__ == "__main__":
         for policy in POLICIES:
             of = (recipe.model, mixer, policy, 1, recipe.train.sequence_length)
             before, now = planned(*of, compiled=False), planned(*of)
-            print(f"{mixer}, {policy}: uncompiled {before / 1e6:.1f} MB, compiled by the plan {now / 1e6:.1f} MB, "
-                  f"compiled {kept_by_graph(*of) / 1e6:.1f} MB")  # fmt: skip
+            print(
+                f"{mixer}, {policy}: uncompiled {before / 1e6:.1f} MB, compiled by the plan {now / 1e6:.1f} MB, "
+                f"compiled {kept_by_graph(*of) / 1e6:.1f} MB"
+            )

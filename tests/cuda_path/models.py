@@ -24,8 +24,11 @@ MODELS = {
     "SH joint RoPE shared keys": {"mixer": "bst-joint", "attention": {"position": "rope", "kv_heads": 1}},
     "MF joint": {"mixer": "bst-joint", "context": {"variant": "MF", "states": 3}},
     "SH hyena": {"mixer": "bst", "ssm": {"kernel": "hyena", "length": LENGTH}},
-    "MF explicit": {"mixer": "bst", "context": {"variant": "MF", "states": 3},
-                    "ssm": {"kernel": "explicit", "length": LENGTH}},
+    "MF explicit": {
+        "mixer": "bst",
+        "context": {"variant": "MF", "states": 3},
+        "ssm": {"kernel": "explicit", "length": LENGTH},
+    },
     "SH DPLR": {"mixer": "bst", "ssm": {"kernel": "s4-dplr"}},
     "SH SSD": {"mixer": "bst", "ssm": {"kernel": "ssd", "head": 4}},
     "Transformer-XL": {"mixer": "transformer-xl", "transformer_xl": {"window": 256}},
@@ -35,17 +38,27 @@ MODELS = {
     "Mamba-2": {"mixer": "mamba2", "mamba2": {"head": 16}},
     "Gated DeltaNet": {"mixer": "gated-deltanet"},
     "full T5": {"mixer": "full", "full": {"longest": 1024}},
-    "full RoPE shared keys": {"mixer": "full", "full": {"longest": 1024},
-                              "attention": {"position": "rope", "kv_heads": 1}},
+    "full RoPE shared keys": {
+        "mixer": "full",
+        "full": {"longest": 1024},
+        "attention": {"position": "rope", "kv_heads": 1},
+    },
     "full RoPE": {"mixer": "full", "full": {"longest": 1024}, "attention": {"position": "rope"}},
-}  # fmt: skip
+}
 
 
 def build(name: str, **changes: object) -> LanguageModel:
     """Build a model of two layers: a sliding layer, then one of the named kind."""
     torch.manual_seed(0)
-    settings = {"width": 32, "heads": 2, "ffn": 64, "block": BLOCK, "depth": 2, "placement": [1],
-                "vocab_size": VOCABULARY}  # fmt: skip
+    settings = {
+        "width": 32,
+        "heads": 2,
+        "ffn": 64,
+        "block": BLOCK,
+        "depth": 2,
+        "placement": [1],
+        "vocab_size": VOCABULARY,
+    }
     model = LanguageModel(ModelConfig(**settings | MODELS[name] | changes))
     with torch.no_grad():
         for parameter in model.parameters():

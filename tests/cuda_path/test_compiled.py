@@ -176,8 +176,14 @@ def test_a_deepspeed_step_has_the_gradients_of_uncompiled_layers(stage, policy, 
 
     model = {"width": 32, "block": 128, "depth": 3, "placement": [1], "vocab_size": VOCABULARY, "ssm": {"state": 4}}
     train = {"sequence_length": LENGTH, "sequences": 4, "micro_sequences": 2, "precision": "bf16", "z_loss": 1e-4}
-    recipe = load_recipe(recipe_file(deepspeed=f"ds_configs/zero{stage}.json", model=model, train=train,
-                                     activation_checkpointing={"policy": policy}))  # fmt: skip
+    recipe = load_recipe(
+        recipe_file(
+            deepspeed=f"ds_configs/zero{stage}.json",
+            model=model,
+            train=train,
+            activation_checkpointing={"policy": policy},
+        )
+    )
     rows, seeded = [range(2), range(2, 3)], steps.seeded_model
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(flex, "BACKEND", counter)
@@ -252,6 +258,10 @@ def test_layers_are_compiled_on_cuda_where_supported(settings):
 
 def test_the_loss_is_compiled_on_cuda_unless_the_recipe_forbids_it(settings):
     in_slices = settings | {"train": settings["train"] | {"slice_tokens": 32}}  # layers are not compiled
-    for recipe, device, expected in [(settings, "cuda", True), (settings, "cpu", False), (in_slices, "cuda", True),
-                                     (settings | {"compile": False}, "cuda", False)]:  # fmt: skip
+    for recipe, device, expected in [
+        (settings, "cuda", True),
+        (settings, "cpu", False),
+        (in_slices, "cuda", True),
+        (settings | {"compile": False}, "cuda", False),
+    ]:
         assert fuses_loss(parse(Recipe, recipe), device) is expected

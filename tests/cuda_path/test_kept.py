@@ -18,7 +18,7 @@ LAYERS = {
     "Gated DeltaNet": ({"mixer": "gated-deltanet"}, "joined"),
     "SH of isolated documents": (MODELS["SH"], "isolated"),
     "SH of masked documents": (MODELS["SH"], "masked"),
-}  # fmt: skip
+}
 
 
 def of(settings: dict) -> tuple[ModelConfig, str]:

@@ -77,8 +77,13 @@ class Whole:
 
 def give_up_at_once(strategy: dict[str, Any]) -> dict[str, Any]:
     """Return a strategy that shards every parameter and releases each one after its use."""
-    sizes = {"reduce_bucket_size": 8192, "allgather_bucket_size": 8192, "stage3_prefetch_bucket_size": 0,
-             "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}  # fmt: skip
+    sizes = {
+        "reduce_bucket_size": 8192,
+        "allgather_bucket_size": 8192,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+    }
     return {**strategy, "zero_optimization": {**strategy["zero_optimization"], **sizes}}
 
 
@@ -93,18 +98,24 @@ def stepping(recipe_file, monkeypatch) -> Callable[..., Callable[..., Any]]:
     def of(model: dict[str, Any], policy: str, precision: str) -> Callable[..., Any]:
         train = {"sequence_length": LENGTH, "sequences": 4, "micro_sequences": 2, "precision": precision}
         recipes = {
-            stage: load_recipe(recipe_file(
-                deepspeed=f"ds_configs/zero{stage}.json", model={**model, "vocab_size": VOCABULARY}, train=train,
-                activation_checkpointing={"policy": policy},
-            )) for stage in (1, 3)
-        }  # fmt: skip
+            stage: load_recipe(
+                recipe_file(
+                    deepspeed=f"ds_configs/zero{stage}.json",
+                    model={**model, "vocab_size": VOCABULARY},
+                    train=train,
+                    activation_checkpointing={"policy": policy},
+                )
+            )
+            for stage in (1, 3)
+        }
         counter, seeded = CompileCounterWithBackend("aot_eager"), steps.seeded_model
         monkeypatch.setattr(flex, "BACKEND", counter)
         monkeypatch.setattr(steps, "small_buckets", give_up_at_once)
         monkeypatch.setattr(
-            steps, "batches",
+            steps,
+            "batches",
             lambda *_: [_batch(*made_up(recipes[3]), one, range(LENGTH), 128) for one in (range(2), range(2, 3))],
-        )  # fmt: skip
+        )
 
         def step(ranks: Ranks, stage: int, compiled: bool) -> tuple[list[Tensor], int]:
             def build_it(recipe: Recipe) -> nn.Module:
@@ -230,10 +241,13 @@ def test_a_run_compiles_only_in_its_first_step_and_resumes_bitwise_equal(
 ):
     """With an evaluation in between. DeepSpeed records the order of the layers once, as with uncompiled layers."""
     recipe = recipe_file(
-        deepspeed="ds_configs/zero3.json", model=SLIDING, evaluation={"every": 2, "sequences": 4},
+        deepspeed="ds_configs/zero3.json",
+        model=SLIDING,
+        evaluation={"every": 2, "sequences": 4},
         train={"sequence_length": LENGTH, "sequences": 4, "micro_sequences": 1, "steps": 5, "precision": "fp32"},
-        activation_checkpointing={"policy": "every-layer"}, checkpoint={"every": 3},
-    )  # fmt: skip
+        activation_checkpointing={"policy": "every-layer"},
+        checkpoint={"every": 3},
+    )
     counter, forgotten, after = CompileCounterWithBackend("aot_eager"), [], []
     forget, step = Coordinator._invalidate_trace, runs.build_trainer
     monkeypatch.setattr(flex, "BACKEND", counter)

@@ -45,16 +45,19 @@ def test_benchmark_measures_several_ranks_and_reports_failures(monkeypatch: pyte
     (found,) = bench_index.run(arguments("--documents", "4e3", "--per-shard", "500", "--ranks", "2"))["sizes"]
     assert (found["ranks"], found["open_shards"]) == (2, 8)
     assert found["private_mb_at_end"] > 0
-    monkeypatch.setattr(bench_index, "make_endless", lambda folder, *_, **__: folder.mkdir() or (
-        folder / "manifest.json").write_text("{}"))  # fmt: skip
+    monkeypatch.setattr(
+        bench_index,
+        "make_endless",
+        lambda folder, *_, **__: folder.mkdir() or (folder / "manifest.json").write_text("{}"),
+    )
     with pytest.raises(UserError, match="measuring failed:"):
         bench_index.run(arguments("--documents", "4e3", "--ranks", "2"))
 
 
 def test_each_index_and_shard_is_requested_once_from_the_server() -> None:
-    (found,) = bench_index.run(
-        arguments("--documents", "4000", "--per-shard", "500", "--latency-ms", "1", "--cache")
-    )["sizes"]  # fmt: skip
+    (found,) = bench_index.run(arguments("--documents", "4000", "--per-shard", "500", "--latency-ms", "1", "--cache"))[
+        "sizes"
+    ]
     assert found["requests"] == {"manifest.json": 1, "tokenizer.model": 1, ".idx": 8, ".tar": 8}
 
 

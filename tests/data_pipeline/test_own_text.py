@@ -22,9 +22,11 @@ def published_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
     published.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     published.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|endoftext|>"], show_progress=False,
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     published.train_from_iterator(texts, trainer)
     return published
 
@@ -41,9 +43,13 @@ def test_training_and_export_from_parquet_with_a_published_tokenizer(tmp_path: P
         pyarrow.parquet.write_table(table, tmp_path / "tables" / f"{part}.parquet")
     published = published_tokenizer(texts)
     published.save(str(tmp_path / "tokenizer.json"))
-    config = {"source": {"kind": "parquet", "path": str(tmp_path / "tables"), "keep": ["url"]},
-              "output": str(tmp_path / "corpus"), "tokenizer": {"reuse": str(tmp_path / "tokenizer.json")},
-              "validation_fraction": 0.2, "workers": 1}  # fmt: skip
+    config = {
+        "source": {"kind": "parquet", "path": str(tmp_path / "tables"), "keep": ["url"]},
+        "output": str(tmp_path / "corpus"),
+        "tokenizer": {"reuse": str(tmp_path / "tokenizer.json")},
+        "validation_fraction": 0.2,
+        "workers": 1,
+    }
     (tmp_path / "corpus.yaml").write_text(json.dumps(config))
     assert cli.main(["data", "prepare", str(tmp_path / "corpus.yaml")]) == 0
 

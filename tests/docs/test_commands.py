@@ -40,11 +40,25 @@ PROGRAMS = ("bst", "make", "deepspeed")
 # Placeholders for the reader's own files, and their replacements in this test.
 RECIPE = "launch/recipes/demo.yaml"
 STAND_INS = {
-    "N": "2", "I": "1", "L": "128", "K": "2", "STEP": "1", "SECONDS": "3", "ADDRESS:PORT": "node-00:29500",
-    "PATH": "x.json", "COMMAND": "train", "GROUP": "data", "KIND": "folder", "TASK": "listops", "RUN": "runs/demo",
-    "RUN/reports/eval.json": "runs/demo/reports/eval.json", "FILE": "hosts",
-    "$c": "stdlib", "SWEEP": "launch/sweeps/mini.yaml", "CONFIG": "launch/data/stdlib.yaml",
-}  # fmt: skip
+    "N": "2",
+    "I": "1",
+    "L": "128",
+    "K": "2",
+    "STEP": "1",
+    "SECONDS": "3",
+    "ADDRESS:PORT": "node-00:29500",
+    "PATH": "x.json",
+    "COMMAND": "train",
+    "GROUP": "data",
+    "KIND": "folder",
+    "TASK": "listops",
+    "RUN": "runs/demo",
+    "RUN/reports/eval.json": "runs/demo/reports/eval.json",
+    "FILE": "hosts",
+    "$c": "stdlib",
+    "SWEEP": "launch/sweeps/mini.yaml",
+    "CONFIG": "launch/data/stdlib.yaml",
+}
 RECIPES = ("RECIPE", "recipe.yaml", "my-recipe.yaml", "/shared/my-recipe.yaml")
 
 
@@ -299,8 +313,13 @@ def project(tmp_path_factory):
     for module in sorted(Path(heapq.__file__).parent.glob("[a-d]*.py"))[:25]:
         (here / "texts" / module.name).write_text(module.read_text()[:8000])
     (here / "texts" / "json").write_text("import json\n")
-    prepare = {"source": {"kind": "folder", "path": "texts", "pattern": "*"}, "output": "corpora/stdlib",
-               "tokenizer": {"vocab_size": 400}, "workers": 1, "validation_fraction": 0.3}  # fmt: skip
+    prepare = {
+        "source": {"kind": "folder", "path": "texts", "pattern": "*"},
+        "output": "corpora/stdlib",
+        "tokenizer": {"vocab_size": 400},
+        "workers": 1,
+        "validation_fraction": 0.3,
+    }
     (here / "launch/data/stdlib.yaml").write_text(yaml.safe_dump(prepare))
     synthetic = yaml.safe_load((here / "launch/data/synthetic.yaml").read_text())
     synthetic["source"] |= {"documents": 40}
@@ -333,8 +352,14 @@ def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
     model, train = settings["model"], settings["train"]
     model |= {"width": 16, "heads": 2, "ffn": 32, "block": 16, "ssm": {"state": 4, "chunk": 16}}
     train |= {"sequence_length": 64, "sequences": 1, "micro_sequences": 1, "precision": "fp32"}
-    sections = {"evaluation": {"every": 80, "sequences": 1}, "checkpoint": {"every": 80}, "schedule": {},
-                "data": {"corpus": "corpora/stdlib"}, "ranks": 1, "watchdog": {}}  # fmt: skip
+    sections = {
+        "evaluation": {"every": 80, "sequences": 1},
+        "checkpoint": {"every": 80},
+        "schedule": {},
+        "data": {"corpus": "corpora/stdlib"},
+        "ranks": 1,
+        "watchdog": {},
+    }
     return {**settings, **sections}
 
 

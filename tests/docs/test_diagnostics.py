@@ -26,11 +26,16 @@ def table(experiment, accuracy, statuses=None):
         for arm in experiment.settings["arms"]:
             values = {str(seed): accuracy(lag, depth, arm, seed) for seed in (0, 1)}
             estimate = {"value": float(np.mean(list(values.values()))), "standard_error": 0.01, "by_seed": values}
-            rows.append({
-                "condition": condition, "arm": arm, "parameters": 45000, "difference": {},
-                "seeds": {"0": "done", "1": (statuses or {}).get(condition, "done")},
-                "measured": {"accuracy": estimate, "loss_nats": estimate},
-            })  # fmt: skip
+            rows.append(
+                {
+                    "condition": condition,
+                    "arm": arm,
+                    "parameters": 45000,
+                    "difference": {},
+                    "seeds": {"0": "done", "1": (statuses or {}).get(condition, "done")},
+                    "measured": {"accuracy": estimate, "loss_nats": estimate},
+                }
+            )
     return {"rows": rows, "trained_with": "Trained with commit abc."}
 
 
@@ -56,8 +61,10 @@ def test_all_registered_runs_are_counted_once():
 
 def test_lags_beyond_the_reach_of_windows_are_the_registered_ones():
     experiments = {e.name: e for e in page.load()}
-    hidden = {name: [c for c in experiments[name].settings["conditions"] if experiments[name].hidden(c)]
-              for name in ("small-copy", "copy")}  # fmt: skip
+    hidden = {
+        name: [c for c in experiments[name].settings["conditions"] if experiments[name].hidden(c)]
+        for name in ("small-copy", "copy")
+    }
     assert hidden["small-copy"] == ["lag 32, 2 layers", "lag 64, 2 layers", "lag 64, 4 layers"]
     assert hidden["copy"] == ["lag 256, 2 layers", "lag 256, 4 layers", *(f"lag 768, {n} layers" for n in (2, 4, 8))]
 
@@ -92,7 +99,7 @@ def seeds_differ(lag, depth, arm, seed):
         (seeds_differ, "**Undecided**"),
         (no_advantage, "**Undecided**: the advantage of `bst-sh` over `sliding` is +0.000 ± 0.000"),
     ],
-)  # fmt: skip
+)
 def test_the_page_first_tells_whether_the_advantage_falls(accuracy, verdict):
     """Lags 32 and 64 are within reach at some depths and beyond it at others; lag 16 is always within reach."""
     lines = page.build([copying(accuracy)]).splitlines()
@@ -105,7 +112,8 @@ def test_the_page_first_tells_whether_the_advantage_falls(accuracy, verdict):
 def test_the_fall_is_a_mean_over_lags_of_means_over_depths():
     def gain(lag, depth, arm, seed):
         return {(32, 2): 0.5, (32, 4): 0.3, (32, 8): 0.1, (64, 2): 0.4, (64, 4): 0.2, (64, 8): 0.2}.get(
-            (lag, depth), 9.0) * (arm == "bst-sh") + 0.01 * seed * (arm == "bst-sh") * (depth == 2)  # fmt: skip
+            (lag, depth), 9.0
+        ) * (arm == "bst-sh") + 0.01 * seed * (arm == "bst-sh") * (depth == 2)
 
     (line,) = (x for x in page.build([copying(gain)]).splitlines() if "`bst-sh` over" in x)
     # beyond: (0.5 + (0.4 + 0.2) / 2) / 2 = 0.4, and 0.0075 more with seed 1; within: (0.2 + 0.2) / 2
@@ -165,11 +173,15 @@ def test_the_difference_of_advantages_has_the_interval_of_a_paired_t_test():
 def test_windows_have_learnt_if_both_seeds_learn_at_one_rate(accuracy, answer):
     found = next(e for e in page.load() if e.name == "reach")
     rows = [
-        {"condition": rate, "arm": arm, "seeds": {"0": "done", "1": "done"},
-         "measured": {"accuracy": {"by_seed": dict(zip("01", values, strict=True))}}}
+        {
+            "condition": rate,
+            "arm": arm,
+            "seeds": {"0": "done", "1": "done"},
+            "measured": {"accuracy": {"by_seed": dict(zip("01", values, strict=True))}},
+        }
         for rate in found.settings["conditions"]
         for arm, values in (("sliding", accuracy.get(rate, (0.06, 0.06))), ("bst-sh", (1.0, 1.0)))
-    ]  # fmt: skip
+    ]
     assert decisions.reach_verdict(page.Experiment(found.name, found.settings, {"rows": rows})).startswith(
         f"**P7** {answer}:"
     )
@@ -181,10 +193,15 @@ def states(name, accuracy):
     """Return an experiment on other states with all runs done; `accuracy`: values by seed for (condition, arm)."""
     found = next(e for e in page.load() if e.name == name)
     rows = [
-        {"condition": condition, "arm": arm, "seeds": dict.fromkeys(map(str, found.settings["seeds"]), "done"),
-         "measured": {"accuracy": {"by_seed": dict(enumerate(accuracy(condition, arm)))}}}
-        for condition in found.settings["conditions"] for arm in found.settings["arms"]
-    ]  # fmt: skip
+        {
+            "condition": condition,
+            "arm": arm,
+            "seeds": dict.fromkeys(map(str, found.settings["seeds"]), "done"),
+            "measured": {"accuracy": {"by_seed": dict(enumerate(accuracy(condition, arm)))}},
+        }
+        for condition in found.settings["conditions"]
+        for arm in found.settings["arms"]
+    ]
     return page.Experiment(found.name, found.settings, {"rows": rows})
 
 
@@ -210,7 +227,7 @@ def test_gated_deltanet_must_learn_the_shorter_lag_and_copy_more_at_the_longer()
         ({"gated-deltanet": (0.9, 0.9, 0.5), "bst-sh": (0.3, 0.3, 0.3)}, "does not hold: 6 of 8"),
         ({"gated-deltanet": (0.9, 0.9, 0.9), "bst-sh": (0.3, 0.6, 0.4)}, "does not hold: 6 of 8"),
     ],
-)  # fmt: skip
+)
 def test_recall_is_predicted_of_gated_deltanet_and_not_of_bst_sh(arms, verdict):
     """Windows have 0.3, so a mean of 0.4 or more contradicts the prediction."""
     found = states("states-recall", lambda condition, arm: arms.get(arm, (0.3, 0.3, 0.3)))

@@ -40,8 +40,18 @@ def test_a_model_from_arguments_equals_one_from_a_recipe():
     torch.manual_seed(1)
     one = BlockStateTransformer(17, width=16, depth=2, heads=2, block=8, context={"variant": "MF", "states": 4})
     torch.manual_seed(1)
-    config = ModelConfig.model_validate({"vocab_size": 17, "width": 16, "depth": 2, "heads": 2, "block": 8, "ffn": 64,
-                                         "mixer": "bst", "context": {"variant": "MF", "states": 4}})  # fmt: skip
+    config = ModelConfig.model_validate(
+        {
+            "vocab_size": 17,
+            "width": 16,
+            "depth": 2,
+            "heads": 2,
+            "block": 8,
+            "ffn": 64,
+            "mixer": "bst",
+            "context": {"variant": "MF", "states": 4},
+        }
+    )
     other = LanguageModel(config)
     ids = torch.arange(16).view(1, 16)
     assert torch.equal(one(ids), other(ids))

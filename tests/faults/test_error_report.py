@@ -24,12 +24,15 @@ def board(monkeypatch):
     return board
 
 
-@pytest.mark.parametrize(("rank", "first", "said"), [
-    (0, None, "bst train: no such corpus\n"),
-    (1, "no such corpus", ""),
-    (1, "no space on /a", "no such corpus\n"),
-    (1, None, "no such corpus\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rank", "first", "said"),
+    [
+        (0, None, "bst train: no such corpus\n"),
+        (1, "no such corpus", ""),
+        (1, "no space on /a", "no such corpus\n"),
+        (1, None, "no such corpus\n"),
+    ],
+)
 def test_an_error_that_rank_0_also_has_is_printed_once(board, monkeypatch, capsys, rank, first, said):
     monkeypatch.setenv("RANK", str(rank))
     if first:

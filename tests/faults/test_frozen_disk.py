@@ -51,8 +51,17 @@ class Trainer:
 
     def __init__(self, recipe: Path, disk: Path, *words: str) -> None:
         self.run, self.log = disk / "run", disk.parent / "said"
-        command = [Path(sys.executable).with_name("bst"), "train", recipe, "--run-dir", self.run, "--ranks", "2",
-                   "--resume", *words]  # fmt: skip
+        command = [
+            Path(sys.executable).with_name("bst"),
+            "train",
+            recipe,
+            "--run-dir",
+            self.run,
+            "--ranks",
+            "2",
+            "--resume",
+            *words,
+        ]
         with self.log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file)
 

@@ -20,8 +20,18 @@ pytestmark = [
     pytest.mark.ranks,
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system, which root alone may"),
 ]
-LONG = ("train", "run/recipe.yaml", "--run-dir", "disk/run", "--resume", "train.steps=100000", "checkpoint.every=20",
-        "log.tensorboard=true", "log.sample_tokens=0", "evaluation.every=0")  # fmt: skip
+LONG = (
+    "train",
+    "run/recipe.yaml",
+    "--run-dir",
+    "disk/run",
+    "--resume",
+    "train.steps=100000",
+    "checkpoint.every=20",
+    "log.tensorboard=true",
+    "log.sample_tokens=0",
+    "evaluation.every=0",
+)
 
 
 @pytest.fixture

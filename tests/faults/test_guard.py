@@ -106,9 +106,10 @@ SPOILT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def go(recipe_file, tmp_path, on_ranks, unmeasured, monkeypatch) -> Go:
     """``go(run, how, bad, *overrides, …)`` trains on two ranks; the last one corrupts the loss of `bad` data."""
     recipe = recipe_file(
-        train={"steps": 14, "sequences": 4, "micro_sequences": 1}, evaluation={"every": 4},
+        train={"steps": 14, "sequences": 4, "micro_sequences": 1},
+        evaluation={"every": 4},
         guard={"spike_window": 8, "spike_deviations": 20.0},
-    )  # fmt: skip
+    )
     original = Trainer.step
 
     def train_(run: str, how: str, bad: tuple[int, ...], *overrides: str, until: int | None = None) -> None:
@@ -151,8 +152,13 @@ def test_a_skipped_step_changes_no_weight(go, tmp_path, stage, how):
 @pytest.mark.parametrize(("how", "policy"), [("loss", "skip"), ("spike", "roll-back")])
 def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, assert_same_run, how, policy):
     # Two bad steps of data: the second is reached after the roll-back that the first one causes.
-    settings = (f"guard.non_finite={policy}", f"guard.spike={policy}", "data.mode=streaming", "train.carry=true",
-                "checkpoint.every=4")  # fmt: skip
+    settings = (
+        f"guard.non_finite={policy}",
+        f"guard.spike={policy}",
+        "data.mode=streaming",
+        "train.carry=true",
+        "checkpoint.every=4",
+    )
     go("whole", how, (10, 13), *settings)
     entries = ledger.read(tmp_path / "whole", 99, 99)
     assert [entry.data_step for entry in entries] == [11, 14]

@@ -32,8 +32,20 @@ def held_elsewhere(run_dir: Path, epoch: int = 4, **about: Any) -> Path:
     """Write the lease of a start on another machine; return its path."""
     path = run_dir / LEASE / f"epoch-{epoch:08d}.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"host": "node-03", "pid": 7, "job": "Slurm job 4711", "machine": "other",
-                                "started": "1", "time": "2026-01-01T00:00:00Z", "beats": 1, **about}))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "host": "node-03",
+                "pid": 7,
+                "job": "Slurm job 4711",
+                "machine": "other",
+                "started": "1",
+                "time": "2026-01-01T00:00:00Z",
+                "beats": 1,
+                **about,
+            }
+        )
+    )
     return path
 
 
@@ -115,7 +127,7 @@ STARTS = {
     "bst train": [BIN / "bst", "train", "--ranks", "2"],
     "torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "bst_dist.train"],
     "mpirun": [BIN / MPIRUN[0], *MPIRUN[1:], sys.executable, "-m", "bst_dist.train"],
-}  # fmt: skip
+}
 """Ways to start two ranks on this machine. srun is in cluster/test_slurm.py."""
 
 
@@ -156,10 +168,15 @@ def test_a_lease_is_held_from_the_start_to_its_release(tmp_path):
     assert not is_held(tmp_path)
 
 
-@pytest.mark.parametrize("age_s, text, held", [
-    (1.0, '{"beats": 3}', True), (600.0, '{"beats": 3}', False), (1.0, '{"beats":3,"released":true}', False),
-    (1.0, "", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "age_s, text, held",
+    [
+        (1.0, '{"beats": 3}', True),
+        (600.0, '{"beats": 3}', False),
+        (1.0, '{"beats":3,"released":true}', False),
+        (1.0, "", True),
+    ],
+)
 def test_whether_a_lease_is_held_depends_on_its_age_and_content(tmp_path, age_s, text, held):
     """An empty file is of a start that has just begun; how the JSON is spaced does not matter."""
     path = held_elsewhere(tmp_path)

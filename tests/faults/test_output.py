@@ -41,8 +41,13 @@ def test_a_closed_terminal_leaves_a_checkpoint(recipe_file, tmp_path):
     bst = Path(sys.executable).with_name("bst")
     script = f"{bst} train {recipe} log.every=1 --run-dir {run_dir} --ranks 2; echo $? > {status}"
     # The shell owns the terminal, and ignores the hang-up so that it can write the exit status.
-    command = [sys.executable, "-c", "import fcntl, subprocess, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-               "subprocess.run(['bash', '-c', 'trap : HUP; ' + sys.argv[1]])", script]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        "import fcntl, subprocess, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        "subprocess.run(['bash', '-c', 'trap : HUP; ' + sys.argv[1]])",
+        script,
+    ]
     master, slave = pty.openpty()
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
     os.close(slave)

@@ -59,8 +59,12 @@ def test_ranks_behind_the_others_are_named():
 
 def test_ranks_that_entered_phases_as_often_as_their_data_needs_are_not_behind():
     """With slices, ranks skip different passes. Rank 3 hangs in a read; after many steps the others differ, too."""
-    beats = [beat(0, entered=1000, exchanges=500), beat(1, entered=1040, exchanges=500),
-             beat(2, entered=1000, exchanges=500), beat(3, entered=1002, exchanges=499, phase="data")]  # fmt: skip
+    beats = [
+        beat(0, entered=1000, exchanges=500),
+        beat(1, entered=1040, exchanges=500),
+        beat(2, entered=1000, exchanges=500),
+        beat(3, entered=1002, exchanges=499, phase="data"),
+    ]
     lines = judge(beats, later(beats))
     assert [line.partition(" on ")[0] for line in lines] == ["rank 3", lines[1].partition(" on ")[0]]
     assert lines[1].startswith("3 of 4 ranks wait")

@@ -24,11 +24,20 @@ def continued(model, prompts, samples, sampling, count, never=None):
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 8, 21])
-@pytest.mark.parametrize("changes", [
-    {"variant": "SH"}, {"variant": "MH"}, {"variant": "MF"}, {"attention": {"position": "rope"}},
-    {"ssm": {"kernel": "s4-dplr", "chunk": 4, "state": 4}}, {"ssm": {"kernel": "explicit", "length": 16}},
-    {"ssm": {"kernel": "hyena", "length": 16}}, *({"mixer": mixer} for mixer in MIXERS if mixer != "bst"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"variant": "SH"},
+        {"variant": "MH"},
+        {"variant": "MF"},
+        {"attention": {"position": "rope"}},
+        {"ssm": {"kernel": "s4-dplr", "chunk": 4, "state": 4}},
+        {"ssm": {"kernel": "explicit", "length": 16}},
+        {"ssm": {"kernel": "hyena", "length": 16}},
+        *({"mixer": mixer} for mixer in MIXERS if mixer != "bst"),
+    ],
+    ids=str,
+)
 def test_generation_equals_the_parallel_forward_token_by_token(make_model, changes, prompt):
     model = make_model(**changes)
     text = torch.randint(0, 19, (40,)).tolist()

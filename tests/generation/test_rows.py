@@ -9,9 +9,12 @@ from bst_dist.generation.rows import Rows, portions
 from tests.generation.decoder import Decoder
 
 KINDS = [
-    {"variant": "SH"}, {"variant": "MH"}, {"variant": "MF"}, {"ssm": {"kernel": "explicit", "length": 20}},
+    {"variant": "SH"},
+    {"variant": "MH"},
+    {"variant": "MF"},
+    {"ssm": {"kernel": "explicit", "length": 20}},
     *({"mixer": mixer} for mixer in ("transformer-xl", "block-recurrent", "gss", "ssm", "full")),
-]  # fmt: skip
+]
 
 
 def counted(model):
@@ -81,8 +84,12 @@ def test_the_state_size_does_not_grow_with_tokens(make_model, changes):
     assert all(len(set(found)) == 1 for found in sizes.values())
 
 
-@given(position=st.integers(0, 200), count=st.integers(0, 700), chunk=st.sampled_from([1, 2, 8, 64]),
-       block=st.sampled_from([8, 32]))  # fmt: skip
+@given(
+    position=st.integers(0, 200),
+    count=st.integers(0, 700),
+    chunk=st.sampled_from([1, 2, 8, 64]),
+    block=st.sampled_from([8, 32]),
+)
 def test_portions_never_mix_whole_and_partial_blocks_or_chunks(position, count, chunk, block):
     lengths = list(portions(position, count, block, min(chunk, block)))
     assert sum(lengths) == count

@@ -45,8 +45,14 @@ def test_nucleus_keeps_the_fewest_tokens_that_reach_top_p():
 
 
 @settings(deadline=None)  # the first call imports
-@given(temperature=st.floats(0.1, 3), top_k=st.integers(0, 30), top_p=st.floats(0.05, 1), min_p=st.floats(0, 0.9),
-       penalty=st.floats(0.5, 2), seed=st.integers(0, 99))  # fmt: skip
+@given(
+    temperature=st.floats(0.1, 3),
+    top_k=st.integers(0, 30),
+    top_p=st.floats(0.05, 1),
+    min_p=st.floats(0, 0.9),
+    penalty=st.floats(0.5, 2),
+    seed=st.integers(0, 99),
+)
 def test_sampling_filters_equal_those_of_transformers(temperature, top_k, top_p, min_p, penalty, seed):
     torch.manual_seed(seed)
     logits, read = torch.randn(3, 25), torch.randint(0, 25, (3, 7))

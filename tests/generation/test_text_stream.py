@@ -25,8 +25,11 @@ def test_streamed_text_is_complete_for_any_split_of_its_bytes(text, cuts):
     assert "�" not in "".join(written) or "�" in text
 
 
-@given(text=st.text("ab\n", max_size=30), cuts=st.lists(st.integers(0, 30)),
-       stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))  # fmt: skip
+@given(
+    text=st.text("ab\n", max_size=30),
+    cuts=st.lists(st.integers(0, 30)),
+    stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+)
 def test_text_ends_before_the_first_stop_string_for_any_split(text, cuts, stops):
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     first = min(ends)[1] if ends else len(text)

@@ -36,8 +36,13 @@ def bare(tmp_path_factory, packed, link_packages):
 
     def run(results: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [ROOT / "tests/gpu/bare.sh", packed, results, *words]
-        return subprocess.run(command, env={**os.environ, "PYTHON": str(python), **environment}, capture_output=True,
-                              text=True, timeout=600)  # fmt: skip
+        return subprocess.run(
+            command,
+            env={**os.environ, "PYTHON": str(python), **environment},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
 
     return run
 

@@ -77,8 +77,9 @@ def _deterministic():
 
 def build(name: str) -> tuple[LanguageModel, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(width=128, heads=2, ffn=256, block=BLOCK, depth=2, vocab_size=VOCABULARY,
-                                      **MODELS[name]))  # fmt: skip
+    model = LanguageModel(
+        ModelConfig(width=128, heads=2, ffn=256, block=BLOCK, depth=2, vocab_size=VOCABULARY, **MODELS[name])
+    )
     drawn = torch.randint(0, VOCABULARY, (2, LENGTH + 1))
     return model, drawn[:, :-1], drawn[:, 1:]
 

@@ -40,8 +40,17 @@ def train(corpus, tmp_path):
     """``train(run, *words)`` trains the demo's model on one GPU with ZeRO-2 and returns the run directory."""
 
     def of(run: str, *words: object) -> Path:
-        bst("train", "launch/recipes/demo.yaml", f"data.corpus={corpus}", "ranks=1", "schedule.warmup_steps=5",
-            "evaluation.every=0", *words, "--run-dir", tmp_path / run)  # fmt: skip
+        bst(
+            "train",
+            "launch/recipes/demo.yaml",
+            f"data.corpus={corpus}",
+            "ranks=1",
+            "schedule.warmup_steps=5",
+            "evaluation.every=0",
+            *words,
+            "--run-dir",
+            tmp_path / run,
+        )
         return tmp_path / run
 
     return of
@@ -61,8 +70,12 @@ def test_a_resumed_run_has_the_same_losses_however_its_states_are_kept(train, tm
     copies and is stopped and resumed."""
     short = ("train.steps=6", "train.sequence_length=256", "deterministic=true")
     whole = train("whole", *short, "checkpoint.background=false", "checkpoint.every=2")
-    copies = (*short, "checkpoint.every=4", "checkpoint.local_every=1",
-              f"checkpoint.local_directory={tmp_path / 'copies'}")  # fmt: skip
+    copies = (
+        *short,
+        "checkpoint.every=4",
+        "checkpoint.local_every=1",
+        f"checkpoint.local_directory={tmp_path / 'copies'}",
+    )
     train("parts", *copies, "--until", 3)
     parts = train("parts", *copies, "--resume")
     assert len(losses(whole)) == 6
@@ -72,8 +85,26 @@ def test_a_resumed_run_has_the_same_losses_however_its_states_are_kept(train, tm
 def test_a_classifier_is_evaluated_while_it_is_trained(tmp_path):
     """A Long Range Arena task: 2 evaluations, of loss and accuracy."""
     examples = tmp_path / "listops"
-    bst("lra", "prepare", "listops", "--to", examples, "train=64", "validation=16", "test=16", "min_length=8",
-        "max_length=64")  # fmt: skip
-    bst("train", "launch/recipes/lra/listops-short.yaml", f"data.examples={examples}", "train.steps=4",
-        "schedule.warmup_steps=1", "evaluation.every=2", "--run-dir", tmp_path / "run")  # fmt: skip
+    bst(
+        "lra",
+        "prepare",
+        "listops",
+        "--to",
+        examples,
+        "train=64",
+        "validation=16",
+        "test=16",
+        "min_length=8",
+        "max_length=64",
+    )
+    bst(
+        "train",
+        "launch/recipes/lra/listops-short.yaml",
+        f"data.examples={examples}",
+        "train.steps=4",
+        "schedule.warmup_steps=1",
+        "evaluation.every=2",
+        "--run-dir",
+        tmp_path / "run",
+    )
     assert len(losses(tmp_path / "run", "eval")) == 2

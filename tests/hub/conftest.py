@@ -35,11 +35,23 @@ def make_run(tmp_path, sentencepiece_model):
     def make(name: str = "run", documents: str = "joined", tokenizer: Tokenizer | None = None, **changes) -> Path:
         tokenizer = tokenizer or parse_tokenizer(sentencepiece_model)
         settings = {
-            "name": "small", "seed": 0, "train": {"steps": 9, "sequence_length": 32, "sequences": 2},
+            "name": "small",
+            "seed": 0,
+            "train": {"steps": 9, "sequence_length": 32, "sequences": 2},
             "data": {"corpus": "none", "documents": documents, "storage": {"options": {"key": "$HIDDEN_KEY"}}},
-            "model": {"vocab_size": 330, "width": 16, "heads": 2, "ffn": 24, "block": 8, "depth": 3, "mixer": "bst",
-                      "placement": [1, 2], "ssm": {"chunk": 4}} | changes,
-        }  # fmt: skip
+            "model": {
+                "vocab_size": 330,
+                "width": 16,
+                "heads": 2,
+                "ffn": 24,
+                "block": 8,
+                "depth": 3,
+                "mixer": "bst",
+                "placement": [1, 2],
+                "ssm": {"chunk": 4},
+            }
+            | changes,
+        }
         recipe, run_dir = parse(Recipe, settings), tmp_path / name
         torch.manual_seed(0)
         model = LanguageModel(recipe.model)

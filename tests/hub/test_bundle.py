@@ -30,19 +30,25 @@ def imports(source: str) -> dict[str, tuple[str, int]]:
         if isinstance(node, ast.Import):
             found |= {alias.asname or alias.name: (alias.name, 0) for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            found |= {alias.asname or alias.name: (f"{node.module or ''}:{alias.name}", node.level)
-                      for alias in node.names}  # fmt: skip
+            found |= {
+                alias.asname or alias.name: (f"{node.module or ''}:{alias.name}", node.level) for alias in node.names
+            }
     return found
 
 
 def test_bundled_imports_keep_their_names_and_use_neighbour_files():
     text, imported = bundle._standing_alone(SOURCE, "bst_dist.hub.modeling")
     assert imports(text) == {
-        "annotations": ("__future__:annotations", 0), "torch": ("torch", 0),
-        "TYPE_CHECKING": ("typing:TYPE_CHECKING", 0), "_": ("model_roles:__name__", 1),
-        "Config": ("bst_base_settings:Config", 1), "read": ("bst_base_settings:parse", 1),
-        "roles": (":model_roles", 1), "LanguageModel": ("model_lm:LanguageModel", 1), "Parts": ("model_lm:Losses", 1),
-    }  # fmt: skip
+        "annotations": ("__future__:annotations", 0),
+        "torch": ("torch", 0),
+        "TYPE_CHECKING": ("typing:TYPE_CHECKING", 0),
+        "_": ("model_roles:__name__", 1),
+        "Config": ("bst_base_settings:Config", 1),
+        "read": ("bst_base_settings:parse", 1),
+        "roles": (":model_roles", 1),
+        "LanguageModel": ("model_lm:LanguageModel", 1),
+        "Parts": ("model_lm:Losses", 1),
+    }
     assert set(imported) == {"bst_base.settings", "bst_dist.model.roles", "bst_dist.model.lm"}
 
 

@@ -76,9 +76,15 @@ def test_a_published_tokenizer_survives_export_and_import(make_run, tmp_path):
     published.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     published.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    published.train_from_iterator(["for x = 12 return"] * 9, tokenizers.trainers.BpeTrainer(
-        vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False,
-    ))  # fmt: skip
+    published.train_from_iterator(
+        ["for x = 12 return"] * 9,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=280,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
     published.save(str(tmp_path / "tokenizer.json"))
     ours = adopt_tokenizer(tmp_path / "tokenizer.json", TokenizerConfig())
     assert main(["export", str(make_run(tokenizer=ours)), str(folder)]) == 0
@@ -103,9 +109,15 @@ def unigram():
     return parse_tokenizer(train_tokenizer(texts, TokenizerConfig(vocab_size=300, model_type="unigram")))
 
 
-@pytest.mark.parametrize(("kind", "documents"), [
-    ("bpe", "joined"), ("unigram", "joined"), ("ids", "joined"), ("ids", "isolated"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "documents"),
+    [
+        ("bpe", "joined"),
+        ("unigram", "joined"),
+        ("ids", "joined"),
+        ("ids", "isolated"),
+    ],
+)
 def test_the_code_of_the_model_card_runs(exported, tmp_path, kind, documents):
     tokenizer = {"bpe": lambda: None, "unigram": unigram, "ids": lambda: IdsOnly.of(330, 1)}[kind]()
     _, folder = exported(tokenizer=tokenizer, documents=documents)
@@ -161,8 +173,14 @@ def test_the_model_card_shows_run_facts_and_no_secret(exported):
 
 
 def test_the_model_card_shows_figures_with_standard_errors(make_run, tmp_path):
-    figures = {"loss_nats_per_token": 2.0, "loss_nats_per_token_standard_error": 0.25, "bits_per_byte": 3.0,
-               "bits_per_byte_standard_error": None, "corpus": "/data/prose", "documents": 12}  # fmt: skip
+    figures = {
+        "loss_nats_per_token": 2.0,
+        "loss_nats_per_token_standard_error": 0.25,
+        "bits_per_byte": 3.0,
+        "bits_per_byte_standard_error": None,
+        "corpus": "/data/prose",
+        "documents": 12,
+    }
     report, run_dir = {"command": "bst eval", "split": "validation", "context_tokens": None}, make_run()
     (run_dir / "reports").mkdir()
     for step, loss in ((6, 9.0), (7, 2.0)):
@@ -219,17 +237,24 @@ def change(**changes):
     return edit
 
 
-@pytest.mark.parametrize(("damage", "said", "loading"), [
-    (cut, "damaged: .*copy the model again", None),
-    (drop, "model.norm.weight is missing, .* wants \\(16,\\)", "1 weights are missing, model.norm.weight"),
-    (change(recipe__model__ffn=32), "ffn.out.weight is \\(16, 24\\), .* wants \\(16, 32\\)", "of another shape"),
-    (change(recipe__model__depth=2, recipe__model__placement=[1]), "wants no such tensor", "not of this model"),
-    (change(recipe__model__widht=16), "unknown key 'model.widht': did you mean 'model.width'", "unknown key 'widht'"),
-    (change(frobnicate=1), "unknown key 'frobnicate'", None),
-    (change(model_type="gpt2"), "not of a model that `bst export` wrote", None),
-    (lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer is missing", None),
-    (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "said", "loading"),
+    [
+        (cut, "damaged: .*copy the model again", None),
+        (drop, "model.norm.weight is missing, .* wants \\(16,\\)", "1 weights are missing, model.norm.weight"),
+        (change(recipe__model__ffn=32), "ffn.out.weight is \\(16, 24\\), .* wants \\(16, 32\\)", "of another shape"),
+        (change(recipe__model__depth=2, recipe__model__placement=[1]), "wants no such tensor", "not of this model"),
+        (
+            change(recipe__model__widht=16),
+            "unknown key 'model.widht': did you mean 'model.width'",
+            "unknown key 'widht'",
+        ),
+        (change(frobnicate=1), "unknown key 'frobnicate'", None),
+        (change(model_type="gpt2"), "not of a model that `bst export` wrote", None),
+        (lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer is missing", None),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors", None),
+    ],
+)
 def test_a_damaged_export_is_refused_in_one_message(exported, tmp_path, capsys, damage, said, loading):
     _, folder = exported()
     (folder / "SHA256SUMS").unlink()
@@ -243,10 +268,13 @@ def test_a_damaged_export_is_refused_in_one_message(exported, tmp_path, capsys, 
             AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(("damage", "said"), [
-    (flip, "changed since the export"),
-    (lambda folder: (folder / "hub_modeling.py").unlink(), "hub_modeling.py is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip, "changed since the export"),
+        (lambda folder: (folder / "hub_modeling.py").unlink(), "hub_modeling.py is missing"),
+    ],
+)
 def test_a_changed_file_of_an_export_is_named(exported, tmp_path, capsys, damage, said):
     _, folder = exported()
     damage(folder)

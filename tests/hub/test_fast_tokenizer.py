@@ -16,10 +16,30 @@ from data_pipeline.format.tokenizer import TokenizerConfig, adopt_tokenizer, ext
 
 SPACE = "\u2581"
 WORDS = [f"word{i} =  other{i * 7 % 97} + {i}\n    return x{i} don't\n\n" for i in range(300)]
-TEXT = st.lists(st.one_of(
-    st.text(), st.sampled_from([SPACE, f"{SPACE}{SPACE}", f" {SPACE}", " ", "   ", "\n", "\x00", "</s>", "<unk>",
-                                "<0x41>", "word1 = other2", "é", "<|x|>", "<mark>"]),
-), max_size=8).map("".join)  # fmt: skip
+TEXT = st.lists(
+    st.one_of(
+        st.text(),
+        st.sampled_from(
+            [
+                SPACE,
+                f"{SPACE}{SPACE}",
+                f" {SPACE}",
+                " ",
+                "   ",
+                "\n",
+                "\x00",
+                "</s>",
+                "<unk>",
+                "<0x41>",
+                "word1 = other2",
+                "é",
+                "<|x|>",
+                "<mark>",
+            ]
+        ),
+    ),
+    max_size=8,
+).map("".join)
 METASPACE = {"replacement": SPACE, "prepend_scheme": "first"}
 WRITING = {
     "normaliser": (normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]), None),

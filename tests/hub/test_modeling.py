@@ -16,15 +16,20 @@ from bst_dist.study.evaluation.trained import open_run, tokenizer_of
 from bst_dist.train.rundir import read_recipe
 
 KINDS = [
-    {}, {"context": {"variant": "MH"}}, {"context": {"variant": "MF", "states": 3}},
-    {"context": {"attend": "previous"}}, {"attention": {"position": "rope", "include_self": False}},
+    {},
+    {"context": {"variant": "MH"}},
+    {"context": {"variant": "MF", "states": 3}},
+    {"context": {"attend": "previous"}},
+    {"attention": {"position": "rope", "include_self": False}},
     {"ssm": {"kernel": "explicit", "length": 20}},
     {"ssm": {"kernel": "hyena", "length": 20}, "context": {"variant": "MF", "states": 3}},
-    {"ssm": {"kernel": "s4-dplr", "chunk": 4}}, {"ssm": {"chunk": 4, "init": "legs"}, "mixer": "gss"},
-    {"parametrisation": {"kind": "completep", "base_width": 8, "base_depth": 2}}, {"documents": "isolated"},
+    {"ssm": {"kernel": "s4-dplr", "chunk": 4}},
+    {"ssm": {"chunk": 4, "init": "legs"}, "mixer": "gss"},
+    {"parametrisation": {"kind": "completep", "base_width": 8, "base_depth": 2}},
+    {"documents": "isolated"},
     *({"mixer": mixer} for mixer in ("sliding", "block-recurrent", "ssm", "full")),
     {"mixer": "transformer-xl", "transformer_xl": {"window": 16}},
-]  # fmt: skip
+]
 MIXED = [{}, {"context": {"variant": "MF", "states": 3}}, {"mixer": "block-recurrent"}]
 PROMPTS = ["x", "for x = 12\nreturn naïve 😀 " * 3, "class café"]
 

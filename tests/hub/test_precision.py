@@ -13,9 +13,13 @@ from bst_dist.parallel.sequence.past import Past
 from bst_dist.study.evaluation.trained import open_run
 
 KERNELS = [
-    {"kernel": "s4d"}, {"kernel": "s4-dplr"}, {"kernel": "explicit", "length": 512},
-    {"kernel": "hyena", "length": 512}, {"kernel": "ssd", "head": 4}, {"kernel": "none"},
-]  # fmt: skip
+    {"kernel": "s4d"},
+    {"kernel": "s4-dplr"},
+    {"kernel": "explicit", "length": 512},
+    {"kernel": "hyena", "length": 512},
+    {"kernel": "ssd", "head": 4},
+    {"kernel": "none"},
+]
 
 
 def outputs(model) -> torch.Tensor:

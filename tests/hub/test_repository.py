@@ -51,8 +51,10 @@ class Answers(BaseHTTPRequestHandler):
             return self.answer(200, {"url": f"{self.endpoint}/{name}", "name": name, "id": name})
         name, what = self.repository()
         if what.startswith("preupload/"):
-            files = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
-                     for one in json.loads(body)["files"]]  # fmt: skip
+            files = [
+                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for one in json.loads(body)["files"]
+            ]
             return self.answer(200, {"files": files})
         if what.startswith("commit/"):
             for line in body.decode().splitlines():
@@ -73,10 +75,21 @@ class Answers(BaseHTTPRequestHandler):
                 return self.answer(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
             files = sorted(self.server.repositories[name].items())
             if "/tree/" in self.path:
-                return self.answer(200, [{"type": "file", "path": path, "size": len(data),
-                                          "oid": hashlib.sha1(data).hexdigest()} for path, data in files])  # fmt: skip
-            about = {"id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [],
-                     "siblings": [{"rfilename": path, "size": len(data)} for path, data in files]}  # fmt: skip
+                return self.answer(
+                    200,
+                    [
+                        {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                        for path, data in files
+                    ],
+                )
+            about = {
+                "id": name,
+                "modelId": name,
+                "sha": COMMIT,
+                "private": False,
+                "tags": [],
+                "siblings": [{"rfilename": path, "size": len(data)} for path, data in files],
+            }
             return self.answer(200, about)
         return self.file()
 
@@ -97,8 +110,12 @@ class Answers(BaseHTTPRequestHandler):
         if data is None:
             return self.answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
         self.send_response(200)
-        for key, value in {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT,
-                           "Content-Length": str(len(data)), "Accept-Ranges": "bytes"}.items():  # fmt: skip
+        for key, value in {
+            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Content-Length": str(len(data)),
+            "Accept-Ranges": "bytes",
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
@@ -132,10 +149,16 @@ def hub() -> Iterator[Hub]:
 def bst(hub: Hub, home: Path, *words: object, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
     """Run `bst` in a process, because huggingface_hub reads its environment variables at import."""
     environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home), "HF_TOKEN": token,
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
-        "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-    }  # fmt: skip
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(home),
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "0",
+        "OMP_NUM_THREADS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
     return subprocess.run([str(BST), *map(str, words)], env=environment, capture_output=True, text=True, timeout=600)
 
 

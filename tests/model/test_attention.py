@@ -48,9 +48,12 @@ def query_by_query(q, k, v, window, bias, include_self, documents=None):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    length=st.integers(1, 40), before=st.integers(0, 16), window=st.sampled_from([4, 8, 16]),
-    include_self=st.booleans(), with_bias=st.booleans(),
-)  # fmt: skip
+    length=st.integers(1, 40),
+    before=st.integers(0, 16),
+    window=st.sampled_from([4, 8, 16]),
+    include_self=st.booleans(),
+    with_bias=st.booleans(),
+)
 def test_tiles_equal_query_by_query(length, before, window, include_self, with_bias):
     torch.manual_seed(length)
     before = min(before, window)
@@ -103,8 +106,11 @@ def with_sums(q, k, v, window, bias, include_self):
     return query_by_query(q, k, v, window, bias, include_self), sums
 
 
-@pytest.mark.parametrize(("length", "include_self"), [(24, True), (21, True), (24, False)],
-                         ids=["fused tiles", "plain tiles", "without self"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("length", "include_self"),
+    [(24, True), (21, True), (24, False)],
+    ids=["fused tiles", "plain tiles", "without self"],
+)
 def test_sums_and_their_gradients_equal_query_by_query(length, include_self):
     """Distances from 4 on share a bias. The fused tiles compute its gradient from the near distances and the sums."""
     torch.manual_seed(0)

@@ -32,8 +32,11 @@ MAMBA2 = {"state": 3, "head": 8, "chunk": 4}
 
 
 def bst(contexts, kernels):
-    return {f"{c} {k}": {"mixer": "bst", **context, **kernel}
-            for c, context in contexts.items() for k, kernel in kernels.items()}  # fmt: skip
+    return {
+        f"{c} {k}": {"mixer": "bst", **context, **kernel}
+        for c, context in contexts.items()
+        for k, kernel in kernels.items()
+    }
 
 
 RESETTABLE = {
@@ -68,9 +71,21 @@ RESETTABLE = {
     "full rope": {"mixer": "full", "attention": {"position": "rope"}},
 }
 # Heads that together are wider than the model: 2 heads of 12 at width 16.
-RESETTABLE |= {f"{name}, wide heads": {**RESETTABLE[name], "head_width": 12}
-               for name in ("SH s4d", "MH s4d", "MF s4d", "SH joint", "previous", "sliding",
-                            "transformer-xl rope", "block-recurrent", "gated-deltanet", "full")}  # fmt: skip
+RESETTABLE |= {
+    f"{name}, wide heads": {**RESETTABLE[name], "head_width": 12}
+    for name in (
+        "SH s4d",
+        "MH s4d",
+        "MF s4d",
+        "SH joint",
+        "previous",
+        "sliding",
+        "transformer-xl rope",
+        "block-recurrent",
+        "gated-deltanet",
+        "full",
+    )
+}
 # One key and value head for both query heads.
 RESETTABLE |= {
     f"{name}, shared keys": {**RESETTABLE[name], "attention": {**RESETTABLE[name].get("attention", {}), "kv_heads": 1}}
@@ -105,8 +120,11 @@ def losses(model, ids, **others):
     return model(ids, (ids + 1) % VOCAB, **others).per_token
 
 
-@pytest.mark.parametrize("sizes", [[2 * BLOCK, BLOCK, 2 * BLOCK], [1] * LENGTH, [4, 4, 3, 1, 4, BLOCK, 2 * BLOCK]],
-                         ids=["slices", "single tokens", "mixed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes",
+    [[2 * BLOCK, BLOCK, 2 * BLOCK], [1] * LENGTH, [4, 4, 3, 1, 4, BLOCK, 2 * BLOCK]],
+    ids=["slices", "single tokens", "mixed"],
+)
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_carried_slices_equal_one_long_sequence(name, sizes):

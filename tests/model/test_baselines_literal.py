@@ -144,8 +144,10 @@ def block_recurrent(model, u, starts):
     for i in range(len(u) // BLOCK):
         if starts[i]:
             state = model.initial
-        known = [c / torch.sqrt((c * c).mean() + 1e-6) * cell.norm.weight + e
-                 for c, e in zip(state, cell.identity, strict=True)]  # fmt: skip
+        known = [
+            c / torch.sqrt((c * c).mean() + 1e-6) * cell.norm.weight + e
+            for c, e in zip(state, cell.identity, strict=True)
+        ]
         parts = [cell.project.weight @ s for s in known]
         keys = [p[2 * WIDTH : 3 * WIDTH] for p in parts]
         values = [p[3 * WIDTH :] for p in parts]
@@ -247,10 +249,14 @@ def convolved(convolution, x, starts):
     """Return the causal convolution of each channel, without inputs of other documents."""
     taps = convolution.weight.shape[1]
     return [
-        sum(convolution.weight[:, taps - 1 - back] * x[t - back] for back in range(min(taps, t + 1))
-            if document(starts, t - back) == document(starts, t)) + convolution.bias
+        sum(
+            convolution.weight[:, taps - 1 - back] * x[t - back]
+            for back in range(min(taps, t + 1))
+            if document(starts, t - back) == document(starts, t)
+        )
+        + convolution.bias
         for t in range(len(x))
-    ]  # fmt: skip
+    ]
 
 
 def mamba2(model, u, starts):

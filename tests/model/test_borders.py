@@ -45,8 +45,11 @@ LENGTH = 3 * BLOCK
 def model(**settings) -> LanguageModel:
     torch.manual_seed(0)
     attention_ = {"buckets": 6, "max_distance": 6} | settings.pop("attention", {})
-    built = LanguageModel(ModelConfig(width=16, heads=2, ffn=24, block=BLOCK, depth=1, vocab_size=VOCABULARY,
-                                      attention=attention_, **settings)).double()  # fmt: skip
+    built = LanguageModel(
+        ModelConfig(
+            width=16, heads=2, ffn=24, block=BLOCK, depth=1, vocab_size=VOCABULARY, attention=attention_, **settings
+        )
+    ).double()
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if name.endswith("bias.weight"):
@@ -111,9 +114,12 @@ def require_equal(found: tuple, expected: tuple, tolerance: float = 1e-9) -> Non
     wanted = expected[1]
     for name, gradient in found[1].items():
         torch.testing.assert_close(
-            gradient, wanted.get(name, torch.zeros_like(gradient)), rtol=100 * tolerance, atol=100 * tolerance,
+            gradient,
+            wanted.get(name, torch.zeros_like(gradient)),
+            rtol=100 * tolerance,
+            atol=100 * tolerance,
             msg=lambda text, name=name: f"{name}: {text}",
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -174,11 +180,14 @@ def test_the_table_of_borders_has_few_sizes_and_never_changes_results() -> None:
     assert [room(borders, 32768) for borders in (64, 65, 1024, 1025)] == [64, 256, 1024, 32768]
 
 
-@pytest.mark.parametrize(("settings", "reason"), [
-    ({"mixer": "block-recurrent"}, "block-recurrent updates its state once per block"),
-    ({"mixer": "bst", "ssm": {"kernel": "hyena", "length": 8}}, "ssm.kernel hyena \\(bst\\) keeps its last inputs"),
-    ({"mixer": "bst", "context": {"attend": "previous"}}, "context.attend previous"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"mixer": "block-recurrent"}, "block-recurrent updates its state once per block"),
+        ({"mixer": "bst", "ssm": {"kernel": "hyena", "length": 8}}, "ssm.kernel hyena \\(bst\\) keeps its last inputs"),
+        ({"mixer": "bst", "context": {"attend": "previous"}}, "context.attend previous"),
+    ],
+)
 def test_models_that_cannot_separate_documents_are_refused_with_the_reason(settings: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         model(**settings)(batch()[0], starts=Borders.none(2, LENGTH))

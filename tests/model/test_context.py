@@ -14,9 +14,14 @@ WIDTH, HEADS, BLOCK, LENGTH = 16, 2, 8, 24
 def make(variant: str, attend: str = "current") -> BSTMixer:
     torch.manual_seed(1)
     config = LayerConfig(
-        width=WIDTH, heads=HEADS, ffn=32, block=BLOCK, attention={"max_distance": 12, "buckets": 8},
-        context=ContextConfig(variant=variant, states=3, attend=attend), ssm={"state": 4, "chunk": 4},
-    )  # fmt: skip
+        width=WIDTH,
+        heads=HEADS,
+        ffn=32,
+        block=BLOCK,
+        attention={"max_distance": 12, "buckets": 8},
+        context=ContextConfig(variant=variant, states=3, attend=attend),
+        ssm={"state": 4, "chunk": 4},
+    )
     mixer = BSTMixer(config).double()
     for parameter in mixer.parameters():  # no parameter at 0 or 1, which could hide a wrong term
         if parameter.dim() <= 2:

@@ -53,8 +53,12 @@ def test_values_and_gradients_equal_the_formula(activation):
             hidden, slope = LITERAL[activation](up)
             d_up = (g @ out) * slope
             d_x = d_up @ u
-    for found, expected in ((y, hidden @ out.T), (network.out.weight.grad, g.T @ hidden),
-                            (network.up.weight.grad, d_up.T @ x), (x.grad, d_x)):  # fmt: skip
+    for found, expected in (
+        (y, hidden @ out.T),
+        (network.out.weight.grad, g.T @ hidden),
+        (network.up.weight.grad, d_up.T @ x),
+        (x.grad, d_x),
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

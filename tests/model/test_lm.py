@@ -16,9 +16,15 @@ every_model = pytest.mark.parametrize(("mixer", "variant"), MODELS)
 
 def config(mixer="bst", variant="SH", **changes) -> ModelConfig:
     settings = {
-        "width": 16, "heads": 2, "ffn": 32, "block": BLOCK, "depth": 2, "vocab_size": VOCABULARY, "mixer": mixer,
+        "width": 16,
+        "heads": 2,
+        "ffn": 32,
+        "block": BLOCK,
+        "depth": 2,
+        "vocab_size": VOCABULARY,
+        "mixer": mixer,
         "placement": [1],
-    }  # fmt: skip
+    }
     if mixer == "bst":
         settings |= {"context": {"variant": variant, "states": 3}, "ssm": {"state": 4, "chunk": 8}}
     return ModelConfig(**(settings | changes))

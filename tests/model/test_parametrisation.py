@@ -17,17 +17,30 @@ from bst_dist.train.optimizer import build
 VOCABULARY, BLOCK = 30, 8
 BASE = {"kind": "completep", "base_width": 16, "base_depth": 2}
 SETTINGS = {
-    "context": {"states": 3}, "ssm": {"state": 4, "chunk": 4}, "block_recurrent": {"states": 3},
-    "transformer_xl": {"window": BLOCK}, "mamba2": {"head": 8},
-}  # fmt: skip
+    "context": {"states": 3},
+    "ssm": {"state": 4, "chunk": 4},
+    "block_recurrent": {"states": 3},
+    "transformer_xl": {"window": BLOCK},
+    "mamba2": {"head": 8},
+}
 
 
 def make(mixer="bst", width=16, depth=2, parametrisation=None, **changes) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(ModelConfig(
-        width=width, heads=width // 8, ffn=2 * width, block=BLOCK, depth=depth, vocab_size=VOCABULARY, mixer=mixer,
-        placement=[depth - 1], parametrisation=parametrisation or {}, **(SETTINGS | changes),
-    ))  # fmt: skip
+    return LanguageModel(
+        ModelConfig(
+            width=width,
+            heads=width // 8,
+            ffn=2 * width,
+            block=BLOCK,
+            depth=depth,
+            vocab_size=VOCABULARY,
+            mixer=mixer,
+            placement=[depth - 1],
+            parametrisation=parametrisation or {},
+            **(SETTINGS | changes),
+        )
+    )
 
 
 def trained(model, steps=3) -> list[torch.Tensor]:

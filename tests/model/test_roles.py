@@ -16,9 +16,12 @@ from bst_dist.model.roles import single_precision
 
 DEPTH, WIDTH = 3, 64
 SETTINGS = {
-    "context": {"states": 3}, "ssm": {"state": 4, "chunk": 4}, "block_recurrent": {"states": 3},
-    "transformer_xl": {"window": 8}, "mamba2": {"head": 8},
-}  # fmt: skip
+    "context": {"states": 3},
+    "ssm": {"state": 4, "chunk": 4},
+    "block_recurrent": {"states": 3},
+    "transformer_xl": {"window": 8},
+    "mamba2": {"head": 8},
+}
 KERNELS = {
     "s4d": {"log_dt", "log_decay", "frequency"},
     "s4-dplr": {"log_dt", "log_decay", "frequency", "low_rank", "into"},
@@ -34,8 +37,19 @@ OF_MIXER = {"mamba2": {"scan.log_decay", "scan.step"}, "gated-deltanet": {"rule.
 
 def make(mixer="bst", **changes) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(ModelConfig(width=WIDTH, heads=4, ffn=WIDTH, block=8, depth=DEPTH, vocab_size=30, mixer=mixer,
-                                     placement=[0], **(SETTINGS | changes)))  # fmt: skip
+    return LanguageModel(
+        ModelConfig(
+            width=WIDTH,
+            heads=4,
+            ffn=WIDTH,
+            block=8,
+            depth=DEPTH,
+            vocab_size=30,
+            mixer=mixer,
+            placement=[0],
+            **(SETTINGS | changes),
+        )
+    )
 
 
 def named_groups(model: LanguageModel) -> dict[str, set[str]]:

@@ -21,8 +21,9 @@ def test_a_weightless_model_has_the_shapes_of_one_with_weights(mixer):
         model = LanguageModel(config)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.is_meta for parameter in model.parameters())
-    found, expected = ({name: (p.shape, p.dtype) for name, p in one.state_dict().items()}
-                       for one in (model, LanguageModel(config)))  # fmt: skip
+    found, expected = (
+        {name: (p.shape, p.dtype) for name, p in one.state_dict().items()} for one in (model, LanguageModel(config))
+    )
     assert found == expected
 
 

@@ -111,9 +111,13 @@ def _prepare_process(copy: Path) -> None:
 
     # The first failing example is enough; shrinking it would take most of the time.
     settings.register_profile(
-        PROFILE, phases=[Phase.explicit, Phase.generate], derandomize=True, database=None, deadline=None,
+        PROFILE,
+        phases=[Phase.explicit, Phase.generate],
+        derandomize=True,
+        database=None,
+        deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
-    )  # fmt: skip
+    )
 
 
 def _try_file(target: Target, copy: Path, sample: int, seed: int) -> Outcome:

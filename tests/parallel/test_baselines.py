@@ -23,9 +23,13 @@ PASSED_ON = {
     "no SSM": {"mixer": "bst", "ssm": {"kernel": "none"}},
     "SH joint": {"mixer": "bst-joint", "ssm": {"state": 4, "chunk": 4}},
     "MF joint": {"mixer": "bst-joint", "context": {"variant": "MF", "states": 3}, "ssm": {"state": 4, "chunk": 4}},
-    "MF joint, RoPE": {"mixer": "bst-joint", "context": {"variant": "MF", "states": 3}, "ssm": {"state": 4, "chunk": 4},
-                       "attention": {"position": "rope"}},
-}  # fmt: skip
+    "MF joint, RoPE": {
+        "mixer": "bst-joint",
+        "context": {"variant": "MF", "states": 3},
+        "ssm": {"state": 4, "chunk": 4},
+        "attention": {"position": "rope"},
+    },
+}
 REFUSED = {
     "gated-deltanet": ({"mixer": "gated-deltanet", "gated_deltanet": {"chunk": 4}}, "parallel.sp to 1"),
     "block-recurrent": ({"mixer": "block-recurrent", "block_recurrent": {"states": 4}}, "parallel.sp to 1"),
@@ -53,8 +57,10 @@ def loss_and_gradients(model, ids, labels, past=None) -> torch.Tensor:
     """Return one vector: the loss, then all gradients."""
     out = model(ids, labels, past=past)
     gradients = torch.autograd.grad(out.total, list(model.parameters()), allow_unused=True)
-    flat = [g.flatten() if g is not None else torch.zeros(p.numel(), dtype=torch.float64)
-            for g, p in zip(gradients, model.parameters(), strict=True)]  # fmt: skip
+    flat = [
+        g.flatten() if g is not None else torch.zeros(p.numel(), dtype=torch.float64)
+        for g, p in zip(gradients, model.parameters(), strict=True)
+    ]
     return torch.cat([out.total.detach().view(1), *flat])
 
 

@@ -46,8 +46,16 @@ def start() -> Iterator:
         environment = {**os.environ, **{name: str(value) for name, value in names.items()}}
         environment["PYTHONUNBUFFERED"] = "1"
         program = PROGRAM.format(limit_s=limit_s)
-        started.append(subprocess.Popen([sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", program],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
         return started[-1]
 
     yield one

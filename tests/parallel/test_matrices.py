@@ -38,11 +38,16 @@ def test_split_matrices_are_gathered_and_scattered_back(on_ranks):
     def run() -> dict[str, float]:
         ranks = Ranks()
         exchange = Exchange(MATRICES, ranks.rank, deepspeed.comm.all_to_all_single)
-        values = [torch.arange(sum(count for _, count in one.runs.values())) + 100.0 * place
-                  for place, one in enumerate(MATRICES)]  # fmt: skip
-        own = {place: values[place][begin : begin + count] for place, one in enumerate(MATRICES)
-               if exchange.is_cut(place) and ranks.rank in one.runs
-               for begin, count in [one.runs[ranks.rank]]}  # fmt: skip
+        values = [
+            torch.arange(sum(count for _, count in one.runs.values())) + 100.0 * place
+            for place, one in enumerate(MATRICES)
+        ]
+        own = {
+            place: values[place][begin : begin + count]
+            for place, one in enumerate(MATRICES)
+            if exchange.is_cut(place) and ranks.rank in one.runs
+            for begin, count in [one.runs[ranks.rank]]
+        }
         ranks.phases.take()
         whole = exchange.gather(own, torch.empty(0))()
         assert {place: values.tolist() for place, values in whole.items()} == {

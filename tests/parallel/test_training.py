@@ -30,10 +30,17 @@ def model(variant: str) -> LanguageModel:
     torch.manual_seed(0)
     return LanguageModel(
         ModelConfig(
-            width=16, heads=2, ffn=24, block=BLOCK, depth=2, mixer="bst", vocab_size=VOCABULARY,
-            context={"variant": variant, "states": 3}, ssm={"state": 4, "chunk": 4, "dt_min": 0.01},
+            width=16,
+            heads=2,
+            ffn=24,
+            block=BLOCK,
+            depth=2,
+            mixer="bst",
+            vocab_size=VOCABULARY,
+            context={"variant": variant, "states": 3},
+            ssm={"state": 4, "chunk": 4, "dt_min": 0.01},
         )
-    )  # fmt: skip
+    )
 
 
 def batches(mesh: Mesh, isolated: bool) -> list[SimpleNamespace]:
@@ -81,8 +88,9 @@ def step(variant: str, isolated: bool, again: bool, stage: int, sp: int) -> dict
     engine = Recorded(of, OptimizerConfig(), completed)
     config = TrainConfig(steps=1, sequence_length=LENGTH, sequences=ROWS, micro_sequences=MICRO_ROWS, precision="fp32")
     token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
-    trainer = Trainer(config, ScheduleConfig(), 1e-3, engine, ranks, token_bytes, lambda _: Speed(1.0, 1.0),
-                      mesh.sp_group())  # fmt: skip
+    trainer = Trainer(
+        config, ScheduleConfig(), 1e-3, engine, ranks, token_bytes, lambda _: Speed(1.0, 1.0), mesh.sp_group()
+    )
     report = trainer.step(0, batches(mesh, isolated), time.perf_counter())
     return {"loss": report.loss_nats, "norm": report.gradient_norm, "gradients": engine.gradients}
 

@@ -18,9 +18,17 @@ DOC = Path(__file__).parents[2] / "docs" / "sweeps.md"
 
 def config(mixer, variant, **context):
     return ModelConfig(
-        width=64, heads=4, ffn=128, block=32, depth=2, mixer=mixer, placement=[1], vocab_size=50,
-        context={"variant": variant, "states": 4, **context}, ssm={"state": 8, "chunk": 16},
-    )  # fmt: skip
+        width=64,
+        heads=4,
+        ffn=128,
+        block=32,
+        depth=2,
+        mixer=mixer,
+        placement=[1],
+        vocab_size=50,
+        context={"variant": variant, "states": 4, **context},
+        ssm={"state": 8, "chunk": 16},
+    )
 
 
 @pytest.mark.usefixtures("plain_attention")

@@ -37,8 +37,12 @@ def planned(request: Request, nodes: int = 1) -> dict[str, float]:
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_planned_host_memory_equals_that_of_a_run(recipe_file, tmp_path, on_ranks, monkeypatch, stage):
     average = ["train.average.decay=0.9"] if stage == 1 else []
-    changes = [f"deepspeed=ds_configs/zero{stage}.json", "checkpoint.local_every=1",
-               f"checkpoint.local_directory={tmp_path / 'local'}", *average]  # fmt: skip
+    changes = [
+        f"deepspeed=ds_configs/zero{stage}.json",
+        "checkpoint.local_every=1",
+        f"checkpoint.local_directory={tmp_path / 'local'}",
+        *average,
+    ]
     request = Request(recipe_file(), changes, tmp_path / "run", False, 2)
     found = planned(request)
     pinned: dict[int, int] = {}

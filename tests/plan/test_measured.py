@@ -15,11 +15,20 @@ from bst_dist.report.warm_up import WARM_UP_STEPS
 
 SETTINGS = {
     "name": "small",
-    "model": {"width": 64, "heads": 4, "ffn": 256, "block": 32, "depth": 2, "vocab_size": 100, "mixer": "bst",
-              "placement": [1], "ssm": {"state": 8, "chunk": 16}},
+    "model": {
+        "width": 64,
+        "heads": 4,
+        "ffn": 256,
+        "block": 32,
+        "depth": 2,
+        "vocab_size": 100,
+        "mixer": "bst",
+        "placement": [1],
+        "ssm": {"state": 8, "chunk": 16},
+    },
     "data": {"corpus": "none"},
     "train": {"steps": 100, "sequence_length": 256, "sequences": 16},
-}  # fmt: skip
+}
 H100 = accelerator("h100-80gb")
 
 

@@ -24,8 +24,12 @@ KERNELS = {
     "ssd": {"kernel": "ssd", "state": 6, "head": 4, "chunk": 16},
 }
 CASES = {
-    **{f"{v} {k}": {"mixer": "bst", "context": {"variant": v, "states": 4}, "ssm": s}
-       for v in ("SH", "MH", "MF") for k, s in KERNELS.items() if (v, k) != ("MF", "ssd")},
+    **{
+        f"{v} {k}": {"mixer": "bst", "context": {"variant": v, "states": 4}, "ssm": s}
+        for v in ("SH", "MH", "MF")
+        for k, s in KERNELS.items()
+        if (v, k) != ("MF", "ssd")
+    },
     **{f"ssm {k}": {"mixer": "ssm", "ssm": s} for k, s in KERNELS.items()},
     "sliding": {"mixer": "sliding"},
     "no cross": {"mixer": "bst-no-cross"},
@@ -40,14 +44,28 @@ CASES = {
     "gated-deltanet": {"mixer": "gated-deltanet", "gated_deltanet": {"chunk": 16}},
     "full": {"mixer": "full"},
     "sliding, with a gate": {"mixer": "sliding", "activation": "swiglu"},
-}  # fmt: skip
-CASES |= {f"{name}, wide heads": {**CASES[name], "head_width": 12}
-          for name in ("SH s4d", "MH s4d", "MF s4d", "SH joint", "sliding", "no cross", "transformer-xl",
-                       "block-recurrent", "gated-deltanet", "full")}  # fmt: skip
+}
+CASES |= {
+    f"{name}, wide heads": {**CASES[name], "head_width": 12}
+    for name in (
+        "SH s4d",
+        "MH s4d",
+        "MF s4d",
+        "SH joint",
+        "sliding",
+        "no cross",
+        "transformer-xl",
+        "block-recurrent",
+        "gated-deltanet",
+        "full",
+    )
+}
 
 
-CASES |= {f"{name}, shared keys": {**CASES[name], "attention": {"kv_heads": 2}}
-          for name in ("SH s4d", "sliding", "transformer-xl", "block-recurrent", "full")}  # fmt: skip
+CASES |= {
+    f"{name}, shared keys": {**CASES[name], "attention": {"kv_heads": 2}}
+    for name in ("SH s4d", "sliding", "transformer-xl", "block-recurrent", "full")
+}
 
 
 def counted(model, rows):

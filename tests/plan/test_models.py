@@ -14,8 +14,17 @@ from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.models import catalogue, entry
 
 LENGTH = 128
-CONFIG = ModelConfig(width=32, heads=4, ffn=48, block=32, depth=4, vocab_size=50, mixer="bst", placement=[1, 3],
-                     transformer_xl={"window": 64})  # fmt: skip
+CONFIG = ModelConfig(
+    width=32,
+    heads=4,
+    ffn=48,
+    block=32,
+    depth=4,
+    vocab_size=50,
+    mixer="bst",
+    placement=[1, 3],
+    transformer_xl={"window": 64},
+)
 MODELS = catalogue(CONFIG, LENGTH)
 RECIPES = sorted(Path(__file__).parents[2].glob("launch/recipes/paper/*.yaml"))
 
@@ -40,9 +49,12 @@ def test_model_sizes_equal_the_equations():
     d, h, m, layers, vocabulary = 32, 4, 48, 4, 50
     found = entry("sliding", MODELS["sliding window"], LENGTH)
     assert found.parameters == {
-        "embedding": vocabulary * d, "attention": layers * (4 * d * d + h + 32 * h), "ssm": 0,
-        "ffn": layers * 2 * d * m, "norm": (2 * layers + 1) * d,
-    }  # fmt: skip
+        "embedding": vocabulary * d,
+        "attention": layers * (4 * d * d + h + 32 * h),
+        "ssm": 0,
+        "ffn": layers * 2 * d * m,
+        "norm": (2 * layers + 1) * d,
+    }
     assert found.state_bytes == layers * 32 * 2 * d * 4  # a window of keys and values, in single precision
     s, ds, n = 16, d // 4, 16  # two BST layers: down, second query, wider output, keys and values, scales
     bst = entry("SH", MODELS["BST SH s4d"], LENGTH)

@@ -22,11 +22,20 @@ from bst_dist.report.utilisation import Speed
 
 SETTINGS = {
     "name": "small",
-    "model": {"width": 64, "heads": 4, "ffn": 256, "block": 32, "depth": 4, "vocab_size": 100, "mixer": "bst",
-              "placement": [1, 3], "ssm": {"state": 8, "chunk": 16}},
+    "model": {
+        "width": 64,
+        "heads": 4,
+        "ffn": 256,
+        "block": 32,
+        "depth": 4,
+        "vocab_size": 100,
+        "mixer": "bst",
+        "placement": [1, 3],
+        "ssm": {"state": 8, "chunk": 16},
+    },
     "data": {"corpus": "none"},
     "train": {"steps": 100, "sequence_length": 256, "sequences": 16},
-}  # fmt: skip
+}
 
 
 def device(memory_gb: float):
@@ -46,8 +55,9 @@ def test_plan_with_enough_memory_uses_no_recomputation_or_sequence_parallelism()
     assert best.work.slice.rows * best.work.accumulation * 4 == 16
 
 
-@pytest.mark.parametrize(("strategy", "setting"), [("zero3_hierarchical", "zero_hpz_partition_size"),
-                                                   ("zero3_cpu_offload", "offload")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("strategy", "setting"), [("zero3_hierarchical", "zero_hpz_partition_size"), ("zero3_cpu_offload", "offload")]
+)
 def test_strategies_that_are_not_modelled_are_refused(recipe_file, capsys, strategy, setting):
     assert main(["plan", recipe_file, f"deepspeed={strategy}"]) == 2
     said = " ".join(capsys.readouterr().err.split())
@@ -112,9 +122,15 @@ def test_planned_mfu_equals_the_trainers_of_a_step_that_takes_as_long(precision,
 
 CHANGING = SETTINGS | {
     "data": {"corpus": "none", "mode": "shuffled"},
-    "train": SETTINGS["train"] | {"sequence_changes": [{"step": 30, "sequences": 64}, {"step": 40, "sequences": 24},
-                                                       {"step": 100, "sequences": 4096}]},
-}  # fmt: skip
+    "train": SETTINGS["train"]
+    | {
+        "sequence_changes": [
+            {"step": 30, "sequences": 64},
+            {"step": 40, "sequences": 24},
+            {"step": 100, "sequences": 4096},
+        ]
+    },
+}
 """16, 64 and 24 sequences per step; the last change is after the last step."""
 
 
@@ -126,8 +142,11 @@ def planner_for(sequences: int) -> Planner:
 
 def test_hours_of_a_changing_batch_are_the_weighted_sum_of_plans_with_one_batch():
     planner = Planner(parse(Recipe, CHANGING), Cluster(1, 4, device(80)))
-    alone = {16: planner_for(16).candidate(2, 1, 4, "none"), 64: planner_for(64).candidate(2, 1, 4, "none"),
-             24: planner_for(24).candidate(2, 1, 3, "none")}  # fmt: skip
+    alone = {
+        16: planner_for(16).candidate(2, 1, 4, "none"),
+        64: planner_for(64).candidate(2, 1, 4, "none"),
+        24: planner_for(24).candidate(2, 1, 3, "none"),
+    }
     seconds = {count: way.speed.total for count, way in alone.items()}
     way = planner.candidate(2, 1, 4, "none")
     assert run_hours(planner, way) * 3600 == pytest.approx(30 * seconds[16] + 10 * seconds[64] + 60 * seconds[24])
@@ -212,8 +231,16 @@ def test_invalid_plan_options_give_one_message(recipe_file, capsys, arguments, s
 
 
 def test_users_can_define_devices(recipe_file, tmp_path, capsys):
-    fields = {"title": "Ours", "memory_gb": 96, "bf16_tflops": 500, "fp32_tflops": 50, "memory_gbs": 2000,
-              "in_node_gbs": 100, "between_nodes_gbs": 25, "source": "measured"}  # fmt: skip
+    fields = {
+        "title": "Ours",
+        "memory_gb": 96,
+        "bf16_tflops": 500,
+        "fp32_tflops": 50,
+        "memory_gbs": 2000,
+        "in_node_gbs": 100,
+        "between_nodes_gbs": 25,
+        "source": "measured",
+    }
     own = tmp_path / "own.yaml"
     own.write_text(json.dumps({"ours": fields}))
     assert main(["plan", recipe_file, "--gpu", "ours", "--accelerators", str(own)]) == 0

@@ -22,8 +22,17 @@ from bst_dist.plan.speed import Cluster
 from bst_dist.plan.traffic import GATHER, SCATTER
 from bst_dist.report.utilisation import edge_flops_per_token
 
-MODEL = {"width": 64, "heads": 4, "ffn": 256, "block": 32, "depth": 2, "vocab_size": 100, "mixer": "bst",
-         "placement": [1], "ssm": {"state": 8, "chunk": 16}}  # fmt: skip
+MODEL = {
+    "width": 64,
+    "heads": 4,
+    "ffn": 256,
+    "block": 32,
+    "depth": 2,
+    "vocab_size": 100,
+    "mixer": "bst",
+    "placement": [1],
+    "ssm": {"state": 8, "chunk": 16},
+}
 
 
 def recipe(**train) -> Recipe:
@@ -40,11 +49,17 @@ def found() -> list[Size]:
     return sizes(planner())
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"context": {"variant": "MF", "states": 3}}, {"mixer": "block-recurrent", "block_recurrent": {"states": 5}},
-    {"mixer": "ssm"}, {"mixer": "transformer-xl", "transformer_xl": {"window": 64}},
-    {"ssm": {"kernel": "hyena", "length": 100}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"context": {"variant": "MF", "states": 3}},
+        {"mixer": "block-recurrent", "block_recurrent": {"states": 5}},
+        {"mixer": "ssm"},
+        {"mixer": "transformer-xl", "transformer_xl": {"window": 64}},
+        {"ssm": {"kernel": "hyena", "length": 100}},
+    ],
+)
 def test_planned_edge_bytes_equal_the_carried_state(changes):
     settings = {name: value for name, value in (MODEL | changes).items() if name != "ssm" or "ssm" in changes}
     config = parse(ModelConfig, settings)
@@ -82,8 +97,12 @@ def test_slices_add_one_forward_pass_and_zero_traffic_per_stage():
     assert cut.speed.compute == pytest.approx(whole.speed.compute)
     head = 1 - planner().flops["head"] / sum(planner().flops.values())
     assert cut.speed.rerun == pytest.approx(whole.speed.compute / 3 * head * 3 / 4, rel=0.1)
-    sent = {stage: [sum(planner(2, sequences=2).candidate(stage, 1, 1, "none", slices).traffic.values())
-                    for slices in (1, 4)] for stage in range(1, 4)}  # fmt: skip
+    sent = {
+        stage: [
+            sum(planner(2, sequences=2).candidate(stage, 1, 1, "none", slices).traffic.values()) for slices in (1, 4)
+        ]
+        for stage in range(1, 4)
+    }
     assert sent[1][0] == sent[1][1]  # reduced once per step
     assert sent[2][1] > 2 * sent[2][0]
     assert sent[3][1] > 2 * sent[3][0]  # gathered in every pass; small parameters are kept whole

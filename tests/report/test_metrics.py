@@ -20,9 +20,18 @@ from bst_dist.report.metrics import (
 
 
 def report(step: int, seconds: float = 2.0) -> StepReport:
-    return StepReport(step=step, tokens=100 * step, loss_nats=1.0, bits_per_byte=0.5, gradient_norm=1.0,
-                      learning_rate=1e-3, ssm_learning_rate=1e-3, step_time_s=seconds, tokens_per_s=100 / seconds,
-                      mfu=0.5)  # fmt: skip
+    return StepReport(
+        step=step,
+        tokens=100 * step,
+        loss_nats=1.0,
+        bits_per_byte=0.5,
+        gradient_norm=1.0,
+        learning_rate=1e-3,
+        ssm_learning_rate=1e-3,
+        step_time_s=seconds,
+        tokens_per_s=100 / seconds,
+        mfu=0.5,
+    )
 
 
 def test_resume_drops_lines_after_the_checkpoint_and_incomplete_lines(tmp_path):
@@ -37,8 +46,10 @@ def test_resume_drops_lines_after_the_checkpoint_and_incomplete_lines(tmp_path):
     second.close()
     lines = read_lines(tmp_path / FILE)
     assert [(line["kind"], line["step"], line["step_time_s"]) for line in lines] == [
-        ("train", 1, 2.0), ("train", 2, 2.0), ("train", 3, 4.0),
-    ]  # fmt: skip
+        ("train", 1, 2.0),
+        ("train", 2, 2.0),
+        ("train", 3, 4.0),
+    ]
     assert all(json.loads(line) for line in (tmp_path / FILE).read_text().splitlines())
 
 
@@ -81,8 +92,10 @@ def test_bits_per_byte():
 def test_lines_of_evaluations_begin_with_their_kind(tmp_path):
     """The lines of older versions, character by character."""
     file = MetricsFile(tmp_path, 0)
-    for one in (EvalReport(2, "validation", 9, 2.0, 3.0, [1.0], 0.5),
-                CorpusReport(2, "books", 9, 2.0, 3.0, [1.0], 0.5, 0.1)):  # fmt: skip
+    for one in (
+        EvalReport(2, "validation", 9, 2.0, 3.0, [1.0], 0.5),
+        CorpusReport(2, "books", 9, 2.0, 3.0, [1.0], 0.5, 0.1),
+    ):
         file.write(one)
         file.write(one.of_average())
     shared = '"tokens": 9, "loss_nats": 2.0, "bits_per_byte": 3.0, "loss_by_block": [1.0], "time_s": 0.5'

@@ -32,8 +32,17 @@ from bst_dist.train.run import train
 from bst_dist.train.start.request import Request
 
 STEP = StepReport(10, 100, 1.0, 0.5, 1.0, 1e-3, 1e-3, 2.0, 50.0, 0.5)
-CONFIG = ModelConfig(width=32, heads=2, ffn=64, block=16, depth=4, vocab_size=50, mixer="bst", placement=[1, 3],
-                     ssm={"state": 4, "chunk": 8})  # fmt: skip
+CONFIG = ModelConfig(
+    width=32,
+    heads=2,
+    ffn=64,
+    block=16,
+    depth=4,
+    vocab_size=50,
+    mixer="bst",
+    placement=[1, 3],
+    ssm={"state": 4, "chunk": 8},
+)
 
 
 class Clock:
@@ -132,8 +141,13 @@ def test_ranks_exchange_only_numbers_after_the_names_are_known():
 
     def on_rank(ranks: Any) -> list[Any]:
         rows, found = Rows(ranks), []
-        for own in ({"a": 0.5}, given[ranks.rank], given[ranks.rank], {"b": float(ranks.rank)},
-                    {"late": 7.0} if ranks.rank == 1 else {}):  # fmt: skip
+        for own in (
+            {"a": 0.5},
+            given[ranks.rank],
+            given[ranks.rank],
+            {"b": float(ranks.rank)},
+            {"late": 7.0} if ranks.rank == 1 else {},
+        ):
             before = ranks.counts.collectives
             names, table = rows.exchange(own)
             found.append((list(names), table.tolist(), ranks.counts.collectives - before))
@@ -187,8 +201,11 @@ def test_few_steps_are_measured_on_an_accelerator(accelerator, every, wanted):
 def test_console_warns_if_a_rank_is_slow_twice_in_a_row(capsys):
     console = Console(every=5, steps=100, straggler=1.5)
     for step, rank, ratio in ((5, 1, 2.0), (10, 2, 2.0), (15, 2, 1.8), (20, 2, 1.2)):
-        console.write(PerformanceReport(step, {"forward": 3.0, "data": 1.0}, {"all-reduce": 2e6}, 2**30, 0, 0.5, rank,
-                                        "node-7", ratio))  # fmt: skip
+        console.write(
+            PerformanceReport(
+                step, {"forward": 3.0, "data": 1.0}, {"all-reduce": 2e6}, 2**30, 0, 0.5, rank, "node-7", ratio
+            )
+        )
     first, second = capsys.readouterr().out.splitlines()
     assert first.strip() == "forward 75%, data 25%; 2.0 MB sent per step; 1.00 GiB of memory"
     assert "rank 2 on node-7 is slow" in second
@@ -273,8 +290,10 @@ def test_selective_recomputes_the_flops_counted_by_torch(name, merged, monkeypat
 def test_selective_keeps_flex_attention_on_cuda():
     config = of("SH")
     assert selective.keeps(flex_attention, ())
-    on = {path: recomputed_flops_per_token(config, 256, SELECTIVE, path, compiled=True)
-          for path in ("flex", "fused-tiles", "tiles")}  # fmt: skip
+    on = {
+        path: recomputed_flops_per_token(config, 256, SELECTIVE, path, compiled=True)
+        for path in ("flex", "fused-tiles", "tiles")
+    }
     terms = forward_flops(config, 256)
     assert on["flex"] == on["fused-tiles"] == pytest.approx(on["tiles"] - terms["attention"] - terms["cross"])
     short = recomputed_flops_per_token(config, 128, SELECTIVE, "flex", compiled=True)  # the window in plain operations

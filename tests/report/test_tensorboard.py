@@ -33,9 +33,18 @@ def events(run_dir: Path) -> EventAccumulator:
 
 
 def report(step: int) -> StepReport:
-    return StepReport(step=step, tokens=100 * step, loss_nats=1.0 / step, bits_per_byte=math.nan, gradient_norm=1.0,
-                      learning_rate=1e-3, ssm_learning_rate=1e-3, step_time_s=2.0, tokens_per_s=50.0,
-                      mfu=0.5)  # fmt: skip
+    return StepReport(
+        step=step,
+        tokens=100 * step,
+        loss_nats=1.0 / step,
+        bits_per_byte=math.nan,
+        gradient_norm=1.0,
+        learning_rate=1e-3,
+        ssm_learning_rate=1e-3,
+        step_time_s=2.0,
+        tokens_per_s=50.0,
+        mfu=0.5,
+    )
 
 
 def texts(found: EventAccumulator) -> list[tuple[int, str]]:
@@ -101,8 +110,13 @@ def go(recipe_file, train_in) -> Go:
     ],
 )
 def test_samples_are_rarer_with_more_ranks(ranks, every, wanted):
-    probes = SimpleNamespace(sampling=True, config=LogConfig(sample_tokens=64), ranks=SimpleNamespace(world=ranks),
-                             _every=every, _steps=10_000)  # fmt: skip
+    probes = SimpleNamespace(
+        sampling=True,
+        config=LogConfig(sample_tokens=64),
+        ranks=SimpleNamespace(world=ranks),
+        _every=every,
+        _steps=10_000,
+    )
     evaluated = [step for step in range(1, 10_001) if step == 10_000 or (every and step % every == 0)]
     assert [step for step in evaluated if Probes.samples(probes, step)] == wanted
 
@@ -151,8 +165,14 @@ def test_probes_do_not_change_a_run_and_resume_correctly(go, assert_same_run, tm
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 def test_probe_values_do_not_depend_on_sequence_parallelism(go, tmp_path):
-    changes = (*WATCHED, "train.precision=fp32", "evaluation.sequences=2", "train.micro_sequences=2", "train.steps=2",
-               "log.sample_tokens=0")  # fmt: skip
+    changes = (
+        *WATCHED,
+        "train.precision=fp32",
+        "evaluation.sequences=2",
+        "train.micro_sequences=2",
+        "train.steps=2",
+        "log.sample_tokens=0",
+    )
     go("one", *changes)
     go("two", *changes, "parallel.sp=2", world=2)
     one, two = events(tmp_path / "one"), events(tmp_path / "two")

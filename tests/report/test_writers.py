@@ -32,9 +32,18 @@ from bst_dist.report.writers import Background, find, require, scalars
 
 
 def report(step: int) -> StepReport:
-    return StepReport(step=step, tokens=100 * step, loss_nats=1.0 / step, bits_per_byte=float("nan"), gradient_norm=1.0,
-                      learning_rate=1e-3, ssm_learning_rate=1e-3, step_time_s=2.0, tokens_per_s=50.0,
-                      mfu=0.5)  # fmt: skip
+    return StepReport(
+        step=step,
+        tokens=100 * step,
+        loss_nats=1.0 / step,
+        bits_per_byte=float("nan"),
+        gradient_norm=1.0,
+        learning_rate=1e-3,
+        ssm_learning_rate=1e-3,
+        step_time_s=2.0,
+        tokens_per_s=50.0,
+        mfu=0.5,
+    )
 
 
 class Kept(Writer):
@@ -214,9 +223,14 @@ def test_service_receives_each_report_only_once_after_a_resume(tmp_path):
     second.see(Seen(4, {}, {}, None))
     second.write(report(3))  # sent twice in one start, because metrics.jsonl already had it when the writer was created
     assert second.file.read_text().splitlines() == [
-        "train/data_wait_s 1 0.0", "train/data_wait_s 2 0.0", "validation/bits_per_byte 2 3.0", "share 2 0.25",
-        "books/bits_per_byte 2 3.0", "train/data_wait_s 3 0.0", "share 3 0.5",
-    ]  # fmt: skip
+        "train/data_wait_s 1 0.0",
+        "train/data_wait_s 2 0.0",
+        "validation/bits_per_byte 2 3.0",
+        "share 2 0.25",
+        "books/bits_per_byte 2 3.0",
+        "train/data_wait_s 3 0.0",
+        "share 3 0.5",
+    ]
 
 
 def test_writer_added_later_receives_past_reports(tmp_path):
@@ -227,9 +241,12 @@ def test_writer_added_later_receives_past_reports(tmp_path):
     Taken(tmp_path)
     names = [line.split(" 2 ")[0] for line in (tmp_path / "taken.txt").read_text().splitlines()]
     assert names == [
-        "train/data_wait_s 1 0.0", "validation/bits_per_byte", "books/bits_per_byte",
-        "validation numbers averaged/bits_per_byte", "validation numbers/bits_per_byte",
-    ]  # fmt: skip
+        "train/data_wait_s 1 0.0",
+        "validation/bits_per_byte",
+        "books/bits_per_byte",
+        "validation numbers averaged/bits_per_byte",
+        "validation numbers/bits_per_byte",
+    ]
 
 
 CORPUS = CorpusReport(2, "numbers", 9, 2.0, 3.0, [1.0], 0.5, 0.1)
@@ -344,9 +361,12 @@ def test_resumed_run_continues_the_same_run_in_each_service(recipe_file, tmp_pat
     recipe = recipe_file(log={"writers": names}, checkpoint={"keep_last": 9})
     run_dir, store = tmp_path / "run", f"sqlite:///{tmp_path / 'ml.db'}"
     environment = os.environ | {
-        "WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": store, "PYTHONPATH": str(Path(__file__).parent),
-        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
+        "WANDB_MODE": "offline",
+        "MLFLOW_TRACKING_URI": store,
+        "PYTHONPATH": str(Path(__file__).parent),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     program = [sys.executable, "-m", "bst_dist.train", str(recipe), "--run-dir", str(run_dir)]
     for more in (["--until", "5"], ["--resume"]):
         if run_dir.exists():  # as if the first start had been killed before it sent this report

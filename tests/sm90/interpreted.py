@@ -25,15 +25,21 @@ from torch import Tensor
 KINDS = "pointwise", "reduction", "persistent_reduction", "template", "foreach", "fixed_config"
 """Kinds of kernels, as Inductor's decorators name them."""
 LIBDEVICE = {
-    "cos": np.cos, "exp": np.exp, "expm1": np.expm1, "log1p": np.log1p, "rsqrt": lambda x: 1 / np.sqrt(x),
-    "sin": np.sin, "tanh": np.tanh,
+    "cos": np.cos,
+    "exp": np.exp,
+    "expm1": np.expm1,
+    "log1p": np.log1p,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sin": np.sin,
+    "tanh": np.tanh,
     "erf": np.vectorize(math.erf, otypes=[float]),
-}  # fmt: skip
+}
 """Replacements of CUDA's functions that kernels call."""
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *_: object,
-          scale: float | None = None) -> Any:  # fmt: skip
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *_: object, scale: float | None = None
+) -> Any:
     """Return the outputs of torch's GPU flash attention, (B, H, l, dh): output, logsumexp, and unused others."""
     scores = _scores(q, k, causal, scale)
     out = (scores.softmax(-1) @ v.float()).to(q.dtype)
@@ -42,8 +48,9 @@ def flash(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = 
     return laid_out, scores.logsumexp(-1), None, None, q.shape[2], k.shape[2], seed, unused, torch.zeros(0)
 
 
-def flash_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *rest: Any,
-                   scale: float | None = None) -> list[Tensor]:  # fmt: skip
+def flash_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *rest: Any, scale: float | None = None
+) -> list[Tensor]:
     """Return the gradients of queries, keys and values."""
     causal = rest[5]
     d_out, q_, k_, v_, out = (x.float() for x in (d_out, q, k, v, out))
@@ -74,10 +81,14 @@ def run(code: str, inputs: list[Any], configs: dict[str, dict[str, int]]) -> lis
     code = code.replace("device='cuda'", "device='cpu'").replace("device(type='cuda', index=0)", "device('cpu')")
     with tempfile.TemporaryDirectory() as folder:
         program: dict[str, Any] = {
-            "__name__": "program", "__file__": str(Path(folder) / "program.py"), "_made": _made, "_here": nullcontext,
-            "_flash": flash, "_flash_backward": flash_backward,
+            "__name__": "program",
+            "__file__": str(Path(folder) / "program.py"),
+            "_made": _made,
+            "_here": nullcontext,
+            "_flash": flash,
+            "_flash_backward": flash_backward,
             "_interpreted": lambda name, source, **_: Kernel(name, source, configs[name], Path(folder)),
-        }  # fmt: skip
+        }
         exec(compile(code, "program", "exec"), program)
         return list(program["call"](list(inputs)))
 

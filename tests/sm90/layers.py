@@ -29,8 +29,18 @@ COUNTS = Path(__file__).with_name("counts.json")
 ROPE: dict[str, Any] = {"attention": {"position": "rope"}}
 LENGTH = 512
 PASSES = "forward", "backward"
-COLUMNS = ("layer", "forward", "backward", "Triton", "products", "attention", "other operators", "MB", "kernels",
-           "shared memory, bytes")  # fmt: skip
+COLUMNS = (
+    "layer",
+    "forward",
+    "backward",
+    "Triton",
+    "products",
+    "attention",
+    "other operators",
+    "MB",
+    "kernels",
+    "shared memory, bytes",
+)
 FEW = 4
 """Up to this many kinds of operators are named in the table."""
 

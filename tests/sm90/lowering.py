@@ -71,8 +71,9 @@ def stopped(graph: Graph) -> Callable[..., Any]:
     return run
 
 
-def trace(call: Callable[[], object], compiled_as: Callable[[Graph], Callable[..., Any]] = stopped,
-          bf16: bool = True) -> list[Graph]:  # fmt: skip
+def trace(
+    call: Callable[[], object], compiled_as: Callable[[Graph], Callable[..., Any]] = stopped, bf16: bool = True
+) -> list[Graph]:
     """Return the graphs that are compiled in a call: forward and backward, or only forward without gradients.
 
     Args:
@@ -99,9 +100,13 @@ def trace(call: Callable[[], object], compiled_as: Callable[[Graph], Callable[..
         _recursive_joint_graph_passes(module)
         return min_cut_rematerialization_partition(module, joint, compiler="inductor", **more)
 
-    backend = aot_autograd(fw_compiler=keep(), bw_compiler=keep(backward=True),
-                           inference_compiler=keep(inference=True), partition_fn=partition,
-                           decompositions=select_decomp_table())  # fmt: skip
+    backend = aot_autograd(
+        fw_compiler=keep(),
+        bw_compiler=keep(backward=True),
+        inference_compiler=keep(inference=True),
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+    )
     torch._dynamo.reset()
     for module in (compiled, flex, loss):
         module._compiled.cache_clear()
@@ -117,8 +122,14 @@ def trace(call: Callable[[], object], compiled_as: Callable[[Graph], Callable[..
     return graphs
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
-           scale: float | None = None) -> Tensor:  # fmt: skip
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
     """Call the kernel that torch chooses on an H100 for half precision without a mask; torch would ask the device."""
     if attn_mask is not None:
         raise NotImplementedError("no call of a compiled layer has a mask")
@@ -144,10 +155,16 @@ def pretended_h100() -> Iterator[None]:
 
     driver.set_active(Driver())
     answers = {
-        "is_available": True, "_lazy_init": None, "device_count": 1, "current_device": 0,
-        "_get_device_properties": H100, "get_device_properties": H100, "get_device_capability": (9, 0),
-        "get_arch_list": ["sm_90"], "synchronize": None,
-    }  # fmt: skip
+        "is_available": True,
+        "_lazy_init": None,
+        "device_count": 1,
+        "current_device": 0,
+        "_get_device_properties": H100,
+        "get_device_properties": H100,
+        "get_device_capability": (9, 0),
+        "get_arch_list": ["sm_90"],
+        "synchronize": None,
+    }
     with ExitStack() as stack:
         for name, value in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, value=value, **__: value, create=True))
@@ -162,8 +179,9 @@ def pretended_h100() -> Iterator[None]:
                     stack.enter_context(patch.object(module, name, lambda *_: True))
         stack.enter_context(patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
         stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda device: None))
-        stack.enter_context(patch.multiple("torch._inductor.config", fx_graph_cache=False, compile_threads=1,
-                                           **compiled.OPTIONS))  # fmt: skip
+        stack.enter_context(
+            patch.multiple("torch._inductor.config", fx_graph_cache=False, compile_threads=1, **compiled.OPTIONS)
+        )
         compiled.combine_alike()
         yield
 

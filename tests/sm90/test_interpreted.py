@@ -13,11 +13,28 @@ if torch.version.cuda is None:
 from tests.sm90.running import passes
 
 NAMES = [
-    "sliding, T5", "sliding, T5, documents", "BST-SH", "BST-SH, T5", "BST-SH, documents", "BST-SH, masked documents",
-    "BST-MF", "BST-MF, documents", "BST-MF, masked documents", "joint", "joint, masked documents", "full, T5",
-    "full, documents", "Transformer-XL", "Transformer-XL, documents", "GSS", "Mamba-2", "Block-Recurrent",
-    "attention, no gradients", "attention, no gradients, documents", "attention, past, documents",
-]  # fmt: skip
+    "sliding, T5",
+    "sliding, T5, documents",
+    "BST-SH",
+    "BST-SH, T5",
+    "BST-SH, documents",
+    "BST-SH, masked documents",
+    "BST-MF",
+    "BST-MF, documents",
+    "BST-MF, masked documents",
+    "joint",
+    "joint, masked documents",
+    "full, T5",
+    "full, documents",
+    "Transformer-XL",
+    "Transformer-XL, documents",
+    "GSS",
+    "Mamba-2",
+    "Block-Recurrent",
+    "attention, no gradients",
+    "attention, no gradients, documents",
+    "attention, past, documents",
+]
 ROUNDING = {"bf16": 0.06, "fp32": 1e-4}
 """Largest relative error by precision; both sides only differ in the order of sums. A GPU runs the bf16 programs. The
 fp32 programs are the same without the casts, and there rounding can hide almost no error."""

@@ -28,9 +28,17 @@ def test_sm90_machine_code_of_a_layer_has_the_recorded_counts(name):
 
 
 WITHIN = [
-    "BST-SH", "BST-SH, T5", "BST-SH, documents", "BST-SH, masked documents", "BST-SH, T5, masked documents",
-    "BST-SH, large", "BST-SH, large, masked documents", "BST-MF, masked documents", "joint", "joint, masked documents",
-]  # fmt: skip
+    "BST-SH",
+    "BST-SH, T5",
+    "BST-SH, documents",
+    "BST-SH, masked documents",
+    "BST-SH, T5, masked documents",
+    "BST-SH, large",
+    "BST-SH, large, masked documents",
+    "BST-MF, masked documents",
+    "joint",
+    "joint, masked documents",
+]
 
 
 @pytest.mark.parametrize("name", WITHIN)

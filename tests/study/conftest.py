@@ -46,9 +46,11 @@ def corpus(tmp_path_factory, texts) -> Path:
     for name, text in texts.items():
         (folder / name).write_text(text)
     settings = {
-        "source": {"kind": "folder", "path": str(folder), "pattern": "*.txt"}, "output": str(output),
-        "tokenizer": {"vocab_size": 320}, "validation_fraction": 0.2,
-    }  # fmt: skip
+        "source": {"kind": "folder", "path": str(folder), "pattern": "*.txt"},
+        "output": str(output),
+        "tokenizer": {"vocab_size": 320},
+        "validation_fraction": 0.2,
+    }
     with open_workers(1) as workers:
         prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
     return output

@@ -36,8 +36,24 @@ def table(tmp_path):
 
 
 def test_law_fit_recovers_a_known_law_and_predicts_held_out_rows(table, tmp_path, capsys):
-    words = ["--n", "params", "--d", "tok", "--loss", "nll", "--width", "d_model", "--depth", "layers", "--run", "name",
-             "--held-out", "split=large", "--draws", "8"]  # fmt: skip
+    words = [
+        "--n",
+        "params",
+        "--d",
+        "tok",
+        "--loss",
+        "nll",
+        "--width",
+        "d_model",
+        "--depth",
+        "layers",
+        "--run",
+        "name",
+        "--held-out",
+        "split=large",
+        "--draws",
+        "8",
+    ]
     report, picture = tmp_path / "r.json", tmp_path / "laws.png"
     assert main(["law", "fit", str(table), *words, "--json", str(report), "--plot", str(picture)]) == 0
     found = json.loads(report.read_text())["architectures"][""]
@@ -78,8 +94,22 @@ def test_an_additive_law_of_width_and_depth_has_the_published_exponents(tmp_path
     """Data of McLeish et al. 2025 (arXiv 2502.06857): 770 losses of 22 shapes, and their fit with this objective."""
     path = oracle("gemstones_hot_100b.jsonl")
     report = tmp_path / "r.json"
-    words = ["--n", "params_active_precise", "--d", "tokens", "--loss", "final_loss", "--width", "width",
-             "--depth", "depth", "--run", "run_name", "--draws", "2"]  # fmt: skip
+    words = [
+        "--n",
+        "params_active_precise",
+        "--d",
+        "tokens",
+        "--loss",
+        "final_loss",
+        "--width",
+        "width",
+        "--depth",
+        "depth",
+        "--run",
+        "run_name",
+        "--draws",
+        "2",
+    ]
     assert main(["law", "fit", str(path), *words, "--json", str(report)]) == 0
     fits = json.loads(report.read_text())["architectures"][""]["fits"]
     found = {f["form"]: f for f in fits if f["objective"] == "huber"}
@@ -103,8 +133,22 @@ def test_overtrained_models_predict_larger_models(tmp_path):
     """
     path = oracle("gadre_c4_eval.csv")
     report = tmp_path / "r.json"
-    words = ["--n", "n", "--d", "d", "--loss", "loss", "--where", "data=rpj", "--where", "trained=long",
-             "--held-out", "size=large", "--draws", "20"]  # fmt: skip
+    words = [
+        "--n",
+        "n",
+        "--d",
+        "d",
+        "--loss",
+        "loss",
+        "--where",
+        "data=rpj",
+        "--where",
+        "trained=long",
+        "--held-out",
+        "size=large",
+        "--draws",
+        "20",
+    ]
     assert main(["law", "fit", str(path), *words, "--json", str(report)]) == 0
     found = json.loads(report.read_text())["architectures"][""]
     law = next(f["law"] for f in found["fits"] if (f["form"], f["objective"]) == ("chinchilla", "huber"))

@@ -97,5 +97,7 @@ def test_report_has_two_entries_per_estimate_and_omits_none():
     part = Part(Estimate(2.5, 0.5))
     entry = {"loss": 2.5, "loss_standard_error": 0.5}
     assert entries(Found("run", [part, Part(Estimate(1.0, None))], {"a": part})) == {
-        "name": "run", "parts": [entry, {"loss": 1.0, "loss_standard_error": None}], "by_corpus": {"a": entry},
-    }  # fmt: skip
+        "name": "run",
+        "parts": [entry, {"loss": 1.0, "loss_standard_error": None}],
+        "by_corpus": {"a": entry},
+    }

@@ -89,10 +89,12 @@ def test_the_last_screen_ranks_models_and_tells_whether_runs_are_equal(demo, equ
     estimate = {"bits_per_byte": 2.5, "bits_per_byte_standard_error": 0.1}
     scored = {**estimate, "documents": 3, "tokens": 50, "bytes": 100}
     reports = {
-        "before": {"corpora": [{**scored, "bits_per_byte": 8.0}]}, "after": {"corpora": [scored]}, "sample": {},
+        "before": {"corpora": [{**scored, "bits_per_byte": 8.0}]},
+        "after": {"corpora": [scored]},
+        "sample": {},
         "baselines": {**{f"order2_{key}": value for key, value in estimate.items()}, "xz9_bits_per_byte": 1.5},
         "compare": {"passed": equal, "largest_difference": {"loss_nats": 0.0, "weights": 0.0 if equal else 1e-7}},
-    }  # fmt: skip
+    }
     demo.reports.mkdir(parents=True)
     for name, report in reports.items():
         (demo.reports / f"{name}.json").write_text(json.dumps(report))
@@ -144,8 +146,18 @@ def test_every_demo_command_is_accepted_by_the_real_parsers(demo, monkeypatch):
         name = next(name for name in (" ".join(words[:2]), words[0]) if name in cli.COMMANDS)
         cli.parser_of(name).parse_intermixed_args(words[len(name.split()) :])
         names.append(name)
-    assert names == ["data prepare", "train", "train", "train", "compare", "baselines", "eval", "eval", "generate",
-                     "plot"]  # fmt: skip
+    assert names == [
+        "data prepare",
+        "train",
+        "train",
+        "train",
+        "compare",
+        "baselines",
+        "eval",
+        "eval",
+        "generate",
+        "plot",
+    ]
 
 
 @pytest.mark.ranks
@@ -156,8 +168,13 @@ def test_the_demo_runs_and_a_second_demo_reuses_everything(tmp_path, monkeypatch
     (tmp_path / "texts").mkdir()
     for module in sorted(Path(heapq.__file__).parent.glob("[a-d]*.py"))[:25]:
         (tmp_path / "texts" / module.name).write_text(module.read_text()[:8000])
-    corpus = {"source": {"kind": "folder", "path": "texts", "pattern": "*"}, "output": "corpora/stdlib",
-              "tokenizer": {"vocab_size": 400}, "workers": 1, "validation_fraction": 0.3}  # fmt: skip
+    corpus = {
+        "source": {"kind": "folder", "path": "texts", "pattern": "*"},
+        "output": "corpora/stdlib",
+        "tokenizer": {"vocab_size": 400},
+        "workers": 1,
+        "validation_fraction": 0.3,
+    }
     (tmp_path / "corpus.yaml").write_text(yaml.safe_dump(corpus))
     settings = yaml.safe_load((Path(__file__).parents[2] / "launch/recipes/demo.yaml").read_text())
     settings["model"] |= {"width": 16, "heads": 2, "ffn": 32, "block": 16, "ssm": {"state": 4, "chunk": 16}}

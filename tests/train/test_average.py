@@ -117,8 +117,13 @@ def literal_loss(run: Path, model: torch.nn.Module, sequences: int) -> float:
     from data_pipeline.serve.share import Share
 
     recipe = read_recipe(run)
-    loader = Loader(recipe.data, open_objective(recipe).validation, Share(length=32, rows=1, micro_rows=1),
-                    block=recipe.model.block, seed=0)  # fmt: skip
+    loader = Loader(
+        recipe.data,
+        open_objective(recipe).validation,
+        Share(length=32, rows=1, micro_rows=1),
+        block=recipe.model.block,
+        seed=0,
+    )
     found = []
     for row in range(sequences):
         (batch,) = loader.batches(row)

@@ -50,8 +50,11 @@ def test_recipes_have_more_than_45_numeric_settings() -> None:
     assert len(numbers()) > 45
 
 
-@pytest.mark.parametrize(("name", "recipe", "text"), numbers(), ids=lambda x: x if isinstance(x, str) and "(" not in x
-                         and " " not in x else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "recipe", "text"),
+    numbers(),
+    ids=lambda x: x if isinstance(x, str) and "(" not in x and " " not in x else "",
+)
 def test_impossible_values_are_refused_with_the_field_name(name, recipe, text) -> None:
     *sections, leaf = name.split(".")
     for value in (0, *IMPOSSIBLE):

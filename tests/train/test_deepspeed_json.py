@@ -24,8 +24,10 @@ def test_deepspeed_parses_every_completed_strategy_unchanged(path):
     assert completed["train_batch_size"] == 6
     assert not completed["bf16"]["enabled"]
     assert completed["torch_autocast"] == {
-        "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": [],
-    }  # fmt: skip
+        "enabled": True,
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
     assert "reduce_bucket_size" in completed["zero_optimization"]
 
 
@@ -48,7 +50,7 @@ def test_deepspeed_parses_every_completed_strategy_unchanged(path):
         ("[]", "expected an object"),
         ("{", "not readable as JSON"),
     ],
-)  # fmt: skip
+)
 def test_keys_ignored_by_deepspeed_or_set_by_the_recipe_are_refused(tmp_path, text, said):
     path = tmp_path / "strategy.json"
     path.write_text(text)

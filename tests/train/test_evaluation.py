@@ -59,8 +59,12 @@ def test_validation_loss_equals_plain_torch_over_all_micro_batches(
 @pytest.mark.ranks
 def test_a_block_without_labels_has_no_loss(recipe_file, tmp_path, on_ranks, unmeasured):
     """Once its loss was 0, as of a perfect model. A document of 4 n + 1 tokens has no label in its last block."""
-    recipe = recipe_file(model={"block": 4}, data={"documents": "isolated"}, evaluation={"every": 1, "sequences": 1},
-                         train={"sequence_length": 2048, "sequences": 1})  # fmt: skip
+    recipe = recipe_file(
+        model={"block": 4},
+        data={"documents": "isolated"},
+        evaluation={"every": 1, "sequences": 1},
+        train={"sequence_length": 2048, "sequences": 1},
+    )
     on_ranks(1, lambda ranks: train(Request(recipe, [], tmp_path / "run", False, 1), ranks))
     (line,) = [line for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "eval"]
     start, share = untrained(recipe), Share(length=2048, rows=1, micro_rows=1)

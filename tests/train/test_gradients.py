@@ -151,8 +151,14 @@ def test_the_z_loss_affects_gradients_but_not_the_reported_loss(recipe_file, on_
     """Compared with the formula in double precision in one process; with tied and separate head, slices and ranks."""
     weight = 0.05
     recipe = recipe_file(data={"documents": "isolated"}, train={"z_loss": weight})
-    cases = [[f"deepspeed=zero{stage}", f"model.tied={tied}", *layout] for stage, tied, layout in
-             ((1, "true", ["parallel.sp=2"]), (2, "false", ["train.slice_tokens=16"]), (3, "false", []))]  # fmt: skip
+    cases = [
+        [f"deepspeed=zero{stage}", f"model.tied={tied}", *layout]
+        for stage, tied, layout in (
+            (1, "true", ["parallel.sp=2"]),
+            (2, "false", ["train.slice_tokens=16"]),
+            (3, "false", []),
+        )
+    ]
     expected = {tied: literal_z_loss(recipe, weight, tied) for tied in ("true", "false")}
 
     def steps(ranks: Ranks) -> list:

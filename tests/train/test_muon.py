@@ -33,11 +33,19 @@ def model() -> LanguageModel:
     torch.manual_seed(0)
     return LanguageModel(
         ModelConfig(
-            width=16, heads=4, ffn=40, block=8, depth=2, vocab_size=29, mixer="bst", activation="swiglu",
+            width=16,
+            heads=4,
+            ffn=40,
+            block=8,
+            depth=2,
+            vocab_size=29,
+            mixer="bst",
+            activation="swiglu",
             attention={"kv_heads": 2},
-            ssm={"state": 4, "chunk": 4}, tied=False,
+            ssm={"state": 4, "chunk": 4},
+            tied=False,
         )
-    )  # fmt: skip
+    )
 
 
 def batch(step: int) -> Tensor:
@@ -62,10 +70,15 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor], list[
         decay = CONFIG.weight_decay if name == "matrices" else 0.0
         adam.append({"params": members, "lr": rate, "weight_decay": decay})
     optimizers = [
-        torch.optim.Muon(maps, lr=CONFIG.learning_rate, weight_decay=CONFIG.weight_decay, momentum=CONFIG.momentum,
-                         adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            maps,
+            lr=CONFIG.learning_rate,
+            weight_decay=CONFIG.weight_decay,
+            momentum=CONFIG.momentum,
+            adjust_lr_fn="match_rms_adamw",
+        ),
         torch.optim.AdamW(adam, betas=(CONFIG.beta1, CONFIG.beta2), eps=CONFIG.eps),
-    ]  # fmt: skip
+    ]
     norms = []
     for step in range(STEPS):
         own.zero_grad()

@@ -10,8 +10,9 @@ from bst_dist.train.optimizer import Groups, build
 
 
 def small_model() -> LanguageModel:
-    return LanguageModel(ModelConfig(vocab_size=11, width=8, heads=2, ffn=8, block=4, depth=2, mixer="bst",
-                                     ssm={"state": 4, "chunk": 4}))  # fmt: skip
+    return LanguageModel(
+        ModelConfig(vocab_size=11, width=8, heads=2, ffn=8, block=4, depth=2, mixer="bst", ssm={"state": 4, "chunk": 4})
+    )
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():
@@ -22,8 +23,10 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     assert set.union(*of_group.values()) == {id(p) for p in model.parameters()}
     assert id(model.embedding.weight) in of_group["vectors"]
     assert {group["name"]: group["weight_decay"] for group in optimizer.param_groups} == {
-        "matrices": 0.2, "vectors": 0.0, "ssm": 0.0,
-    }  # fmt: skip
+        "matrices": 0.2,
+        "vectors": 0.0,
+        "ssm": 0.0,
+    }
     assert optimizer.param_groups[2]["lr"] == 1e-4
 
 
@@ -39,9 +42,11 @@ def test_completep_scales_are_applied_and_restored_per_group():
     groups.apply(optimizer, 1.0)
     found = {g["name"]: (g["lr"], g["weight_decay"], g["eps"]) for g in optimizer.param_groups}
     assert found == {
-        "matrices": (1e-2 / 4, 0.2 * 4, 1e-8 * (1 / 12)), "vectors": (1e-2, 0.0, 1e-8 * (1 / 12)),
-        "ssm": (1e-3, 0.0, 1e-8 * (1 / 12)), "embedding": (1e-2, 0.0, 1e-8 / 4),
-    }  # fmt: skip
+        "matrices": (1e-2 / 4, 0.2 * 4, 1e-8 * (1 / 12)),
+        "vectors": (1e-2, 0.0, 1e-8 * (1 / 12)),
+        "ssm": (1e-3, 0.0, 1e-8 * (1 / 12)),
+        "embedding": (1e-2, 0.0, 1e-8 / 4),
+    }
 
 
 def test_the_optimizer_is_exactly_fused_torch_adamw():

@@ -33,8 +33,12 @@ def unsplit(corpus, tmp_path_factory) -> Path:
     (place / "texts").mkdir()
     for name in range(20):
         (place / f"texts/{name:02}.txt").write_text(" ".join(map(str, random.integers(0, 99, 200))))
-    settings = {"source": {"kind": "folder", "path": str(place / "texts")}, "output": str(place / "corpus"),
-                "tokenizer": {"reuse": str(corpus)}, "validation_fraction": 0}  # fmt: skip
+    settings = {
+        "source": {"kind": "folder", "path": str(place / "texts")},
+        "output": str(place / "corpus"),
+        "tokenizer": {"reuse": str(corpus)},
+        "validation_fraction": 0,
+    }
     prepare(parse(PrepareConfig, settings), Workers(None, 1), lambda *_: None)
     return place / "corpus"
 
@@ -71,8 +75,11 @@ def test_only_corpora_with_a_validation_split_are_evaluated(
     mixed = [{"corpus": str(unsplit), "weight": 3}, {"corpus": str(corpus), "weight": 1}]
     found = {}
     for name, data in [("alone", str(corpus)), ("mixed", mixed), ("named", str(unsplit))]:
-        recipe = recipe_file(data={"corpus": data, "prefetch": 0}, optimizer={"learning_rate": 1e-12},
-                             evaluation={"every": 3, "sequences": 4, "corpora": {"other": str(corpus)}})  # fmt: skip
+        recipe = recipe_file(
+            data={"corpus": data, "prefetch": 0},
+            optimizer={"learning_rate": 1e-12},
+            evaluation={"every": 3, "sequences": 4, "corpora": {"other": str(corpus)}},
+        )
         on_ranks(1, lambda ranks, to: train(Request(to[0], [], to[1], False, None), ranks), (recipe, tmp_path / name))
         found[name] = [line for line in read_lines(tmp_path / name / FILE) if line["kind"] in ("eval", "corpus")]
         assert json.loads((tmp_path / name / "outcome.json").read_text())["finished"] is True
@@ -87,8 +94,12 @@ def test_loss_of_each_corpus_in_a_mixture_equals_plain_torch(
     recipe_file, tmp_path, on_ranks, unmeasured, unsplit, corpus, world, changes
 ):
     mixed = [{"corpus": str(unsplit), "weight": 3}, {"corpus": str(corpus), "weight": 2}]
-    recipe = recipe_file(data={"corpus": mixed, "prefetch": 0}, train={"steps": 2, "sequences": 5},
-                         schedule={"warmup_steps": 0}, optimizer={"learning_rate": 1e-12})  # fmt: skip
+    recipe = recipe_file(
+        data={"corpus": mixed, "prefetch": 0},
+        train={"steps": 2, "sequences": 5},
+        schedule={"warmup_steps": 0},
+        optimizer={"learning_rate": 1e-12},
+    )
     request = Request(recipe, ["train.micro_sequences=2", *changes], tmp_path / "run", False, None)
     on_ranks(world, lambda ranks: train(request, ranks))
     alone = Request(recipe, [], tmp_path / "none", False, None)

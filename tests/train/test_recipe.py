@@ -63,18 +63,28 @@ def test_a_guard_that_could_never_roll_back_is_refused(settings, field):
     parse(Recipe, settings)
 
 
-@pytest.mark.parametrize(("override", "said"), [
-    ("model.placement=1", "model.placement: input should be a list, or input should be 'all' (got 1)"),
-    ("model.placement=[a]",
-     "model.placement.0: input should be a valid integer, unable to parse string as an integer (got 'a')"),
-    ("data.corpus=[{corpus: x, wieght: 2}]",
-     "unknown key 'data.corpus.0.wieght': did you mean 'data.corpus.0.weight'?"),
-    ("data={synthetic: {task: lag}}", "data.synthetic: task must be one of latent-unigram, copy, selective-copy, "
-     "induction, associative-recall, needle, in-context-recall, memorisation, not 'lag'"),
-    ("model.ssm.kernel=s5", "model.ssm: kernel must be one of s4d, s4-dplr, explicit, hyena, ssd, none, not 's5'"),
-    ("train=3", "train: input should be a section, with fields of its own (got 3)"),
-    ("log.profile=3", "log.profile: input should be a list (got 3)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.placement=1", "model.placement: input should be a list, or input should be 'all' (got 1)"),
+        (
+            "model.placement=[a]",
+            "model.placement.0: input should be a valid integer, unable to parse string as an integer (got 'a')",
+        ),
+        (
+            "data.corpus=[{corpus: x, wieght: 2}]",
+            "unknown key 'data.corpus.0.wieght': did you mean 'data.corpus.0.weight'?",
+        ),
+        (
+            "data={synthetic: {task: lag}}",
+            "data.synthetic: task must be one of latent-unigram, copy, selective-copy, "
+            "induction, associative-recall, needle, in-context-recall, memorisation, not 'lag'",
+        ),
+        ("model.ssm.kernel=s5", "model.ssm: kernel must be one of s4d, s4-dplr, explicit, hyena, ssd, none, not 's5'"),
+        ("train=3", "train: input should be a section, with fields of its own (got 3)"),
+        ("log.profile=3", "log.profile: input should be a list (got 3)"),
+    ],
+)
 def test_recipe_errors_are_one_line_without_pydantic_terms(override, said):
     """Each error is one line, without pydantic's names of types, tags and functions."""
     path = ROOT / "launch/recipes/demo.yaml"

@@ -44,14 +44,17 @@ def differences(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("changes", [
-    ("train.edges=host",),
-    ("data.documents=isolated", "train.edges=disk", "train.edges_every=2"),
-    ("data.mode=streaming", "train.carry=true"),
-    ("data.documents=masked", "data.mode=streaming", "train.carry=true"),
-    ("data.documents=masked", "model.context.variant=MF", "train.edges_every=2"),
-    ("model.mixer=block-recurrent", "model.block_recurrent.states=4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("train.edges=host",),
+        ("data.documents=isolated", "train.edges=disk", "train.edges_every=2"),
+        ("data.mode=streaming", "train.carry=true"),
+        ("data.documents=masked", "data.mode=streaming", "train.carry=true"),
+        ("data.documents=masked", "model.context.variant=MF", "train.edges_every=2"),
+        ("model.mixer=block-recurrent", "model.block_recurrent.states=4"),
+    ],
+)
 def test_a_run_in_slices_equals_the_run_without_slices(go, changes):
     """The same losses, norms and evaluations in every step; with documents, and with a carried past."""
     at_once = [change for change in changes if "edges" not in change]
@@ -120,17 +123,25 @@ def test_a_skipped_step_in_slices_changes_no_weight(go, tmp_path, monkeypatch, s
     assert all(torch.isfinite(value).all() for value in after.values())
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"train": {"slice_tokens": 12}}, "the nearest that does is 8"),
-    ({"train": {"slice_tokens": 24}}, "must be a multiple of model.block x parallel.sp = 8 x 1 and divide"),
-    ({"train": {"slice_tokens": 8}, "parallel": {"sp": 2}}, "the nearest that does is 16"),
-    ({"train": {"edges": "disk"}}, "train.edges disk: only slices have edges"),
-    ({"train": {"edges_every": 2}}, "train.edges_every 2: only slices have edges"),
-    ({"train": {"slice_tokens": 8, "edges_every": 4}}, "the 4 slices of a sequence: the fewest edges are kept with 2"),
-    ({"train": {"slice_tokens": 8}, "model": {"mixer": "full"}}, "full attention sees all keys before a slice"),
-    ({"train": {"slice_tokens": 8}, "model": {"mixer": "transformer-xl", "transformer_xl": {"window": 16}}},
-     "make it a multiple of 16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"slice_tokens": 12}}, "the nearest that does is 8"),
+        ({"train": {"slice_tokens": 24}}, "must be a multiple of model.block x parallel.sp = 8 x 1 and divide"),
+        ({"train": {"slice_tokens": 8}, "parallel": {"sp": 2}}, "the nearest that does is 16"),
+        ({"train": {"edges": "disk"}}, "train.edges disk: only slices have edges"),
+        ({"train": {"edges_every": 2}}, "train.edges_every 2: only slices have edges"),
+        (
+            {"train": {"slice_tokens": 8, "edges_every": 4}},
+            "the 4 slices of a sequence: the fewest edges are kept with 2",
+        ),
+        ({"train": {"slice_tokens": 8}, "model": {"mixer": "full"}}, "full attention sees all keys before a slice"),
+        (
+            {"train": {"slice_tokens": 8}, "model": {"mixer": "transformer-xl", "transformer_xl": {"window": 16}}},
+            "make it a multiple of 16",
+        ),
+    ],
+)
 def test_unsupported_slicing_is_refused_with_the_reason(settings, changes, message):
     changed = {section: {**settings.get(section, {}), **values} for section, values in changes.items()}
     with pytest.raises(ConfigError, match=message):

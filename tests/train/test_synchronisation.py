@@ -49,8 +49,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "SH ssd": {"mixer": "bst", "ssm": {"kernel": "ssd", "head": 4}},
     "SH DPLR": {"mixer": "bst", "ssm": {"kernel": "s4-dplr"}},
     "SH hyena": {"mixer": "bst", "ssm": {"kernel": "hyena", "length": LENGTH}},
-    "MF explicit": {"mixer": "bst", "context": {"variant": "MF", "states": 3},
-                    "ssm": {"kernel": "explicit", "length": LENGTH}},
+    "MF explicit": {
+        "mixer": "bst",
+        "context": {"variant": "MF", "states": 3},
+        "ssm": {"kernel": "explicit", "length": LENGTH},
+    },
     "without cross": {"mixer": "bst-no-cross"},
     "SH joint": {"mixer": "bst-joint"},
     "MF joint": {"mixer": "bst-joint", "context": {"variant": "MF", "states": 3}},
@@ -60,7 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "pure SSM": {"mixer": "ssm"},
     "Mamba-2": {"mixer": "mamba2", "mamba2": {"head": 8}},
     "Gated DeltaNet": {"mixer": "gated-deltanet"},
-}  # fmt: skip
+}
 
 
 class Waits(TorchDispatchMode):
@@ -118,8 +121,16 @@ def batch(documents: str) -> Batch:
     ids = np.ones((ROWS, LENGTH), np.int64)
     starts = np.zeros((ROWS, LENGTH // (BLOCK if documents == "isolated" else 1)), bool)
     rows = {"rows": np.arange(ROWS), "epochs": np.zeros(ROWS, np.int64), "continues": np.zeros(ROWS, bool)}
-    return Batch(ids, ids, ids > 0, starts=None if documents == "joined" else starts, corpora=rows["rows"],
-                 located=None, begin=0, **rows)  # fmt: skip
+    return Batch(
+        ids,
+        ids,
+        ids > 0,
+        starts=None if documents == "joined" else starts,
+        corpora=rows["rows"],
+        located=None,
+        begin=0,
+        **rows,
+    )
 
 
 @pytest.fixture

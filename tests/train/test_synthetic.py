@@ -110,8 +110,12 @@ def test_metrics_by_distance_equal_those_of_single_rows(go, capsys):
 @pytest.mark.parametrize("changes", [[], ["train.slice_tokens=16"]])
 def test_a_row_split_over_steps_equals_the_whole_row_without_learning(go, changes):
     """The past is carried from step to step, and dropped when the next row begins. Evaluations read whole rows."""
-    fixed = ["optimizer.learning_rate=1e-30", "optimizer.ssm_learning_rate=1e-30", "optimizer.weight_decay=0",
-             "data.synthetic.span=64"]  # fmt: skip
+    fixed = [
+        "optimizer.learning_rate=1e-30",
+        "optimizer.ssm_learning_rate=1e-30",
+        "optimizer.weight_decay=0",
+        "data.synthetic.span=64",
+    ]
     carried = go("carried", *fixed, *changes, "data.row_tokens=64", "train.carry=true", "train.steps=4")
     whole = go("whole", *fixed, "train.sequence_length=64", "train.steps=2")
     steps = [[line for line in read_lines(run / FILE) if line["kind"] == "train"] for run in (carried, whole)]

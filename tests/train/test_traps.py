@@ -24,8 +24,11 @@ from bst_dist.train.engine import Engine
 from bst_dist.train.start.request import Request, load, resolve
 
 KERNELS: list[dict[str, Any]] = [
-    {"kernel": "s4d"}, {"kernel": "s4-dplr"}, {"kernel": "explicit", "length": 16}, {"kernel": "hyena", "length": 16},
-]  # fmt: skip
+    {"kernel": "s4d"},
+    {"kernel": "s4-dplr"},
+    {"kernel": "explicit", "length": 16},
+    {"kernel": "hyena", "length": 16},
+]
 
 
 def model(**sections: Any) -> LanguageModel:
@@ -138,8 +141,9 @@ def test_dynamics_stay_in_single_precision_under_bf16_in_every_stage(recipe_file
             engine, seen = building.build_engine(start, ranks), set()
             for module in engine.module.modules():
                 if isinstance(module, S4D):
-                    module.register_forward_hook(lambda _, given, made, seen=seen: seen.add(
-                        f"{given[0].dtype} to {made.dtype}"))  # fmt: skip
+                    module.register_forward_hook(
+                        lambda _, given, made, seen=seen: seen.add(f"{given[0].dtype} to {made.dtype}")
+                    )
             ids = torch.randint(0, 29, (1, 32))
             engine.set_rates(1.0)
             for last in (True, True):

@@ -43,9 +43,11 @@ def prepared(place: Path, tokenizer: dict[str, Any]) -> Path:
     for name in range(30):
         (folder / f"{name:02}.txt").write_text(" ".join(map(str, random.integers(0, 99, 40 + 9 * name))))
     settings = {
-        "source": {"kind": "folder", "path": str(folder), "pattern": "*.txt"}, "output": str(output),
-        "tokenizer": tokenizer, "validation_fraction": 0.3,
-    }  # fmt: skip
+        "source": {"kind": "folder", "path": str(folder), "pattern": "*.txt"},
+        "output": str(output),
+        "tokenizer": tokenizer,
+        "validation_fraction": 0.3,
+    }
     with open_workers(1) as workers:
         prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
     return output
@@ -71,8 +73,11 @@ def test_loss_of_each_validation_corpus_equals_plain_torch(
     recipe_file, tmp_path, on_ranks, unmeasured, numbers, corpus, world, changes
 ):
     sets = {"numbers": str(numbers), "again": str(corpus)}
-    recipe = recipe_file(evaluation={"every": 1, "sequences": 7, "corpora": sets}, optimizer={"learning_rate": 1e-12},
-                         checkpoint={"every": 1, "keep_best_on": "numbers"})  # fmt: skip
+    recipe = recipe_file(
+        evaluation={"every": 1, "sequences": 7, "corpora": sets},
+        optimizer={"learning_rate": 1e-12},
+        checkpoint={"every": 1, "keep_best_on": "numbers"},
+    )
     changes = ["train.micro_sequences=2", *changes]
     on_ranks(world, lambda ranks: train(Request(recipe, changes, tmp_path / "run", False, 1), ranks))
     lines = read_lines(tmp_path / "run" / FILE)
@@ -124,8 +129,9 @@ def literal(start, url: str, sequences: int) -> np.ndarray:
     recipe = start.recipe
     torch.manual_seed(recipe.seed)
     model, data = start.objective.model().double().eval(), alone(recipe.data, url)  # served in shuffled mode
-    loader = Loader(data, open_corpora(data, "validation"), Share(length=32, rows=1, micro_rows=1),
-                    block=recipe.model.block, seed=0)  # fmt: skip
+    loader = Loader(
+        data, open_corpora(data, "validation"), Share(length=32, rows=1, micro_rows=1), block=recipe.model.block, seed=0
+    )
     found = np.zeros(sequences)
     for row in range(sequences):
         (batch,) = loader.batches(row)
@@ -137,8 +143,10 @@ def literal(start, url: str, sequences: int) -> np.ndarray:
 
 def test_a_corpus_that_is_missing_or_has_other_tokens_is_refused_before_ranks_start(recipe_file, tmp_path, numbers):
     other = prepared(tmp_path, {"vocab_size": 310})
-    for path, said in ((tmp_path / "nowhere", "nowhere: no prepared corpus there"),
-                       (other, "evaluation.corpora.numbers: .* has another tokenizer than")):  # fmt: skip
+    for path, said in (
+        (tmp_path / "nowhere", "nowhere: no prepared corpus there"),
+        (other, "evaluation.corpora.numbers: .* has another tokenizer than"),
+    ):
         request = Request(
             recipe_file(evaluation={"corpora": {"numbers": str(path)}}), [], tmp_path / "run", False, None
         )

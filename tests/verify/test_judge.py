@@ -21,8 +21,12 @@ def step(gradients: dict[str, torch.Tensor], loss: float = 3.0) -> Step:
 
 
 def noisy(size: float) -> Step:
-    return step({name: g + size * g.norm() / 20**0.5 * torch.randn(20, generator=GENERATOR, dtype=torch.float64)
-                 for name, g in EXACT.items()})  # fmt: skip
+    return step(
+        {
+            name: g + size * g.norm() / 20**0.5 * torch.randn(20, generator=GENERATOR, dtype=torch.float64)
+            for name, g in EXACT.items()
+        }
+    )
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-2, 1e-1])

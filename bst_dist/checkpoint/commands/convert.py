@@ -35,8 +35,13 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="DIR", help="where to write; must not exist")
     add_step(parser, "the newest")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the weights (default: fp32)")
-    parser.add_argument("--file-size", type=float, default=math.inf, metavar="BYTES",
-                        help="maximum size of a file in bytes (default: one file for everything)")  # fmt: skip
+    parser.add_argument(
+        "--file-size",
+        type=float,
+        default=math.inf,
+        metavar="BYTES",
+        help="maximum size of a file in bytes (default: one file for everything)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,6 +56,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         names = write_weights(folder, weights, dtypes, args.file_size, {"step": str(one.step)})
         shutil.copy(args.run / RECIPE, folder / RECIPE)
     written = sum(path.stat().st_size for path in args.output.iterdir())
-    print(f"{args.output}: {len(dtypes)} tensors of step {one.step}, {readable_size(written)} in {len(names)} "
-          f"file{'s' * (len(names) > 1)}, {args.dtype}")  # fmt: skip
+    print(
+        f"{args.output}: {len(dtypes)} tensors of step {one.step}, {readable_size(written)} in {len(names)} "
+        f"file{'s' * (len(names) > 1)}, {args.dtype}"
+    )
     return {"output": str(args.output), "step": one.step, "bytes": written, "files": names, "dtype": args.dtype}

@@ -48,14 +48,19 @@ def abandoned(run_dir: Path, there: Mapping[int, dict[str, Any]]) -> list[int]:
     starts = read_starts(run_dir)
 
     def left(step: int, manifest: dict[str, Any]) -> bool:
-        rolled_back = any(entry.back_to is not None and entry.back_to < step and manifest["skipped"] <= entry.skipped
-                          for entry in entries)  # fmt: skip
+        rolled_back = any(
+            entry.back_to is not None and entry.back_to < step and manifest["skipped"] <= entry.skipped
+            for entry in entries
+        )
         return rolled_back or any(
             start.get("from_step", step) < step and manifest["time"] < start["time"] for start in starts
         )
 
-    return [step for step, manifest in there.items()
-            if not (step in own and contains(manifest, own[step])) and left(step, manifest)]  # fmt: skip
+    return [
+        step
+        for step, manifest in there.items()
+        if not (step in own and contains(manifest, own[step])) and left(step, manifest)
+    ]
 
 
 def _copied_starts(environment: bytes | None) -> list[dict[str, Any]]:

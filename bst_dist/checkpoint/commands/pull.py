@@ -51,8 +51,9 @@ def _chosen(copy: RunCopy, step: int | None) -> int:
     there = copy.steps()
     if not there or step not in (None, *there):
         said = ", ".join(map(str, there)) or "none"
-        raise CheckpointError(f"{copy.url}: no complete checkpoint{'' if step is None else f' of step {step}'}; "
-                              f"there are: {said}")  # fmt: skip
+        raise CheckpointError(
+            f"{copy.url}: no complete checkpoint{'' if step is None else f' of step {step}'}; there are: {said}"
+        )
     if step is not None:
         return step
     full = next((one for one in there if is_full(copy.manifest(one))), there[0])

@@ -37,9 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", metavar="URL", help="where to: s3://bucket/run, gs://…, file:///path")
     add_step(parser, "the newest full one, and a newer one of only the weights")
     parser.add_argument(
-        "--keep", type=int, default=2, metavar="N",
+        "--keep",
+        type=int,
+        default=2,
+        metavar="N",
         help="how many of the newest to keep there, besides those pinned in RUN (default: 2)",
-    )  # fmt: skip
+    )
     parser.add_argument("--watch", action="store_true", help="send each new checkpoint until the run has finished")
 
 

@@ -46,8 +46,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, value in lines.items():
         say(f"{name:<12} {value}")
     _print_groups(manifest["groups"])
-    files = [[name, str(record["rank"]), readable_size(record["bytes"]), record["sha256"][:16]]
-             for name, record in manifest["files"].items()]  # fmt: skip
+    files = [
+        [name, str(record["rank"]), readable_size(record["bytes"]), record["sha256"][:16]]
+        for name, record in manifest["files"].items()
+    ]
     print_table(Sheet(("file", "rank", "size", "sha256"), files))
     return {"checkpoint": str(one.path), "pinned": one.pinned, "manifest": manifest}
 

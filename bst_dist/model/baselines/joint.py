@@ -121,8 +121,9 @@ def block_begins(keys: int, block: int, device: torch.device) -> Tensor:
     return place - place % block
 
 
-def within_blocks(q: Tensor, k: Tensor, v: Tensor, block: int,
-                  tiles: tuple[Tensor, ...] | None = None) -> PartialAttention:  # fmt: skip
+def within_blocks(
+    q: Tensor, k: Tensor, v: Tensor, block: int, tiles: tuple[Tensor, ...] | None = None
+) -> PartialAttention:
     """Attend from each token to its block's states up to its own; k, v (B, p + l, H, dh), p within the first block.
 
     `tiles`: those that FlexAttention visits if each block is a document; None: made when needed.

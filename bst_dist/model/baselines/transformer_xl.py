@@ -72,8 +72,9 @@ class SegmentAttention(SlidingAttention):
         name = f"documents further back: {length}, {keys}, {self.window}"
         return name, lambda: documents_further_back(starts, past, length, keys, self.window)
 
-    def _tiles_of(self, segment: Segment, documents: Documents | None,
-                  own: Tensor) -> tuple[str, Callable[[], tuple[Tensor, ...]]]:  # fmt: skip
+    def _tiles_of(
+        self, segment: Segment, documents: Documents | None, own: Tensor
+    ) -> tuple[str, Callable[[], tuple[Tensor, ...]]]:
         name, make = self._tiles(own.shape[1], segment.end - segment.begin, own.device, documents)
         return f"{name}, {segment}", make
 

@@ -136,8 +136,16 @@ class S4DPLR(nn.Module):
         name, make = columns_asked(starts, math.gcd(self.chunk, like.shape[1]))
         return {name: past.once(name, make)}
 
-    def _states(self, u: Tensor, a: Tensor, b: Tensor, over_chunk: Tensor, starts: Tensor | None, past: Past,
-                inside: bool = False) -> tuple:  # fmt: skip
+    def _states(
+        self,
+        u: Tensor,
+        a: Tensor,
+        b: Tensor,
+        over_chunk: Tensor,
+        starts: Tensor | None,
+        past: Past,
+        inside: bool = False,
+    ) -> tuple:
         """Return the state before each chunk, and the state that each chunk alone leaves: (B, m, F, Ds, N) each.
 
         `starts` (B, m or fewer): which runs of chunks begin a document. `inside`: see `scan.start_incoming_states`.

@@ -52,8 +52,9 @@ class S4D(nn.Module):
     With `shared_modes` all channels share one set of modes; each has its own step and read-out (as in DSS).
     """
 
-    def __init__(self, width: int, maps: int, config: SSMConfig, own_dynamics: bool = False,
-                 shared_modes: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, width: int, maps: int, config: SSMConfig, own_dynamics: bool = False, shared_modes: bool = False
+    ) -> None:
         super().__init__()
         modes, channels = config.state // 2, 1 if shared_modes else width
         sets = maps if own_dynamics else 1

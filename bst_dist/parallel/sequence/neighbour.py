@@ -142,8 +142,9 @@ class _Extend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, count: int, group: SequenceGroup, kind: str, ring: bool,
-                returning: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx, x: Tensor, count: int, group: SequenceGroup, kind: str, ring: bool, returning: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.count, ctx.group, ctx.kind, ctx.returning = count, group, kind, returning
         came = group.shift(x[:, -count:], kind, around=ring)()
         nothing = x.new_empty(0)

@@ -70,8 +70,9 @@ class Past:
         """
         return x
 
-    def extend_stacked(self, x: Tensor, y: Tensor, dim: int,
-                       extend: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def extend_stacked(
+        self, x: Tensor, y: Tensor, dim: int, extend: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Return the result of `extend`, a call of `extend` or `extend_to_blocks`, for two tensors stacked in `dim`.
 
         If nothing came before, they are not stacked, because stacking would copy both and their gradients.

@@ -61,16 +61,21 @@ class Activations:
         fused_loss: so does the loss, as on a GPU unless the recipe has `compile: false`.
     """
 
-    def __init__(self, model: ModelConfig, bf16: bool, documents: str = "joined", fused: bool = True,
-                 fused_loss: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self, model: ModelConfig, bf16: bool, documents: str = "joined", fused: bool = True, fused_loss: bool = True
+    ) -> None:
         self.model, self.bf16, self.documents, self.fused = model, bf16, documents, fused
         self.fused_loss = fused and fused_loss
         self._known: dict[Any, Any] = {}
 
     def layer(
-        self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool,
+        self,
+        mixer: str,
+        checkpointing: ActivationCheckpointingConfig,
+        slice_: Slice,
+        zero3: bool,
         compiled: bool = False,
-    ) -> Part:  # fmt: skip
+    ) -> Part:
         """Return the figures of one layer.
 
         Policies that recompute a layer in the same way share one run. Memory is affine in the rows (its peak nearly so:
@@ -218,8 +223,7 @@ class Activations:
     def _messages(self, mixer: str, slice_: Slice) -> dict[str, int]:
         one = self.model.model_copy(update={"depth": 1, "mixer": mixer, "placement": "all"})
         with self._fused():
-            return rehearse(one, slice_.sp, slice_.rows, slice_.length, self.bf16, self.documents,
-                            stream=slice_.stream)  # fmt: skip
+            return rehearse(one, slice_.sp, slice_.rows, slice_.length, self.bf16, self.documents, stream=slice_.stream)
 
     def _head(self, tokens: int) -> Part:
         with self._stage(zero3=False) as live:
@@ -282,8 +286,14 @@ def _known(model: str, bf16: bool, documents: str, fused_loss: bool) -> Activati
     return Activations(ModelConfig.model_validate_json(model), bf16, documents, fused_loss=fused_loss)
 
 
-def _run(live: LiveBytes, module: nn.Module, shape: tuple[int, ...], call: Callable[[Tensor], Tensor],
-         host: Callable[[], int], autocast: Callable[[], Any]) -> Part:  # fmt: skip
+def _run(
+    live: LiveBytes,
+    module: nn.Module,
+    shape: tuple[int, ...],
+    call: Callable[[Tensor], Tensor],
+    host: Callable[[], int],
+    autocast: Callable[[], Any],
+) -> Part:
     """Run `call` forward and backward, and return its figures.
 
     Only autograd holds references to its input, its output and their gradients.
@@ -299,9 +309,13 @@ def _run(live: LiveBytes, module: nn.Module, shape: tuple[int, ...], call: Calla
     live.mark()
     end.backward()
     return Part(
-        kept=kept - before, casts=inside - kept, forward=forward - before, backward=live.peak - kept, host=away,
+        kept=kept - before,
+        casts=inside - kept,
+        forward=forward - before,
+        backward=live.peak - kept,
+        host=away,
         launches=live.launched - launched,
-    )  # fmt: skip
+    )
 
 
 class _Source(torch.autograd.Function):

@@ -178,10 +178,13 @@ class _Bytes:
         _, *gradients = backward.graph.output_node().args[0]  # the first is the input's
         of_weights = self._counted([one for one in gradients if one is not None], elsewhere)
         return Part(
-            kept=kept, casts=0, forward=self._most(forward, [x], elsewhere),
-            backward=self._most(backward, given, elsewhere) - kept, gradients=sum(of_weights.values()),
+            kept=kept,
+            casts=0,
+            forward=self._most(forward, [x], elsewhere),
+            backward=self._most(backward, given, elsewhere) - kept,
+            gradients=sum(of_weights.values()),
             launches=_launches(forward) + _launches(backward),
-        )  # fmt: skip
+        )
 
     def storages(self, node: fx.Node) -> dict[int, int]:
         """Return the bytes of each storage that an operation returns, by storage."""
@@ -203,8 +206,12 @@ class _Bytes:
         A storage lives from the operation that makes it to the last one that reads it; outputs live to the end.
         """
         nodes = list(module.graph.nodes)
-        last = {key: place for place, node in enumerate(nodes) for one in (node, *node.all_input_nodes)
-                for key in self.storages(one)}  # fmt: skip
+        last = {
+            key: place
+            for place, node in enumerate(nodes)
+            for one in (node, *node.all_input_nodes)
+            for key in self.storages(one)
+        }
         ending: dict[int, list[int]] = {}
         for key, place in last.items():
             ending.setdefault(place, []).append(key)

@@ -174,10 +174,15 @@ class _Step:
         host = sum(part.host for part in self.layers) + self.edges_on_host
         average = (self.state.master or self.state.weights) if self.work.averaged else 0  # of the rank's own share
         return Memory(
-            phase=name, weights=self.state.weights, optimizer=self.state.master + self.state.moments + average,
-            gradients=gradients, activations=activations + self.inputs + self.edges, loss=loss, buffers=buffers,
+            phase=name,
+            weights=self.state.weights,
+            optimizer=self.state.master + self.state.moments + average,
+            gradients=gradients,
+            activations=activations + self.inputs + self.edges,
+            loss=loss,
+            buffers=buffers,
             host=host,
-        )  # fmt: skip
+        )
 
 
 AT_WORK = 4

@@ -107,9 +107,14 @@ class Sizes:
         own = 0 if model.output is None else model.output.weight.numel()
         half = _sent_in_half(model) if bf16 else ()
         return Sizes(
-            tuple(groups), tuple(layers), model.embedding.weight.numel(), model.norm.weight.numel(), own,
-            frozenset(half), tuple(work),
-        )  # fmt: skip
+            tuple(groups),
+            tuple(layers),
+            model.embedding.weight.numel(),
+            model.norm.weight.numel(),
+            own,
+            frozenset(half),
+            tuple(work),
+        )
 
     @cached_property
     def by_layer(self) -> Sizes:

@@ -39,26 +39,44 @@ Plan = list[tuple[Intervention, tuple[int, ...]]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = "; ".join(f"{name}{':STRENGTH' if kind.strengths else ''} ({kind.text})" for name, kind in KINDS.items())
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
-    parser.add_argument("--interventions", metavar="KIND[:STRENGTH]", nargs="+",
-                        help=f"which to apply (default: all, at several strengths). {kinds}")  # fmt: skip
-    parser.add_argument("--layers", metavar="LAYER", nargs="+",
-                        help=(
-                            "layer numbers from 0, or `all` for all at once (default: each alone, and all)"
-                        ))  # fmt: skip
-    parser.add_argument("--documents", metavar="N", type=int, default=64,
-                        help=(
-                            "number of documents to read, evenly spread over the split (default: %(default)s)"
-                        ))  # fmt: skip
-    parser.add_argument("--tokens", metavar="T", type=int,
-                        help="tokens to read from the beginning of each document "
-                        "(default: 8 x train.sequence_length)")  # fmt: skip
+    parser.add_argument(
+        "--interventions",
+        metavar="KIND[:STRENGTH]",
+        nargs="+",
+        help=f"which to apply (default: all, at several strengths). {kinds}",
+    )
+    parser.add_argument(
+        "--layers",
+        metavar="LAYER",
+        nargs="+",
+        help=("layer numbers from 0, or `all` for all at once (default: each alone, and all)"),
+    )
+    parser.add_argument(
+        "--documents",
+        metavar="N",
+        type=int,
+        default=64,
+        help=("number of documents to read, evenly spread over the split (default: %(default)s)"),
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="T",
+        type=int,
+        help="tokens to read from the beginning of each document (default: 8 x train.sequence_length)",
+    )
     parser.add_argument("--split", default="validation", help="the documents to read (default: %(default)s)")
-    parser.add_argument("--corpus", metavar="CORPUS",
-                        help="another prepared corpus of the same tokenizer (default: its recipe's)")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="STEP", type=int,
-                        help="weights after this step (default: those of the newest valid checkpoint)")  # fmt: skip
-    parser.add_argument("--seed", type=at_least(0), default=0,
-                        help="seed of noise and shuffling (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--corpus", metavar="CORPUS", help="another prepared corpus of the same tokenizer (default: its recipe's)"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="STEP",
+        type=int,
+        help="weights after this step (default: those of the newest valid checkpoint)",
+    )
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, help="seed of noise and shuffling (default: %(default)s)"
+    )
     parser.add_argument("--out", metavar="PATH", type=picture, help="the figure to draw: .png, .pdf or .svg")
 
 
@@ -70,9 +88,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     trained = open_run(args.run, args.checkpoint)
     planned, left_out = plan(trained, args.interventions, args.layers)
     report: dict[str, Any] = {
-        "run": str(args.run), "step": trained.step, "split": args.split, "seed": args.seed, "left_out": left_out,
+        "run": str(args.run),
+        "step": trained.step,
+        "split": args.split,
+        "seed": args.seed,
+        "left_out": left_out,
         "corpora": [],
-    }  # fmt: skip
+    }
     opened = open_text(trained, args.split, args.corpus)
     with deferred_interrupt() as stop_requested:
         for number, corpus in enumerate(opened):
@@ -172,9 +194,15 @@ def measure(
     recipe = trained.recipe
     with stages(Console()) as report:
         return ablate(
-            trained.model, text, planned, slice_length=recipe.train.sequence_length, precision=recipe.train.precision,
-            seed=seed, stopped=stopped, progress=lambda done: report("ablate", done, (1 + len(planned)) * text.tokens),
-        )  # fmt: skip
+            trained.model,
+            text,
+            planned,
+            slice_length=recipe.train.sequence_length,
+            precision=recipe.train.precision,
+            seed=seed,
+            stopped=stopped,
+            progress=lambda done: report("ablate", done, (1 + len(planned)) * text.tokens),
+        )
 
 
 def _show(args: argparse.Namespace, trained: Trained, where: str, found: Ablation) -> None:
@@ -182,11 +210,15 @@ def _show(args: argparse.Namespace, trained: Trained, where: str, found: Ablatio
     bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte.value:.4f} bits per byte"
     for one in found.increases:
         name = str(one.intervention)
-        rows.append([
-            name if name != before else "", str(one.layers[0]) if len(one.layers) == 1 else "all",
-            one.loss.text(4, sign=True), "" if one.bits_per_byte is None else one.bits_per_byte.text(4, sign=True),
-            *(f"{one.in_document[place].value:+.4f}" for place in (0, -1)),
-        ])  # fmt: skip
+        rows.append(
+            [
+                name if name != before else "",
+                str(one.layers[0]) if len(one.layers) == 1 else "all",
+                one.loss.text(4, sign=True),
+                "" if one.bits_per_byte is None else one.bits_per_byte.text(4, sign=True),
+                *(f"{one.in_document[place].value:+.4f}" for place in (0, -1)),
+            ]
+        )
         before = name
     print_table(
         Sheet(("", "layer", "nats per token", "bits per byte", "first block", f"from {last:,}"), rows),

@@ -28,8 +28,10 @@ def draw(found: Ablation, trained_length: int) -> Figure:
     figure = Figure(figsize=(INCHES[0], max(4.2, 1.2 + 0.3 * len(names))), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.15))
     cost, document, block = (
-        figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1]),
-    )  # fmt: skip
+        figure.add_subplot(grid[:, 0]),
+        figure.add_subplot(grid[0, 1]),
+        figure.add_subplot(grid[1, 1]),
+    )
     _costs(cost, found.increases, names)
     for increase, colour in zip(_telling(found.increases), COLOURS, strict=False):
         _by_place(document, found.document_edges, increase.in_document, colour, str(increase.intervention))
@@ -59,10 +61,12 @@ def _costs(axes: Axes, found: Sequence[Increase], names: list[str]) -> None:
             [increase.loss.value for increase in chosen],
             [names.index(str(increase.intervention)) + shift for increase in chosen],
             xerr=[2 * (increase.loss.standard_error or 0.0) for increase in chosen],
-            fmt="o", markersize=3.5 if group == "all" else 2.5, linewidth=0.8,
+            fmt="o",
+            markersize=3.5 if group == "all" else 2.5,
+            linewidth=0.8,
             color="#000000" if group == "all" else COLOURS[(number - 1) % len(COLOURS)],
             label="all at once" if group == "all" else f"layer {group}",
-        )  # fmt: skip
+        )
     axes.axvline(0, color=GREY, linewidth=0.6)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -90,8 +94,16 @@ def _finish(document: Axes, block: Axes, edges: list[int], trained_length: int) 
     document.set_title("by the token's place in its document")
     if edges[0] < trained_length < edges[-1]:
         document.axvline(trained_length, color=GREY, linewidth=0.8, linestyle=":")
-        document.annotate("trained on", (trained_length, 0.94), xycoords=("data", "axes fraction"), ha="right",
-                          va="top", rotation=90, fontsize=6.5, color="#555555")  # fmt: skip
+        document.annotate(
+            "trained on",
+            (trained_length, 0.94),
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            va="top",
+            rotation=90,
+            fontsize=6.5,
+            color="#555555",
+        )
     block.set_title("by the token's place in its block")
     block.set_xlabel("tokens before")
     for axes in (document, block):

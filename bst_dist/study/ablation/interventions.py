@@ -42,8 +42,9 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "zero": Kind("context", "context states are zero"),
-    "shuffle": Kind("context", "a block sees the states of one of that many blocks before it, drawn at random",
-                    (16,), whole=True),
+    "shuffle": Kind(
+        "context", "a block sees the states of one of that many blocks before it, drawn at random", (16,), whole=True
+    ),
     "delay": Kind("context", "a block sees the states of that many blocks earlier", (1, 4), whole=True),
     "noise": Kind("context", "noise is added, of that many times the root mean square of each state", (0.3, 1)),
     "replace": Kind("context", "states are replaced by noise of that many times their root mean square", (1,)),
@@ -51,7 +52,7 @@ KINDS: dict[str, Kind] = {
     "no-cross": Kind("cross", "cross-attention gives zero"),
     "own-block": Kind("self", "self-attention sees only its own block"),
     "no-self": Kind("self", "self-attention gives zero"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

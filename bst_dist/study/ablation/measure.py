@@ -150,18 +150,25 @@ def block_bins(block: int) -> np.ndarray:
 
 
 def losses(
-    model: LanguageModel, text: Text, slice_length: int, precision: str, progress: Callable[[int], None],
+    model: LanguageModel,
+    text: Text,
+    slice_length: int,
+    precision: str,
+    progress: Callable[[int], None],
     stopped: Callable[[], bool] = lambda: False,
-) -> Losses | None:  # fmt: skip
+) -> Losses | None:
     """Score the text with the model as it is; return None once `stopped` is true. `progress` gets the tokens done."""
     block, done = model.config.block, 0
     longest = int(text.predicted.max())
     edges, edges_in_block = document_bins(longest, block), block_bins(min(block, longest))
     shapes = (len(text.lengths), len(edges) - 1), (len(text.lengths), len(edges_in_block) - 1)
     found = Losses(
-        edges, edges_in_block, *map(np.zeros, shapes), *(np.zeros(shape, np.int64) for shape in shapes),
+        edges,
+        edges_in_block,
+        *map(np.zeros, shapes),
+        *(np.zeros(shape, np.int64) for shape in shapes),
         np.zeros(len(text.lengths), np.int64),
-    )  # fmt: skip
+    )
     pieces = streams(text.lengths, None, first=int(text.begin is None))
     for part in score_slices(
         model, text.corpus, pieces, begin=text.begin, slice_length=slice_length, precision=precision
@@ -215,13 +222,19 @@ def summary(untouched: Losses, increases: list[Increase], time_s: float) -> Abla
     tokens, nats = untouched.tokens.sum(1), untouched.nats.sum(1)
     read = tokens > 0
     return Ablation(
-        int(read.sum()), int(tokens.sum()), int(untouched.bytes.sum()),
-        ratio(nats[read], tokens[read]), bits_per_byte(nats[read], untouched.bytes[read]),
-        untouched.document_edges.tolist(), untouched.tokens.sum(0).tolist(),
+        int(read.sum()),
+        int(tokens.sum()),
+        int(untouched.bytes.sum()),
+        ratio(nats[read], tokens[read]),
+        bits_per_byte(nats[read], untouched.bytes[read]),
+        untouched.document_edges.tolist(),
+        untouched.tokens.sum(0).tolist(),
         by_place(untouched.nats, untouched.tokens),
-        untouched.block_edges.tolist(), by_place(untouched.nats_in_block, untouched.tokens_in_block),
-        increases, time_s,
-    )  # fmt: skip
+        untouched.block_edges.tolist(),
+        by_place(untouched.nats_in_block, untouched.tokens_in_block),
+        increases,
+        time_s,
+    )
 
 
 def ablate(

@@ -53,8 +53,7 @@ class Compared:
 
     def report(self) -> dict[str, Any]:
         """Return the machine-readable report. Its names contain the units; unknown values are left out."""
-        place = {"name": self.name, "run": str(self.run_dir), "status": self.status.word,
-                 "standing": self.status.text}  # fmt: skip
+        place = {"name": self.name, "run": str(self.run_dir), "status": self.status.word, "standing": self.status.text}
         return place | entries(self.figures) | (entries(self.differences) if self.differences else {})
 
 
@@ -73,8 +72,12 @@ class Comparison:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directories of two runs or more")
-    parser.add_argument("--plot", metavar="PATH", type=picture, help="also draw the curves, over tokens and over time: "
-                        "a png, pdf or svg")  # fmt: skip
+    parser.add_argument(
+        "--plot",
+        metavar="PATH",
+        type=picture,
+        help="also draw the curves, over tokens and over time: a png, pdf or svg",
+    )
     parser.add_argument("--equal", action="store_true", help="check that two runs are bitwise equal")
 
 
@@ -102,18 +105,28 @@ def compare(runs: dict[str, RunSummary]) -> Comparison:
     first, *others = runs.values()
     return Comparison(
         _recipe_differences(runs),
-        [Compared(name, one.result.directory, one.status, one.figures(),
-                  pairs.differences(first, one) if one in others else None)
-         for name, one in runs.items()],
-    )  # fmt: skip
+        [
+            Compared(
+                name,
+                one.result.directory,
+                one.status,
+                one.figures(),
+                pairs.differences(first, one) if one in others else None,
+            )
+            for name, one in runs.items()
+        ],
+    )
 
 
 def _recipe_differences(runs: dict[str, RunSummary]) -> dict[str, list[Any]]:
     """Return the fields that differ between recipes, except the name, with one value per run (None: no such field)."""
     recipes = [one.recipe for one in runs.values()]
     found = {field: [recipe.get(field) for recipe in recipes] for recipe in recipes for field in recipe}
-    return {field: values for field, values in found.items()
-            if field != "name" and any(value != values[0] for value in values)}  # fmt: skip
+    return {
+        field: values
+        for field, values in found.items()
+        if field != "name" and any(value != values[0] for value in values)
+    }
 
 
 def show(found: Comparison) -> None:
@@ -161,19 +174,26 @@ def _notes(runs: Sequence[Compared]) -> str:
     documents = sorted({of.documents for one in runs for of in (one.figures.scored or {}).values() if of.documents})
     differences = [one.differences for one in runs if one.differences]
     notes = (
-        (any(one.figures.train_loss_nats is not None for one in runs),
-         f"¹ mean of the last steps, at most {LAST_STEPS}"),
-        (any(of.train_difference_nats for of in differences),
-         f"² nats per token on the same batches, the last steps that both took, at most {LAST_STEPS}, ± standard error "
-         "over them"),
-        (any(of.validation_difference_nats is not None for of in differences),
-         "³ nats per token on the same sequences, after the last step at which both were evaluated; its error is not "
-         "known from sums over sequences"),
-        (any(one.figures.scored for one in runs),
-         f"⁴ `bst eval` of {' or '.join(map(str, documents))} whole documents, ± over documents"),
-        (any(of.scored_difference for of in differences),
-         "⁵ bits per byte on the same documents, ± over documents"),
-    )  # fmt: skip
+        (
+            any(one.figures.train_loss_nats is not None for one in runs),
+            f"¹ mean of the last steps, at most {LAST_STEPS}",
+        ),
+        (
+            any(of.train_difference_nats for of in differences),
+            f"² nats per token on the same batches, the last steps that both took, at most {LAST_STEPS}, ± standard "
+            "error over them",
+        ),
+        (
+            any(of.validation_difference_nats is not None for of in differences),
+            "³ nats per token on the same sequences, after the last step at which both were evaluated; its error is "
+            "not known from sums over sequences",
+        ),
+        (
+            any(one.figures.scored for one in runs),
+            f"⁴ `bst eval` of {' or '.join(map(str, documents))} whole documents, ± over documents",
+        ),
+        (any(of.scored_difference for of in differences), "⁵ bits per byte on the same documents, ± over documents"),
+    )
     return "\n".join(text for shown, text in notes if shown)
 
 
@@ -256,8 +276,10 @@ def _equal(one: Path, other: Path) -> dict[str, Any]:
     for name, difference in found.largest_difference.items():
         where = f"weights at {found.checkpoint}" if name == "weights" else f"{name.replace('_', ' ')}, any step"
         rows.append([where, f"{difference}"])
-    print_table(Sheet(("", "largest difference"), rows),
-                f"{one} and {other}: {found.steps:,} steps, {found.evaluations} evaluations")  # fmt: skip
+    print_table(
+        Sheet(("", "largest difference"), rows),
+        f"{one} and {other}: {found.steps:,} steps, {found.evaluations} evaluations",
+    )
     for line in found.recipe_differences:
         say(f"the recipes differ in {line}")
     Console().print("[green]equal to the last bit" if found.passed else "[red]NOT equal")

@@ -81,8 +81,13 @@ def smoothed(axes: Axes, where: np.ndarray, values: np.ndarray, look: dict[str, 
     axes.plot(where[index], (sums[index + around + 1] - sums[index - around]) / (2 * around + 1), **look)
 
 
-def evaluations(axes: Axes, lines: list[dict[str, Any]], where: Mapping[int, float], look: dict[str, str],
-                quantity: str = "bits_per_byte") -> None:  # fmt: skip
+def evaluations(
+    axes: Axes,
+    lines: list[dict[str, Any]],
+    where: Mapping[int, float],
+    look: dict[str, str],
+    quantity: str = "bits_per_byte",
+) -> None:
     """Draw a dot for each evaluation. `where` maps a step to its position on the x axis.
 
     The `tokens` of an evaluation line are not the position: they count the tokens that the evaluation read.
@@ -90,8 +95,14 @@ def evaluations(axes: Axes, lines: list[dict[str, Any]], where: Mapping[int, flo
     seen = {0: 0.0, **where}
     dots = [(seen[line["step"]], line[quantity]) for line in lines if line["step"] in seen and quantity in line]
     if dots:
-        axes.plot(*zip(*dots, strict=True), "o", color=look["color"], markersize=4, markeredgecolor="white",
-                  markeredgewidth=0.6)  # fmt: skip
+        axes.plot(
+            *zip(*dots, strict=True),
+            "o",
+            color=look["color"],
+            markersize=4,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+        )
 
 
 def _finish(loss: Axes, small: dict[str, Axes]) -> None:
@@ -119,8 +130,12 @@ def read_runs(directories: list[Path]) -> dict[str, Result]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
-    parser.add_argument("--out", metavar="PATH", type=picture,
-                        help="the file to draw (default: curves.png in the first run's directory)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        type=picture,
+        help="the file to draw (default: curves.png in the first run's directory)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -56,8 +56,11 @@ def _loss(axes: Axes, one: RunSummary, where: np.ndarray, look: dict[str, str]) 
 def _unit(runs: Mapping[str, RunSummary]) -> tuple[str, float]:
     """Return the name and the seconds of a suitable time unit for the longest run."""
     longest = max(one.result.time_s() for one in runs.values())
-    return next((name, size) for name, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
-                if longest > 2 * size or size == 1.0)  # fmt: skip
+    return next(
+        (name, size)
+        for name, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
+        if longest > 2 * size or size == 1.0
+    )
 
 
 def _finish(tokens: Axes, time: Axes, difference: Axes, speed: Axes, unit: str) -> None:

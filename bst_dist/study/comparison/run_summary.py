@@ -91,14 +91,18 @@ class RunSummary:
         result, last = self.result, self.result.train[-LAST_STEPS:]
         evaluated = result.evaluations[-1] if result.evaluations else {}
         return Figures(
-            self.parameters, self.ranks, result.step, last[-1].get("tokens") if last else None, len(last) or None,
+            self.parameters,
+            self.ranks,
+            result.step,
+            last[-1].get("tokens") if last else None,
+            len(last) or None,
             *(_of(fmean, last, key) for key in ("loss_nats", "bits_per_byte", "accuracy")),
             _of(median, result.warm, "tokens_per_s"),
             *(_known(evaluated.get(key)) for key in ("step", "loss_nats", "bits_per_byte", "accuracy")),
             max((line["memory_bytes"] for line in result.performance), default=None),
             _time_s(result) or None,
             {name: documents.scored for name, documents in self.documents.items()} or None,
-        )  # fmt: skip
+        )
 
 
 def summarise(run_dir: Path) -> RunSummary:

@@ -119,6 +119,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = [["order-2 byte model, trained on the training text", str(order2)], ["xz -9, this text alone", str(xz)]]
     print_table(Sheet(("", "bits per byte"), rows), title)
     return {
-        "corpus": str(args.corpus), "split": args.split, "documents": len(held_out), "bytes": size,
-        **order2.report("order2_bits_per_byte"), "xz9_bits_per_byte": xz.value, "time_s": time.perf_counter() - started,
-    }  # fmt: skip
+        "corpus": str(args.corpus),
+        "split": args.split,
+        "documents": len(held_out),
+        "bytes": size,
+        **order2.report("order2_bits_per_byte"),
+        "xz9_bits_per_byte": xz.value,
+        "time_s": time.perf_counter() - started,
+    }

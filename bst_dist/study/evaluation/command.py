@@ -46,13 +46,25 @@ from bst_dist.train.rundir import read_recipe
 from data_pipeline.synthetic.config import SyntheticConfig
 
 DOCUMENTS, LENGTHS, HARNESS, SYNTHETIC, NEEDLE = (
-    "whole documents", "--lengths", "--harness", "synthetic tasks", "--needle"
-)  # fmt: skip
+    "whole documents",
+    "--lengths",
+    "--harness",
+    "synthetic tasks",
+    "--needle",
+)
 OPTIONS = {
-    "context": (DOCUMENTS,), "corpus": (DOCUMENTS, LENGTHS, NEEDLE), "tokens": (LENGTHS,), "plot": (LENGTHS,),
-    "harness_tasks": (HARNESS,), "limit": (HARNESS,), "fewshot": (HARNESS,),
-    "rows": (SYNTHETIC, NEEDLE), "length": (SYNTHETIC,), "batch_size": (DOCUMENTS, LENGTHS), "ranks": (DOCUMENTS,),
-}  # fmt: skip
+    "context": (DOCUMENTS,),
+    "corpus": (DOCUMENTS, LENGTHS, NEEDLE),
+    "tokens": (LENGTHS,),
+    "plot": (LENGTHS,),
+    "harness_tasks": (HARNESS,),
+    "limit": (HARNESS,),
+    "fewshot": (HARNESS,),
+    "rows": (SYNTHETIC, NEEDLE),
+    "length": (SYNTHETIC,),
+    "batch_size": (DOCUMENTS, LENGTHS),
+    "ranks": (DOCUMENTS,),
+}
 """Option -> the evaluations that it applies to."""
 FILES = {DOCUMENTS: "documents", LENGTHS: "lengths", HARNESS: "harness", SYNTHETIC: "synthetic", NEEDLE: "needle"}
 """Evaluation -> its part of the report's file name in the run directory."""
@@ -61,43 +73,69 @@ FILES = {DOCUMENTS: "documents", LENGTHS: "lengths", HARNESS: "harness", SYNTHET
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
     parser.add_argument("--split", default="validation", help="the documents to read (default: %(default)s)")
-    parser.add_argument("--corpus", metavar="CORPUS",
-                        help="another prepared corpus of the same tokenizer (default: its recipe's)")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="STEP", type=int,
-                        help="weights after this step (default: those of the newest valid checkpoint)")  # fmt: skip
+    parser.add_argument(
+        "--corpus", metavar="CORPUS", help="another prepared corpus of the same tokenizer (default: its recipe's)"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="STEP",
+        type=int,
+        help="weights after this step (default: those of the newest valid checkpoint)",
+    )
     parser.add_argument("--averaged", action="store_true", help="evaluate the averaged weights (train.average)")
-    parser.add_argument("--context", metavar="L", type=int, help=(
-        "reset the model's state after every L tokens (default: only at the beginning of a document)"
-    ))  # fmt: skip
+    parser.add_argument(
+        "--context",
+        metavar="L",
+        type=int,
+        help=("reset the model's state after every L tokens (default: only at the beginning of a document)"),
+    )
     parser.add_argument(
         "--precision", choices=["fp32", "bf16"], help="precision of matrix products (default: as trained)"
     )
-    parser.add_argument("--batch-size", metavar="N", type=int, help="at most N documents or sequences per forward "
-                        f"pass (default: as many as make {TOKENS_AT_ONCE:,} tokens)")  # fmt: skip
-    parser.add_argument("--ranks", metavar="N", type=at_least(1),
-                        help=(
-                            "processes on this machine that share the documents, each with its own device (default: 1)"
-                        ))  # fmt: skip
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=int,
+        help=f"at most N documents or sequences per forward pass (default: as many as make {TOKENS_AT_ONCE:,} tokens)",
+    )
+    parser.add_argument(
+        "--ranks",
+        metavar="N",
+        type=at_least(1),
+        help=("processes on this machine that share the documents, each with its own device (default: 1)"),
+    )
     lengths = parser.add_argument_group("length generalisation")
     lengths.add_argument("--lengths", metavar="L,L", type=_lengths, help="lengths in tokens, multiples of the block")
     lengths.add_argument("--tokens", metavar="N", type=int, help="read at most N tokens (default: the whole split)")
-    lengths.add_argument("--plot", metavar="PATH", type=picture,
-                         help="draw the loss by position and by length: png, pdf or svg")  # fmt: skip
+    lengths.add_argument(
+        "--plot", metavar="PATH", type=picture, help="draw the loss by position and by length: png, pdf or svg"
+    )
     keys = parser.add_argument_group("pass keys in text")
-    keys.add_argument("--needle", metavar="L,L", type=_lengths, nargs="?", const=[],
-                      help="lengths of the texts in tokens (default: the trained one)")  # fmt: skip
+    keys.add_argument(
+        "--needle",
+        metavar="L,L",
+        type=_lengths,
+        nargs="?",
+        const=[],
+        help="lengths of the texts in tokens (default: the trained one)",
+    )
     tasks = parser.add_argument_group("runs that learn a synthetic task")
-    tasks.add_argument("--rows", metavar="N", type=at_least(1),
-                       help=f"rows to read (default: {synthetic.ROWS}; with --needle: {needle.ROWS} per line of the "
-                       "table)")  # fmt: skip
-    tasks.add_argument("--length", metavar="L", type=at_least(1),
-                       help="tokens per row, a multiple of the block (default: as trained)")  # fmt: skip
+    tasks.add_argument(
+        "--rows",
+        metavar="N",
+        type=at_least(1),
+        help=f"rows to read (default: {synthetic.ROWS}; with --needle: {needle.ROWS} per line of the table)",
+    )
+    tasks.add_argument(
+        "--length", metavar="L", type=at_least(1), help="tokens per row, a multiple of the block (default: as trained)"
+    )
     harness = parser.add_argument_group("lm-evaluation-harness")
     harness.add_argument("--harness", metavar="TASK,TASK", type=lambda names: names.split(","), help="tasks by name")
     harness.add_argument("--harness-tasks", metavar="DIR", type=Path, help="your own tasks: YAML files in DIR")
     harness.add_argument("--limit", metavar="N", type=at_least(1), help="only the first N examples of each task")
-    harness.add_argument("--fewshot", metavar="N", type=at_least(0),
-                         help="few-shot examples (default: as the task says)")  # fmt: skip
+    harness.add_argument(
+        "--fewshot", metavar="N", type=at_least(0), help="few-shot examples (default: as the task says)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -33,34 +33,59 @@ from bst_dist.study.evaluation.prompts import Prompt, encode, read_prompts
 from bst_dist.study.evaluation.trained import Trained, open_run, tokenizer_of
 from data_pipeline.format.tokenizer import Tokenizer
 
-_OPTIONS = {"temperature": ("T", float), "top_k": ("K", int), "top_p": ("P", float), "min_p": ("P", float),
-            "repetition_penalty": ("R", float), "seed": ("S", int)}  # fmt: skip
+_OPTIONS = {
+    "temperature": ("T", float),
+    "top_k": ("K", int),
+    "top_p": ("P", float),
+    "min_p": ("P", float),
+    "repetition_penalty": ("R", float),
+    "seed": ("S", int),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with (default: nothing)")
-    given.add_argument("--prompts", type=Path, metavar="FILE",
-                       help="many prompts, one per line (-: from standard input); in .jsonl a JSON string or an object "
-                            'with a "prompt" per line')  # fmt: skip
+    given.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="many prompts, one per line (-: from standard input); in .jsonl a JSON string or an object "
+        'with a "prompt" per line',
+    )
     given.add_argument("--interactive", action="store_true", help="load the model once, and continue each line typed")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
     parser.add_argument(
         "--batch", type=int, default=32, metavar="ROWS", help="generate at most ROWS samples at a time (default: 32)"
     )
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="generate at most N tokens (default: 200)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                        help="end before this text; may be given several times")  # fmt: skip
-    parser.add_argument("--stop-token", action="append", default=[], type=int, metavar="ID",
-                        help="end at this token, as at the end of the document")  # fmt: skip
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    parser.add_argument(
+        "--stop-token",
+        action="append",
+        default=[],
+        type=int,
+        metavar="ID",
+        help="end at this token, as at the end of the document",
+    )
     texts = documentation(SamplingConfig)
     for name, (symbol, kind) in _OPTIONS.items():
         text, default = texts[name].rstrip("."), SamplingConfig.model_fields[name].default
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar=symbol,
-                            help=f"{text[0].lower()}{text[1:]} (default: {default})")  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="STEP", type=int,
-                        help="weights after this step (default: those of the newest valid checkpoint)")  # fmt: skip
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=kind,
+            metavar=symbol,
+            help=f"{text[0].lower()}{text[1:]} (default: {default})",
+        )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="STEP",
+        type=int,
+        help="weights after this step (default: those of the newest valid checkpoint)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -80,9 +105,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         texts, seconds = texts + written, seconds + took
     drawn = sum(text.tokens for text in texts)
     return {
-        "run": str(args.run), "step": trained.step, "sampling": sampling.model_dump(), "tokens": drawn,
-        "tokens_per_s": drawn / seconds if seconds else None, "texts": [text.report() for text in texts],
-    }  # fmt: skip
+        "run": str(args.run),
+        "step": trained.step,
+        "sampling": sampling.model_dump(),
+        "tokens": drawn,
+        "tokens_per_s": drawn / seconds if seconds else None,
+        "texts": [text.report() for text in texts],
+    }
 
 
 def _typed() -> Iterator[Prompt]:
@@ -116,8 +145,13 @@ class _Text:
     ended_by: str | None = None
 
     def report(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "sample": self.sample, "continuation": "".join(self.pieces),
-                "tokens": self.tokens, "ended_by": self.ended_by}  # fmt: skip
+        return {
+            "prompt": self.prompt,
+            "sample": self.sample,
+            "continuation": "".join(self.pieces),
+            "tokens": self.tokens,
+            "ended_by": self.ended_by,
+        }
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,14 @@ class Place:
     def report(self) -> dict[str, Any]:
         """Return the machine-readable report."""
         return {
-            "length_tokens": self.length, "depth": self.depth, "rows": self.rows, "distance_tokens": self.distance,
-            **self.keys.report("keys"), **self.tokens.report("tokens"), **self.loss.report("loss_nats"),
-        }  # fmt: skip
+            "length_tokens": self.length,
+            "depth": self.depth,
+            "rows": self.rows,
+            "distance_tokens": self.distance,
+            **self.keys.report("keys"),
+            **self.tokens.report("tokens"),
+            **self.loss.report("loss_nats"),
+        }
 
 
 def read(
@@ -152,9 +157,14 @@ def read(
         nats += np.where(batch.loss_mask, cost, 0.0).sum(1).tolist()
     whole, asked = np.equal(tokens, correct).astype(float), np.array(tokens, float)
     return Place(
-        len(rows[0].tokens), depth, len(rows), float(np.mean([row.distance for row in rows])),
-        ratio(whole, np.ones(len(whole))), ratio(np.array(correct, float), asked), ratio(np.array(nats), asked),
-    )  # fmt: skip
+        len(rows[0].tokens),
+        depth,
+        len(rows),
+        float(np.mean([row.distance for row in rows])),
+        ratio(whole, np.ones(len(whole))),
+        ratio(np.array(correct, float), asked),
+        ratio(np.array(nats), asked),
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -166,13 +176,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for asked in args.needle or [length]:
         for depth in (*DEPTHS, None):
             rows = [texts.row(number, asked, depth) for number in range(count)]
-            places.append(read(trained.model, rows, trained.begin(corpora[0]), min(length, _whole(asked, trained)),
-                               trained.recipe.train.precision, depth))  # fmt: skip
+            places.append(
+                read(
+                    trained.model,
+                    rows,
+                    trained.begin(corpora[0]),
+                    min(length, _whole(asked, trained)),
+                    trained.recipe.train.precision,
+                    depth,
+                )
+            )
     _show(args, trained, places)
     return {
-        "run": str(args.run), "step": trained.step, "split": args.split, "digits": DIGITS, "trained_tokens": length,
+        "run": str(args.run),
+        "step": trained.step,
+        "split": args.split,
+        "digits": DIGITS,
+        "trained_tokens": length,
         "places": [place.report() for place in places],
-    }  # fmt: skip
+    }
 
 
 def _whole(length: int, trained: Trained) -> int:
@@ -182,14 +204,21 @@ def _whole(length: int, trained: Trained) -> int:
 
 def _show(args: argparse.Namespace, trained: Trained, places: Sequence[Place]) -> None:
     rows = [
-        [f"{place.length:,}", "no key" if place.depth is None else f"{place.depth:.0%}",
-         "" if place.depth is None else f"{place.distance:,.0f}", str(place.keys), str(place.tokens), str(place.loss)]
+        [
+            f"{place.length:,}",
+            "no key" if place.depth is None else f"{place.depth:.0%}",
+            "" if place.depth is None else f"{place.distance:,.0f}",
+            str(place.keys),
+            str(place.tokens),
+            str(place.loss),
+        ]
         for place in places
-    ]  # fmt: skip
+    ]
     print_table(
-        Sheet(("tokens of a row", "key stands at", "distance", "keys found", "their tokens", "loss, nats per token"),
-              rows),
+        Sheet(
+            ("tokens of a row", "key stands at", "distance", "keys found", "their tokens", "loss, nats per token"), rows
+        ),
         f"{args.run} after {trained.step:,} steps: pass keys in {args.split} text",
         f"{places[0].rows} rows per line, keys of {DIGITS} digits; ± standard error over rows; trained on "
         f"{trained.recipe.train.sequence_length:,} tokens; 'no key': result of guessing",
-    )  # fmt: skip
+    )

@@ -28,19 +28,32 @@ from data_pipeline.serve.reader import Corpus
 
 
 def evaluate(
-    trained: Trained, corpus: Corpus, context: int | None, rows: int | None, readers: Readers,
+    trained: Trained,
+    corpus: Corpus,
+    context: int | None,
+    rows: int | None,
+    readers: Readers,
     stopped: Callable[[], bool],
-) -> tuple[Score, np.ndarray]:  # fmt: skip
+) -> tuple[Score, np.ndarray]:
     """Score a split with a progress display. Return all readers' scores, and a mask (n,) of finished documents."""
     recipe = trained.recipe
     length, share = recipe.train.sequence_length, corpus.tokens_total / readers.world
     with stages(Console(quiet=not readers.first)) as report:
         scored = score(
-            trained.model, corpus, corpus.lengths, corpus.token_bytes(),
-            begin=trained.begin(corpus), context=context, slice_length=min(length, context or length),
-            precision=recipe.train.precision, rows=rows, part=readers.rank, parts=readers.world, stopped=stopped,
+            trained.model,
+            corpus,
+            corpus.lengths,
+            corpus.token_bytes(),
+            begin=trained.begin(corpus),
+            context=context,
+            slice_length=min(length, context or length),
+            precision=recipe.train.precision,
+            rows=rows,
+            part=readers.rank,
+            parts=readers.world,
+            stopped=stopped,
             progress=lambda tokens: report("evaluate", tokens, round(share)),
-        )  # fmt: skip
+        )
     scored = Score(*readers.sums(scored.nats, scored.tokens, scored.bytes))
     return scored, scored.tokens == corpus.lengths
 
@@ -92,8 +105,18 @@ class OfCorpus:
         loss = ratio(scored.nats, scored.tokens)
         by_word = exponential(ratio(scored.nats, words)) if words.sum() else None
         bits = bits_per_byte(scored.nats, scored.bytes)
-        return cls(corpus.storage.where, corpus.sha256, scored, int(words.sum()), loss, exponential(loss), by_word,
-                   bits, len(corpus), time_s)  # fmt: skip
+        return cls(
+            corpus.storage.where,
+            corpus.sha256,
+            scored,
+            int(words.sum()),
+            loss,
+            exponential(loss),
+            by_word,
+            bits,
+            len(corpus),
+            time_s,
+        )
 
     @property
     def documents(self) -> int:
@@ -164,10 +187,16 @@ def _report(
     args: argparse.Namespace, trained: Trained, ranks: int, found: list[OfCorpus], stopped: bool
 ) -> dict[str, Any]:
     return {
-        "run": str(args.run), "step": trained.step, "split": args.split, "context_tokens": args.context,
-        "averaged": args.averaged, "precision": trained.recipe.train.precision, "ranks": ranks,
-        "corpora": [each.report() for each in found], **({"passed": False, "exit_status": STATUS} if stopped else {}),
-    }  # fmt: skip
+        "run": str(args.run),
+        "step": trained.step,
+        "split": args.split,
+        "context_tokens": args.context,
+        "averaged": args.averaged,
+        "precision": trained.recipe.train.precision,
+        "ranks": ranks,
+        "corpora": [each.report() for each in found],
+        **({"passed": False, "exit_status": STATUS} if stopped else {}),
+    }
 
 
 def _options(args: argparse.Namespace) -> list[str]:

@@ -154,9 +154,15 @@ def score(
 
 
 def score_slices(
-    model: LanguageModel, corpus: Documents, found: list[Stream], *, begin: int | None, slice_length: int,
-    precision: str = "fp32", rows: int | None = None,
-) -> Iterator[ScoredSlice]:  # fmt: skip
+    model: LanguageModel,
+    corpus: Documents,
+    found: list[Stream],
+    *,
+    begin: int | None,
+    slice_length: int,
+    precision: str = "fp32",
+    rows: int | None = None,
+) -> Iterator[ScoredSlice]:
     """Yield the scores of every token of the streams, slice by slice; arguments as for `score`.
 
     Memory holds one slice of each row of a batch (TOKENS_AT_ONCE tokens, unless `rows` is given) and the state that the

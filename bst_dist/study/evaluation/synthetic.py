@@ -55,8 +55,12 @@ class Part:
 
     def report(self) -> dict[str, Any]:
         """Return the machine-readable report."""
-        return {"labels": self.labels, **self.accuracy.report("accuracy"), **self.loss.report("loss_nats"),
-                "best_loss_nats": self.best_loss}  # fmt: skip
+        return {
+            "labels": self.labels,
+            **self.accuracy.report("accuracy"),
+            **self.loss.report("loss_nats"),
+            "best_loss_nats": self.best_loss,
+        }
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,9 @@ def read_rows(model: LanguageModel, batch: Rows, slice_length: int, precision: s
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for begin in range(0, batch.input_ids.shape[1], slice_length):
         part = slice(begin, begin + slice_length)
-        ids, labels, counts = (torch.from_numpy(array[:, part]).to(device)
-                               for array in (batch.input_ids, batch.labels, batch.loss_mask))  # fmt: skip
+        ids, labels, counts = (
+            torch.from_numpy(array[:, part]).to(device) for array in (batch.input_ids, batch.labels, batch.loss_mask)
+        )
         past = model.carry(state, begin)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             losses = model(ids, labels, counts, past=past)
@@ -132,8 +137,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{rows:,} rows of {length:,} tokens ({args.split}); ± standard error over rows; guessing gives loss "
         f"{task.chance_loss:.4f} and accuracy {1 / task.choices:.2%}",
     )
-    return {"run": str(args.run), "step": trained.step, "split": args.split, "rows": rows, "length_tokens": length,
-            "task": task.model_dump(mode="json"), "chance_loss_nats": task.chance_loss, **figures.report()}  # fmt: skip
+    return {
+        "run": str(args.run),
+        "step": trained.step,
+        "split": args.split,
+        "rows": rows,
+        "length_tokens": length,
+        "task": task.model_dump(mode="json"),
+        "chance_loss_nats": task.chance_loss,
+        **figures.report(),
+    }
 
 
 def summary(task: TaskConfig, found: Answers, length: int) -> Figures:
@@ -149,5 +162,7 @@ def summary(task: TaskConfig, found: Answers, length: int) -> Figures:
 
 def _lines(figures: Figures) -> list[list[str]]:
     named = {octave_name(*ends): part for ends, part in figures.by_distance.items()} | {"all": figures.every}
-    return [[name, f"{part.labels:,}", str(part.accuracy), str(part.loss), f"{part.best_loss:.4f}"]
-            for name, part in named.items()]  # fmt: skip
+    return [
+        [name, f"{part.labels:,}", str(part.accuracy), str(part.loss), f"{part.best_loss:.4f}"]
+        for name, part in named.items()
+    ]

@@ -33,8 +33,11 @@ def _draw(table: Table) -> Figure | None:
     if not families:
         return None
     conditions = list(dict.fromkeys(row.condition for row in rows))
-    wanted = [(family, members, one) for family, members in families.items()
-              for one in (conditions if family == "length" else [None])]  # fmt: skip
+    wanted = [
+        (family, members, one)
+        for family, members in families.items()
+        for one in (conditions if family == "length" else [None])
+    ]
     figure, every = panels(len(wanted), HEIGHT)
     for axes, (family, members, condition) in zip(every, wanted, strict=False):
         if family == "length":
@@ -65,8 +68,11 @@ def _by_length(axes: Axes, members: Sequence[Column], rows: Sequence[Row], table
 
 def _by_condition(axes: Axes, column: Column, rows: Sequence[Row], conditions: list[str], table: Table) -> None:
     for arm in table.experiment.arms:
-        points = [(conditions.index(row.condition), row.levels[column.key]) for row in rows
-                  if row.arm == arm and column.key in row.levels]  # fmt: skip
+        points = [
+            (conditions.index(row.condition), row.levels[column.key])
+            for row in rows
+            if row.arm == arm and column.key in row.levels
+        ]
         _line(axes, points, arm, table)
     axes.set_xticks(range(len(conditions)), conditions)
     axes.set_title(column.family)
@@ -77,10 +83,18 @@ def _by_arm(axes: Axes, column: Column, rows: Sequence[Row], table: Table) -> No
     """Draw one line per arm: the mean with its error. Runs with the same seed are pairs, so thin lines join them."""
     shown = [row for row in rows if column.key in row.levels]
     for seed in table.experiment.seeds:
-        runs = [(row.values[column.key][seed], place) for place, row in enumerate(shown)
-                if seed in row.values[column.key]]  # fmt: skip
-        axes.plot([x for x, _ in runs], [place for _, place in runs], "o-", color=GREY, alpha=0.4,
-                  markersize=2.5, linewidth=0.6)  # fmt: skip
+        runs = [
+            (row.values[column.key][seed], place) for place, row in enumerate(shown) if seed in row.values[column.key]
+        ]
+        axes.plot(
+            [x for x, _ in runs],
+            [place for _, place in runs],
+            "o-",
+            color=GREY,
+            alpha=0.4,
+            markersize=2.5,
+            linewidth=0.6,
+        )
     for place, row in enumerate(shown):
         found, look = row.levels[column.key], _look(table, row.arm) | {"marker": "D"}
         axes.errorbar(found.value, place, xerr=_bar(found), **look, capsize=2)

@@ -106,8 +106,11 @@ def measure_run(name: str, asked: MeasureConfig, state: State, say: Callable[[st
         _beyond(asked.task_beyond, result.final, found)
     if asked.speed:
         typical, fastest = result.speeds
-        found.readings.update(tokens_per_s=Reading(typical), tokens_per_s_fastest=Reading(fastest),
-                              memory_mib=Reading(result.memory_bytes / MIB))  # fmt: skip
+        found.readings.update(
+            tokens_per_s=Reading(typical),
+            tokens_per_s_fastest=Reading(fastest),
+            memory_mib=Reading(result.memory_bytes / MIB),
+        )
     if asked.time_to is not None:
         _time_to(asked.time_to, result, recipe.train, found)
     if asked.lengths:
@@ -215,8 +218,9 @@ class AtLength:
 def _evaluate(run_dir: Path, lengths: list[int], tokens: int | None, say: Callable[[str], None]) -> list[AtLength]:
     say(f"evaluating {run_dir.name} at {', '.join(f'{length:,}' for length in lengths)}")
     trained = open_run(run_dir)
-    found = [measure(trained, corpus, lengths, tokens=tokens)
-             for corpus in open_corpora(trained.recipe.data, "validation")]  # fmt: skip
+    found = [
+        measure(trained, corpus, lengths, tokens=tokens) for corpus in open_corpora(trained.recipe.data, "validation")
+    ]
     return [
         AtLength(
             of_length[0].length,

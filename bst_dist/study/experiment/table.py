@@ -134,9 +134,13 @@ def gather(experiment: ExperimentConfig, measured: Found) -> Table:
 def _row(condition: str, arm: str, own: Found, reference: Found, every: list[Column]) -> Row:
     known = [measured for _, _, measured in own if measured is not None]
     row = Row(
-        condition, arm, own[0][0].group, {trial.seed: run_status for trial, run_status, _ in own},
-        known[0].parameters if known else None, own[0][0].tokens,
-    )  # fmt: skip
+        condition,
+        arm,
+        own[0][0].group,
+        {trial.seed: run_status for trial, run_status, _ in own},
+        known[0].parameters if known else None,
+        own[0][0].tokens,
+    )
     for key in (column.key for column in every):
         readings = _by_seed(own, key)
         if readings:
@@ -170,12 +174,16 @@ def _row_report(row: Row) -> dict[str, Any]:
         "seeds": {str(seed): run_status.status for seed, run_status in row.statuses.items()},
         "parameters": row.parameters,
         "tokens": row.tokens,
-        "measured": {key: _estimate(found) | {"by_seed": {str(seed): v for seed, v in row.values[key].items()}}
-                     for key, found in row.levels.items()},
-        "difference": {key: _estimate(found) | {"interval_95": found.half_width, "apart": apart(found)}
-                       for key, found in row.differences.items()},
+        "measured": {
+            key: _estimate(found) | {"by_seed": {str(seed): v for seed, v in row.values[key].items()}}
+            for key, found in row.levels.items()
+        },
+        "difference": {
+            key: _estimate(found) | {"interval_95": found.half_width, "apart": apart(found)}
+            for key, found in row.differences.items()
+        },
         "notes": row.notes,
-    }  # fmt: skip
+    }
 
 
 def _estimate(found: Estimate) -> dict[str, Any]:
@@ -183,17 +191,34 @@ def _estimate(found: Estimate) -> dict[str, Any]:
 
 
 def _csv(table: Table) -> str:
-    names = ["condition", "arm", "column", "value", "standard_error", "over", "n", "difference",
-             "difference_standard_error", "difference_interval_95", "apart", "note"]  # fmt: skip
+    names = [
+        "condition",
+        "arm",
+        "column",
+        "value",
+        "standard_error",
+        "over",
+        "n",
+        "difference",
+        "difference_standard_error",
+        "difference_interval_95",
+        "apart",
+        "note",
+    ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     for row in table.rows:
         for column in table.columns:
             own, other = row.levels.get(column.key), row.differences.get(column.key)
-            writer.writerow([
-                row.condition, row.arm, column.key, *(_estimate(own).values() if own else ("",) * 4),
-                *((other.value, other.standard_error, other.half_width, apart(other)) if other else ("",) * 4),
-                row.notes.get(column.key, ""),
-            ])  # fmt: skip
+            writer.writerow(
+                [
+                    row.condition,
+                    row.arm,
+                    column.key,
+                    *(_estimate(own).values() if own else ("",) * 4),
+                    *((other.value, other.standard_error, other.half_width, apart(other)) if other else ("",) * 4),
+                    row.notes.get(column.key, ""),
+                ]
+            )
     return text.getvalue()

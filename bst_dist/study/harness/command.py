@@ -45,9 +45,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     require_known(manager.all_tasks, args.harness)
     try:
         found = lm_eval.simple_evaluate(
-            model=HarnessModel(trained, tokenizer), tasks=args.harness, task_manager=manager, limit=args.limit,
-            num_fewshot=args.fewshot, log_samples=False,
-        )  # fmt: skip
+            model=HarnessModel(trained, tokenizer),
+            tasks=args.harness,
+            task_manager=manager,
+            limit=args.limit,
+            num_fewshot=args.fewshot,
+            log_samples=False,
+        )
     except UserError:
         raise
     except Exception as error:  # any type: it may come from a task's data, template or code
@@ -55,9 +59,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tasks, version, time_s = tasks_of(found), lm_eval.__version__, time.perf_counter() - started
     _show(tasks, f"{args.run} after {trained.step:,} steps; lm-evaluation-harness {version}")
     return {
-        "run": str(args.run), "step": trained.step, "harness": version, "tasks": [task.report() for task in tasks],
+        "run": str(args.run),
+        "step": trained.step,
+        "harness": version,
+        "tasks": [task.report() for task in tasks],
         "time_s": time_s,
-    }  # fmt: skip
+    }
 
 
 def _manager(own_tasks: Path | None, names: list[str]) -> TaskManager:

@@ -106,10 +106,15 @@ class HarnessModel(TemplateLM):
         train = self.trained.recipe.train
         with tqdm(total=int(texts.lengths.sum()), desc="Scoring tokens of texts") as bar:
             scored = score(
-                self.model, texts, texts.lengths, self.text.token_bytes, begin=self._begin[0] if self._begin else None,
-                slice_length=train.sequence_length, precision=train.precision,
+                self.model,
+                texts,
+                texts.lengths,
+                self.text.token_bytes,
+                begin=self._begin[0] if self._begin else None,
+                slice_length=train.sequence_length,
+                precision=train.precision,
                 progress=lambda tokens: bar.update(tokens - bar.n),
-            )  # fmt: skip
+            )
         found = (-scored.nats).tolist()
         for request, value in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)

@@ -103,10 +103,12 @@ def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis
     variants = {}
     for gaps in every:
         own = [change for change in changes if change.variant == gaps.variant]
-        contrasts = {name: contrast(gaps, found[gaps.variant]) for name, found in others.items()
-                     if gaps.variant in found}  # fmt: skip
-        variants[gaps.variant] = _advantage(at_rate, gaps, baseline, own, detectable, axis, contrasts,
-                                            by_zone.get(gaps.variant, []))  # fmt: skip
+        contrasts = {
+            name: contrast(gaps, found[gaps.variant]) for name, found in others.items() if gaps.variant in found
+        }
+        variants[gaps.variant] = _advantage(
+            at_rate, gaps, baseline, own, detectable, axis, contrasts, by_zone.get(gaps.variant, [])
+        )
     return Comparison(baseline, axis, arm, variants, missing | untested)
 
 
@@ -119,8 +121,10 @@ def disturbed(observed: Sequence[Observation]) -> str:
     if not math.isfinite(worst.slowed):
         return f"whether the machine was quiet is not known of {worst.name}"
     if worst.slowed > QUIET:
-        return (f"the machine was not quiet: a median step of {worst.name} took {worst.slowed:.0%} longer than its "
-                f"fastest tenth, and {QUIET:.0%} is allowed for a verdict at equal time")  # fmt: skip
+        return (
+            f"the machine was not quiet: a median step of {worst.name} took {worst.slowed:.0%} longer than its "
+            f"fastest tenth, and {QUIET:.0%} is allowed for a verdict at equal time"
+        )
     return ""
 
 
@@ -135,22 +139,41 @@ def _pairs(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis)
     return found, missing
 
 
-def _advantage(observed: Sequence[Observation], gaps: Gaps, baseline: str, changes: list[Change],
-               detectable: dict[str, float], axis: Axis,
-               contrasts: dict[str, dict[str, Estimate]], by_zone: list[Zone]) -> Advantage:  # fmt: skip
+def _advantage(
+    observed: Sequence[Observation],
+    gaps: Gaps,
+    baseline: str,
+    changes: list[Change],
+    detectable: dict[str, float],
+    axis: Axis,
+    contrasts: dict[str, dict[str, Estimate]],
+    by_zone: list[Zone],
+) -> Advantage:
     ours = [o for o in observed if not o.held_out]
     by_block, blocks = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_block")
     by_document, _ = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_document")
     documents = by_document.mean(0) if by_document.size else np.empty(0)
     return Advantage(
-        gaps, mean_gap(gaps), mean_gain(gaps), changes,
+        gaps,
+        mean_gap(gaps),
+        mean_gain(gaps),
+        changes,
         {c.factor: _more_pairs(c, detectable[c.factor]) for c in changes if c.answer == "undecided"},
-        {c.factor: found for c in changes
-         if c.answer == "confounded" and (found := adjusted(ours, gaps, baseline, c.factor)) is not None},
-        interaction(gaps), crossing(gaps), [clustered_mean(column, blocks) for column in by_block.T], by_zone,
-        mean(documents, "documents") if len(documents) > 1 else None, int((documents > 0).sum()), len(documents),
-        _held_out(observed, gaps, baseline, axis), contrasts,
-    )  # fmt: skip
+        {
+            c.factor: found
+            for c in changes
+            if c.answer == "confounded" and (found := adjusted(ours, gaps, baseline, c.factor)) is not None
+        },
+        interaction(gaps),
+        crossing(gaps),
+        [clustered_mean(column, blocks) for column in by_block.T],
+        by_zone,
+        mean(documents, "documents") if len(documents) > 1 else None,
+        int((documents > 0).sum()),
+        len(documents),
+        _held_out(observed, gaps, baseline, axis),
+        contrasts,
+    )
 
 
 def _more_pairs(change: Change, detectable: float) -> int | None:
@@ -176,8 +199,11 @@ def adjusted(observed: Sequence[Observation], gaps: Gaps, baseline: str, factor:
     It comes from one regression of ln L on compute, size, depth, architecture, and architecture x both factors. So the
     dependence of the loss on N at equal compute is estimated from all runs, not assumed.
     """
-    own = [o for o in observed if o.arm == gaps.arm and o.usable and o.block in set(gaps.block)
-           and o.architecture in (gaps.variant, baseline)]  # fmt: skip
+    own = [
+        o
+        for o in observed
+        if o.arm == gaps.arm and o.usable and o.block in set(gaps.block) and o.architecture in (gaps.variant, baseline)
+    ]
     logs = {name: np.log([getattr(o, name) for o in own]) for name in ("flops", "parameters", "depth")}
     variant = np.array([float(o.architecture == gaps.variant) for o in own])
     names = [n for n in UNITS if np.ptp(logs[n]) > 0.05]

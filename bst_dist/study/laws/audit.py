@@ -44,8 +44,11 @@ def audit(observed: Sequence[Observation]) -> list[Corner]:
     corners: dict[tuple[str, str], list[Observation]] = {}
     for o in (o for o in observed if not o.held_out):
         corners.setdefault((o.architecture, o.block.rpartition("-s")[0]), []).append(o)
-    found = {key: [o for o in audited if o.usable] for key, own in corners.items()
-             if (audited := _at_the_audited_length(own))}  # fmt: skip
+    found = {
+        key: [o for o in audited if o.usable]
+        for key, own in corners.items()
+        if (audited := _at_the_audited_length(own))
+    }
     fits = {key: _parabola(own) for key, own in found.items()}
     squares = sum(f[2] for f in fits.values() if f)
     degrees = sum(f[3] for f in fits.values() if f)
@@ -78,8 +81,9 @@ def _parabola(own: list[Observation]) -> Parabola | None:
     return values[-2:], np.linalg.inv(columns.T @ columns)[-2:, -2:], float(left @ left), degrees
 
 
-def _corner(architecture: str, corner: str, own: list[Observation], fitted: Parabola | None, scale: float | None,
-            degrees: int) -> Corner:  # fmt: skip
+def _corner(
+    architecture: str, corner: str, own: list[Observation], fitted: Parabola | None, scale: float | None, degrees: int
+) -> Corner:
     factors, seeds = sorted({o.rate_factor for o in own}), len({o.seed for o in own})
     losses = {f: float(np.exp(np.mean([np.log(o.loss) for o in own if o.rate_factor == f]))) for f in factors}
     if fitted is None or scale is None:
@@ -96,5 +100,12 @@ def _corner(architecture: str, corner: str, own: list[Observation], fitted: Para
     answer: Suits = "passed" if upper.max() < MARGIN else "failed" if lower.max() > MARGIN else "undecided"
     bottom = float(np.exp(-b / (2 * c))) if c > 0 else None
     inside = bottom is not None and factors[0] <= bottom <= factors[-1]
-    return Corner(architecture, corner, losses, seeds, bottom if inside else None,
-                  Estimate(float(gains[at]), float(errors[at]), degrees), answer)  # fmt: skip
+    return Corner(
+        architecture,
+        corner,
+        losses,
+        seeds,
+        bottom if inside else None,
+        Estimate(float(gains[at]), float(errors[at]), degrees),
+        answer,
+    )

@@ -86,8 +86,9 @@ def fit(points: Points, form: FormName = "chinchilla", delta: float = 1e-3, star
     return Fit(form, as_law(form, theta, centre), value, delta, theta, centre)
 
 
-def polish(matrices: list[Vector], target: Vector, theta: Vector, delta: float, bounds: Vector,
-           rounds: int = 2) -> Vector:  # fmt: skip
+def polish(
+    matrices: list[Vector], target: Vector, theta: Vector, delta: float, bounds: Vector, rounds: int = 2
+) -> Vector:
     """Return the local optimum near `theta` within `bounds` (p, 2). Each round of L-BFGS begins with a new Hessian."""
     width = delta or 1e-5  # for least absolute deviation: close enough for the linear programs to continue
 
@@ -98,8 +99,13 @@ def polish(matrices: list[Vector], target: Vector, theta: Vector, delta: float, 
 
     theta = np.clip(theta, bounds[:, 0], bounds[:, 1])
     fine = rounds > 1  # a resample (1 round) begins near its optimum, and its scatter is larger than these tolerances
-    options = {"ftol": 1e-14 if fine else 1e-9, "gtol": 1e-9, "maxcor": 30, "maxiter": 2000 if fine else 200,
-               "maxfun": 4000}  # fmt: skip
+    options = {
+        "ftol": 1e-14 if fine else 1e-9,
+        "gtol": 1e-9,
+        "maxcor": 30,
+        "maxiter": 2000 if fine else 200,
+        "maxfun": 4000,
+    }
     for _ in range(rounds):
         theta = minimize(scaled, theta, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
     return theta if delta else _linear_programs(matrices, target, theta, bounds)
@@ -199,8 +205,11 @@ def _require_enough(points: Points, form: FormName) -> None:
     unknowns = sum(widths(form))
     if len(points) < unknowns:
         raise FitError(f"{len(points)} points are too few for the {unknowns} unknowns of the {form} form")
-    needed = {"chinchilla": ("tokens", "parameters"), "aspect": ("tokens", "parameters", "depth"),
-              "additive": ("tokens", "width", "depth")}[form]  # fmt: skip
+    needed = {
+        "chinchilla": ("tokens", "parameters"),
+        "aspect": ("tokens", "parameters", "depth"),
+        "additive": ("tokens", "width", "depth"),
+    }[form]
     for name in needed:
         if np.ptp(np.log(getattr(points, name))) < 0.05:
             raise FitError(f"the {form} form needs points of different {name}")

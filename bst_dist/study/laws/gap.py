@@ -143,8 +143,9 @@ def _counted(left_out: Sequence[_Unpaired]) -> str:
     return (f": of its runs {told}" if told else "") + (": run more of the sweep" if more else "")
 
 
-def gaps_by(observed: Sequence[Observation], variant: str, baseline: str, arm: str,
-            part: Literal["by_block", "by_document"]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def gaps_by(
+    observed: Sequence[Observation], variant: str, baseline: str, arm: str, part: Literal["by_block", "by_document"]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return gaps by position or document, one row per pair of runs with the same planned length, and the rows' blocks.
 
     Both are empty if the pairs differ in their number of positions or documents.

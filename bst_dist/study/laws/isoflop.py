@@ -59,8 +59,9 @@ def _curves(points: Points) -> dict[float, tuple[Vector, Vector]]:
         budgets = np.unique(log_c)
         if len(budgets) > 1:
             curves[float(np.exp(value))] = (
-                budgets, np.array([np.log(points.loss[own][log_c == c]).mean() for c in budgets])
-            )  # fmt: skip
+                budgets,
+                np.array([np.log(points.loss[own][log_c == c]).mean() for c in budgets]),
+            )
     return curves
 
 

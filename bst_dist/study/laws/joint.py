@@ -68,8 +68,9 @@ def fit_shared(points: Points) -> JointFit:
         begin[0] = e
         found.append(polish(matrices, target, begin, DELTA, bounds))
     value, theta = min((objective(target - log_loss(matrices, t)[0], DELTA), tuple(t)) for t in found)
-    separate = sum(_value(points.take(points.group == g), FORM, centre, t, DELTA)
-                   for g, t in zip(groups, alone, strict=True))  # fmt: skip
+    separate = sum(
+        _value(points.take(points.group == g), FORM, centre, t, DELTA) for g, t in zip(groups, alone, strict=True)
+    )
     laws = {g: as_law(FORM, t, centre) for g, t in zip(groups, _split(FORM, np.array(theta), len(groups)), strict=True)}
     return JointFit(laws, value, separate)
 

@@ -100,8 +100,9 @@ class Law:
         """Whether the law has a best aspect ratio."""
         return self.kappa > 0 and self.tilt == 0
 
-    def loss(self, parameters: Vector, tokens: Vector, width: Vector | float = 1.0,
-             depth: Vector | float = 1.0) -> Vector:  # fmt: skip
+    def loss(
+        self, parameters: Vector, tokens: Vector, width: Vector | float = 1.0, depth: Vector | float = 1.0
+    ) -> Vector:
         """Return the loss in nats."""
         rest = self.E + self.B * tokens**-self.beta
         if self.G is not None and self.gamma is not None:

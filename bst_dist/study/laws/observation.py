@@ -77,5 +77,12 @@ def points(observed: Sequence[Observation], count: str = "parameters") -> Points
     def column(name: str) -> np.ndarray:
         return np.array([getattr(o, name) for o in observed])
 
-    return Points(column("loss"), column(count), column("tokens"), column("width"), column("depth"), column("run"),
-                  column("architecture"))  # fmt: skip
+    return Points(
+        column("loss"),
+        column(count),
+        column("tokens"),
+        column("width"),
+        column("depth"),
+        column("run"),
+        column("architecture"),
+    )

@@ -51,8 +51,15 @@ class Power:
 class Simulation:
     """Many simulated studies with the pairs of one design, each with its own noise."""
 
-    def __init__(self, every: Sequence[Gaps], noise: Noise, studies: int = STUDIES, seed: int = 0,
-                 margin: float = MARGIN, absent: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        every: Sequence[Gaps],
+        noise: Noise,
+        studies: int = STUDIES,
+        seed: int = 0,
+        margin: float = MARGIN,
+        absent: int = 0,
+    ) -> None:
         self.every, self.studies = list(every), studies
         self.rule = Rule(every, margin=margin, absent=absent)
         generator = np.random.default_rng(seed)
@@ -106,8 +113,10 @@ class Simulation:
         case = self.rule.cases[test]
         per_unit = np.log(getattr(case.gaps, case.factor)) / case.per_unit
         targets = self.noise[case.place] + change * per_unit
-        return [self.rule.measure(own, targets) if own.place == case.place else nothing
-                for own, nothing in zip(self.rule.cases, self.null_measurements, strict=True)]  # fmt: skip
+        return [
+            self.rule.measure(own, targets) if own.place == case.place else nothing
+            for own, nothing in zip(self.rule.cases, self.null_measurements, strict=True)
+        ]
 
     def _detection_rate_by_t(self, test: int, change: float) -> float:
         """Like `detection_rate`, but cheap: no permutation test; a change shifts the estimate, and its error stays."""
@@ -115,8 +124,12 @@ class Simulation:
         value = own.change + change
         degrees = self.rule.cases[test].test.degrees
         robust = 2 * tail(np.abs(value), own.error, degrees)
-        moved = own._replace(change=value, p_robust=robust, p_permutation=robust,
-                             p_equivalence=tail(self.rule.margin - np.abs(value), own.error, degrees))  # fmt: skip
+        moved = own._replace(
+            change=value,
+            p_robust=robust,
+            p_permutation=robust,
+            p_equivalence=tail(self.rule.margin - np.abs(value), own.error, degrees),
+        )
         answer = self.rule.decide([*self.null_measurements[:test], moved, *self.null_measurements[test + 1 :]]).answer
         return float((answer[test] == ANSWERS.index("grows")).mean())
 
@@ -127,13 +140,17 @@ def predict(every: Sequence[Gaps], noise: Noise, studies: int = STUDIES, margin:
     nothing, wrong = simulation.answers(), simulation.false_positive_rate()
     return [
         Power(
-            case.factor, every[0].pairs, float(np.std(simulation.null_measurements[test].change)),
+            case.factor,
+            every[0].pairs,
+            float(np.std(simulation.null_measurements[test].change)),
             simulation.detection_rate(test, margin),
             simulation.minimum_detectable_change(test),
-            float((nothing[test] == ANSWERS.index("equivalent")).mean()), wrong,
+            float((nothing[test] == ANSWERS.index("equivalent")).mean()),
+            wrong,
         )
-        for test, case in enumerate(simulation.rule.cases) if case.place == 0
-    ]  # fmt: skip
+        for test, case in enumerate(simulation.rule.cases)
+        if case.place == 0
+    ]
 
 
 def detectable_in_standard_errors(every: Sequence[Gaps], absent: int = 0) -> dict[str, float]:
@@ -166,7 +183,8 @@ def pairs_needed(pairs: int, standard_error: float, detectable: float, margin: f
 
 def repeated(gaps: Gaps, times: int) -> Gaps:
     """Return the same design with `times` times as many seeds."""
-    arrays = {name: np.concatenate([value] * times) for name, value in vars(gaps).items()
-              if isinstance(value, np.ndarray)}  # fmt: skip
+    arrays = {
+        name: np.concatenate([value] * times) for name, value in vars(gaps).items() if isinstance(value, np.ndarray)
+    }
     arrays["block"] = np.concatenate([np.char.add(gaps.block.astype(str), f" #{k}") for k in range(times)])
     return replace(gaps, **arrays)

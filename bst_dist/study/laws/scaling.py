@@ -117,8 +117,10 @@ def fit_laws(observed: Sequence[Observation], baseline: str | None, arm: str, dr
     at_rate = [o for o in observed if o.rate_factor == 1 and o.arm == arm]
     ours = grid(at_rate)
     every = points(ours)
-    laws = {name: _laws_of([o for o in at_rate if o.architecture == name], draws)
-            for name in dict.fromkeys(o.architecture for o in ours)}  # fmt: skip
+    laws = {
+        name: _laws_of([o for o in at_rate if o.architecture == name], draws)
+        for name in dict.fromkeys(o.architecture for o in ours)
+    }
     reach: dict[str, Reach] = {}
     for name in laws if baseline else ():
         if name != baseline and (found := compare_reach(ours, name, str(baseline), arm)) is not None:
@@ -161,34 +163,43 @@ def _laws_of(observed: Sequence[Observation], draws: int) -> ArchitectureLaws:
                 kept[form] = found
                 left_out = _or_none(lambda found=found: uncertainty.leave_one_shape_out(own, found))
                 one = replace(
-                    one, shape_error=float(np.mean(list(left_out.values()))) if left_out else None,
+                    one,
+                    shape_error=float(np.mean(list(left_out.values()))) if left_out else None,
                     largest_error=_or_none(lambda found=found: uncertainty.hold_out_largest(own, found)),
-                )  # fmt: skip
+                )
             fits.append(one)
     errors = {f.form: f.shape_error for f in fits if f.shape_error is not None}
     if not errors:
         return ArchitectureLaws(fits, slopes)
-    return _trusted(ArchitectureLaws(fits, slopes), kept[min(errors, key=lambda form: errors[form])], ours, observed,
-                    draws)  # fmt: skip
+    return _trusted(
+        ArchitectureLaws(fits, slopes), kept[min(errors, key=lambda form: errors[form])], ours, observed, draws
+    )
 
 
-def _trusted(laws: ArchitectureLaws, chosen: Fit, ours: Sequence[Observation], observed: Sequence[Observation],
-             draws: int) -> ArchitectureLaws:  # fmt: skip
+def _trusted(
+    laws: ArchitectureLaws, chosen: Fit, ours: Sequence[Observation], observed: Sequence[Observation], draws: int
+) -> ArchitectureLaws:
     own, drawn = points(ours), _or_none(lambda: uncertainty.bootstrap(chosen, points(ours), draws))
     if drawn is None:
         return replace(laws, chosen=chosen.form)
     found = uncertainty.intervals(chosen, drawn)
     reasons = uncertainty.unidentified(found, own)
     return replace(
-        laws, chosen=chosen.form, intervals=found, not_identified=reasons,
+        laws,
+        chosen=chosen.form,
+        intervals=found,
+        not_identified=reasons,
         non_embedding_alpha=_or_none(lambda: _other_count(chosen, ours, draws)),
         no_valley=chosen.form != "chinchilla" and not _has_best_shape(chosen.form, chosen.law, own),
         lack_of_fit=uncertainty.lack_of_fit(own, chosen),
         predictions=[_prediction(o, chosen, own, drawn) for o in observed if o.held_out and o.usable],
-        optima=[best for times in (BUDGETS if not reasons else BUDGETS[:1])
-                if (best := _optimum(times, chosen, own, drawn)) is not None],
+        optima=[
+            best
+            for times in (BUDGETS if not reasons else BUDGETS[:1])
+            if (best := _optimum(times, chosen, own, drawn)) is not None
+        ],
         isoflop_exponent=isoflop.exponent(isoflop.profiles(own)),
-    )  # fmt: skip
+    )
 
 
 def _other_count(chosen: Fit, ours: Sequence[Observation], draws: int) -> Interval | None:
@@ -245,8 +256,9 @@ def _optimum(times: float, chosen: Fit, own: Points, drawn: Sequence[Law]) -> Op
     parameters, tokens = (found(lambda law, i=i: law.optimum(flops, ratio)[i]) for i in range(2))
     width = depth = None
     if shaped:
-        width, depth = (found(lambda law, i=i: float(law.shape_of(law.optimum(flops, ratio)[0], ratio)[i]))
-                        for i in range(2))  # fmt: skip
+        width, depth = (
+            found(lambda law, i=i: float(law.shape_of(law.optimum(flops, ratio)[0], ratio)[i])) for i in range(2)
+        )
     return Optimum(flops, parameters, tokens, width, depth, times > 1)
 
 

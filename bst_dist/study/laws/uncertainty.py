@@ -17,9 +17,11 @@ from bst_dist.study.laws.law import Law, Points, Vector, widths
 from bst_dist.study.laws.regression import regress
 from bst_dist.study.statistics import Estimate
 
-UNKNOWNS = {"chinchilla": ("E", "A", "alpha", "B", "beta"),
-            "aspect": ("E", "A", "alpha", "B", "beta", "kappa", "log_aspect"),
-            "additive": ("E", "A", "alpha", "G", "gamma", "B", "beta")}  # fmt: skip
+UNKNOWNS = {
+    "chinchilla": ("E", "A", "alpha", "B", "beta"),
+    "aspect": ("E", "A", "alpha", "B", "beta", "kappa", "log_aspect"),
+    "additive": ("E", "A", "alpha", "G", "gamma", "B", "beta"),
+}
 EXPONENT_WIDTH, E_WIDTH = 0.5, 0.1
 MOST_SHAPES = 24
 
@@ -80,8 +82,9 @@ def interval(of: Callable[[Law], float], law: Law, laws: Sequence[Law]) -> Inter
 
 def intervals(fitted: Fit, laws: Sequence[Law]) -> dict[str, Interval]:
     """Return an interval for each unknown and, except for additive, for the exponent of the optimal N in C."""
-    found = {name: interval(lambda law, name=name: getattr(law, name), fitted.law, laws)
-             for name in UNKNOWNS[fitted.form]}  # fmt: skip
+    found = {
+        name: interval(lambda law, name=name: getattr(law, name), fitted.law, laws) for name in UNKNOWNS[fitted.form]
+    }
     if fitted.form != "additive":
         found["optimal_N_exponent"] = interval(lambda law: law.beta / (law.alpha + law.beta), fitted.law, laws)
     return found
@@ -110,8 +113,10 @@ def unidentified(found: dict[str, Interval], points: Points) -> list[str]:
             )
     half, least = (found["E"].high - found["E"].low) / 2, float(points.loss.min())
     if half > E_WIDTH * least:
-        reasons.append(f"E = {found['E'].value:.3f} ± {half:.3f} (95 %): the half-width of the interval is more than a "
-                       f"tenth of the lowest loss, {least:.3f}")  # fmt: skip
+        reasons.append(
+            f"E = {found['E'].value:.3f} ± {half:.3f} (95 %): the half-width of the interval is more than a "
+            f"tenth of the lowest loss, {least:.3f}"
+        )
     if found["E"].value < 1e-3 * least:
         reasons.append("E is at its bound of zero")
     return reasons

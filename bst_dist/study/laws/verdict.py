@@ -159,9 +159,12 @@ class Rule:
         """Run one test in many studies; `targets` (studies, n) are the gaps of the case's variant."""
         value, error = (x * case.per_unit for x in case.test.estimates(targets))
         return Measured(
-            value, error, 2 * tail(np.abs(value), error, case.test.degrees), case.test.permutation_p(targets),
+            value,
+            error,
+            2 * tail(np.abs(value), error, case.test.degrees),
+            case.test.permutation_p(targets),
             tail(self.margin - np.abs(value), error, case.test.degrees),
-        )  # fmt: skip
+        )
 
     def decide(self, measured: Sequence[Measured]) -> Outcome:
         """Return the answers of many studies; `measured` holds one entry per case, in the order of `cases`."""
@@ -179,8 +182,9 @@ class Rule:
         return Outcome(p_difference, p_equivalence, answer)
 
 
-def judge(every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN,
-          absent: int = 0) -> tuple[list[Change], dict[str, str]]:  # fmt: skip
+def judge(
+    every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN, absent: int = 0
+) -> tuple[list[Change], dict[str, str]]:
     """Apply the rule to all variants together. Return the changes, and for each variant that is not tested, or not
     over each factor, the reason.
 
@@ -193,14 +197,22 @@ def judge(every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN,
     found = rule.decide(measured)
     changes = [
         Change(
-            case.gaps.variant, case.gaps.arm, case.factor,
+            case.gaps.variant,
+            case.gaps.arm,
+            case.factor,
             Estimate(float(m.change[0]), float(m.error[0]), case.test.degrees),
-            float(getattr(case.gaps, case.factor).min()), float(getattr(case.gaps, case.factor).max()),
-            float(found.p_difference[i, 0]), float(m.p_robust[0]), float(m.p_permutation[0]),
-            float(found.p_equivalence[i, 0]), case.mismatch, ANSWERS[found.answer[i, 0]], case.gaps.pairs,
+            float(getattr(case.gaps, case.factor).min()),
+            float(getattr(case.gaps, case.factor).max()),
+            float(found.p_difference[i, 0]),
+            float(m.p_robust[0]),
+            float(m.p_permutation[0]),
+            float(found.p_equivalence[i, 0]),
+            case.mismatch,
+            ANSWERS[found.answer[i, 0]],
+            case.gaps.pairs,
         )
         for i, (case, m) in enumerate(zip(rule.cases, measured, strict=True))
-    ]  # fmt: skip
+    ]
     return changes, rule.untested
 
 
@@ -273,8 +285,9 @@ def crossing(gaps: Gaps) -> Crossing | None:
         return None
     half = np.sqrt(linear**2 - 4 * square * constant)
     middle = np.log(gaps.flops).mean()
-    return Crossing(*(float(np.exp(middle + x)) for x in (-a / b, (-linear - half) / 2 / square,
-                                                          (-linear + half) / 2 / square)))  # fmt: skip
+    return Crossing(
+        *(float(np.exp(middle + x)) for x in (-a / b, (-linear - half) / 2 / square, (-linear + half) / 2 / square))
+    )
 
 
 def predict_gap(gaps: Gaps, at: Gaps) -> list[Estimate]:
@@ -305,8 +318,13 @@ def contrast(gaps: Gaps, other: Gaps) -> dict[str, Estimate]:
             fitted = regress(matrix, one.gap, one.block)
         except RegressionError:
             return found
-        parts.append({n: fitted.estimate(np.eye(len(names) + 1)[1 + names.index(n)] * np.log(UNITS[n].factor))
-                      for n in names if n in UNITS})  # fmt: skip
+        parts.append(
+            {
+                n: fitted.estimate(np.eye(len(names) + 1)[1 + names.index(n)] * np.log(UNITS[n].factor))
+                for n in names
+                if n in UNITS
+            }
+        )
     changes = {name: _difference(parts[0][name], parts[1][name]) for name in parts[0] if name in parts[1]}
     return found | {name: change for name, change in changes.items() if change.standard_error is not None}
 

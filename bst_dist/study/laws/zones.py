@@ -38,8 +38,9 @@ class Zone:
     """The rule's answer about depth, from this zone alone; None in the arms without a verdict."""
 
 
-def zones(observed: Sequence[Observation], baseline: str, arm: str, others: Sequence[str],
-          axis: Axis = "flops") -> dict[str, list[Zone]]:  # fmt: skip
+def zones(
+    observed: Sequence[Observation], baseline: str, arm: str, others: Sequence[str], axis: Axis = "flops"
+) -> dict[str, list[Zone]]:
     """Return for each variant all zones of every arm with sequences longer than the reach; only `arm` has a verdict."""
     found: dict[str, list[Zone]] = {}
     for name in (arm, *others):
@@ -57,8 +58,11 @@ def zones(observed: Sequence[Observation], baseline: str, arm: str, others: Sequ
 
 def _gaps(observed: Sequence[Observation], zone: str, baseline: str, arm: str, axis: Axis) -> list[Gaps]:
     """Return the gaps of every variant, with the mean loss of the zone in place of the whole loss."""
-    parts = [replace(o, loss=_loss(o.by_block[_part(o, zone)])) if o.usable else o for o in observed
-             if not o.usable or len(o.by_block) > o.depth]  # fmt: skip
+    parts = [
+        replace(o, loss=_loss(o.by_block[_part(o, zone)])) if o.usable else o
+        for o in observed
+        if not o.usable or len(o.by_block) > o.depth
+    ]
     found = []
     for variant in dict.fromkeys(o.architecture for o in parts if o.architecture != baseline):
         try:

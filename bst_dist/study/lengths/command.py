@@ -34,18 +34,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for length in args.lengths:
         how(trained.recipe.model, length)
     report: dict[str, Any] = {
-        "run": str(args.run), "step": trained.step, "split": args.split,
+        "run": str(args.run),
+        "step": trained.step,
+        "split": args.split,
         "trained_length_tokens": trained.recipe.train.sequence_length,
-        "documents": trained.recipe.data.documents, "corpora": [],
-    }  # fmt: skip
+        "documents": trained.recipe.data.documents,
+        "corpora": [],
+    }
     drawn = {}
     for corpus in open_text(trained, args.split, args.corpus):
         lengths = with_trained(trained, corpus, args.lengths)
         with stages(Console()) as told:
             found = measure(
-                trained, corpus, lengths, tokens=args.tokens, rows=args.batch_size,
+                trained,
+                corpus,
+                lengths,
+                tokens=args.tokens,
+                rows=args.batch_size,
                 progress=lambda *done: told("evaluate", *done),
-            )  # fmt: skip
+            )
         _show(args, trained, corpus, found)
         report["corpora"].append(_report(corpus, found))
         drawn[corpus.where] = found
@@ -76,13 +83,18 @@ def _show(args: argparse.Namespace, trained: Trained, corpus: Corpus, found: lis
     rows = []
     for each in found:
         compared = each.versus_trained is not None and each.length != own
-        rows.append([
-            f"{each.length:,}", readable(each.perplexity.value, 2), str(each.nats_per_token),
-            each.versus_trained.text(4, sign=True) if compared else "",
-            "" if each.bits_per_byte is None else f"{each.bits_per_byte.value:.4f}", f"{each.that_long:,}",
-            "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.0f}",
-            *([each.how] if kinds != {"carried"} else []),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{each.length:,}",
+                readable(each.perplexity.value, 2),
+                str(each.nats_per_token),
+                each.versus_trained.text(4, sign=True) if compared else "",
+                "" if each.bits_per_byte is None else f"{each.bits_per_byte.value:.4f}",
+                f"{each.that_long:,}",
+                "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.0f}",
+                *([each.how] if kinds != {"carried"} else []),
+            ]
+        )
     print_table(
         Sheet((*names, *(["past"] if kinds != {"carried"} else [])), rows),
         f"{args.run} after {trained.step:,} steps, trained on sequences of {own:,}: {corpus.where}",
@@ -128,11 +140,16 @@ def _length(each: LengthResult) -> dict[str, Any]:
         **_versus(each.versus_trained),
         "peak_memory_bytes": each.peak_bytes,
         "positions": [
-            {"first": at.first, "last": at.last, "tokens": at.tokens,
-             **at.nats_per_token.report("loss_nats_per_token"), **_versus(at.versus_trained)}
+            {
+                "first": at.first,
+                "last": at.last,
+                "tokens": at.tokens,
+                **at.nats_per_token.report("loss_nats_per_token"),
+                **_versus(at.versus_trained),
+            }
             for at in each.positions
         ],
-    }  # fmt: skip
+    }
 
 
 def _versus(difference: Estimate | None) -> dict[str, float | None]:

@@ -209,9 +209,14 @@ def _read(trained: Trained, text: Stretches, length: int, tally: Tally, rows: in
         np.full(text.count, text.length + 1), length, first=1
     )  # the first token of a stretch is input only
     for part in score_slices(
-        trained.model, text, pieces, begin=None, slice_length=min(recipe.train.sequence_length, length),
-        precision=recipe.train.precision, rows=rows,
-    ):  # fmt: skip
+        trained.model,
+        text,
+        pieces,
+        begin=None,
+        slice_length=min(recipe.train.sequence_length, length),
+        precision=recipe.train.precision,
+        rows=rows,
+    ):
         for stream, labels, nats in zip(part.streams, part.labels, part.nats, strict=True):
             count = int((labels >= 0).sum())
             tally.add(stream.document, stream.start + part.offset, 1 + part.offset, labels[:count], nats[:count])

@@ -35,5 +35,11 @@ class Accuracy:
     def report(self) -> dict[str, float]:
         """Return entries for a machine-readable report."""
         low, high = self.interval()
-        return {"accuracy": self.value, "accuracy_standard_error": self.standard_error, "accuracy_low_95": low,
-                "accuracy_high_95": high, "correct": self.correct, "examples": self.examples}  # fmt: skip
+        return {
+            "accuracy": self.value,
+            "accuracy_standard_error": self.standard_error,
+            "accuracy_low_95": low,
+            "accuracy_high_95": high,
+            "correct": self.correct,
+            "examples": self.examples,
+        }

@@ -119,8 +119,10 @@ def open_split(directory: Path, split: str, task: Task) -> Examples:
     except (OSError, ValueError) as error:
         raise ExamplesError(f"{where}: cannot be read: {error}; prepare the task again") from None
     if (len(opened[0]), len(opened[2])) != (described["symbols"], described["examples"]):
-        raise ExamplesError(f"{where}: has {len(opened[0])} symbols of {len(opened[2])} examples, the manifest says "
-                            f"{described['symbols']} of {described['examples']}: prepare the task again")  # fmt: skip
+        raise ExamplesError(
+            f"{where}: has {len(opened[0])} symbols of {len(opened[2])} examples, the manifest says "
+            f"{described['symbols']} of {described['examples']}: prepare the task again"
+        )
     return Examples(task, where, *opened, sha256)
 
 

@@ -82,8 +82,13 @@ class LabelledLoader:
         self._sizes = sizes.then(step, self._share.rows)
 
     def _order_at(self, step: int) -> dict[str, Any]:
-        return {"order": KEY_VERSION, "examples": self.examples.sha256, "length": self._share.length,
-                "seed": self._seed, "step": step}  # fmt: skip
+        return {
+            "order": KEY_VERSION,
+            "examples": self.examples.sha256,
+            "length": self._share.length,
+            "seed": self._seed,
+            "step": step,
+        }
 
     def close(self) -> None:
         """Do nothing: the loader holds no resources."""

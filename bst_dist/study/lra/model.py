@@ -52,8 +52,9 @@ class Classifier(LanguageModel):
         if self.task.sequences == 1:
             self.head: nn.Module = Linear(width, self.task.classes, bias=True)
         else:  # input: both vectors, their product and their difference (arXiv 2011.04006, section 2.2.3)
-            self.head = nn.Sequential(Linear(4 * width, config.ffn, bias=True), nn.ReLU(),
-                                      Linear(config.ffn, self.task.classes, bias=True))  # fmt: skip
+            self.head = nn.Sequential(
+                Linear(4 * width, config.ffn, bias=True), nn.ReLU(), Linear(config.ffn, self.task.classes, bias=True)
+            )
         for module in self.head.modules():
             if isinstance(module, Linear):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))

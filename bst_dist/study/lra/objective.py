@@ -89,11 +89,20 @@ class Classification:
         asked = min(recipe.evaluation.sequences, len(self.validation))
         mesh, at_once = Mesh(ranks.world, ranks.rank), recipe.train.micro_sequences
         batches = self._loader(self.validation, mesh, asked, at_once, None).batches(0)
-        return EvaluateAccuracy(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
-                                recipe.train.steps, trainer.stop)  # fmt: skip
+        return EvaluateAccuracy(
+            recipe.evaluation,
+            batches,
+            trainer.engine,
+            ranks,
+            trainer.token_bytes,
+            writers,
+            recipe.train.steps,
+            trainer.stop,
+        )
 
-    def _loader(self, examples: Examples, mesh: Mesh, rows: int, micro_rows: int, seed: int | None,
-                start_step: int = 0) -> LabelledLoader:  # fmt: skip
+    def _loader(
+        self, examples: Examples, mesh: Mesh, rows: int, micro_rows: int, seed: int | None, start_step: int = 0
+    ) -> LabelledLoader:
         share = share_of(self.recipe, mesh, rows, micro_rows)
         return LabelledLoader(examples, share, seed=seed, start_step=start_step)
 
@@ -119,5 +128,13 @@ class EvaluateAccuracy(Evaluate):
             return None
         nats, correct, examples = self.ranks.sum([*sums.tolist(), examples])
         count = max(1.0, examples)
-        return AccuracyReport(step, "validation", int(examples), nats / count, nan, [], time.perf_counter() - start,
-                              accuracy=correct / count)  # fmt: skip
+        return AccuracyReport(
+            step,
+            "validation",
+            int(examples),
+            nats / count,
+            nan,
+            [],
+            time.perf_counter() - start,
+            accuracy=correct / count,
+        )

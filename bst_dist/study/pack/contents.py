@@ -61,10 +61,13 @@ class Pack:
         return [
             Packed(
                 parse(Recipe, {**run["recipe"], "paths_from": str(paths_from)}, where=run["recipe"]["name"]),
-                run["trunk"], run["known"], run["own_flops"], run["architecture"],
+                run["trunk"],
+                run["known"],
+                run["own_flops"],
+                run["architecture"],
             )
             for run in self.runs
-        ]  # fmt: skip
+        ]
 
 
 def read_pack(folder: Path) -> Pack:
@@ -77,9 +80,11 @@ def described(runs: Sequence[Run], recipes: dict[str, dict[str, Any]], baseline:
     base = {run.cell.block: run.counts.parameters for run in runs if run.cell.architecture == baseline}
     return [
         {
-            "recipe": recipes[run.name], "trunk": run.trunk, "own_flops": run.own_flops,
+            "recipe": recipes[run.name],
+            "trunk": run.trunk,
+            "own_flops": run.own_flops,
             "architecture": run.cell.architecture,
             "known": None if run.multiple is None else known_columns(run, base[run.cell.block]),
         }
         for run in runs
-    ]  # fmt: skip
+    ]

@@ -29,8 +29,9 @@ PACKAGES = ("bst_base", "bst_dist", "data_pipeline")
 NOT_CARRIED = shutil.ignore_patterns("__pycache__", ".lock", "skipped.jsonl")
 
 
-def make(sweep: SweepConfig, runs: Sequence[Run], folder: Path, minutes: float, pythons: Sequence[str],
-         most_bytes: int) -> Pack:  # fmt: skip
+def make(
+    sweep: SweepConfig, runs: Sequence[Run], folder: Path, minutes: float, pythons: Sequence[str], most_bytes: int
+) -> Pack:
     """Write the folder atomically; raises UserError if the sweep cannot be packed or the folder would be too large."""
     if folder.exists():
         raise UserError(f"{folder} exists: remove it, or give another --output")
@@ -55,8 +56,14 @@ def make(sweep: SweepConfig, runs: Sequence[Run], folder: Path, minutes: float, 
         _copy_code(new / "code")
         recipes, corpora, strategies = _moved([run.recipe for run in ordered])
         _compress(corpora, strategies, new / start.DATA)
-        pack = Pack(sweep.name, versions(), sweep.retries, minutes, _reached(ordered, price_s, minutes),
-                    described(ordered, recipes, sweep.baseline))  # fmt: skip
+        pack = Pack(
+            sweep.name,
+            versions(),
+            sweep.retries,
+            minutes,
+            _reached(ordered, price_s, minutes),
+            described(ordered, recipes, sweep.baseline),
+        )
         pack.write(new)
         _write_commands(new, pythons, minutes)
         if (size := size_of(new)) > most_bytes:

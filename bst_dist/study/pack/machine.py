@@ -52,11 +52,17 @@ def arguments() -> argparse.ArgumentParser:
         "--minutes", type=float, default=9.0, metavar="N", help="how long to train (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: results/)")
-    parser.add_argument("--results", type=Path, metavar="DIR",
-                        help="results of another machine: skip the runs that it has finished")  # fmt: skip
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="results of another machine: skip the runs that it has finished"
+    )
     parser.add_argument("--state", type=Path, metavar="DIR", help="where to keep runs and packages (default: state/)")
-    parser.add_argument("--side-by-side", type=at_least(1), default=SIDE_BY_SIDE, metavar="N",
-                        help="parallel runs per GPU, or on the CPU (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--side-by-side",
+        type=at_least(1),
+        default=SIDE_BY_SIDE,
+        metavar="N",
+        help="parallel runs per GPU, or on the CPU (default: %(default)s)",
+    )
     return parser
 
 
@@ -84,8 +90,7 @@ class Machine:
         Raises UserError if the first runs all fail (`_watch`).
         """
         before = self.state.counts(self.jobs)["done"]
-        runner = Runner(self.jobs, self.state, self.workers, self._tell, per_device=self.side_by_side,
-                        until=self.until)  # fmt: skip
+        runner = Runner(self.jobs, self.state, self.workers, self._tell, per_device=self.side_by_side, until=self.until)
         try:
             runner.run(self._watch)
         finally:
@@ -132,8 +137,10 @@ class Machine:
         statuses = [self.state.status_of(job) for job in self.seen.values()]
         failed = [run_status for run_status in statuses if run_status.status == "failed"]
         if len(failed) >= 2 * self.workers:
-            raise UserError(f"the first {len(failed)} runs all failed, so the others are not tried: "
-                            f"{failed[-1].reason}\n{self.state.remedy(self.jobs)}")  # fmt: skip
+            raise UserError(
+                f"the first {len(failed)} runs all failed, so the others are not tried: "
+                f"{failed[-1].reason}\n{self.state.remedy(self.jobs)}"
+            )
 
     def _write(self) -> None:
         """Write the results so far, and delete the checkpoints of finished runs that no other run needs."""
@@ -161,10 +168,15 @@ class Machine:
 
     def _summary(self) -> dict[str, Any]:
         return {
-            "sweep": self.pack.name, "device": _device(), "host": platform.node(),
-            "seconds": time.monotonic() - self.began, "side_by_side": self.side_by_side,
-            "runs": dict(self.state.counts(self.jobs)), "versions": versions(), "packed_with": self.pack.versions,
-        }  # fmt: skip
+            "sweep": self.pack.name,
+            "device": _device(),
+            "host": platform.node(),
+            "seconds": time.monotonic() - self.began,
+            "side_by_side": self.side_by_side,
+            "runs": dict(self.state.counts(self.jobs)),
+            "versions": versions(),
+            "packed_with": self.pack.versions,
+        }
 
     def _tell(self, text: str) -> None:
         line = f"{time.monotonic() - self.began:7.1f} s  {text}"

@@ -24,15 +24,19 @@ UNKNOWN, PRIOR = 1.0, 0.05
 or tokens per parameter."""
 
 
-def in_order_of_value(runs: Sequence[Run], price_s: Callable[[Run], float], noise: NoiseConfig,
-                      baseline: str) -> list[Run]:  # fmt: skip
+def in_order_of_value(
+    runs: Sequence[Run], price_s: Callable[[Run], float], noise: NoiseConfig, baseline: str
+) -> list[Run]:
     """Return the runs in order of value, by whole blocks. The audit of a size follows the last block of this size."""
     grid = [run for run in runs if run.cell.role != "audit"]
     prices: dict[str, float] = {}
     for run in grid:
         prices[run.cell.block] = prices.get(run.cell.block, 0.0) + price_s(run)
-    arms = [_Arm(gaps[0], noise) for arm in dict.fromkeys(run.cell.arm for run in grid)
-            if (gaps := planned_gaps(grid, baseline, arm))]  # fmt: skip
+    arms = [
+        _Arm(gaps[0], noise)
+        for arm in dict.fromkeys(run.cell.arm for run in grid)
+        if (gaps := planned_gaps(grid, baseline, arm))
+    ]
     blocks = _ordered(arms, prices)
     of_block = {block: [run for run in grid if run.cell.block == block] for block in blocks}
     audit = [run for run in runs if run.cell.role == "audit"]

@@ -28,8 +28,10 @@ def main(argv: list[str]) -> str:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     known = (folder / "pythons").read_text().split()
     if python not in known:
-        return (f"this is Python {python}, and the folder has packages for {' and '.join(known)}: set PYTHON, or make "
-                f"the folder again with --python {python}")  # fmt: skip
+        return (
+            f"this is Python {python}, and the folder has packages for {' and '.join(known)}: set PYTHON, or make "
+            f"the folder again with --python {python}"
+        )
     for name in ("torch", "numpy"):
         try:
             __import__(name)
@@ -52,9 +54,23 @@ def _install(wheels: Path, target: Path) -> str:
     names = sorted({wheel.name.split("-")[0] for wheel in wheels.glob("*.whl")})
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index",
-               "--no-deps", "--no-compile", "--no-cache-dir", "--find-links", str(wheels), "--target", str(partial),
-               *names]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--no-cache-dir",
+        "--find-links",
+        str(wheels),
+        "--target",
+        str(partial),
+        *names,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return f"pip could not install the wheels of {wheels}:\n{done.stdout}{done.stderr}"

@@ -28,8 +28,14 @@ PRESENT = {"torch", "numpy"}
 UNUSED = {"scipy", "matplotlib", "pillow", "tensorboard", "huggingface-hub"}
 """Packages for fits, figures, images and downloads, which training on the other machine does not use."""
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
-             "manylinux_2_12_x86_64", "manylinux2010_x86_64")  # fmt: skip
+PLATFORMS = (
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+    "manylinux_2_12_x86_64",
+    "manylinux2010_x86_64",
+)
 
 
 def gather(folder: Path, pythons: Sequence[str], also: Sequence[str] = ()) -> list[str]:
@@ -128,9 +134,22 @@ def _is_pure(distribution: metadata.Distribution) -> bool:
 
 
 def _fetch(name: str, version: str, python: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--only-binary=:all:", "--implementation=cp", f"--python-version={python}", "-d", str(folder),
-               *(f"--platform={platform}" for platform in PLATFORMS), f"{name}=={version}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--implementation=cp",
+        f"--python-version={python}",
+        "-d",
+        str(folder),
+        *(f"--platform={platform}" for platform in PLATFORMS),
+        f"{name}=={version}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]

@@ -107,8 +107,10 @@ def _html(block: Block, directory: Path, blocks: Sequence[Block]) -> str:
             return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
         case Picture(name, _, caption):
             data = base64.b64encode((directory / "figures" / f"{name}.png").read_bytes()).decode()
-            return (f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
-                    f"<figcaption>{html.escape(caption)}</figcaption></figure>")  # fmt: skip
+            return (
+                f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
+                f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            )
 
 
 def _cells(tag: str, row: Sequence[str], right: Sequence[bool]) -> str:

@@ -68,8 +68,14 @@ def loss_figure(observed: Sequence[Observation], laws: Laws | None) -> Figure:
             for run in dict.fromkeys(o.run for o in own):
                 line = sorted((o for o in own if o.run == run), key=lambda o: o.flops)
                 fill = "none" if line[0].held_out else "full"
-                axes.plot([o.flops for o in line], [o.loss for o in line], **marked(number), markersize=2.5,
-                          fillstyle=fill, alpha=0.8)  # fmt: skip
+                axes.plot(
+                    [o.flops for o in line],
+                    [o.loss for o in line],
+                    **marked(number),
+                    markersize=2.5,
+                    fillstyle=fill,
+                    alpha=0.8,
+                )
             law = laws.architectures[name].law if laws and name in laws.architectures else None
             if law is not None:
                 _law_lines(axes, [o for o in own if not o.held_out], law, str(marked(number)["color"]))
@@ -92,9 +98,14 @@ def place_figure(found: Comparison) -> Figure | None:
     axes = figure.subplots()
     for number, (name, gaps) in enumerate(curves.items()):
         axes.errorbar(
-            range(1, len(gaps) + 1), [100 * g.value for g in gaps], yerr=[100 * (g.half_width or 0) for g in gaps],
-            **marked(number), markersize=4, capsize=2, label=name,
-        )  # fmt: skip
+            range(1, len(gaps) + 1),
+            [100 * g.value for g in gaps],
+            yerr=[100 * (g.half_width or 0) for g in gaps],
+            **marked(number),
+            markersize=4,
+            capsize=2,
+            label=name,
+        )
     axes.axhline(0, color="#000000", linewidth=0.6)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block of the sequence")
@@ -119,12 +130,24 @@ def _band(axes: Axes, one: Advantage, depth: float, colour: str) -> None:
     if any(e.standard_error is None for e in estimates):
         pairs = [gaps.gap[own & (gaps.block == b)].mean() for b in np.unique(gaps.block[own])]
         estimate = mean(pairs)
-        axes.errorbar(np.exp(np.log(gaps.flops[own]).mean()), 100 * estimate.value,
-                      yerr=100 * (estimate.half_width or 0.0), fmt="_", color=colour, capsize=2)  # fmt: skip
+        axes.errorbar(
+            np.exp(np.log(gaps.flops[own]).mean()),
+            100 * estimate.value,
+            yerr=100 * (estimate.half_width or 0.0),
+            fmt="_",
+            color=colour,
+            capsize=2,
+        )
         return
     axes.plot(along, [100 * e.value for e in estimates], color=colour, linewidth=1.3)
-    axes.fill_between(along, [100 * e.low for e in estimates], [100 * e.high for e in estimates], color=colour,
-                      alpha=0.15, linewidth=0)  # fmt: skip
+    axes.fill_between(
+        along,
+        [100 * e.low for e in estimates],
+        [100 * e.high for e in estimates],
+        color=colour,
+        alpha=0.15,
+        linewidth=0,
+    )
 
 
 def _regression(gaps: Gaps, depth: float, along: np.ndarray) -> list[Estimate]:

@@ -37,8 +37,10 @@ def _architecture(laws: ArchitectureLaws) -> Iterator[Block]:
     yield Items(lines)
     if laws.predictions:
         yield Paragraph("Held-out runs, and the prediction of the law fitted to the others:")
-        yield Sheet(("run", "N", "D", "loss", "predicted", "95 % interval", "error", "inside"),
-                    [_prediction_row(p) for p in laws.predictions])  # fmt: skip
+        yield Sheet(
+            ("run", "N", "D", "loss", "predicted", "95 % interval", "error", "inside"),
+            [_prediction_row(p) for p in laws.predictions],
+        )
     if laws.optima:
         yield Paragraph("The best model for a compute budget, with 95 % intervals:")
         yield Sheet(("FLOPs", "N", "D", "width", "depth", ""), [_optimum_row(o) for o in laws.optima])
@@ -76,10 +78,15 @@ def _trust(laws: ArchitectureLaws) -> Iterator[str]:
 def _shared(found: Laws, baseline: str) -> Iterator[Block]:
     lines = []
     for name, reach in found.reach.items():
-        told = {"equal": "sees as far as", "different": "does not see exactly as far as",
-                "undecided": "may or may not see as far as"}[reach.answer]  # fmt: skip
-        lines.append(f"{name} {told} {baseline}: from the first to the last block of a sequence, its advantage changes "
-                     f"by {percent_interval(reach.difference)}")  # fmt: skip
+        told = {
+            "equal": "sees as far as",
+            "different": "does not see exactly as far as",
+            "undecided": "may or may not see as far as",
+        }[reach.answer]
+        lines.append(
+            f"{name} {told} {baseline}: from the first to the last block of a sequence, its advantage changes "
+            f"by {percent_interval(reach.difference)}"
+        )
     for name, difference in found.shared.differences.items():
         told = {"equal": "is shown to be the same", "different": "differs", "undecided": "may differ"}
         lines.append(
@@ -98,20 +105,33 @@ def _fit_row(fitted: Fitted) -> list[str]:
     values = [getattr(fitted.law, name) for name in EXPONENTS]
     if fitted.form != "aspect":
         values[-1] = None
-    return [f"{fitted.form}, {fitted.objective}", *(number(v, ".4g") for v in values),
-            number(fitted.shape_error, ".2%"), number(fitted.largest_error, ".2%")]  # fmt: skip
+    return [
+        f"{fitted.form}, {fitted.objective}",
+        *(number(v, ".4g") for v in values),
+        number(fitted.shape_error, ".2%"),
+        number(fitted.largest_error, ".2%"),
+    ]
 
 
 def _prediction_row(p: Prediction) -> list[str]:
     inside = "yes" if p.predicted.low <= p.observed <= p.predicted.high else "no"
-    return [p.name, power(p.parameters), power(p.tokens), f"{p.observed:.4f}", f"{p.predicted.value:.4f}",
-            f"{p.predicted.low:.4f} to {p.predicted.high:.4f}", f"{p.predicted.value / p.observed - 1:+.2%}",
-            inside]  # fmt: skip
+    return [
+        p.name,
+        power(p.parameters),
+        power(p.tokens),
+        f"{p.observed:.4f}",
+        f"{p.predicted.value:.4f}",
+        f"{p.predicted.low:.4f} to {p.predicted.high:.4f}",
+        f"{p.predicted.value / p.observed - 1:+.2%}",
+        inside,
+    ]
 
 
 def _optimum_row(o: Optimum) -> list[str]:
-    cells = [f"{power(i.value)} ({span(i.low, i.high)})" if i else "not known" for i in
-             (o.parameters, o.tokens, o.width, o.depth)]  # fmt: skip
+    cells = [
+        f"{power(i.value)} ({span(i.low, i.high)})" if i else "not known"
+        for i in (o.parameters, o.tokens, o.width, o.depth)
+    ]
     return [power(o.flops), *cells, "extrapolated" if o.extrapolated else "largest compute of the points"]
 
 

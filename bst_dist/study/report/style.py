@@ -16,11 +16,25 @@ GREY = "#777777"
 """Colour of aids to the reader: zero lines, the training length, elements common to all series."""
 DASHES = ("-", "--", ":", "-.")  # the next style when all colours are used
 STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
-    "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "#dddddd", "lines.linewidth": 1.1,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "savefig.dpi": 300, "pdf.fonttype": 42, "svg.fonttype": "none",
-}  # fmt: skip
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.color": "#dddddd",
+    "lines.linewidth": 1.1,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+}
 MARKS = "osD^vP*"
 ACROSS = 3
 """Maximum number of panels per row of a figure."""
@@ -29,8 +43,10 @@ INCHES = (6.75, 4.4)  # the text width of a two-column paper
 
 def looks(count: int) -> list[dict[str, str]]:
     """Return colours and dashes for `count` runs; up to 28 runs look different."""
-    return [{"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
-            for number in range(count)]  # fmt: skip
+    return [
+        {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+        for number in range(count)
+    ]
 
 
 def marked(number: int) -> dict[str, Any]:

@@ -32,8 +32,9 @@ class Study:
 
 def add_file(parser: argparse.ArgumentParser, kind: str, folder: str) -> None:
     """Add arguments for the study's file and for settings that override it; `folder` holds the shipped files."""
-    parser.add_argument("file", type=Path, metavar=kind.upper(),
-                        help=f"the {kind}'s YAML file, or the name of one of {folder}/")  # fmt: skip
+    parser.add_argument(
+        "file", type=Path, metavar=kind.upper(), help=f"the {kind}'s YAML file, or the name of one of {folder}/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
 
 
@@ -43,13 +44,25 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=at_least(1), metavar="N", help="runs to train in parallel per host (default: 1)"
     )
-    where.add_argument("--hostfile", type=Path, metavar="FILE",
-                       help="train on these hosts, as many runs in parallel as their slots allow")  # fmt: skip
-    where.add_argument("--slurm", type=at_least(1), metavar="N",
-                       help="submit a Slurm array of N tasks; each trains runs until none is left")  # fmt: skip
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=(
-        "with --slurm: an option for sbatch, as --sbatch=--time=24:00:00; may be given several times"
-    ))  # fmt: skip
+    where.add_argument(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="train on these hosts, as many runs in parallel as their slots allow",
+    )
+    where.add_argument(
+        "--slurm",
+        type=at_least(1),
+        metavar="N",
+        help="submit a Slurm array of N tasks; each trains runs until none is left",
+    )
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help=("with --slurm: an option for sbatch, as --sbatch=--time=24:00:00; may be given several times"),
+    )
     parser.add_argument("--dry-run", action="store_true", help="only show the runs or commands that would start")
 
 
@@ -70,8 +83,9 @@ def train(args: argparse.Namespace, study: Study) -> dict[str, Any]:
         return _submit(args, study, words)
     if args.hostfile is not None:
         ranks = max((job.recipe.ranks or 1) for job in jobs)
-        commands = {host.name: placement.on_host(host, ranks, Path.cwd(), words)
-                    for host in read_hostfile(args.hostfile)}  # fmt: skip
+        commands = {
+            host.name: placement.on_host(host, ranks, Path.cwd(), words) for host in read_hostfile(args.hostfile)
+        }
         if args.dry_run:
             say("\n".join(map(shlex.join, commands.values())))
             return {"commands": commands}

@@ -61,17 +61,24 @@ def run_on_hosts(commands: Mapping[str, list[str]], say: Callable[[str], None]) 
             thread.join()
 
 
-def slurm_script(name: str, root: Path, tasks: int, directory: Path, words: Sequence[str],
-                 options: Sequence[str]) -> str:  # fmt: skip
+def slurm_script(
+    name: str, root: Path, tasks: int, directory: Path, words: Sequence[str], options: Sequence[str]
+) -> str:
     """Return the batch script of an array of `tasks`. Each task trains runs until none is left.
 
     NOTICE_S before its time limit a task gets a signal. Its run then writes a checkpoint, and the task is requeued.
     """
     lines = [
-        f"#SBATCH --job-name={name}", f"#SBATCH --array=0-{tasks - 1}", "#SBATCH --nodes=1",
-        f"#SBATCH --chdir={directory}", f"#SBATCH --output={root}/slurm/%A_%a.log", "#SBATCH --open-mode=append",
-        f"#SBATCH --signal=B:TERM@{NOTICE_S}", "#SBATCH --requeue", *(f"#SBATCH {option}" for option in options),
-    ]  # fmt: skip
+        f"#SBATCH --job-name={name}",
+        f"#SBATCH --array=0-{tasks - 1}",
+        "#SBATCH --nodes=1",
+        f"#SBATCH --chdir={directory}",
+        f"#SBATCH --output={root}/slurm/%A_%a.log",
+        "#SBATCH --open-mode=append",
+        f"#SBATCH --signal=B:TERM@{NOTICE_S}",
+        "#SBATCH --requeue",
+        *(f"#SBATCH {option}" for option in options),
+    ]
     body = f"""
 trap 'stopped=yes; [ -z "$study" ] || kill -TERM $study' TERM
 {shlex.join(_bst(words))} &

@@ -58,8 +58,15 @@ class Worker:
 class Runner:
     """Trains the runs of a study until each is done, failed or diverged."""
 
-    def __init__(self, runs: Sequence[Job], state: State, workers: int, say: Callable[[str], None],
-                 per_device: int = 1, until: float = math.inf) -> None:  # fmt: skip
+    def __init__(
+        self,
+        runs: Sequence[Job],
+        state: State,
+        workers: int,
+        say: Callable[[str], None],
+        per_device: int = 1,
+        until: float = math.inf,
+    ) -> None:
         """Prepare; `per_device`: workers that share a GPU; `until`: when to stop, in the time of `time.monotonic`."""
         self.runs, self.state, self.limit, self.say = runs, state, workers, say
         self.per_device, self.until = per_device, until
@@ -117,10 +124,15 @@ class Runner:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             with log_file.open("ab") as log:
                 process = subprocess.Popen(
-                    self._command(run, micro), env=self._environment(run, place), stdout=log, stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True,
+                    self._command(run, micro),
+                    env=self._environment(run, place),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(lock,),
+                    start_new_session=True,
                     preexec_fn=partial(die_with_parent, signal.SIGTERM),
-                )  # fmt: skip
+                )
             self.workers.append(Worker(run, process, place))
         finally:
             os.close(lock)  # the process has inherited the descriptor and holds the lock

@@ -91,8 +91,10 @@ class State:
         if not failed:
             return ""
         times = f"{self.retries + 1} time{'s' * (self.retries > 0)}"
-        return (f"{len(failed)} of the runs failed {times} and will not be started again. To have one started again, "
-                f"delete its list of failed starts: {self.path('attempts', failed[0])}")  # fmt: skip
+        return (
+            f"{len(failed)} of the runs failed {times} and will not be started again. To have one started again, "
+            f"delete its list of failed starts: {self.path('attempts', failed[0])}"
+        )
 
     def failed_starts(self, name: str) -> list[FailedStart]:
         """Return the starts that did not finish the run, oldest first."""

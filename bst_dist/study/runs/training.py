@@ -89,8 +89,13 @@ def running_table(title: str, running: Sequence[Worker], state: State) -> Table:
     rows = []
     for worker in running:
         line = state.progress(worker.run.name) or {"step": 0, "loss_nats": float("nan"), "tokens_per_s": 0.0}
-        rows.append([
-            worker.run.name, f"{line['step']} / {worker.run.recipe.train.steps}", f"{line['loss_nats']:.4f}",
-            f"{line['tokens_per_s']:,.0f}", duration(time.monotonic() - worker.started),
-        ])  # fmt: skip
+        rows.append(
+            [
+                worker.run.name,
+                f"{line['step']} / {worker.run.recipe.train.steps}",
+                f"{line['loss_nats']:.4f}",
+                f"{line['tokens_per_s']:,.0f}",
+                duration(time.monotonic() - worker.started),
+            ]
+        )
     return drawn(Sheet(("run", "step", "loss", "tokens/s", "for"), rows), title)

@@ -25,8 +25,11 @@ def collect(runs: list[Run], state: State, baseline: str, documents: int = 0) ->
     If `documents` > 0, finished runs are also scored on this many first tokens of each validation document.
     """
     base = {run.cell.block: run.counts.parameters for run in runs if run.cell.architecture == baseline}
-    return [row_of(known_columns(run, base.get(run.cell.block, math.nan)), run, state, documents)
-            for run in runs if run.multiple is not None]  # fmt: skip
+    return [
+        row_of(known_columns(run, base.get(run.cell.block, math.nan)), run, state, documents)
+        for run in runs
+        if run.multiple is not None
+    ]
 
 
 def known_columns(run: Run, base: float = math.nan) -> dict[str, Any]:
@@ -107,8 +110,14 @@ def _by_document(run_dir: Path, at_most: int) -> list[float]:
     length, losses = trained.recipe.train.sequence_length, []
     for corpus in open_corpora(trained.recipe.data, "validation"):
         scored = score(
-            trained.model, corpus, np.minimum(corpus.lengths, at_most), corpus.token_bytes(),
-            begin=trained.begin(corpus), context=length, slice_length=length, precision=trained.recipe.train.precision,
-        )  # fmt: skip
+            trained.model,
+            corpus,
+            np.minimum(corpus.lengths, at_most),
+            corpus.token_bytes(),
+            begin=trained.begin(corpus),
+            context=length,
+            slice_length=length,
+            precision=trained.recipe.train.precision,
+        )
         losses += (scored.nats / scored.tokens).tolist()
     return losses

@@ -87,9 +87,15 @@ def read_check(root: Path) -> Check | None:
     return TypeAdapter(Check).validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def coordinates(make: Callable[[int, int], LanguageModel], widths: Sequence[int], depths: Sequence[int],
-          optimizer: OptimizerConfig, ids: Tensor, steps: int = 4,
-          seeds: Sequence[int] = range(6)) -> list[Coordinate]:  # fmt: skip
+def coordinates(
+    make: Callable[[int, int], LanguageModel],
+    widths: Sequence[int],
+    depths: Sequence[int],
+    optimizer: OptimizerConfig,
+    ids: Tensor,
+    steps: int = 4,
+    seeds: Sequence[int] = range(6),
+) -> list[Coordinate]:
     """Train models of all `widths` at the first depth, and of all `depths` at the first width, for a few steps.
 
     Args:
@@ -112,9 +118,15 @@ def coordinates(make: Callable[[int, int], LanguageModel], widths: Sequence[int]
     return found
 
 
-def _changes(make: Callable[[int, int], LanguageModel], shape: tuple[int, int], narrow: int,
-             optimizer: OptimizerConfig, ids: Tensor, steps: int,
-             seeds: Sequence[int]) -> dict[str, list[float]]:  # fmt: skip
+def _changes(
+    make: Callable[[int, int], LanguageModel],
+    shape: tuple[int, int],
+    narrow: int,
+    optimizer: OptimizerConfig,
+    ids: Tensor,
+    steps: int,
+    seeds: Sequence[int],
+) -> dict[str, list[float]]:
     """Return, for one shape, the root mean square of the change of each watched quantity, one value per seed."""
     every = []
     for seed in seeds:

@@ -139,8 +139,11 @@ class Designer:
         sweep = self.sweep
         if sweep.rules.parametrisation == "standard":
             return {"kind": "standard"}
-        widths = [self._shape(Cell(sweep.baseline, arm, size, depth, 0)).width
-                  for size, depth in self._pairs() for arm in sweep.arms]  # fmt: skip
+        widths = [
+            self._shape(Cell(sweep.baseline, arm, size, depth, 0)).width
+            for size, depth in self._pairs()
+            for arm in sweep.arms
+        ]
         return {"kind": "completep", "base_width": min(widths), "base_depth": min(d for _, d in self._pairs())}
 
     def _pairs(self) -> list[tuple[float, int]]:
@@ -194,8 +197,9 @@ class Designer:
         data["checkpoint"] = {**data.get("checkpoint", {}), "at": sorted(set(leaves.values())), "keep_last": 1}
         return Run(named(f"{cell.label}-trunk", data), None, cell, counts, None)
 
-    def _finished(self, cell: Cell, data: dict[str, Any], counts: Counts, steps: int, multiple: float,
-                  trunk: str | None) -> Run:  # fmt: skip
+    def _finished(
+        self, cell: Cell, data: dict[str, Any], counts: Counts, steps: int, multiple: float, trunk: str | None
+    ) -> Run:
         data = copy.deepcopy(data)
         data["train"]["steps"] = steps
         # The fraction is computed from the steps, so that the decay begins exactly at the branch.

@@ -49,9 +49,13 @@ def find(sweep: SweepConfig, rows: Sequence[Row], draws: int, coordinates: Check
     except UserError as error:
         why = str(error)
     return Findings(
-        compare(observed, sweep.baseline, sweep.arm), compare(observed, sweep.baseline, sweep.arm, "time_s"),
-        audit(observed), coordinates, fitted, why,
-    )  # fmt: skip
+        compare(observed, sweep.baseline, sweep.arm),
+        compare(observed, sweep.baseline, sweep.arm, "time_s"),
+        audit(observed),
+        coordinates,
+        fitted,
+        why,
+    )
 
 
 def blocks(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> list[Block]:
@@ -85,21 +89,30 @@ def _advantage(found: Findings) -> Iterator[Block]:
         label = advantage.EQUAL[comparison.axis]
         yield Heading(3, f"At equal {label}")
         if comparison.axis == "time_s":
-            yield Paragraph("Training times can only be compared when nothing else ran on the machine; otherwise there "
-                            "is no verdict here.")  # fmt: skip
+            yield Paragraph(
+                "Training times can only be compared when nothing else ran on the machine; otherwise there "
+                "is no verdict here."
+            )
             if comparison.missing:
                 yield Items(advantage.not_judged(comparison))
         yield from advantage.tables(comparison)
-        yield Picture(f"gap-{comparison.axis.removesuffix('_s')}", gap_figure(comparison),
-                      f"Advantage at equal {label} in arm {comparison.arm}. Lines with 95 % bands: the regression of "
-                      "the rule, one line per depth. Small marks: measurements, joined within a pair. Hollow marks: "
-                      "held-out runs. Grey band: the equivalence margin.")  # fmt: skip
+        yield Picture(
+            f"gap-{comparison.axis.removesuffix('_s')}",
+            gap_figure(comparison),
+            f"Advantage at equal {label} in arm {comparison.arm}. Lines with 95 % bands: the regression of "
+            "the rule, one line per depth. Small marks: measurements, joined within a pair. Hollow marks: "
+            "held-out runs. Grey band: the equivalence margin.",
+        )
         yield from advantage.held_out(comparison)
     place = place_figure(found.flops)
     if place is not None:
-        yield Picture("gap-by-place", place, "Mean advantage by position in the sequence, one point per block, with "
-                      "95 % intervals over pairs. An advantage that only appears beyond the window comes from a longer "
-                      "receptive field.")  # fmt: skip
+        yield Picture(
+            "gap-by-place",
+            place,
+            "Mean advantage by position in the sequence, one point per block, with "
+            "95 % intervals over pairs. An advantage that only appears beyond the window comes from a longer "
+            "receptive field.",
+        )
 
 
 def _laws(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterator[Block]:
@@ -108,9 +121,13 @@ def _laws(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterator[
     if not grid(own):
         yield Paragraph("No run has finished.")
         return
-    yield Picture("loss", loss_figure(own, found.laws), "Validation loss against training FLOPs. Lines join the "
-                  "training lengths of one run. Dashed: the chosen law for each size. Hollow marks: held-out runs. "
-                  f"Arm {sweep.arm}.")  # fmt: skip
+    yield Picture(
+        "loss",
+        loss_figure(own, found.laws),
+        "Validation loss against training FLOPs. Lines join the "
+        "training lengths of one run. Dashed: the chosen law for each size. Hollow marks: held-out runs. "
+        f"Arm {sweep.arm}.",
+    )
     if found.laws is None:
         yield Paragraph(f"No law is fitted: {found.why_no_laws}.")
         return
@@ -141,17 +158,27 @@ def coordinate_blocks(check: Check) -> Iterator[Block]:
     )
     yield Sheet(
         ("architecture", "quantity", "against", "change by value", "slope", "depends on it"),
-        [[name, one.watched, one.along, ", ".join(f"{key}: {v:.3g}" for key, v in one.changes.items()),
-          one.slope.text(2, sign=True), {"equal": "no", "different": "yes", "undecided": "undecided"}[one.answer]]
-         for name, one in every],
-    )  # fmt: skip
+        [
+            [
+                name,
+                one.watched,
+                one.along,
+                ", ".join(f"{key}: {v:.3g}" for key, v in one.changes.items()),
+                one.slope.text(2, sign=True),
+                {"equal": "no", "different": "yes", "undecided": "undecided"}[one.answer],
+            ]
+            for name, one in every
+        ],
+    )
 
 
 def audit_blocks(corners: Sequence[Corner]) -> Iterator[Block]:
     """Yield the blocks about the audit of the learning rate."""
     if not corners:
-        yield Paragraph("Not run. If one learning rate does not fit all depths, a change with depth may be an effect "
-                        "of the learning rate.")  # fmt: skip
+        yield Paragraph(
+            "Not run. If one learning rate does not fit all depths, a change with depth may be an effect "
+            "of the learning rate."
+        )
         return
     answers = Counter(corner.answer for corner in corners)
     yield Paragraph(
@@ -162,10 +189,19 @@ def audit_blocks(corners: Sequence[Corner]) -> Iterator[Block]:
     )
     yield Sheet(
         ("architecture", "corner", "seeds", "loss by factor", "best", "cost of the default rate", "answer"),
-        [[c.architecture, c.corner, str(c.seeds), ", ".join(f"{f:g}: {loss:.4f}" for f, loss in c.losses.items()),
-          number(c.best, ".2f") or "no valley", _lost(c), ": ".join(filter(None, (c.answer, c.why)))]
-         for c in corners],
-    )  # fmt: skip
+        [
+            [
+                c.architecture,
+                c.corner,
+                str(c.seeds),
+                ", ".join(f"{f:g}: {loss:.4f}" for f, loss in c.losses.items()),
+                number(c.best, ".2f") or "no valley",
+                _lost(c),
+                ": ".join(filter(None, (c.answer, c.why))),
+            ]
+            for c in corners
+        ],
+    )
 
 
 def _lost(corner: Corner) -> str:
@@ -182,13 +218,36 @@ def _rule() -> Iterator[Block]:
 def _runs(rows: Sequence[Row]) -> Iterator[Block]:
     yield Heading(2, "All runs")
     yield Sheet(
-        ("run", "status", "role", "width", "N", "ln N − baseline's", "tokens", "FLOPs", "loss, nats", "bits/byte",
-         "time, s"),
-        [[row.run, row.status, row.role, str(row.width), f"{row.parameters:,.0f}",
-          number(row.ln_n_over_baseline, "+.4f"), f"{row.tokens:,}", power(row.flops),
-          number(row.loss_nats, ".4f"), number(row.bits_per_byte, ".4f"),
-          number(row.time_s, ".0f")] for row in rows],
-    )  # fmt: skip
+        (
+            "run",
+            "status",
+            "role",
+            "width",
+            "N",
+            "ln N − baseline's",
+            "tokens",
+            "FLOPs",
+            "loss, nats",
+            "bits/byte",
+            "time, s",
+        ),
+        [
+            [
+                row.run,
+                row.status,
+                row.role,
+                str(row.width),
+                f"{row.parameters:,.0f}",
+                number(row.ln_n_over_baseline, "+.4f"),
+                f"{row.tokens:,}",
+                power(row.flops),
+                number(row.loss_nats, ".4f"),
+                number(row.bits_per_byte, ".4f"),
+                number(row.time_s, ".0f"),
+            ]
+            for row in rows
+        ],
+    )
     lines = [f"{row.run}: {row.status}: {row.reason}" for row in rows if row.reason]
     if lines:
         yield Items(lines)

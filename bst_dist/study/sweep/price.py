@@ -73,8 +73,9 @@ class Fitted:
     spent: float
 
 
-def fit_budget(runs: list[Run], spent: Cost, limit: float, noise: NoiseConfig, baseline: str,
-               arm: str, unit: str = "FLOPs") -> Fitted:  # fmt: skip
+def fit_budget(
+    runs: list[Run], spent: Cost, limit: float, noise: NoiseConfig, baseline: str, arm: str, unit: str = "FLOPs"
+) -> Fitted:
     """Drop blocks, with all their architectures, until the rest fits the budget.
 
     The choice is greedy: the block that adds least to the standard errors of the changes, relative to its cost. A block

@@ -31,8 +31,9 @@ def rehearse(sweep: SweepConfig, runs: Sequence[Run]) -> None:
         told = "\n".join(f"  {name}: {why}" for name, why in comparison.missing.items())
         raise RehearsalError(f"the plan was analysed with simulated losses; no verdict could be given:\n{told}")
     # The baseline alone is enough: the other architectures have points at the same sizes and lengths.
-    for name, laws in fit_laws([o for o in observed if o.architecture == sweep.baseline], None, sweep.arm, 2
-                               ).architectures.items():  # fmt: skip
+    for name, laws in fit_laws(
+        [o for o in observed if o.architecture == sweep.baseline], None, sweep.arm, 2
+    ).architectures.items():
         if not any(fitted.law for fitted in laws.fits):
             why = laws.fits[0].why_not
             raise RehearsalError(f"with simulated losses of this plan no law could be fitted to {name}: {why}")
@@ -53,8 +54,15 @@ def simulate(sweep: SweepConfig, runs: Sequence[Run], seed: int = 0, gaps: dict[
         noise = level[trunk] + generator.normal(0, sweep.noise.seed * np.sqrt(sweep.noise.within))
         exact = LAW.loss(np.array(run.counts.parameters), np.array(float(run.tokens)))
         loss = float(exact * np.exp(noise - (gaps or {}).get(cell.architecture, 0.0)))
-        rows.append(Row(
-            **known_columns(run), status="done", tokens=run.tokens, flops=run.flops, loss_nats=loss,
-            bits_per_byte=loss / 2, time_s=run.flops / 1e9,
-        ))  # fmt: skip
+        rows.append(
+            Row(
+                **known_columns(run),
+                status="done",
+                tokens=run.tokens,
+                flops=run.flops,
+                loss_nats=loss,
+                bits_per_byte=loss / 2,
+                time_s=run.flops / 1e9,
+            )
+        )
     return rows

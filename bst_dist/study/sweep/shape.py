@@ -67,8 +67,9 @@ class Model:
         return _model(base, shape, self.width, self.ffn, depth)
 
 
-def solve_together(bases: Mapping[str, tuple[dict[str, Any], int]], shape: ShapeConfig, size: float,
-                   depth: int) -> dict[str, Model]:  # fmt: skip
+def solve_together(
+    bases: Mapping[str, tuple[dict[str, Any], int]], shape: ShapeConfig, size: float, depth: int
+) -> dict[str, Model]:
     """Return models of `depth` layers with equal size; `bases` is name -> (model section, sequence length).
 
     Width is chosen in steps of a head, and ffn in steps of 8. All models are within half the tolerance of a common N.

@@ -46,13 +46,19 @@ def planned_gaps(runs: Sequence[Run], baseline: str, arm: str) -> list[Gaps]:
         mine = [run for run in own if run.cell.architecture == name and (run.cell.block, run.multiple) in base]
         pairs = [(run, base[run.cell.block, run.multiple]) for run in mine]
         zero = np.zeros(len(mine))
-        found.append(Gaps(
-            name, arm, zero, zero,
-            mismatch=np.log([run.counts.parameters / other.counts.parameters for run, other in pairs]),
-            flops=np.array([run.flops for run in mine]), depth=np.array([float(run.cell.depth) for run in mine]),
-            tokens_per_parameter=np.array([run.tokens / run.counts.parameters for run in mine]),
-            block=np.array([run.cell.block for run in mine]),
-        ))  # fmt: skip
+        found.append(
+            Gaps(
+                name,
+                arm,
+                zero,
+                zero,
+                mismatch=np.log([run.counts.parameters / other.counts.parameters for run, other in pairs]),
+                flops=np.array([run.flops for run in mine]),
+                depth=np.array([float(run.cell.depth) for run in mine]),
+                tokens_per_parameter=np.array([run.tokens / run.counts.parameters for run in mine]),
+                block=np.array([run.cell.block for run in mine]),
+            )
+        )
     return found
 
 
@@ -78,8 +84,10 @@ def collinear(runs: Sequence[Run]) -> list[str]:
         left = np.mean((matrix[:, index] - others @ shares) ** 2)
         if left * INFLATION < 1:
             guilty = [n for n, s in zip((n for n in names if n != name), shares, strict=True) if abs(s) > 0.3]
-            found.append(f"{name} follows from {' and '.join(guilty)} ({1 - left:.0%} of its variance): "
-                         "cross them, so that each size has several depths and each depth several sizes")  # fmt: skip
+            found.append(
+                f"{name} follows from {' and '.join(guilty)} ({1 - left:.0%} of its variance): "
+                "cross them, so that each size has several depths and each depth several sizes"
+            )
     return found
 
 
@@ -110,13 +118,17 @@ def missing_arms(runs: Sequence[Run]) -> list[str]:
     told = ", ".join(f"{arm}: {blocks:g} windows per sequence" for arm, blocks in windows.items())
     found = []
     if not any(blocks <= depths[0] for blocks in windows.values()):
-        found.append(f"the receptive field of a window stack grows with depth in every arm ({told}): an advantage may "
-                     "shrink for this reason alone; add an arm with train.sequence_length <= "
-                     f"{depths[0]} x model.block")  # fmt: skip
+        found.append(
+            f"the receptive field of a window stack grows with depth in every arm ({told}): an advantage may "
+            "shrink for this reason alone; add an arm with train.sequence_length <= "
+            f"{depths[0]} x model.block"
+        )
     if not any(blocks >= BEYOND * depths[-1] for blocks in windows.values()):
-        found.append(f"in every arm a window stack of {depths[-1]} layers sees more than a quarter of the sequence "
-                     f"({told}), so the sweep cannot show what a state adds; add an arm with train.sequence_length >= "
-                     f"{BEYOND * depths[-1]} x model.block")  # fmt: skip
+        found.append(
+            f"in every arm a window stack of {depths[-1]} layers sees more than a quarter of the sequence "
+            f"({told}), so the sweep cannot show what a state adds; add an arm with train.sequence_length >= "
+            f"{BEYOND * depths[-1]} x model.block"
+        )
     return found
 
 
@@ -128,17 +140,21 @@ def unequal(runs: Sequence[Run], baseline: str) -> list[str]:
             _, names = columns(gaps)
             for factor in (name for name in names if name in UNITS):
                 if abs(off := mismatch_over(gaps, factor)) > MISMATCH:
-                    found.append(f"the ratio of sizes, N of {gaps.variant} / N of {baseline}, changes by {off:+.1%} "
-                                 f"between the smallest and the largest {factor} (arm {arm}), which alone changes an "
-                                 "advantage at equal compute: use a smaller shape.head_width, or larger "
-                                 "sizes")  # fmt: skip
+                    found.append(
+                        f"the ratio of sizes, N of {gaps.variant} / N of {baseline}, changes by {off:+.1%} "
+                        f"between the smallest and the largest {factor} (arm {arm}), which alone changes an "
+                        "advantage at equal compute: use a smaller shape.head_width, or larger "
+                        "sizes"
+                    )
     return found
 
 
 def unanswerable(runs: Sequence[Run], baseline: str, arm: str) -> list[str]:
     """Return a message for each reason why the analysis would fail: too few values, variants or pairs."""
-    for what, values in (("tokens_per_parameter", {run.multiple for run in runs}),
-                         ("sizes", {run.cell.size for run in runs})):  # fmt: skip
+    for what, values in (
+        ("tokens_per_parameter", {run.multiple for run in runs}),
+        ("sizes", {run.cell.size for run in runs}),
+    ):
         if len(values) < 2:
             return [f"{what} has one value: no curve can be fitted, and no compute-equivalent gain read off; give two"]
     every = planned_gaps(runs, baseline, arm)

@@ -32,8 +32,9 @@ def measure(runs: Sequence[Run], for_s: float, say: Callable[[str, float], None]
     return rates
 
 
-def planned(runs: Sequence[Run], device: Accelerator, per_node: int,
-            say: Callable[[str, float], None]) -> dict[str, float]:  # fmt: skip
+def planned(
+    runs: Sequence[Run], device: Accelerator, per_node: int, say: Callable[[str, float], None]
+) -> dict[str, float]:
     """Predict the training FLOP/s of a device for every shape among `runs`, as `bst plan` does.
 
     The ranks, the micro-batch and the ZeRO stage are those of the run's recipe. Returns shape key -> FLOP/s. Raises

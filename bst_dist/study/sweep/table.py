@@ -114,8 +114,12 @@ def read(path: Path) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".csv":
-            return ROWS.validate_python([{k: v or None for k, v in row.items() if v or k not in OPTIONAL}
-                                         for row in csv.DictReader(io.StringIO(text))])  # fmt: skip
+            return ROWS.validate_python(
+                [
+                    {k: v or None for k, v in row.items() if v or k not in OPTIONAL}
+                    for row in csv.DictReader(io.StringIO(text))
+                ]
+            )
         return ROWS.validate_python(json.loads(text))
     except FileNotFoundError:
         raise TableError(f"{path}: no such file: `bst sweep collect` writes it") from None
@@ -130,12 +134,29 @@ def observations(rows: list[Row]) -> list[Observation]:
     """Return the planned measurements, finished or not, as observations for the laws and the verdict."""
     return [
         Observation(
-            name=row.run, architecture=row.architecture, arm=row.arm, block=row.block, run=row.trunk, seed=row.seed,
-            width=float(row.width), depth=float(row.depth), parameters=row.parameters,
-            non_embedding=float(row.parameters_non_embedding), tokens=float(row.tokens),
-            length=row.tokens_per_parameter, flops=row.flops, time_s=row.time_s, loss=row.loss_nats,
-            by_block=row.loss_by_block, by_document=row.loss_by_document, held_out=row.role == "hold-out",
-            rate_factor=row.rate_factor, slowed=row.slowed, status=row.status, reason=row.reason, corpora=row.corpora,
+            name=row.run,
+            architecture=row.architecture,
+            arm=row.arm,
+            block=row.block,
+            run=row.trunk,
+            seed=row.seed,
+            width=float(row.width),
+            depth=float(row.depth),
+            parameters=row.parameters,
+            non_embedding=float(row.parameters_non_embedding),
+            tokens=float(row.tokens),
+            length=row.tokens_per_parameter,
+            flops=row.flops,
+            time_s=row.time_s,
+            loss=row.loss_nats,
+            by_block=row.loss_by_block,
+            by_document=row.loss_by_document,
+            held_out=row.role == "hold-out",
+            rate_factor=row.rate_factor,
+            slowed=row.slowed,
+            status=row.status,
+            reason=row.reason,
+            corpora=row.corpora,
         )
         for row in rows
-    ]  # fmt: skip
+    ]

@@ -49,14 +49,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         (few, few_host), (many, many_host) = kept[policy]
         layers = DEPTHS[1] - DEPTHS[0]
         ratio = Spread.of([s / b for s, b in zip(seconds[policy], seconds["none"], strict=True)])
-        rows.append({
-            "policy": policy, "kept_bytes_a_layer": (many - few) / layers,
-            "on_the_host_bytes_a_layer": (many_host - few_host) / layers,
-            "processor_s": seconds[policy], "time_ratio": vars(ratio),
-        })  # fmt: skip
+        rows.append(
+            {
+                "policy": policy,
+                "kept_bytes_a_layer": (many - few) / layers,
+                "on_the_host_bytes_a_layer": (many_host - few_host) / layers,
+                "processor_s": seconds[policy],
+                "time_ratio": vars(ratio),
+            }
+        )
     _print(recipe, rows, base)
-    return {"recipe": recipe.model_dump(mode="json"), "depths": DEPTHS, "threads": torch.get_num_threads(),
-            "policies": rows}  # fmt: skip
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "depths": DEPTHS,
+        "threads": torch.get_num_threads(),
+        "policies": rows,
+    }
 
 
 def _model(recipe: Recipe, policy: str, depth: int) -> LanguageModel:
@@ -127,8 +135,18 @@ def _print(recipe: Recipe, rows: list[dict[str, Any]], base: Spread) -> None:
     for row in rows:
         kept, host = row["kept_bytes_a_layer"], row["on_the_host_bytes_a_layer"]
         policy = f"one layer in {recipe.activation_checkpointing.every}" if "kth" in row["policy"] else row["policy"]
-        cells.append([policy, f"{kept / 1024:,.0f}", f"{kept / unit:.1f}", f"{host / unit:.1f}",
-                      str(Spread(**row["time_ratio"]))])  # fmt: skip
+        cells.append(
+            [
+                policy,
+                f"{kept / 1024:,.0f}",
+                f"{kept / unit:.1f}",
+                f"{host / unit:.1f}",
+                str(Spread(**row["time_ratio"])),
+            ]
+        )
     columns = ("policy", "KiB kept per layer", "bytes per token and width", "on the host", "time, of none's")
-    print_table(Sheet(columns, cells), f"{recipe.name}: {tokens:,} tokens, width {recipe.model.width}, "
-                f"{recipe.train.precision}; {DEPTHS[0]} layers, both passes: {base.median:.2f} s")  # fmt: skip
+    print_table(
+        Sheet(columns, cells),
+        f"{recipe.name}: {tokens:,} tokens, width {recipe.model.width}, "
+        f"{recipe.train.precision}; {DEPTHS[0]} layers, both passes: {base.median:.2f} s",
+    )

@@ -78,8 +78,13 @@ def machine(small: bool) -> dict[str, Any]:
         about |= {"device": torch.cuda.get_device_name(), "memory_bytes": torch.cuda.mem_get_info()[1]}
         asked = "clocks.sm,clocks.max.sm,power.limit,driver_version"
         try:
-            said = subprocess.run(["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"],
-                                  check=True, capture_output=True, text=True, timeout=20).stdout  # fmt: skip
+            said = subprocess.run(
+                ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=20,
+            ).stdout
             about |= dict(zip(asked.split(","), said.splitlines()[0].split(", "), strict=True))
         except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
             about["nvidia-smi"] = f"did not answer: {error}"
@@ -105,8 +110,10 @@ def _compile_ahead() -> dict[str, Any]:
         for process in started.values():
             process.kill()
             process.wait()
-    say(f"compiled {sum(s is not None for s in took.values())} of {len(took)} kinds of layers in "
-        f"{time.monotonic() - begin:.0f} s")  # fmt: skip
+    say(
+        f"compiled {sum(s is not None for s in took.values())} of {len(took)} kinds of layers in "
+        f"{time.monotonic() - begin:.0f} s"
+    )
     return took
 
 

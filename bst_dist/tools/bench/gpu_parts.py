@@ -76,8 +76,11 @@ class Sizes:
         Block-Recurrent has as many states as a block has tokens; Transformer-XL has a window of four blocks.
         """
         sizes = {"width": self.width, "heads": self.heads, "ffn": 4 * self.width, "block": self.block}
-        own = {"attention": {"position": "rope"}, "block_recurrent": {"states": self.block},
-               "transformer_xl": {"window": 4 * self.block}}  # fmt: skip
+        own = {
+            "attention": {"position": "rope"},
+            "block_recurrent": {"states": self.block},
+            "transformer_xl": {"window": 4 * self.block},
+        }
         return ModelConfig(**sizes, **own | {"depth": self.depth} | settings, vocab_size=self.vocabulary)
 
 
@@ -122,16 +125,28 @@ def layers(small: bool, until: float) -> dict[str, Any]:
                 continue
             terms = forward_flops(sizes.config(**LAYERS[name], depth=1), sizes.length)
             cases[name, compiled] = case
-            rows.append({"layer": name, "compiled": compiled, "first_s": first,
-                         "flops": 3 * (sum(terms.values()) - terms["head"])})  # fmt: skip
+            rows.append(
+                {
+                    "layer": name,
+                    "compiled": compiled,
+                    "first_s": first,
+                    "flops": 3 * (sum(terms.values()) - terms["head"]),
+                }
+            )
     seconds = {key: [s / DEEP for s in own] for key, own in _in_turn(cases, sizes.rounds, until).items()}
     peak = peak_flops(device, torch.bfloat16)
     best = {name: min(median(seconds[key]) for key in seconds if key[0] == name) for name, _ in seconds}
     for row in rows:
         own = seconds[row["layer"], row["compiled"]]
         reached = row.pop("flops") * sizes.rows * sizes.length / median(own) / peak
-        row |= {"ms": 1e3 * median(own), "ms_low": 1e3 * min(own), "ms_high": 1e3 * max(own), "of_peak": reached,
-                "by_sliding": best["sliding"] / median(own), "rounds": len(own)}  # fmt: skip
+        row |= {
+            "ms": 1e3 * median(own),
+            "ms_low": 1e3 * min(own),
+            "ms_high": 1e3 * max(own),
+            "of_peak": reached,
+            "by_sliding": best["sliding"] / median(own),
+            "rounds": len(own),
+        }
         if "Block-Recurrent" in best:
             row["by_block_recurrent"] = best["Block-Recurrent"] / median(own)
     return {"sizes": vars(sizes), "rows": rows, "left_out": left_out}
@@ -202,8 +217,10 @@ def kernels(small: bool, until: float) -> dict[str, Any]:
         whole = 1e6 * median(seconds_of(case, QUEUED) for _ in range(sizes.rounds))
         found = _kernels_of(case, device)
         found.append(("rest", whole - sum(us for _, us, _ in found), 0))
-        rows += [{"layer": name, "us": us / count, "share": us / whole, "launches": launches / count, "kernel": kernel}
-                 for kernel, us, launches in found]  # fmt: skip
+        rows += [
+            {"layer": name, "us": us / count, "share": us / whole, "launches": launches / count, "kernel": kernel}
+            for kernel, us, launches in found
+        ]
     return {"rows": rows}
 
 
@@ -258,9 +275,18 @@ def stack(small: bool, until: float) -> dict[str, Any]:
             speed = sizes.rows * sizes.length / median(measured)
             mfu = speed * train_flops_per_token(model.config, sizes.length) / peak_flops(device, torch.bfloat16)
             plan = planned(model.config, sizes, _card(device))
-            rows.append({"model": name, "width": sizes.width, "tokens_per_s": speed, "mfu": mfu,
-                         "planned_mfu": plan.mfu, "of_plan": plan.seconds / median(measured), "first_s": first,
-                         "peak_bytes": _peak(device)})  # fmt: skip
+            rows.append(
+                {
+                    "model": name,
+                    "width": sizes.width,
+                    "tokens_per_s": speed,
+                    "mfu": mfu,
+                    "planned_mfu": plan.mfu,
+                    "of_plan": plan.seconds / median(measured),
+                    "first_s": first,
+                    "peak_bytes": _peak(device),
+                }
+            )
     return {"rows": rows}
 
 
@@ -328,8 +354,14 @@ def generation(small: bool, until: float) -> dict[str, Any]:
             writing.step()
             written += 1
         seconds = time.monotonic() - begin
-        rows.append({"rows": samples, "tokens_per_s": samples * written / seconds, "ms_a_step": 1e3 * seconds / written,
-                     "state_bytes": writing.state_bytes})  # fmt: skip
+        rows.append(
+            {
+                "rows": samples,
+                "tokens_per_s": samples * written / seconds,
+                "ms_a_step": 1e3 * seconds / written,
+                "state_bytes": writing.state_bytes,
+            }
+        )
     return {"rows": rows}
 
 
@@ -338,20 +370,27 @@ def resume(small: bool, until: float) -> dict[str, Any]:
     sizes = SMALL if small else Sizes(depth=4, length=2048, rows=2, vocabulary=64)
     model = {name: getattr(sizes, name) for name in ("width", "heads", "block", "depth")}
     recipe = {
-        "name": "resume", "ranks": 1, "deterministic": True, "model": model | BST | {"ffn": 4 * sizes.width},
+        "name": "resume",
+        "ranks": 1,
+        "deterministic": True,
+        "model": model | BST | {"ffn": 4 * sizes.width},
         "data": {"synthetic": {"task": "copy", "lag": 8}},
         "train": {"steps": 6, "sequence_length": sizes.length, "sequences": sizes.rows},
-        "schedule": {"warmup_steps": 2}, "evaluation": {"every": 0, "sequences": 1}, "log": {"tensorboard": False},
+        "schedule": {"warmup_steps": 2},
+        "evaluation": {"every": 0, "sequences": 1},
+        "log": {"tensorboard": False},
         "deepspeed": "zero1",
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory(prefix="bst-bench-gpu-") as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         for arguments in (["whole"], ["stopped", "--until", "3"], ["stopped", "--resume"]):
             _train(path, Path(folder), arguments, until)
         whole, stopped = (Path(folder) / name for name in ("whole", "stopped"))
-        losses = [[line["loss_nats"] for line in read_lines(run / FILE) if line["kind"] == "train"]
-                  for run in (whole, stopped)]  # fmt: skip
+        losses = [
+            [line["loss_nats"] for line in read_lines(run / FILE) if line["kind"] == "train"]
+            for run in (whole, stopped)
+        ]
         weights = [load_weights(newest_valid(run)) for run in (whole, stopped)]
     equal = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     return {"rows": [{"steps": len(losses[0]), "losses_equal": losses[0] == losses[1], "weights_equal": equal}]}
@@ -394,6 +433,10 @@ def _peak(device: torch.device) -> int:
 
 
 PARTS: dict[str, Callable[[bool, float], dict[str, Any]]] = {
-    "layers": layers, "kernels": kernels, "stack": stack, "longest": longest, "generation": generation,
+    "layers": layers,
+    "kernels": kernels,
+    "stack": stack,
+    "longest": longest,
+    "generation": generation,
     "resume": resume,
-}  # fmt: skip
+}

@@ -64,8 +64,9 @@ SHAPES = {"paper": Shape(512, 8, 512), "latency": Shape(64, 4, 32)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="paper", help="paper: D 512, W 512; latency: D 64, W 32")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], metavar="L",
-                        help="tokens of a sequence")  # fmt: skip
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], metavar="L", help="tokens of a sequence"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="precisions")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"which of our layers to measure: {', '.join(OURS)}")
     parser.add_argument("--no-peers", action="store_true", help="leave out (and do not install) the other packages")
@@ -80,15 +81,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.no_peers:
         peers.install()
     device, shape, rows = timing.device(), SHAPES[args.shape], []
-    say(f"{_machine(device)}, {torch.get_num_threads()} threads, {args.rounds} rounds; layer D {shape.width}, "
-        f"{shape.heads} heads, W {shape.block}, FFN {4 * shape.width}, batch 1")  # fmt: skip
+    say(
+        f"{_machine(device)}, {torch.get_num_threads()} threads, {args.rounds} rounds; layer D {shape.width}, "
+        f"{shape.heads} heads, W {shape.block}, FFN {4 * shape.width}, batch 1"
+    )
     for dtype in args.dtypes:
         for length in args.lengths:
             measured = _measure(shape, length, dtype, device, args)
             _print(measured, length, dtype)
             rows += measured
-    return {"machine": _machine(device), "threads": torch.get_num_threads(), "rounds": args.rounds,
-            "shape": vars(shape), "layers": rows}  # fmt: skip
+    return {
+        "machine": _machine(device),
+        "threads": torch.get_num_threads(),
+        "rounds": args.rounds,
+        "shape": vars(shape),
+        "layers": rows,
+    }
 
 
 def _layers(shape: Shape, length: int, args: argparse.Namespace) -> dict[str, tuple[nn.Module, float | None]]:
@@ -102,15 +110,25 @@ def _layers(shape: Shape, length: int, args: argparse.Namespace) -> dict[str, tu
             sections = sections | {"ssm": sections["ssm"] | {"length": length}}
         if mixer == "block-recurrent":  # as many states as a block has tokens, like the layer of the other package
             sections = {"block_recurrent": {"states": shape.block}}
-        config = ModelConfig(width=shape.width, heads=shape.heads, ffn=4 * shape.width, block=shape.block, depth=1,
-                             mixer=mixer, vocab_size=2, **sections)  # fmt: skip
+        config = ModelConfig(
+            width=shape.width,
+            heads=shape.heads,
+            ffn=4 * shape.width,
+            block=shape.block,
+            depth=1,
+            mixer=mixer,
+            vocab_size=2,
+            **sections,
+        )
         layer = Layer(mixer, config)
         layer.initialize(1)
         terms = forward_flops(config, length)
         layers[name] = layer, sum(terms.values()) - terms["head"]
     if not args.no_peers:
         layers["block-recurrent-transformer-pytorch"] = (
-            peers.BlockRecurrentPeer(shape.width, shape.heads, shape.block, length), None)  # fmt: skip
+            peers.BlockRecurrentPeer(shape.width, shape.heads, shape.block, length),
+            None,
+        )
         layers["local-attention"] = peers.LocalAttentionPeer(shape.width, shape.heads, shape.block), None
     return layers
 
@@ -179,13 +197,19 @@ def _print(rows: list[dict], length: int, dtype: str) -> None:
     for row in rows:
         training = Spread(*(1e3 * row["training_s"][key] for key in ("median", "low", "high")))
         reached = row["fraction_of_peak"]
-        cells.append([
-            row["layer"], f"{1e3 * row['forward_s']['median']:.0f}",
-            f"{training.median:.0f} ({training.low:.0f}–{training.high:.0f})", str(Spread(**row["speed_vs_sliding"])),
-            f"{reached['median']:.0%}" if reached else "",
-        ])  # fmt: skip
-    print_table(Sheet(("layer", "fwd ms", "fwd+bwd ms", "speed vs sliding", "of peak"), cells),
-                f"{length} tokens, {dtype} (matmul peak {rows[0]['peak_gflops_per_s']:.0f} GFLOP/s)")  # fmt: skip
+        cells.append(
+            [
+                row["layer"],
+                f"{1e3 * row['forward_s']['median']:.0f}",
+                f"{training.median:.0f} ({training.low:.0f}–{training.high:.0f})",
+                str(Spread(**row["speed_vs_sliding"])),
+                f"{reached['median']:.0%}" if reached else "",
+            ]
+        )
+    print_table(
+        Sheet(("layer", "fwd ms", "fwd+bwd ms", "speed vs sliding", "of peak"), cells),
+        f"{length} tokens, {dtype} (matmul peak {rows[0]['peak_gflops_per_s']:.0f} GFLOP/s)",
+    )
 
 
 def _machine(device: torch.device) -> str:

@@ -159,8 +159,9 @@ class SimulatedRank:
 
     def from_first(self, value: T) -> T:
         self.counts.collectives += 1
-        blob, shared = self._world.meet(self.rank, pickle.dumps(value) if self.first else b"",
-                                        lambda all_: (all_[0], pickle.loads(all_[0])))  # fmt: skip
+        blob, shared = self._world.meet(
+            self.rank, pickle.dumps(value) if self.first else b"", lambda all_: (all_[0], pickle.loads(all_[0]))
+        )
         self.counts.received_bytes += len(blob)
         return self._heard(blob) if self.rank in (0, self.world - 1) else shared
 
@@ -272,8 +273,9 @@ class SyntheticState:
         """Whether all values are right."""
         return all(
             torch.equal(tensor, self._right(self._number[one.piece.name], kind, one.piece.begin, one.piece.count))
-            for one in self._fragments for kind, tensor in one.values.items()
-        )  # fmt: skip
+            for one in self._fragments
+            for kind, tensor in one.values.items()
+        )
 
     def held(self) -> list[Fragment]:
         return self._fragments

@@ -177,12 +177,19 @@ def _print(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     cells = []
     for row in rows:
         baseline = alone.get((row["layer"], row["L"]))
-        cells.append([
-            row["layer"], f"{row['L']:,}", str(row["sp"]), row["form"], f"{row['sent_total_bytes'] / 2**10:,.0f}",
-            f"{1e3 * row['time_s']:,.0f}",
-            f"{1e3 * min(row['times_s']):,.0f} - {1e3 * max(row['times_s']):,.0f}",
-            f"{baseline / row['time_s']:.2f}" if baseline else "", f"{1e3 * row['cpu_s']:,.0f}",
-        ])  # fmt: skip
+        cells.append(
+            [
+                row["layer"],
+                f"{row['L']:,}",
+                str(row["sp"]),
+                row["form"],
+                f"{row['sent_total_bytes'] / 2**10:,.0f}",
+                f"{1e3 * row['time_s']:,.0f}",
+                f"{1e3 * min(row['times_s']):,.0f} - {1e3 * max(row['times_s']):,.0f}",
+                f"{baseline / row['time_s']:.2f}" if baseline else "",
+                f"{1e3 * row['cpu_s']:,.0f}",
+            ]
+        )
     worst = max(row["difference"] for row in rows)
     print_table(
         Sheet(("layer", "L", "sp", "form", "KiB sent", "ms", "from - to", "speed-up", "CPU ms"), cells),

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from bst_base.errors import UserError
 
 PACKAGES = [
-    "block-recurrent-transformer-pytorch==0.4.4", "local-attention==1.11.2", "hyper-connections==0.4.11",
-    "beartype==0.23.1", "memory-efficient-attention-pytorch==0.1.6",
-]  # fmt: skip
+    "block-recurrent-transformer-pytorch==0.4.4",
+    "local-attention==1.11.2",
+    "hyper-connections==0.4.11",
+    "beartype==0.23.1",
+    "memory-efficient-attention-pytorch==0.1.6",
+]
 
 
 class PeerError(UserError):
@@ -31,8 +34,18 @@ def install() -> None:
     directory = cache / "bst-dist" / "peers"
     stamp = directory / "installed.txt"
     if not stamp.is_file() or stamp.read_text() != "\n".join(PACKAGES):
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target",
-                   str(directory), *PACKAGES]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--upgrade",
+            "--no-deps",
+            "--target",
+            str(directory),
+            *PACKAGES,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise PeerError(f"pip could not install the peers ({' '.join(PACKAGES)}); use --no-peers:\n{done.stderr}")
@@ -49,9 +62,17 @@ class BlockRecurrentPeer(nn.Module):
         from block_recurrent_transformer_pytorch import BlockRecurrentTransformer
 
         self.model = BlockRecurrentTransformer(
-            num_tokens=16, dim=width, depth=1, dim_head=width // heads, heads=heads, max_seq_len=length,
-            block_width=block, num_state_vectors=block, recurrent_layers=(1,), use_flash_attn=True,
-        )  # fmt: skip
+            num_tokens=16,
+            dim=width,
+            depth=1,
+            dim_head=width // heads,
+            heads=heads,
+            max_seq_len=length,
+            block_width=block,
+            num_state_vectors=block,
+            recurrent_layers=(1,),
+            use_flash_attn=True,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         ids = x.detach()[..., 0].abs().mul(8).long() % 16
@@ -66,9 +87,15 @@ class LocalAttentionPeer(nn.Module):
         from local_attention.transformer import FeedForward, LocalMHA
 
         self.attention = LocalMHA(
-            dim=width, window_size=block, dim_head=width // heads, heads=heads, causal=True, prenorm=True,
-            qk_rmsnorm=True, use_rotary_pos_emb=True,
-        )  # fmt: skip
+            dim=width,
+            window_size=block,
+            dim_head=width // heads,
+            heads=heads,
+            causal=True,
+            prenorm=True,
+            qk_rmsnorm=True,
+            use_rotary_pos_emb=True,
+        )
         self.ffn = FeedForward(width, mult=4)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -87,9 +87,17 @@ class Case:
         """Return the model: small enough for a CPU, with more memory in activations than in model states."""
         context = {"context": {"variant": self.variant, "states": 8}, "ssm": {"state": 8, "chunk": 16}}
         return ModelConfig(
-            width=256, heads=4, ffn=1024, block=64, depth=4, vocab_size=self.VOCABULARY, mixer=self.mixer,
-            tied=self.tied, placement=[1, 3], **(context if self.mixer == "bst" else {}),
-        )  # fmt: skip
+            width=256,
+            heads=4,
+            ffn=1024,
+            block=64,
+            depth=4,
+            vocab_size=self.VOCABULARY,
+            mixer=self.mixer,
+            tied=self.tied,
+            placement=[1, 3],
+            **(context if self.mixer == "bst" else {}),
+        )
 
     def section(self) -> dict[str, Any]:
         """Return DeepSpeed's `zero_optimization`. Buckets are small, because a large one would hide every error."""
@@ -99,11 +107,15 @@ class Case:
     def work(self) -> Work:
         """Return the same configuration in the plan's terms."""
         return Work(
-            strategy=Strategy.of(self.section(), self.name), world=self.world,
-            slice=Slice(self.rows, self.share, self.sp, stream=self.slices > 1), accumulation=self.backward_passes,
-            checkpointing=ActivationCheckpointingConfig(policy=self.policy), depth=self.model().depth,
-            slices=self.slices, edges_every=self.edges_every,
-        )  # fmt: skip
+            strategy=Strategy.of(self.section(), self.name),
+            world=self.world,
+            slice=Slice(self.rows, self.share, self.sp, stream=self.slices > 1),
+            accumulation=self.backward_passes,
+            checkpointing=ActivationCheckpointingConfig(policy=self.policy),
+            depth=self.model().depth,
+            slices=self.slices,
+            edges_every=self.edges_every,
+        )
 
     @property
     def share(self) -> int:
@@ -332,17 +344,39 @@ def _error(planned: float, measured: float) -> float:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    columns = ("configuration", "ranks", "ZeRO", "sp", "layers", "checkpointing", "micro", "planned MiB", "measured",
-               "error", "planned KiB", "measured", "error")  # fmt: skip
+    columns = (
+        "configuration",
+        "ranks",
+        "ZeRO",
+        "sp",
+        "layers",
+        "checkpointing",
+        "micro",
+        "planned MiB",
+        "measured",
+        "error",
+        "planned KiB",
+        "measured",
+        "error",
+    )
     cells = []
     for row in rows:
         case = Case(**row["case"])
         layers = case.mixer if case.mixer != "bst" else case.variant
         wire = (sum(row["planned_sent_bytes"].values()), sum(row["measured_sent_bytes"].values()))
-        cells.append([
-            case.name, str(case.world), str(case.stage), str(case.sp), layers, case.policy,
-            f"{case.micro_batches} x {case.rows}",
-            *(f"{row[key] / 2**20:,.1f}" for key in ("planned_memory_bytes", "measured_memory_bytes")),
-            f"{row['memory_error']:+.1%}", *(f"{count / 2**10:,.0f}" for count in wire), f"{row['traffic_error']:+.1%}",
-        ])  # fmt: skip
+        cells.append(
+            [
+                case.name,
+                str(case.world),
+                str(case.stage),
+                str(case.sp),
+                layers,
+                case.policy,
+                f"{case.micro_batches} x {case.rows}",
+                *(f"{row[key] / 2**20:,.1f}" for key in ("planned_memory_bytes", "measured_memory_bytes")),
+                f"{row['memory_error']:+.1%}",
+                *(f"{count / 2**10:,.0f}" for count in wire),
+                f"{row['traffic_error']:+.1%}",
+            ]
+        )
     print_table(Sheet(columns, cells), "one rank's memory and what it sends in a step, planned and measured")

@@ -69,17 +69,35 @@ class Recovery:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kills", type=at_least(1), default=5, metavar="N", help="recoveries to time (default: 5)")
     parser.add_argument("--ranks", type=at_least(1), default=2, metavar="N", help="ranks of the run (default: 2)")
-    parser.add_argument("--local-every", type=at_least(0), default=0, metavar="K", help="steps between local copies, "
-                        "from which the run then resumes (checkpoint.local_every; default: 0, none)")  # fmt: skip
-    parser.add_argument("--cost", type=seconds, default=1.0, metavar="SECONDS", help=(
-        "for the goodput model: how long training waits for a checkpoint (default: 1; `bst bench saving` measures it)"
-    ))  # fmt: skip
-    parser.add_argument("--interval", type=seconds, metavar="SECONDS", help=(
-        "for the goodput model: time between checkpoints (default: the best for that cost)"
-    ))  # fmt: skip
-    parser.add_argument("--recovery", type=seconds, metavar="SECONDS", help=(
-        "for the goodput model: time from a failure to the next step (default: the median measured here)"
-    ))  # fmt: skip
+    parser.add_argument(
+        "--local-every",
+        type=at_least(0),
+        default=0,
+        metavar="K",
+        help="steps between local copies, from which the run then resumes (checkpoint.local_every; default: 0, none)",
+    )
+    parser.add_argument(
+        "--cost",
+        type=seconds,
+        default=1.0,
+        metavar="SECONDS",
+        help=(
+            "for the goodput model: how long training waits for a checkpoint (default: 1; `bst bench saving` "
+            "measures it)"
+        ),
+    )
+    parser.add_argument(
+        "--interval",
+        type=seconds,
+        metavar="SECONDS",
+        help=("for the goodput model: time between checkpoints (default: the best for that cost)"),
+    )
+    parser.add_argument(
+        "--recovery",
+        type=seconds,
+        metavar="SECONDS",
+        help=("for the goodput model: time from a failure to the next step (default: the median measured here)"),
+    )
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where to write (default: a temporary directory)")
 
 
@@ -112,8 +130,12 @@ class Launched:
         """Time and text of each line printed so far."""
         command = [sys.executable, "-m", "bst_dist", "launch"]
         words = [str(recipe), f"ranks={ranks}", "--run-dir", str(run_dir), "--launcher", "local"]
-        self.process = subprocess.Popen([*command, *words, "--max-restarts", str(restarts)], stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        self.process = subprocess.Popen(
+            [*command, *words, "--max-restarts", str(restarts)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         threading.Thread(target=self._read, daemon=True).start()
 
     def __enter__(self) -> Launched:
@@ -176,8 +198,9 @@ def recover(launched: Launched, chance: random.Random) -> Recovery:
     reached = max(_step(line) for when, line in launched.lines if when < detected)
     first, _ = launched.steps(int(resumed[1]) + 1, loaded)
     new, _ = launched.steps(reached + 1, loaded)
-    return Recovery(detected - killed, placed - detected, loaded - placed, first - loaded, new - first,
-                    reached - int(resumed[1]))  # fmt: skip
+    return Recovery(
+        detected - killed, placed - detected, loaded - placed, first - loaded, new - first, reached - int(resumed[1])
+    )
 
 
 def _step(line: str) -> int:
@@ -197,20 +220,32 @@ def _recipe(folder: Path, local_every: int) -> Path:
     words, chance = [f"w{number}" for number in range(200)], random.Random(0)
     for number in range(40):
         (texts / f"{number:02}.txt").write_text(" ".join(chance.choices(words, k=800)))
-    settings = {"source": {"kind": "folder", "path": str(texts), "pattern": "*.txt"},
-                "output": str(folder / "corpus"), "tokenizer": {"vocab_size": 320},
-                "validation_fraction": 0.2}  # fmt: skip
+    settings = {
+        "source": {"kind": "folder", "path": str(texts), "pattern": "*.txt"},
+        "output": str(folder / "corpus"),
+        "tokenizer": {"vocab_size": 320},
+        "validation_fraction": 0.2,
+    }
     with open_workers(1) as workers:
         prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
-    model = {"width": 32, "heads": 2, "ffn": 64, "block": 8, "depth": 2, "mixer": "bst",
-             "ssm": {"state": 4, "chunk": 4}}  # fmt: skip
+    model = {
+        "width": 32,
+        "heads": 2,
+        "ffn": 64,
+        "block": 8,
+        "depth": 2,
+        "mixer": "bst",
+        "ssm": {"state": 4, "chunk": 4},
+    }
     recipe = {
-        "name": "recovery", "model": model, "data": {"corpus": str(folder / "corpus"), "prefetch": 0},
+        "name": "recovery",
+        "model": model,
+        "data": {"corpus": str(folder / "corpus"), "prefetch": 0},
         "train": {"steps": 1_000_000, "sequence_length": 32, "sequences": 16, "precision": "fp32"},
         "evaluation": {"every": 0, "sequences": 16},
         "checkpoint": {"every": EVERY, "background": False, "local_every": local_every},
         "log": {"every": 1, "tensorboard": False},
-    }  # fmt: skip
+    }
     path = folder / "recipe.yaml"
     path.write_text(dump(parse(Recipe, recipe)))
     return path
@@ -224,8 +259,15 @@ def _modelled(mean: Any, recovery_s: float, args: argparse.Namespace) -> dict[st
 
 
 def _print_phases(args: argparse.Namespace, found: list[Recovery]) -> None:
-    names = {"detect": "detect_s", "restart": "restart_s", "start": "start_s", "first step": "first_step_s",
-             "kill to step": "to_step_s", "catch up": "catch_up_s", "steps lost": "steps_lost"}  # fmt: skip
+    names = {
+        "detect": "detect_s",
+        "restart": "restart_s",
+        "start": "start_s",
+        "first step": "first_step_s",
+        "kill to step": "to_step_s",
+        "catch up": "catch_up_s",
+        "steps lost": "steps_lost",
+    }
     local = f", local copies every {args.local_every}" if args.local_every else ""
     title = (
         f"{len(found)} kills of one of {args.ranks} ranks, checkpoints every {EVERY} steps{local}; "
@@ -237,8 +279,10 @@ def _print_phases(args: argparse.Namespace, found: list[Recovery]) -> None:
 
 def _print_model(modelled: list[dict[str, Any]], recovery_s: float, cost_s: float) -> None:
     columns = ("accelerators", "hours between failures", "seconds between checkpoints", "goodput")
-    rows = [[f"{one['accelerators']:,}", f"{one['hours']}", f"{one['interval_s']:.0f}", f"{one['goodput']:.1%}"]
-            for one in modelled]  # fmt: skip
+    rows = [
+        [f"{one['accelerators']:,}", f"{one['hours']}", f"{one['interval_s']:.0f}", f"{one['goodput']:.1%}"]
+        for one in modelled
+    ]
     print_table(Sheet(columns, rows), "share of time that trains, by a model")
     print(
         f"assumed: failures at random; {recovery_s:.1f} s from a failure to the next step, whatever the number of "

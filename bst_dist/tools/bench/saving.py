@@ -103,10 +103,11 @@ class Bench:
         self.engine = Engine(model, OptimizerConfig(), _completed(args))
         state, identity = EngineState(self.engine.deepspeed), _identity(args, ranks)
         self.snapshots = {
-            background: Snapshots(folder / str(background), state, ranks, identity,
-                                  CheckpointConfig(background=background, keep_last=1))
+            background: Snapshots(
+                folder / str(background), state, ranks, identity, CheckpointConfig(background=background, keep_last=1)
+            )
             for background in (False, True)
-        }  # fmt: skip
+        }
         self.batch = torch.randint(VOCABULARY, (1, LENGTH + 1), device=ranks.device)
         self.step = 0
 
@@ -169,8 +170,9 @@ class Bench:
 
 
 def _model(args: argparse.Namespace) -> ModelConfig:
-    return ModelConfig(vocab_size=VOCABULARY, width=args.width, heads=8, ffn=4 * args.width, block=128,
-                       depth=args.depth, mixer="bst")  # fmt: skip
+    return ModelConfig(
+        vocab_size=VOCABULARY, width=args.width, heads=8, ffn=4 * args.width, block=128, depth=args.depth, mixer="bst"
+    )
 
 
 def _completed(args: argparse.Namespace) -> dict[str, Any]:
@@ -191,8 +193,10 @@ def _bytes(folder: Path) -> int:
 
 
 def _print(args: argparse.Namespace, found: dict[str, Any]) -> None:
-    title = (f"{found['parameters'] / 1e6:.1f} M parameters, {args.ranks} ranks, ZeRO-{args.zero}: "
-             f"seconds, median of {args.rounds} rounds (range)")  # fmt: skip
+    title = (
+        f"{found['parameters'] / 1e6:.1f} M parameters, {args.ranks} ranks, ZeRO-{args.zero}: "
+        f"seconds, median of {args.rounds} rounds (range)"
+    )
     rows = []
     base = {kind: found[kind]["DeepSpeed"] for kind in ("waits_s", "costs_s")}
     for way in WAYS:
@@ -203,5 +207,8 @@ def _print(args: argparse.Namespace, found: dict[str, Any]) -> None:
             cells += [str(Spread.of(own)), f"{share:.1%}"]
         size = found["bytes"]["DeepSpeed" if way == "DeepSpeed" else "ours"]
         rows.append([way, *cells, f"{size / 1e6:,.0f}"])
-    print_table(Sheet(("", "waits", "ratio", "costs", "ratio", "MB"), rows), title,
-                f"a step without saving takes {Spread.of(found['step_s'])} s")  # fmt: skip
+    print_table(
+        Sheet(("", "waits", "ratio", "costs", "ratio", "MB"), rows),
+        title,
+        f"a step without saving takes {Spread.of(found['step_s'])} s",
+    )

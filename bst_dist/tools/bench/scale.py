@@ -69,10 +69,17 @@ class Cost:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=at_least(2), nargs="+", default=[512, 2048, 4096], metavar="N",
-                        help="numbers of ranks (default: 512 2048 4096)")  # fmt: skip
-    parser.add_argument("--parameters", type=at_least(1), default=300, metavar="N",
-                        help="tensors of the model (default: 300)")  # fmt: skip
+    parser.add_argument(
+        "--ranks",
+        type=at_least(2),
+        nargs="+",
+        default=[512, 2048, 4096],
+        metavar="N",
+        help="numbers of ranks (default: 512 2048 4096)",
+    )
+    parser.add_argument(
+        "--parameters", type=at_least(1), default=300, metavar="N", help="tensors of the model (default: 300)"
+    )
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where to write (default: a temporary directory)")
 
 
@@ -118,8 +125,10 @@ def measure(folder: Path, ranks: int, parameters: int) -> dict[str, Any]:
 
 def _shapes(parameters: int, ranks: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the parameters: vectors and matrices in turn, on average VALUES elements per rank."""
-    return {f"layers.{number:04}.weight": (ranks, VALUES) if number % 2 else (ranks * VALUES,)
-            for number in range(parameters)}  # fmt: skip
+    return {
+        f"layers.{number:04}.weight": (ranks, VALUES) if number % 2 else (ranks * VALUES,)
+        for number in range(parameters)
+    }
 
 
 def _snapshots(folder: Path, ranks: Any, stage: int, shapes: dict[str, tuple[int, ...]], filled: bool) -> Any:
@@ -145,8 +154,12 @@ def _save(folder: Path, ranks: int, shapes: dict[str, tuple[int, ...]]) -> Cost:
     written = [name for name in read_manifest(directory(folder, STEP))["files"] if f"-{ranks - 1:05d}." in name]
     # A separate thread writes each rank's files, so Counting does not see it: opens are counted from the file names,
     # CPU time is the total divided by the number of ranks.
-    return replace(cost, opens=len(written) + 1, all_opens=sum(1 for _ in directory(folder, STEP).iterdir()),
-                   cpu_s=(time.process_time() - begin) / ranks)  # fmt: skip
+    return replace(
+        cost,
+        opens=len(written) + 1,
+        all_opens=sum(1 for _ in directory(folder, STEP).iterdir()),
+        cpu_s=(time.process_time() - begin) / ranks,
+    )
 
 
 def _load(folder: Path, ranks: int, stage: int, shapes: dict[str, tuple[int, ...]], work: str) -> Cost:
@@ -241,9 +254,17 @@ def _memory(work: Callable[[], object]) -> int:
 def _preflight(hosts: int) -> float:
     """Return the CPU-seconds to judge and show the answers of that many hosts."""
     versions = dict.fromkeys(("python", "torch", "deepspeed", "numpy", "webdataset", "safetensors"), "1.0")
-    answer = {"versions": versions, "code": "0" * 64, "files": {"recipe.yaml": "1" * 64}, "nonce": "job",
-              "free_bytes": 10**12, "open_files": 2**20, "ranks": [], "devices": ["nvidia0"] * A_HOST,
-              "memory_errors": {}}  # fmt: skip
+    answer = {
+        "versions": versions,
+        "code": "0" * 64,
+        "files": {"recipe.yaml": "1" * 64},
+        "nonce": "job",
+        "free_bytes": 10**12,
+        "open_files": 2**20,
+        "ranks": [],
+        "devices": ["nvidia0"] * A_HOST,
+        "memory_errors": {},
+    }
     checked = [Checked(Host(f"node-{number:04}", A_HOST), answer=answer, clock_offset_s=0.0) for number in range(hosts)]
     begin = time.process_time()
     judge(checked, "job", 10**9)
@@ -289,9 +310,11 @@ def _print(found: dict[str, Any]) -> None:
         rows.append([cost["work"], opens, all_opens, *moved, memory, f"{cost['cpu_s']:.4f}"])
     print_table(Sheet(COLUMNS, rows), title)
     launcher = found["launcher"]
-    print(f"heartbeats: {found['heartbeats_per_s']:,.0f} per second; launching process: preflight of the hosts "
-          f"{launcher['preflight_cpu_s']:.3f} CPU-s, a line of output of every rank {launcher['line_cpu_s']:.3f} CPU-s",
-          flush=True)  # fmt: skip
+    print(
+        f"heartbeats: {found['heartbeats_per_s']:,.0f} per second; launching process: preflight of the hosts "
+        f"{launcher['preflight_cpu_s']:.3f} CPU-s, a line of output of every rank {launcher['line_cpu_s']:.3f} CPU-s",
+        flush=True,
+    )
 
 
 def _size(count: float) -> str:

@@ -45,16 +45,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="L", help="tokens of the sequence")
     parser.add_argument("--slice-tokens", nargs="+", type=int, default=SLICES, metavar="N", help="tokens of a slice")
     parser.add_argument("--edges", nargs="+", choices=get_args(Place), default=["device"], help="where to keep edges")
-    parser.add_argument("--edges-every", nargs="+", type=int, default=[1], metavar="K",
-                        help="keep one edge in K, and recompute the slices between (default 1)")  # fmt: skip
-    parser.add_argument("--at-once", type=int, default=AT_ONCE, metavar="L",
-                        help=f"also run sequences up to this length whole (default {AT_ONCE}; 0: none)")  # fmt: skip
-    parser.add_argument("--checkpointing", default="every-layer", metavar="POLICY",
-                        help="activation checkpointing policy for whole sequences; slices use none")  # fmt: skip
+    parser.add_argument(
+        "--edges-every",
+        nargs="+",
+        type=int,
+        default=[1],
+        metavar="K",
+        help="keep one edge in K, and recompute the slices between (default 1)",
+    )
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=AT_ONCE,
+        metavar="L",
+        help=f"also run sequences up to this length whole (default {AT_ONCE}; 0: none)",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        default="every-layer",
+        metavar="POLICY",
+        help="activation checkpointing policy for whole sequences; slices use none",
+    )
     parser.add_argument("--mixer", default="bst", help="mixer of all layers, a value of model.mixer")
     parser.add_argument("--variant", default="SH", help="context variant of bst: SH, MH or MF")
-    sizes = {"width": (256, "model width D"), "heads": (4, "attention heads"), "depth": (12, "layers"),
-             "block": (512, "block W in tokens"), "vocabulary": (4096, "vocabulary size")}  # fmt: skip
+    sizes = {
+        "width": (256, "model width D"),
+        "heads": (4, "attention heads"),
+        "depth": (12, "layers"),
+        "block": (512, "block W in tokens"),
+        "vocabulary": (4096, "vocabulary size"),
+    }
     for name, (default, text) in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
 
@@ -66,12 +86,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cases = []
     for length in args.lengths:
         if length <= args.at_once:
-            cases.append({"length": length, "slice": length, "edges": "device", "every": 1,
-                          "checkpointing": args.checkpointing})  # fmt: skip
+            cases.append(
+                {"length": length, "slice": length, "edges": "device", "every": 1, "checkpointing": args.checkpointing}
+            )
         for size in args.slice_tokens:
             if size < length:
-                cases += [{"length": length, "slice": size, "edges": place, "every": every, "checkpointing": "none"}
-                          for place in args.edges for every in args.edges_every]  # fmt: skip
+                cases += [
+                    {"length": length, "slice": size, "edges": place, "every": every, "checkpointing": "none"}
+                    for place in args.edges
+                    for every in args.edges_every
+                ]
     rows = [_measured(settings | case) for case in cases]
     _print(settings, rows)
     return {"model": settings, "threads": torch.get_num_threads(), "cases": rows}
@@ -81,8 +105,10 @@ def _measured(case: dict[str, Any]) -> dict[str, Any]:
     """Run one case in a separate process, so that its peak memory is not affected by other cases."""
     found = subprocess.run(
         [sys.executable, "-m", "bst_dist.tools.bench.slices", json.dumps(case)],
-        check=False, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        check=False,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     lines = found.stdout.splitlines()
     return case | (json.loads(lines[-1]) if found.returncode == 0 and lines else {"failed": found.returncode})
 
@@ -126,8 +152,9 @@ class _Sequence:
             print(
                 f"{len(self.lengths) * self.size:,} tokens, {way}: {done + 1} of {len(self.lengths)} slices, "
                 f"{seconds:,.0f} s, {time.process_time():,.0f} s of processor, peak {peak:.2f} GiB",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _one_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -161,10 +188,18 @@ def _one_case(case: dict[str, Any]) -> dict[str, Any]:
 
 def _model(case: dict[str, Any]) -> LanguageModel:
     context = {"context": {"variant": case["variant"]}} if case["mixer"] == "bst" else {}
-    return LanguageModel(ModelConfig(
-        width=case["width"], heads=case["heads"], ffn=4 * case["width"], block=case["block"], depth=case["depth"],
-        vocab_size=case["vocabulary"], mixer=case["mixer"], **context,
-    ))  # fmt: skip
+    return LanguageModel(
+        ModelConfig(
+            width=case["width"],
+            heads=case["heads"],
+            ffn=4 * case["width"],
+            block=case["block"],
+            depth=case["depth"],
+            vocab_size=case["vocabulary"],
+            mixer=case["mixer"],
+            **context,
+        )
+    )
 
 
 def _peak(device: torch.device) -> int:
@@ -182,8 +217,19 @@ def _page_faults() -> int:
 def _print(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     title = ", ".join(f"{name} {value}" for name, value in settings.items())
     cells = []
-    columns = ("tokens", "a slice", "edges", "forward passes", "s", "processor s", "ms per token",
-               "page faults per token", "peak GiB", "edge MiB", "edges MiB")  # fmt: skip
+    columns = (
+        "tokens",
+        "a slice",
+        "edges",
+        "forward passes",
+        "s",
+        "processor s",
+        "ms per token",
+        "page faults per token",
+        "peak GiB",
+        "edge MiB",
+        "edges MiB",
+    )
     for row in rows:
         size = "at once" if row["slice"] == row["length"] else f"{row['slice']:,}"
         place = row["edges"] if row["every"] == 1 else f"{row['edges']}, one in {row['every']}"
@@ -192,9 +238,19 @@ def _print(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
             cells.append([*head, f"failed ({row['failed']})", *[""] * (len(columns) - 4)])
             continue
         time_, faults = (row[key] / row["length"] for key in ("processor_s", "page_faults"))
-        cells.append([*head, f"{row['forward_passes']:.2f}", f"{row['s']:,.0f}", f"{row['processor_s']:,.0f}",
-                      f"{1000 * time_:.2f}", f"{faults:.2f}", f"{row['peak_bytes'] / 2**30:.2f}",
-                      f"{row['edge_bytes'] / 2**20:.2f}", f"{row['edges_bytes'] / 2**20:,.1f}"])  # fmt: skip
+        cells.append(
+            [
+                *head,
+                f"{row['forward_passes']:.2f}",
+                f"{row['s']:,.0f}",
+                f"{row['processor_s']:,.0f}",
+                f"{1000 * time_:.2f}",
+                f"{faults:.2f}",
+                f"{row['peak_bytes'] / 2**30:.2f}",
+                f"{row['edge_bytes'] / 2**20:.2f}",
+                f"{row['edges_bytes'] / 2**20:,.1f}",
+            ]
+        )
     print_table(Sheet(columns, cells), f"one sequence forward and backward: {title}")
 
 

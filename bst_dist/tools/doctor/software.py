@@ -15,8 +15,21 @@ from bst_dist.version import DISTRIBUTION, versions
 
 OLDEST_PYTHON = (3, 11)
 # Packages that every run needs. The others are for some corpora, launchers and reports.
-NEEDED = ("torch", "deepspeed", "numpy", "pydantic", "pyyaml", "rich", "safetensors", "sentencepiece", "fsspec",
-          "webdataset", "tensorboard", "psutil", "isal")  # fmt: skip
+NEEDED = (
+    "torch",
+    "deepspeed",
+    "numpy",
+    "pydantic",
+    "pyyaml",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "fsspec",
+    "webdataset",
+    "tensorboard",
+    "psutil",
+    "isal",
+)
 NAMED = ("torch", "deepspeed", "webdataset", "sentencepiece", "mpi4py")
 
 _OPERATORS = """
@@ -94,8 +107,9 @@ def compilers() -> Iterator[Finding]:
     if "g++" in said:
         yield good(", ".join(there) + ("" if "nvcc" in said else "; no nvcc, which no strategy here needs"))
     else:
-        yield lacking("no g++: training on a GPU (torch compiles attention) and offloading to NVMe need it",
-                      "apt-get install g++")  # fmt: skip
+        yield lacking(
+            "no g++: training on a GPU (torch compiles attention) and offloading to NVMe need it", "apt-get install g++"
+        )
     if "ninja" not in said:
         yield lacking("no ninja: DeepSpeed compiles with it", "pip install ninja")
 

@@ -104,9 +104,9 @@ def _require_free(run_dir: Path) -> None:
             "choose another --run-dir"
         )
     there = run_dir.iterdir() if run_dir.exists() else ()
-    strange = [path.name for path in there if not (
-        path.name in EARLY or path.name.endswith(BESIDE) or path.match(SNAPSHOTS)
-    )]  # fmt: skip
+    strange = [
+        path.name for path in there if not (path.name in EARLY or path.name.endswith(BESIDE) or path.match(SNAPSHOTS))
+    ]
     if strange:
         raise RunDirectoryError(
             f"{run_dir}: not a run (no {RECIPE}) and not empty ({', '.join(sorted(strange)[:4])}): choose another "
@@ -140,8 +140,11 @@ def shown_steps(run_dir: Path) -> str | None:
 def _changed(stored: dict[str, Any], completed: dict[str, Any]) -> list[str]:
     """Return the settings with other numerics in two DeepSpeed configurations, as ``key: there, given``."""
     there, given = _arithmetic(stored), _arithmetic(completed)
-    return [f"{key}: {there.get(key)!r}, {given.get(key)!r}" for key in {**there, **given}
-            if there.get(key) != given.get(key)]  # fmt: skip
+    return [
+        f"{key}: {there.get(key)!r}, {given.get(key)!r}"
+        for key in {**there, **given}
+        if there.get(key) != given.get(key)
+    ]
 
 
 def _arithmetic(completed: dict[str, Any]) -> dict[str, Any]:

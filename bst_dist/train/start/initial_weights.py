@@ -31,8 +31,9 @@ def loads_initial(start: Start, from_zero: bool) -> bool:
     return start.recipe.initial_weights is not None and (from_zero or not has_full(start.run_dir))
 
 
-def load_initial(model: nn.Module, config: InitialWeightsConfig, tokenizer_sha256: str | None = None,
-                 ranks: Ranks | None = None) -> None:  # fmt: skip
+def load_initial(
+    model: nn.Module, config: InitialWeightsConfig, tokenizer_sha256: str | None = None, ranks: Ranks | None = None
+) -> None:
     """Load the other run's weights into the model.
 
     `tokenizer_sha256`: of the tokenizer of this run's corpus. `ranks`: all of them call this, and share the check of

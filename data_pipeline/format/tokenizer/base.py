@@ -66,5 +66,7 @@ class Tokenizer(ABC):
         `needs`: what a model needs for that, for the message.
         """
         if self.decode(self.encode(PROBE)) != PROBE:
-            raise UserError(f"{where}: the model does not give text back exactly (it needs {needs}); train one with "
-                            "'bst data prepare'")  # fmt: skip
+            raise UserError(
+                f"{where}: the model does not give text back exactly (it needs {needs}); train one with "
+                "'bst data prepare'"
+            )

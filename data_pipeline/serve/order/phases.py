@@ -181,5 +181,4 @@ def _done(phase: Phase, begun: Sequence[list[int] | None], step: int) -> list[bo
     """Return, for each partly read window or stretch, whether it has been read completely before a step."""
     if phase.plan.streams:
         return [each is None or step >= sum(each) for each in begun]
-    return [each is None or place >= tuple(each)
-            for place, each in zip(phase.places(step), begun, strict=False)]  # fmt: skip
+    return [each is None or place >= tuple(each) for place, each in zip(phase.places(step), begun, strict=False)]

@@ -200,9 +200,15 @@ def test_tokens_are_added_to_a_foreign_sentencepiece_model(tmp_path: Path) -> No
     """A SentencePiece model with its own symbols, not trained by this project."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS.splitlines()), model_writer=model, vocab_size=400, model_type="bpe",
-        byte_fallback=True, control_symbols=["<|own|>"], user_defined_symbols=["<|mark|>"], minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(WORDS.splitlines()),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        control_symbols=["<|own|>"],
+        user_defined_symbols=["<|mark|>"],
+        minloglevel=2,
+    )
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model.getvalue())
     found = extended(adopt_tokenizer(path, CONFIG), CONFIG, "it")
@@ -210,5 +216,7 @@ def test_tokens_are_added_to_a_foreign_sentencepiece_model(tmp_path: Path) -> No
     ids = found.encode("<|own|><|mark|>x<|code|>").tolist()
     assert named["<|own|>"] not in ids
     assert [token for token in ids if token in (named["<|mark|>"], named["<|code|>"])] == [
-        named["<|mark|>"], named["<|code|>"]]  # fmt: skip
+        named["<|mark|>"],
+        named["<|code|>"],
+    ]
     assert sorted(named.values()) == list(range(405))

@@ -22,8 +22,25 @@ from data_pipeline.format.tokenizer import (
 )
 
 WORDS = [f"word{i} = other{i * 7 % 97} + {i}\n    return x{i} don't\n\n" for i in range(400)]
-AWKWARD = ["\u2581", "\n", "\r\n", "\x00", "  ", "\t", "<|endoftext|>", "<s>", "</s>", "<0x0A>", "e\u0301", "\u00e9",
-           "\ufb01", "\U0001f600", "\ufeff", "word1 = other2", "\u0130"]  # fmt: skip
+AWKWARD = [
+    "\u2581",
+    "\n",
+    "\r\n",
+    "\x00",
+    "  ",
+    "\t",
+    "<|endoftext|>",
+    "<s>",
+    "</s>",
+    "<0x0A>",
+    "e\u0301",
+    "\u00e9",
+    "\ufb01",
+    "\U0001f600",
+    "\ufeff",
+    "word1 = other2",
+    "\u0130",
+]
 texts = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=20)), max_size=30).map("".join)
 encodable = texts.filter(lambda text: not any(0xD800 <= ord(c) < 0xE000 for c in text))
 
@@ -35,8 +52,12 @@ def byte_level(specials=("<|endoftext|>",), prefix=False) -> tokenizers.Tokenize
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     found.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    found.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=400, special_tokens=list(specials),
-                                                         initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+    found.train_from_iterator(
+        WORDS,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     return found
 
 

@@ -24,9 +24,26 @@ from data_pipeline.format.tokenizer import (
 
 # Strings that SentencePiece treats specially: its space, newlines of all kinds, NUL, the names of its symbols.
 AWKWARD = [
-    "\u2581", "\n", "\r\n", "\u2028", "\x85", "\x00", " ", "  ", "\t", "<s>", "</s>", "<unk>", "<0x0A>", "\ufffd",
-    "e\u0301", "\u00e9", "\U0001f600", "\ufeff", "word1 = other2",
-]  # fmt: skip
+    "\u2581",
+    "\n",
+    "\r\n",
+    "\u2028",
+    "\x85",
+    "\x00",
+    " ",
+    "  ",
+    "\t",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<0x0A>",
+    "\ufffd",
+    "e\u0301",
+    "\u00e9",
+    "\U0001f600",
+    "\ufeff",
+    "word1 = other2",
+]
 texts = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=20)), max_size=30).map("".join)
 encodable = texts.filter(lambda text: not any(0xD800 <= ord(c) < 0xE000 for c in text))
 
@@ -104,10 +121,17 @@ def test_small_vocabulary_takes_two_bytes_per_token(tokenizer: Tokenizer) -> Non
 
 
 OPTIONS = {
-    "vocab_size": 350, "byte_fallback": True, "add_dummy_prefix": False, "remove_extra_whitespaces": False,
-    "normalization_rule_name": "identity", "user_defined_symbols": ["\n"], "pad_id": 3, "minloglevel": 2,
-    "hard_vocab_limit": False, "model_type": "bpe",
-}  # fmt: skip
+    "vocab_size": 350,
+    "byte_fallback": True,
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "normalization_rule_name": "identity",
+    "user_defined_symbols": ["\n"],
+    "pad_id": 3,
+    "minloglevel": 2,
+    "hard_vocab_limit": False,
+    "model_type": "bpe",
+}
 
 
 def foreign(**changes: object) -> bytes:
@@ -125,8 +149,13 @@ def test_tokenizer_that_does_not_decode_exactly_is_refused(change: dict) -> None
 
 
 # Includes Llama's and Gemma's settings: a space in front, NFKC, merged spaces, no padding, no newline symbol.
-FOREIGN = {"add_dummy_prefix": True, "remove_extra_whitespaces": True, "normalization_rule_name": "nmt_nfkc",
-           "user_defined_symbols": [], "pad_id": -1}  # fmt: skip
+FOREIGN = {
+    "add_dummy_prefix": True,
+    "remove_extra_whitespaces": True,
+    "normalization_rule_name": "nmt_nfkc",
+    "user_defined_symbols": [],
+    "pad_id": -1,
+}
 
 
 @pytest.mark.parametrize("changes", [FOREIGN, {"pad_id": -1, "bos_id": -1}, {"model_type": "unigram", **FOREIGN}])

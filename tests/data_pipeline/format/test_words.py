@@ -31,8 +31,30 @@ LANGUAGES = [
     "\t\treturn self._known.get(word,  None)   ",
 ]
 SOURCES = [Path(module.__file__).read_text() for module in (re, statistics)]
-AWKWARD = [" ", "  ", "   ", "\n", "\r\n", "\t", "\u2581", "\u2581 ", "\x00", "\x85", "\u00a0", "\u3000", "\u2028",
-           "<0x0A>", "\U0001f600", "e\u0301", "\ufffd", "a", "self", "aaaa", "<|chat|>", *LANGUAGES]  # fmt: skip
+AWKWARD = [
+    " ",
+    "  ",
+    "   ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\u2581",
+    "\u2581 ",
+    "\x00",
+    "\x85",
+    "\u00a0",
+    "\u3000",
+    "\u2028",
+    "<0x0A>",
+    "\U0001f600",
+    "e\u0301",
+    "\ufffd",
+    "a",
+    "self",
+    "aaaa",
+    "<|chat|>",
+    *LANGUAGES,
+]
 texts = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=8)), max_size=40).map("".join)
 encodable = texts.filter(lambda text: not any(0xD800 <= ord(c) < 0xE000 for c in text))
 
@@ -76,10 +98,18 @@ def in_bulk(tokenizer: SentencePieceTokenizer, *texts: str) -> list[list[int]]:
 def foreign(**changes: object) -> bytes:
     model = io.BytesIO()
     options = {
-        "vocab_size": 1200, "byte_fallback": True, "add_dummy_prefix": False, "remove_extra_whitespaces": False,
-        "normalization_rule_name": "identity", "user_defined_symbols": ["\n"], "minloglevel": 2, "model_type": "bpe",
-        "hard_vocab_limit": False, "allow_whitespace_only_pieces": True, **changes,
-    }  # fmt: skip
+        "vocab_size": 1200,
+        "byte_fallback": True,
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity",
+        "user_defined_symbols": ["\n"],
+        "minloglevel": 2,
+        "model_type": "bpe",
+        "hard_vocab_limit": False,
+        "allow_whitespace_only_pieces": True,
+        **changes,
+    }
     lines = [line for text in (*SOURCES, *LANGUAGES * 20) for line in text.split("\n") if line]
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
     return model.getvalue()

@@ -97,9 +97,19 @@ def test_near_duplicates_are_joined_and_others_are_not() -> None:
 @pytest.mark.parametrize(
     "first",
     [0x4E00, 0x0E01, 0x3041, 0xAC00, 0x1950, 0x1980, 0x1A20, 0x1B05, 0x3100, 0xFF66],
-    ids=["Chinese", "Thai", "Japanese", "Korean", "Tai Le", "New Tai Lue", "Tai Tham", "Balinese", "bopomofo",
-         "half-width kana"],
-)  # fmt: skip
+    ids=[
+        "Chinese",
+        "Thai",
+        "Japanese",
+        "Korean",
+        "Tai Le",
+        "New Tai Lue",
+        "Tai Tham",
+        "Balinese",
+        "bopomofo",
+        "half-width kana",
+    ],
+)
 def test_texts_that_differ_in_one_character_are_similar_in_every_script(first: int) -> None:
     """In scripts without spaces, 5-grams of characters are used; their exact similarity is computed here."""
     rng = random.Random(first)

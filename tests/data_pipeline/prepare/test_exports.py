@@ -47,9 +47,7 @@ def megatron_documents(prefix: Path) -> list[list[int]]:
     assert list(struct.unpack_from(f"<{bounds}q", index, 34 + 12 * sequences)) == list(range(bounds))
     assert len(index) == 34 + 12 * sequences + 8 * bounds
     assert sum(lengths) * dtype.itemsize == len(data)
-    return [
-        np.frombuffer(data, dtype, count, begin).tolist() for begin, count in zip(begins, lengths, strict=True)
-    ]  # fmt: skip
+    return [np.frombuffer(data, dtype, count, begin).tolist() for begin, count in zip(begins, lengths, strict=True)]
 
 
 @pytest.fixture
@@ -69,8 +67,15 @@ def source(path: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_token_ids_are_prepared_and_exported_back(flat: Path, tmp_path: Path, capsys) -> None:
-    settings = ["source.kind=nanogpt", f"source.path={flat}", "source.own_splits=true", "source.vocab_size=100",
-                "source.eos_id=99", f"output={tmp_path / 'corpus'}", "shard_bytes=4000"]  # fmt: skip
+    settings = [
+        "source.kind=nanogpt",
+        f"source.path={flat}",
+        "source.own_splits=true",
+        "source.vocab_size=100",
+        "source.eos_id=99",
+        f"output={tmp_path / 'corpus'}",
+        "shard_bytes=4000",
+    ]
     (tmp_path / "c.yaml").write_text("source: {kind: nanogpt}\n")
     assert cli.main(["data", "prepare", str(tmp_path / "c.yaml"), *settings, "workers=1"]) == 0
     assert cli.main(["data", "verify", str(tmp_path / "corpus"), "--workers", "1"]) == 0
@@ -78,8 +83,11 @@ def test_token_ids_are_prepared_and_exported_back(flat: Path, tmp_path: Path, ca
     assert (manifest.dtype, manifest.tokenizer.vocab_size, manifest.tokenizer.eos_id) == ("uint16", 100, 99)
     assert manifest.provenance["duplicates"] == {"exact": 2, "near": 0}
     assert manifest.text_bytes("train") == 0 and len(manifest.splits["train"]) > 1
-    wanted = {name: np.split(ids, np.flatnonzero(ids == 99) + 1)[:-2] for name in ("train", "val")
-              for ids in [np.fromfile(flat / f"{name}.bin", "<u2")]}  # fmt: skip
+    wanted = {
+        name: np.split(ids, np.flatnonzero(ids == 99) + 1)[:-2]
+        for name in ("train", "val")
+        for ids in [np.fromfile(flat / f"{name}.bin", "<u2")]
+    }
     assert list(documents_of(tmp_path / "corpus").values()) == [e.tolist()[:-1] for es in wanted.values() for e in es]
 
     command = ["data", "export", str(tmp_path / "corpus"), str(tmp_path / "out"), "--format", "megatron"]

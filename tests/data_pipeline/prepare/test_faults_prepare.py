@@ -23,8 +23,11 @@ from data_pipeline.format.verify import VerifyTask, verify_shard, verify_tokeniz
 def problems(corpus: Path) -> list[tuple[str, str]]:
     """Return all problems that verification finds, as (file, what)."""
     manifest = Manifest.read(corpus)
-    tasks = [VerifyTask(corpus, s, manifest.tokenizer.vocab_size, manifest.dtype)
-             for infos in manifest.splits.values() for s in infos]  # fmt: skip
+    tasks = [
+        VerifyTask(corpus, s, manifest.tokenizer.vocab_size, manifest.dtype)
+        for infos in manifest.splits.values()
+        for s in infos
+    ]
     found = verify_tokenizer(corpus, manifest) + [problem for task in tasks for problem in verify_shard(task)]
     return [(problem.file, problem.what) for problem in found]
 
@@ -141,11 +144,20 @@ def test_record_with_a_lone_surrogate_is_left_out_wherever_it_is(run, tmp_path: 
         *({"text": f"fine {name}", name: "a\ud800"} for name in ("title", "by", "work", "url")),
     ]
     wrong += [{"\ud800": "no text"}, {"text": "fine", "part": "\ud800"}]
-    rows = [*(json.dumps({"part": "train", **json.loads(row)}) for row in rows),
-            *(json.dumps({"part": "train", **row}) for row in wrong)]  # fmt: skip
+    rows = [
+        *(json.dumps({"part": "train", **json.loads(row)}) for row in rows),
+        *(json.dumps({"part": "train", **row}) for row in wrong),
+    ]
     (tmp_path / "json/a.jsonl").write_text("\n".join(rows))
-    source = {"kind": "jsonl", "path": str(tmp_path / "json"), "title_field": "title", "licence_field": "by",
-              "group_field": "work", "split_field": "part", "keep": ["url"]}  # fmt: skip
+    source = {
+        "kind": "jsonl",
+        "path": str(tmp_path / "json"),
+        "title_field": "title",
+        "licence_field": "by",
+        "group_field": "work",
+        "split_field": "part",
+        "keep": ["url"],
+    }
     manifest, _ = run(source=source, tokenizer={"vocab_size": 300}, on_bad_record="skip")
     assert manifest.provenance["left_out"] == {
         "field 'part' is not train, validation or test": 1,
@@ -168,8 +180,12 @@ def test_a_line_of_40_mb_is_prepared_exactly(run, tmp_path: Path) -> None:
     line = "".join(f"{i} words, " for i in range(5000)) + "words, " * 3_000_000 + "é" + "words, " * 3_000_000
     (tmp_path / "long/a.txt").write_text(line)
     settings = {"vocab_size": 300, "sample_bytes": 1024}
-    run(source={"kind": "folder", "path": str(tmp_path / "long")}, tokenizer=settings, validation_fraction=0.0,
-        deduplicate={"method": "exact"})  # fmt: skip
+    run(
+        source={"kind": "folder", "path": str(tmp_path / "long")},
+        tokenizer=settings,
+        validation_fraction=0.0,
+        deduplicate={"method": "exact"},
+    )
     corpus = tmp_path / "corpus"
     found = find_document(corpus / "train-000000.tar", None, "a.txt")
     assert read_tokenizer(corpus / "tokenizer.model").decode(found[2]) == line

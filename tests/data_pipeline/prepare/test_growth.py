@@ -165,8 +165,15 @@ def test_new_documents_join_the_split_of_their_group_in_the_earlier_corpus() -> 
     kept = deduplicate(table, None, DedupConfig(method="exact"), earlier)
     # A test document that the earlier corpus has in train is dropped, because it cannot be removed from train.
     assert kept.keep.tolist() == [False, True, True, True, True]
-    plan = assign(table, kept, validation_fraction=0.0, shard_bytes=1000, seed=0, earlier=earlier,
-                  shards={train: 4, validation: 2})  # fmt: skip
+    plan = assign(
+        table,
+        kept,
+        validation_fraction=0.0,
+        shard_bytes=1000,
+        seed=0,
+        earlier=earlier,
+        shards={train: 4, validation: 2},
+    )
     found = [(int(row["digest"][0]), int(row["split"]), int(row["key"]), int(row["shard"])) for row in plan]
     assert found == [(9, train, 3, 4), (7, validation, 2, 2)]
 

@@ -58,7 +58,14 @@ def test_identity_does_not_depend_on_workers_part_size_or_output(identify, tmp_p
 def test_only_added_tokens_change_the_identity_of_tokenizer_settings(identify) -> None:
     before = identify()
     assert list(before["settings"]["tokenizer"]) == [
-        "vocab_size", "model_type", "sample_bytes", "reuse", "bos", "eos", "pad"]  # fmt: skip
+        "vocab_size",
+        "model_type",
+        "sample_bytes",
+        "reuse",
+        "bos",
+        "eos",
+        "pad",
+    ]
     for kind in ("special_tokens", "text_tokens"):
         more = identify(tokenizer={kind: ["<|user|>"]})
         assert more["settings"]["tokenizer"] == before["settings"]["tokenizer"] | {kind: ["<|user|>"]}

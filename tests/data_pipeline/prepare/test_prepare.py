@@ -60,17 +60,23 @@ def test_corpus_is_prepared_with_a_published_tokenizer(run, folder: Path, tmp_pa
     published.decoder = tokenizers.decoders.ByteLevel()
     texts = [file.read_text() for file in folder.rglob("*.txt")]
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False,
+        vocab_size=500,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     published.train_from_iterator(texts, trainer)
     published.save(str(tmp_path / "tokenizer.json"))
     manifest, _ = run(tokenizer={"reuse": str(tmp_path / "tokenizer.json")})
     corpus, end = tmp_path / "corpus", published.token_to_id("<|endoftext|>")
     found = manifest.tokenizer
     assert (found.file, found.vocab_size, found.bos_id, found.eos_id, found.pad_id) == (
-        "tokenizer.json", published.get_vocab_size(), end, end, end,
-    )  # fmt: skip
+        "tokenizer.json",
+        published.get_vocab_size(),
+        end,
+        end,
+        end,
+    )
     expected = {f.relative_to(folder).as_posix(): f.read_bytes().decode() for f in folder.rglob("*.txt")}
     assert stored(corpus, "train") | stored(corpus, "validation") == expected
     assert not verify_tokenizer(corpus, manifest)
@@ -186,8 +192,11 @@ def test_bad_records_are_left_out_and_listed_up_to_a_limit(run, tmp_path: Path) 
         run(**settings)
     manifest, _ = run(**settings, on_bad_record="skip")
     assert manifest.provenance["left_out"] == {
-        "field 'text' is not text": 1, "no field 'text'": 1, "not JSON": 1, "not read completely": 1,
-    }  # fmt: skip
+        "field 'text' is not text": 1,
+        "no field 'text'": 1,
+        "not JSON": 1,
+        "not read completely": 1,
+    }
     listed = [json.loads(line) for line in (tmp_path / "corpus/skipped.jsonl").read_text().splitlines()]
     assert [each["path"] for each in listed] == ["a.jsonl:61", "a.jsonl:62", "a.jsonl:63", "b.jsonl.gz"]
     with pytest.raises(UserError, match=r"4 bad records so far, more than bad_record_limit \(3\) allows"):
@@ -287,8 +296,11 @@ def test_splits_given_by_a_source_are_kept(run, tmp_path: Path) -> None:
                 "\n".join(f"{split} {i} word{j * j}" for j in range(99))
             )
     (tmp_path / "pg19" / "train" / "999.txt").write_bytes((tmp_path / "pg19/test/40.txt").read_bytes())
-    manifest, _ = run(source={"kind": "pg19", "path": str(tmp_path / "pg19")}, tokenizer={"vocab_size": 300},
-                      deduplicate={"method": "exact"})  # fmt: skip
+    manifest, _ = run(
+        source={"kind": "pg19", "path": str(tmp_path / "pg19")},
+        tokenizer={"vocab_size": 300},
+        deduplicate={"method": "exact"},
+    )
     assert {split: manifest.documents(split) for split in manifest.splits} == {"train": 4, "validation": 2, "test": 1}
     assert list(stored(tmp_path / "corpus", "test")) == ["test/40.txt"]
 

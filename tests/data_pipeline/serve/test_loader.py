@@ -55,9 +55,14 @@ def whole_rows(corpora: Any, steps: range, dp: int = 1, sp: int = 1, **settings:
 
 
 @settings(max_examples=40)
-@given(mode=MODES, documents=DOCUMENTS, packing=PACKINGS,
-       lengths=st.lists(st.integers(1, 120), min_size=6, max_size=30), seed=st.integers(0, 99),
-       rows=st.integers(1, 6))  # fmt: skip
+@given(
+    mode=MODES,
+    documents=DOCUMENTS,
+    packing=PACKINGS,
+    lengths=st.lists(st.integers(1, 120), min_size=6, max_size=30),
+    seed=st.integers(0, 99),
+    rows=st.integers(1, 6),
+)
 def test_every_token_is_served_exactly_once_in_a_pass(
     mode: str, documents: str, packing: str, lengths: list[int], seed: int, rows: int
 ) -> None:
@@ -98,8 +103,15 @@ def rows_of_passes(served: Loader, passes: int) -> Iterator[tuple[int, Any, int]
 
 @pytest.mark.long
 @settings(max_examples=20)
-@given(mode=MODES, documents=DOCUMENTS, packing=PACKINGS, dp=st.sampled_from([1, 2, 3, 4, 5, 8, 11]),
-       sp=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 3]), start=st.integers(0, 50))  # fmt: skip
+@given(
+    mode=MODES,
+    documents=DOCUMENTS,
+    packing=PACKINGS,
+    dp=st.sampled_from([1, 2, 3, 4, 5, 8, 11]),
+    sp=st.sampled_from([1, 2, 4]),
+    micro=st.sampled_from([1, 2, 3]),
+    start=st.integers(0, 50),
+)
 def test_rows_are_identical_for_every_number_of_ranks(
     mode: str, documents: str, packing: str, dp: int, sp: int, micro: int, start: int
 ) -> None:
@@ -151,8 +163,13 @@ def test_isolated_documents_start_at_block_boundaries_and_are_marked(mode: str, 
         assert np.array_equal(batch.labels, np.where(mask, batch.input_ids + 1, 0))
 
 
-@given(mode=MODES, packing=PACKINGS, lengths=st.lists(st.integers(1, 60), min_size=10, max_size=20),
-       sp=st.sampled_from([1, 2]), step=st.integers(0, 20))  # fmt: skip
+@given(
+    mode=MODES,
+    packing=PACKINGS,
+    lengths=st.lists(st.integers(1, 60), min_size=10, max_size=20),
+    sp=st.sampled_from([1, 2]),
+    step=st.integers(0, 20),
+)
 def test_masked_documents_are_the_joined_stream_with_document_starts(
     mode: str, packing: str, lengths: list[int], sp: int, step: int
 ) -> None:
@@ -323,8 +340,10 @@ def test_weights_may_change_only_after_the_current_step(mode: str) -> None:
     other.check(state)
     before = loader(corpora[:2], **settings, weights=[7, 3])
     for step in (0, 49):
-        assert all(np.array_equal(a.input_ids, b.input_ids)
-                   for a, b in zip(before.batches(step), other.batches(step), strict=True))  # fmt: skip
+        assert all(
+            np.array_equal(a.input_ids, b.input_ids)
+            for a, b in zip(before.batches(step), other.batches(step), strict=True)
+        )
     with pytest.raises(UserError, match="weights: "):
         loader(corpora, **settings, weights=[0.7, 0.3, 0], weight_changes=[{"step": 49, "weights": [1, 1, 4]}]).check(
             state
@@ -403,8 +422,9 @@ def test_planned_batch_sizes_do_not_depend_on_restarts_or_ranks(
             # Only before the weights change, or after: the two runs change them at different rows of the series.
             if step >= 6 or (step + late < 6 and begin + count <= firsts[6]):
                 expected = [single.batches(begin + place)[0].input_ids for place in range(count)]
-                assert np.array_equal(np.concatenate([b.input_ids for b in other.batches(step + late)]),
-                                      np.concatenate(expected))  # fmt: skip
+                assert np.array_equal(
+                    np.concatenate([b.input_ids for b in other.batches(step + late)]), np.concatenate(expected)
+                )
 
 
 def test_changing_the_number_of_streaming_rows_is_refused() -> None:

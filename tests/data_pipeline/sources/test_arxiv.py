@@ -17,12 +17,14 @@ PAPER = {"paper.tex": MAIN.encode(), "sec/intro.tex": b"Intro % secret\n", "end.
 
 
 def test_bulk_archive_gives_one_document_per_paper(read_all, put, make_tar) -> None:
-    bulk = make_tar({
-        "0704/0704.0001.gz": gzip.compress(make_tar(PAPER)),
-        "0704/0704.0002.gz": gzip.compress(b"\\documentstyle{article} one file"),
-        "0704/0704.0003.pdf": b"%PDF",
-        "0704/hep-th9901001.gz": gzip.compress(make_tar({"x.ps": b"%!PS"})),
-    })  # fmt: skip
+    bulk = make_tar(
+        {
+            "0704/0704.0001.gz": gzip.compress(make_tar(PAPER)),
+            "0704/0704.0002.gz": gzip.compress(b"\\documentstyle{article} one file"),
+            "0704/0704.0003.pdf": b"%PDF",
+            "0704/hep-th9901001.gz": gzip.compress(make_tar({"x.ps": b"%!PS"})),
+        }
+    )
     documents, skipped = read_all("arxiv", path=put({"arXiv_src_0704_001.tar": bulk}))
     assert [(d.path, d.content) for d in documents] == [
         ("0704/0704.0001", "\\documentclass{article}\n\\begin{document}\nIntro %\n\nEnd.\n\\end{document}\n"),
@@ -37,9 +39,13 @@ def test_bulk_archive_gives_one_document_per_paper(read_all, put, make_tar) -> N
 
 
 def test_single_submissions_are_read_in_every_file_format(read_all, put, make_tar) -> None:
-    root = put({
-        "a.tar.gz": make_tar(PAPER, "w:gz"), "b.gz": gzip.compress(b"\\documentclass{x} b"), "c.tex": "\\bye c",
-    })  # fmt: skip
+    root = put(
+        {
+            "a.tar.gz": make_tar(PAPER, "w:gz"),
+            "b.gz": gzip.compress(b"\\documentclass{x} b"),
+            "c.tex": "\\bye c",
+        }
+    )
     documents, _ = read_all("arxiv", path=root, comments="keep")
     assert [d.path for d in documents] == ["a", "b", "c"]
     assert "Intro % secret" in documents[0].content
@@ -102,8 +108,9 @@ def test_commands_in_comments_or_verbatim_text_are_ignored(comments: str) -> Non
     files = {
         "m.tex": "a\n% \\input{x}\n\\verb|\\input{x}|\n% \\end{document}\n"
         "\\verb|\\end{document}| b \\includegraphics{x}",
-        "graphics.tex": "G", "x.tex": "X",
-    }  # fmt: skip
+        "graphics.tex": "G",
+        "x.tex": "X",
+    }
     text = paper_text("m.tex", files, comments)
     assert "X" not in text and "G" not in text
     assert text.endswith("b \\includegraphics{x}")
@@ -147,8 +154,25 @@ def test_declared_encoding_is_used_for_bytes_that_are_not_utf8() -> None:
     assert decode_tex(b"\xe9") == b"\xe9"
 
 
-SIGNS = ["\\verb|", "|", "%", "\n", "a ", "\\url{", "}", "{", "\\\\", "\\", "\\begin{verbatim}", "\\end{verbatim}",
-         "\\begin{comment}", "\\end{comment}", "\\input{x}", "\\input x ", "\\end{document}"]  # fmt: skip
+SIGNS = [
+    "\\verb|",
+    "|",
+    "%",
+    "\n",
+    "a ",
+    "\\url{",
+    "}",
+    "{",
+    "\\\\",
+    "\\",
+    "\\begin{verbatim}",
+    "\\end{verbatim}",
+    "\\begin{comment}",
+    "\\end{comment}",
+    "\\input{x}",
+    "\\input x ",
+    "\\end{document}",
+]
 
 
 @given(st.lists(st.sampled_from(SIGNS)))

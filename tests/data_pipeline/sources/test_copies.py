@@ -114,8 +114,12 @@ def test_corpus_from_an_object_store_equals_one_from_a_directory(
     told = options | {"secret": "$STORE_SECRET", "key": "$STORE_KEY"}
     manifests = []
     for name, source in [("near", {"path": str(root)}), ("far", {"path": "s3://raw/texts", "storage_options": told})]:
-        settings = {"source": {"kind": "jsonl", **source}, "output": str(tmp_path / name),
-                    "tokenizer": {"vocab_size": 300}, "validation_fraction": 0.3}  # fmt: skip
+        settings = {
+            "source": {"kind": "jsonl", **source},
+            "output": str(tmp_path / name),
+            "tokenizer": {"vocab_size": 300},
+            "validation_fraction": 0.3,
+        }
         manifests.append(prepare(parse(PrepareConfig, settings), Workers(None, 1), lambda *_: None)[0])
     assert manifests[0].sha256 == manifests[1].sha256
     assert (tmp_path / "near/skipped.jsonl").read_text() == (tmp_path / "far/skipped.jsonl").read_text() != ""

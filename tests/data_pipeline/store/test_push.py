@@ -103,8 +103,13 @@ def test_push_of_a_grown_corpus_sends_only_new_files(make_corpus: Any, tmp_path:
     manifest = Manifest.read(grown)
     provenance = {"continues": [Manifest.read(first).sha256]}
     sha256 = pushing.sha256_file(grown / "added.extents")
-    Manifest(**{**dict(manifest), "provenance": provenance,
-                      "extents": {"train": {"file": "added.extents", "sha256": sha256}}}).write(grown)  # fmt: skip
+    Manifest(
+        **{
+            **dict(manifest),
+            "provenance": provenance,
+            "extents": {"train": {"file": "added.extents", "sha256": sha256}},
+        }
+    ).write(grown)
     url = f"file://{tmp_path / 'there'}"
     push(first, url, False, quiet)
     with pytest.raises(UserError, match="with --grow"):

@@ -77,8 +77,12 @@ def test_iteration_from_a_later_step_equals_the_whole_iteration():
 
 
 def test_rows_are_unique_across_steps_seeds_and_splits():
-    rows = [row.tobytes() for which in ({}, {"seed": 2}, {"split": "validation"}) for step in range(20)
-            for row in joined(loader(**which).batches(step), "input_ids")]  # fmt: skip
+    rows = [
+        row.tobytes()
+        for which in ({}, {"seed": 2}, {"split": "validation"})
+        for step in range(20)
+        for row in joined(loader(**which).batches(step), "input_ids")
+    ]
     assert len(set(rows)) == len(rows) == 480
 
 

@@ -135,19 +135,29 @@ def answers_of_memorisation(task, tokens) -> dict[int, tuple[int, int]]:
 
 
 READERS = {
-    "copy": answers_of_copy, "selective-copy": answers_of_selective_copy, "induction": answers_of_induction,
-    "associative-recall": answers_of_associative_recall, "needle": answers_of_needle,
-    "in-context-recall": answers_of_in_context_recall, "memorisation": answers_of_memorisation,
-}  # fmt: skip
+    "copy": answers_of_copy,
+    "selective-copy": answers_of_selective_copy,
+    "induction": answers_of_induction,
+    "associative-recall": answers_of_associative_recall,
+    "needle": answers_of_needle,
+    "in-context-recall": answers_of_in_context_recall,
+    "memorisation": answers_of_memorisation,
+}
 
 
 @pytest.mark.parametrize(
     "task",
-    [*(make(name) for name in READERS), make("needle", distance=20), make("selective-copy", items=7),
-     make("associative-recall", fillers=1, queries=None), make("induction", span=4),
-     make("in-context-recall", noise=0.4), make("in-context-recall", longest=3, noise=0.2, span=32)],
+    [
+        *(make(name) for name in READERS),
+        make("needle", distance=20),
+        make("selective-copy", items=7),
+        make("associative-recall", fillers=1, queries=None),
+        make("induction", span=4),
+        make("in-context-recall", noise=0.4),
+        make("in-context-recall", longest=3, noise=0.2, span=32),
+    ],
     ids=lambda task: task.model_dump_json(exclude_defaults=True)[9:60],
-)  # fmt: skip
+)
 def test_counted_labels_equal_those_of_a_literal_reader(task):
     for number in range(50):
         row = draw(task, "train", 3, number, LENGTH)
@@ -230,10 +240,17 @@ def test_impossible_row_settings_give_the_reason(task, changes, length, message)
 
 @pytest.mark.parametrize(
     ("task", "changes", "length"),
-    [("copy", {"lag": 64}, 64), ("selective-copy", {"items": 8, "span": 17}, 64), ("selective-copy", {"span": 65}, 64),
-     ("induction", {"span": 4}, 64), ("needle", {"distance": 61}, 64), ("needle", {"distance": 4}, 64),
-     ("needle", {}, 7), ("associative-recall", {"span": 10}, 64)],
-)  # fmt: skip
+    [
+        ("copy", {"lag": 64}, 64),
+        ("selective-copy", {"items": 8, "span": 17}, 64),
+        ("selective-copy", {"span": 65}, 64),
+        ("induction", {"span": 4}, 64),
+        ("needle", {"distance": 61}, 64),
+        ("needle", {"distance": 4}, 64),
+        ("needle", {}, 7),
+        ("associative-recall", {"span": 10}, 64),
+    ],
+)
 def test_shortest_rows_can_be_drawn(task, changes, length):
     made = make(task, **changes)
     assert made.problem(length) is None

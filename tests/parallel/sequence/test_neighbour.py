@@ -23,16 +23,30 @@ BLOCK, ROWS, VOCABULARY = 8, 2, 29
 RELATIVE_ERROR = 1e-10
 
 
-def model(mixer: str = "bst", variant: str = "SH", position: str = "t5", attend: str = "current",
-          ssm: dict | None = None, head_width: int | None = None,
-          kv_heads: int | None = None) -> LanguageModel:  # fmt: skip
+def model(
+    mixer: str = "bst",
+    variant: str = "SH",
+    position: str = "t5",
+    attend: str = "current",
+    ssm: dict | None = None,
+    head_width: int | None = None,
+    kv_heads: int | None = None,
+) -> LanguageModel:
     """Return two layers with a sliding layer between them, in double precision, the same on every rank."""
     config = ModelConfig(
-        width=16, heads=2, ffn=24, block=BLOCK, depth=3, mixer=mixer, placement=[0, 2], vocab_size=VOCABULARY,
-        attention={"position": position, "kv_heads": kv_heads}, head_width=head_width,
+        width=16,
+        heads=2,
+        ffn=24,
+        block=BLOCK,
+        depth=3,
+        mixer=mixer,
+        placement=[0, 2],
+        vocab_size=VOCABULARY,
+        attention={"position": position, "kv_heads": kv_heads},
+        head_width=head_width,
         context={"variant": variant, "attend": attend, "states": 3},
         ssm=ssm or {"state": 4, "chunk": 4, "dt_min": 0.01},
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     built = LanguageModel(config).double()
     for name, parameter in built.named_parameters():

@@ -46,10 +46,20 @@ SERIAL = ("block-recurrent", "SH, s4-dplr")
 
 def model(name: str) -> LanguageModel:
     """Return two layers of the kind with a sliding layer between them; no parameter has a special value."""
-    config = ModelConfig(**{
-        "width": 16, "heads": 2, "ffn": 24, "block": BLOCK, "depth": 3, "placement": [0, 2], "vocab_size": VOCABULARY,
-        "mixer": "bst", "ssm": {"state": 4, "chunk": 4, "dt_min": 0.01}, **MODELS[name],
-    })  # fmt: skip
+    config = ModelConfig(
+        **{
+            "width": 16,
+            "heads": 2,
+            "ffn": 24,
+            "block": BLOCK,
+            "depth": 3,
+            "placement": [0, 2],
+            "vocab_size": VOCABULARY,
+            "mixer": "bst",
+            "ssm": {"state": 4, "chunk": 4, "dt_min": 0.01},
+            **MODELS[name],
+        }
+    )
     torch.manual_seed(0)
     built = LanguageModel(config).double()
     with torch.no_grad():
@@ -143,8 +153,16 @@ def slicings(draw) -> dict:
     if draw(st.booleans()) and "explicit" not in name and "hyena" not in name:
         bits = draw(st.lists(st.booleans(), min_size=rows * blocks, max_size=rows * blocks))
         starts = torch.tensor(bits).view(rows, blocks)
-    return {"name": name, "rows": rows, "blocks": blocks, "lengths": lengths_of(blocks, cuts), "starts": starts,
-            "carried": draw(st.booleans()), "again": draw(st.booleans()), "every": draw(st.integers(1, 5))}  # fmt: skip
+    return {
+        "name": name,
+        "rows": rows,
+        "blocks": blocks,
+        "lengths": lengths_of(blocks, cuts),
+        "starts": starts,
+        "carried": draw(st.booleans()),
+        "again": draw(st.booleans()),
+        "every": draw(st.integers(1, 5)),
+    }
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -229,9 +247,17 @@ def test_slices_before_a_document_start_are_not_run_for_later_edges():
         assert sliced.left == left
 
 
-@pytest.mark.parametrize(("slices", "every", "passes", "waiting", "between"), [
-    (7, 1, 6, 6, 0), (9, 3, 12, 2, 2), (8, 3, 11, 2, 2), (7, 3, 10, 2, 2), (256, 16, 480, 15, 15), (4, 3, 5, 1, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("slices", "every", "passes", "waiting", "between"),
+    [
+        (7, 1, 6, 6, 0),
+        (9, 3, 12, 2, 2),
+        (8, 3, 11, 2, 2),
+        (7, 3, 10, 2, 2),
+        (256, 16, 480, 15, 15),
+        (4, 3, 5, 1, 2),
+    ],
+)
 def test_numbers_of_kept_edges_and_extra_passes_equal_the_plan(slices, every, passes, waiting, between):
     """Counted with slices that compute nothing and leave their number as edge."""
     edges, run, most = EdgesHere(), 0, 0

@@ -18,9 +18,17 @@ ROWS, LENGTH, WIDTH = 2, 64, 32
 
 def model(variant: str = "SH") -> ModelConfig:
     return ModelConfig(
-        width=WIDTH, heads=4, ffn=128, block=16, depth=4, vocab_size=50, mixer="bst", placement=[1, 3],
-        context={"variant": variant, "states": 4}, ssm={"state": 8, "chunk": 8},
-    )  # fmt: skip
+        width=WIDTH,
+        heads=4,
+        ffn=128,
+        block=16,
+        depth=4,
+        vocab_size=50,
+        mixer="bst",
+        placement=[1, 3],
+        context={"variant": variant, "states": 4},
+        ssm={"state": 8, "chunk": 8},
+    )
 
 
 def keeping(policy: str) -> ActivationCheckpointingConfig:

@@ -21,9 +21,13 @@ SLICE = Slice(ROWS, LENGTH)
 
 def model(mixer: str = "bst", **settings) -> ModelConfig:
     return ModelConfig(
-        width=WIDTH, heads=2, depth=1, vocab_size=2, mixer=mixer,
+        width=WIDTH,
+        heads=2,
+        depth=1,
+        vocab_size=2,
+        mixer=mixer,
         **{"ffn": 256, "block": 64, "placement": "all", "ssm": {"state": 8, "chunk": 32}} | settings,
-    )  # fmt: skip
+    )
 
 
 def part(config: ModelConfig, policy: str, compiled: bool = True, documents: str = "joined"):
@@ -107,9 +111,14 @@ def test_accumulated_gradients_are_counted_once():
     activations, found = Activations(config, bf16=False), []
     for accumulation in (1, 2):
         work = Work(
-            Strategy("zero0", 0), 1, Slice(1, 64), accumulation, ActivationCheckpointingConfig(policy="every-layer"), 1,
+            Strategy("zero0", 0),
+            1,
+            Slice(1, 64),
+            accumulation,
+            ActivationCheckpointingConfig(policy="every-layer"),
+            1,
             compiled=True,
-        )  # fmt: skip
+        )
         step = _Step(activations.sizes, config.mixers(), activations, work)
         found.append(next(phase for phase in step.phases() if phase.phase == "backward of layer 0"))
     once, again = found

@@ -20,8 +20,14 @@ def test_ablate_command_reports_plots_and_agrees_with_eval(make_run, tmp_path, c
     (figures,) = report["corpora"]
     assert main(["eval", str(run_dir), "--json", str(path)]) == 0
     (evaluated,) = json.loads(path.read_text())["corpora"]
-    for key in ("documents", "tokens", "bytes", "loss_nats_per_token", "loss_nats_per_token_standard_error",
-                "bits_per_byte"):  # fmt: skip
+    for key in (
+        "documents",
+        "tokens",
+        "bytes",
+        "loss_nats_per_token",
+        "loss_nats_per_token_standard_error",
+        "bits_per_byte",
+    ):
         assert figures[key] == pytest.approx(evaluated[key], rel=1e-6)
     assert (run_dir / "ablations.png").read_bytes()[:4] == b"\x89PNG"
     lines = {(line["intervention"], tuple(line["layers"])): line for line in figures["interventions"]}
@@ -43,8 +49,10 @@ def test_ablate_options_limit_documents_tokens_and_interventions(make_run, tmp_p
     (figures,) = json.loads(path.read_text())["corpora"]
     assert (figures["documents"], figures["tokens"]) == (3, 3 * 19)
     assert [(line["intervention"], line["layers"]) for line in figures["interventions"]] == [
-        ("zero", [1]), ("noise:0.3", [1]), ("noise:1", [1]),
-    ]  # fmt: skip
+        ("zero", [1]),
+        ("noise:0.3", [1]),
+        ("noise:1", [1]),
+    ]
     assert (tmp_path / "a.pdf").read_bytes()[:4] == b"%PDF"
 
 
@@ -54,8 +62,9 @@ def test_inapplicable_interventions_are_left_out_with_the_reason(make_run, make_
 
     def planned(mixer, layers=None, **changes):
         model = make_model(mixer, **changes)
-        recipe = trained.recipe.model_copy(update={"model": trained.recipe.model.model_copy(update={
-            "mixer": mixer, "depth": 3, "placement": [1, 2]})})  # fmt: skip
+        recipe = trained.recipe.model_copy(
+            update={"model": trained.recipe.model.model_copy(update={"mixer": mixer, "depth": 3, "placement": [1, 2]})}
+        )
         found, left_out = plan(Trained(trained.run_dir, recipe, 4, model), None, layers)
         return {str(intervention) for intervention, _ in found}, left_out
 
@@ -74,13 +83,16 @@ def test_inapplicable_interventions_are_left_out_with_the_reason(make_run, make_
     assert "no-cross" in kinds
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--interventions", "zeroo"], "no intervention 'zeroo'; there are: zero, shuffle"),
-    (["--layers", "2"], "--layers 2: the model has 2 layers, 0 to 1; or all"),
-    (["--layers", "-1"], "--layers -1: the model has 2 layers"),
-    (["--documents", "0"], "--documents 0: read at least one"),
-    (["--checkpoint", "3"], "no checkpoint of step 3; there are: 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--interventions", "zeroo"], "no intervention 'zeroo'; there are: zero, shuffle"),
+        (["--layers", "2"], "--layers 2: the model has 2 layers, 0 to 1; or all"),
+        (["--layers", "-1"], "--layers -1: the model has 2 layers"),
+        (["--documents", "0"], "--documents 0: read at least one"),
+        (["--checkpoint", "3"], "no checkpoint of step 3; there are: 4"),
+    ],
+)
 def test_invalid_ablate_options_give_one_message(make_run, capsys, arguments, said):
     arguments = [f"--layers={arguments[1]}"] if arguments[1] == "-1" else arguments
     assert main(["ablate", str(make_run()), *arguments]) == 2

@@ -19,8 +19,14 @@ from bst_dist.study.ablation.states import Draws
 BLOCK, LENGTH = 8, 48
 VARIANTS = ("SH", "MH", "MF")
 HYENA = {"ssm": {"kernel": "hyena", "length": 20, "hidden": 8, "bands": 2}}
-CONTEXT = [Intervention("zero"), Intervention("shuffle", 3), Intervention("delay", 1), Intervention("delay", 4),
-           Intervention("noise", 0.5), Intervention("replace", 2.0)]  # fmt: skip
+CONTEXT = [
+    Intervention("zero"),
+    Intervention("shuffle", 3),
+    Intervention("delay", 1),
+    Intervention("delay", 4),
+    Intervention("noise", 0.5),
+    Intervention("replace", 2.0),
+]
 CUTS = [Intervention("forget"), Intervention("no-cross"), Intervention("own-block"), Intervention("no-self")]
 ROWS = torch.randint(19, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(19, (2, LENGTH), generator=torch.Generator().manual_seed(2))
@@ -80,8 +86,11 @@ def with_context_by_hand(model, intervention, layers):
             return k / k.norm(dim=-1, keepdim=True).clamp_min(1e-6), v
 
         def filters(z, past, starts, context=context, layer=layer):
-            ends = context.ssm(z, Past(), None)[:, BLOCK - 1 :: BLOCK] if not isinstance(context.ssm, S4D) else (
-                context.ssm.block_ends(z, BLOCK, Past()))  # fmt: skip
+            ends = (
+                context.ssm(z, Past(), None)[:, BLOCK - 1 :: BLOCK]
+                if not isinstance(context.ssm, S4D)
+                else (context.ssm.block_ends(z, BLOCK, Past()))
+            )
             seen = torch.cat((context.initial.expand(len(z), 1, -1, -1), ends[:, :-1]), dim=1)
             seen = changed_by_hand(seen, intervention, layer, context.initial)
             k, v = F.linear(seen + context.identity, context.key_value.weight).unflatten(-1, (2, 2, -1)).unbind(3)
@@ -92,10 +101,15 @@ def with_context_by_hand(model, intervention, layers):
 
 
 @pytest.mark.parametrize("intervention", CONTEXT, ids=str)
-@pytest.mark.parametrize(("variant", "changes"), [
-    *((variant, {}) for variant in VARIANTS), *((variant, HYENA) for variant in VARIANTS),
-    ("SH", {"context": {"variant": "SH", "attend": "previous"}}),
-], ids=lambda value: value if isinstance(value, str) else "-".join(value) or "s4d")  # fmt: skip
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        *((variant, {}) for variant in VARIANTS),
+        *((variant, HYENA) for variant in VARIANTS),
+        ("SH", {"context": {"variant": "SH", "attend": "previous"}}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "s4d",
+)
 @pytest.mark.parametrize("layers", [[1], [1, 2]], ids=["one layer", "all layers"])
 def test_interventions_on_context_states_equal_an_explicit_model_change(
     make_model, intervention, variant, changes, layers
@@ -172,8 +186,9 @@ def test_forget_intervention_resets_the_ssm_at_each_block(make_model, variant, c
         torch.testing.assert_close(streamed(model, 2 * BLOCK), whole(by_hand), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("intervention", [Intervention("zero"), Intervention("noise", 0.5), Intervention("replace", 1)],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "intervention", [Intervention("zero"), Intervention("noise", 0.5), Intervention("replace", 1)], ids=str
+)
 def test_block_recurrent_intervention_changes_only_the_state_that_is_read(make_model, intervention):
     model = make_model("block-recurrent", block_recurrent={"states": 3})
     by_hand = copy.deepcopy(model)
@@ -235,12 +250,27 @@ def test_applicable_interventions_of_each_mixer(make_model):
 
 def test_interventions_are_parsed_and_printed():
     assert [str(one) for one in defaults()] == [
-        "zero", "shuffle:16", "delay:1", "delay:4", "noise:0.3", "noise:1", "replace:1", "forget", "no-cross",
-        "own-block", "no-self",
-    ]  # fmt: skip
+        "zero",
+        "shuffle:16",
+        "delay:1",
+        "delay:4",
+        "noise:0.3",
+        "noise:1",
+        "replace:1",
+        "forget",
+        "no-cross",
+        "own-block",
+        "no-self",
+    ]
     assert parse("noise") == [Intervention("noise", 0.3), Intervention("noise", 1)]
     assert parse("delay:2") == [Intervention("delay", 2)]
-    for text, said in (("zeroo", "no intervention 'zeroo'"), ("zero:1", "has no strength"), ("noise:0", "above 0"),
-                       ("noise:nan", "above 0"), ("delay:1.5", "blocks"), ("delay:", "blocks")):  # fmt: skip
+    for text, said in (
+        ("zeroo", "no intervention 'zeroo'"),
+        ("zero:1", "has no strength"),
+        ("noise:0", "above 0"),
+        ("noise:nan", "above 0"),
+        ("delay:1.5", "blocks"),
+        ("delay:", "blocks"),
+    ):
         with pytest.raises(UserError, match=said):
             parse(text)

@@ -13,8 +13,12 @@ from bst_dist.study.evaluation import scoring
 
 END, BLOCK = 3, 8
 LENGTHS = [21, 1, 70, 16, 8, 17, 33]
-PLANNED = [(Intervention("zero"), (1, 2)), (Intervention("noise", 1.0), (2,)), (Intervention("delay", 2), (1,)),
-           (Intervention("own-block"), (0, 1, 2))]  # fmt: skip
+PLANNED = [
+    (Intervention("zero"), (1, 2)),
+    (Intervention("noise", 1.0), (2,)),
+    (Intervention("delay", 2), (1,)),
+    (Intervention("own-block"), (0, 1, 2)),
+]
 
 
 def text_of(corpus, begin=END, lengths=None) -> Text:

@@ -24,14 +24,29 @@ def write(run_dir, lines):
 
 
 def train(step, loss, text_bytes=20.0, seconds=2.0):
-    return {"kind": "train", "step": step, "tokens": 10 * step, "loss_nats": loss, "step_time_s": seconds,
-            "bits_per_byte": loss * 10 / math.log(2) / text_bytes, "tokens_per_s": 10 / seconds}  # fmt: skip
+    return {
+        "kind": "train",
+        "step": step,
+        "tokens": 10 * step,
+        "loss_nats": loss,
+        "step_time_s": seconds,
+        "bits_per_byte": loss * 10 / math.log(2) / text_bytes,
+        "tokens_per_s": 10 / seconds,
+    }
 
 
 def evaluation(step, blocks, text_bytes=50.0):
     loss = sum(blocks) / len(blocks)
-    return {"kind": "eval", "split": "validation", "step": step, "tokens": 30, "loss_nats": loss, "time_s": 1.0,
-            "bits_per_byte": loss * 30 / math.log(2) / text_bytes, "loss_by_block": blocks}  # fmt: skip
+    return {
+        "kind": "eval",
+        "split": "validation",
+        "step": step,
+        "tokens": 30,
+        "loss_nats": loss,
+        "time_s": 1.0,
+        "bits_per_byte": loss * 30 / math.log(2) / text_bytes,
+        "loss_by_block": blocks,
+    }
 
 
 @pytest.fixture
@@ -41,8 +56,14 @@ def pair(make_run):
     text_bytes = [20.0, 17.0, 23.0, 19.0, 31.0, 13.0]
     losses = [5.0, 4.5, 4.75, 4.0, 3.5, 3.0]
     write(one, [*(train(s + 1, losses[s], text_bytes[s]) for s in range(4)), evaluation(4, [4.0, 3.0, 2.0])])
-    write(other, [*(train(s + 1, losses[s] - 0.5 - 0.25 * (s == 3), text_bytes[s]) for s in range(6)),
-                  evaluation(4, [3.5, 2.5, 1.0]), evaluation(6, [3.0, 2.0, 1.0])])  # fmt: skip
+    write(
+        other,
+        [
+            *(train(s + 1, losses[s] - 0.5 - 0.25 * (s == 3), text_bytes[s]) for s in range(6)),
+            evaluation(4, [3.5, 2.5, 1.0]),
+            evaluation(6, [3.0, 2.0, 1.0]),
+        ],
+    )
     return one, other
 
 
@@ -79,8 +100,10 @@ def test_compared_figures_equal_those_of_the_metrics_file(pair):
 
 def test_time_does_not_include_compilation(make_run):
     run_dir = make_run()
-    write(run_dir, [*(train(step, 4.0, seconds=90.0 if step < 3 else 2.0) for step in range(1, 11)),
-                    evaluation(10, [4.0])])  # fmt: skip
+    write(
+        run_dir,
+        [*(train(step, 4.0, seconds=90.0 if step < 3 else 2.0) for step in range(1, 11)), evaluation(10, [4.0])],
+    )
     assert summarise(run_dir).figures().time_s == 10 * 2.0 + 1.0
     over_time = draw({"run": summarise(run_dir)}).axes[1]
     assert max(line.get_xdata()[-1] for line in over_time.lines) == 10 * 2.0
@@ -100,8 +123,9 @@ def test_only_fields_that_differ_are_shown_with_all_values(pair, make_run):
     recipe["task"] = {"name": "listops"}  # a run of another kind has other fields
     (third / RECIPE).write_text(yaml.safe_dump(recipe))
     assert compared(*pair, third)["recipe_differences"] == {
-        "model.width": [16, 16, 32], "task.name": [None, None, "listops"],
-    }  # fmt: skip
+        "model.width": [16, 16, 32],
+        "task.name": [None, None, "listops"],
+    }
 
 
 def test_eval_report_of_the_last_step_is_used(pair):
@@ -149,8 +173,16 @@ def test_each_evaluated_corpus_has_its_own_row(pair, capsys):
     """The first run was evaluated on two corpora, the second on one of them and on a third."""
     report = {"command": "bst eval", "split": "validation", "context_tokens": None}
     for run_dir, step, names in zip(pair, (4, 6), (("a", "b"), ("b", "c")), strict=True):
-        corpora = [{"corpus": f"/data/{name}", "documents": 2, "document_nats": [3.0 + step, 5.0],
-                    "document_bytes": [10, 20], "bits_per_byte": ord(name) / 100} for name in names]  # fmt: skip
+        corpora = [
+            {
+                "corpus": f"/data/{name}",
+                "documents": 2,
+                "document_nats": [3.0 + step, 5.0],
+                "document_bytes": [10, 20],
+                "bits_per_byte": ord(name) / 100,
+            }
+            for name in names
+        ]
         (run_dir / "eval.json").write_text(json.dumps(report | {"step": step, "corpora": corpora}))
     assert main(["compare", *map(str, pair)]) == 0
     out = capsys.readouterr().out
@@ -166,8 +198,9 @@ def test_each_evaluated_corpus_has_its_own_row(pair, capsys):
 def test_footnotes_are_numbered_consecutively_from_1(pair, capsys):
     for run_dir in pair:
         write(run_dir, [])
-        corpora = [{"corpus": "/data/a", "documents": 1, "document_nats": [3.0], "document_bytes": [10],
-                    "bits_per_byte": 0.5}]  # fmt: skip
+        corpora = [
+            {"corpus": "/data/a", "documents": 1, "document_nats": [3.0], "document_bytes": [10], "bits_per_byte": 0.5}
+        ]
         report = {"command": "bst eval", "split": "validation", "context_tokens": None, "step": 0, "corpora": corpora}
         (run_dir / "eval.json").write_text(json.dumps(report))
     assert main(["compare", *map(str, pair)]) == 0

@@ -23,13 +23,17 @@ from data_pipeline.serve.reader import Corpus
 
 LENGTH, SLICE = 65_536, 1024
 MODELS = {
-    "BST SH": [], "BST MH": ["model.context.variant=MH"], "BST MF": ["model.context.variant=MF"],
+    "BST SH": [],
+    "BST MH": ["model.context.variant=MH"],
+    "BST MF": ["model.context.variant=MF"],
     "BST SH s4-dplr": ["model.ssm.kernel=s4-dplr"],
     "BST SH hyena": ["model.ssm.kernel=hyena", "model.ssm.length=1024"],
-    "sliding": ["model.mixer=sliding"], "transformer-xl": ["model.mixer=transformer-xl"],
+    "sliding": ["model.mixer=sliding"],
+    "transformer-xl": ["model.mixer=transformer-xl"],
     "block-recurrent": ["model.mixer=block-recurrent", "model.block_recurrent.states=128"],
-    "gss": ["model.mixer=gss"], "ssm": ["model.mixer=ssm"],
-}  # fmt: skip
+    "gss": ["model.mixer=gss"],
+    "ssm": ["model.mixer=ssm"],
+}
 
 
 def compare(model: LanguageModel, corpus: Corpus) -> tuple[float, ...]:

@@ -37,10 +37,13 @@ def test_generated_text_depends_on_the_seed(make_run, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize(("name", "lines"), [
-    ("p.txt", ["for x", "", "return 12"]),
-    ("p.jsonl", ['"for x"', '{"prompt": "return 12", "id": 7}']),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("p.txt", ["for x", "", "return 12"]),
+        ("p.jsonl", ['"for x"', '{"prompt": "return 12", "id": 7}']),
+    ],
+)
 def test_prompts_give_one_json_line_per_sample_for_any_batch_size(make_run, name, lines, capsys, tmp_path):
     run_dir, path, found = make_run(), tmp_path / name, []
     path.write_text("\n".join(lines))
@@ -49,7 +52,11 @@ def test_prompts_give_one_json_line_per_sample_for_any_batch_size(make_run, name
         found.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
     assert found[0] == found[1] == found[2]
     assert [(text["prompt"], text["sample"]) for text in found[0]] == [
-        ("for x", 0), ("for x", 1), ("return 12", 0), ("return 12", 1)]  # fmt: skip
+        ("for x", 0),
+        ("for x", 1),
+        ("return 12", 0),
+        ("return 12", 1),
+    ]
     generate(run_dir, "--prompt", "for x")  # the first sample of the first prompt
     assert capsys.readouterr().out == printable("for x" + found[0][0]["continuation"]) + "\n"
 
@@ -85,10 +92,15 @@ def test_settings_out_of_range_are_named(make_run, argument, value, capsys):
     assert argument.strip("-").replace("-", "_") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "has no prompt: write one per line"), (b"{}", "line 1: expected a string"), (b'"a"\n[', "line 2: not JSON"),
-    (b"\xff", "cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no prompt: write one per line"),
+        (b"{}", "line 1: expected a string"),
+        (b'"a"\n[', "line 2: not JSON"),
+        (b"\xff", "cannot be read"),
+    ],
+)
 def test_invalid_prompt_files_are_refused(make_run, content, message, tmp_path, capsys):
     path = tmp_path / "p.jsonl"
     path.write_bytes(content)

@@ -34,8 +34,9 @@ class Reader:
         assert before.shape[1] == past.position
         read = torch.cat([before, ids], 1)
         past.after = {"read": read}
-        guesses = torch.tensor([[self.guess(row[: past.position + at + 1].tolist()) for at in range(ids.shape[1])]
-                                for row in read])  # fmt: skip
+        guesses = torch.tensor(
+            [[self.guess(row[: past.position + at + 1].tolist()) for at in range(ids.shape[1])] for row in read]
+        )
         return SimpleNamespace(correct=guesses == labels, per_token=torch.where(guesses == labels, 0.0, 1.0))
 
 
@@ -108,7 +109,8 @@ def test_needle_command_reports_every_place_and_untrained_model_finds_none(make_
     assert main(["eval", str(run_dir), "--needle", "96,128", "--rows", "2", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert [(p["length_tokens"], p["depth"]) for p in report["places"]] == [
-        (length, depth) for length in (96, 128) for depth in (*DEPTHS, None)]  # fmt: skip
+        (length, depth) for length in (96, 128) for depth in (*DEPTHS, None)
+    ]
     assert all(place["keys"] == 0 for place in report["places"])
     assert "pass keys in validation text" in capsys.readouterr().out
     assert json.loads((run_dir / "reports" / "eval-4-validation-needle.json").read_text())["places"] == report["places"]

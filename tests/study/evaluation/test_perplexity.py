@@ -112,8 +112,9 @@ def test_batch_size_and_precision_are_used_and_reported(make_run, tmp_path, caps
     assert single == pytest.approx(loss, rel=1e-6)
     assert 1e-6 < abs(rounded / loss - 1) < 1e-2
     assert {path.name for path in (run_dir / "reports").iterdir()} == {
-        "eval-4-validation-documents.json", "eval-4-validation-documents-bf16.json",
-    }  # fmt: skip
+        "eval-4-validation-documents.json",
+        "eval-4-validation-documents-bf16.json",
+    }
     assert main(["eval", str(run_dir), "--batch-size", "0"]) == 2
     assert "--batch-size 0: at least 1" in capsys.readouterr().err
 
@@ -156,8 +157,10 @@ def test_evaluation_does_not_depend_on_the_number_of_ranks(make_run, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = [str(BST.with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python"]
     for name, command in {
-        "one": program, "ranks": [*program, "--ranks", "3"], "torchrun": [*torchrun, *program],
-    }.items():  # fmt: skip
+        "one": program,
+        "ranks": [*program, "--ranks", "3"],
+        "torchrun": [*torchrun, *program],
+    }.items():
         path = tmp_path / f"{name}.json"
         done = subprocess.run(
             [*command, "--json", str(path)], env=environment, capture_output=True, text=True, timeout=300

@@ -31,8 +31,15 @@ def make(tmp_path):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
 
     def _make(**changes):
-        data = {"name": "t", "question": "Does it?", "recipe": "base.yaml", "reference": "sliding", "seeds": [0, 1],
-                "arms": {"sliding": {"model.mixer": "sliding"}, "bst": {}}, **changes}  # fmt: skip
+        data = {
+            "name": "t",
+            "question": "Does it?",
+            "recipe": "base.yaml",
+            "reference": "sliding",
+            "seeds": [0, 1],
+            "arms": {"sliding": {"model.mixer": "sliding"}, "bst": {}},
+            **changes,
+        }
         path = tmp_path / "experiment.yaml"
         data = {key: value for key, value in data.items() if value is not None}
         path.write_text(yaml.safe_dump(data, sort_keys=False))
@@ -78,7 +85,7 @@ def test_equal_arms_of_two_experiments_share_the_run_name(make):
         ({"measure": {"speed": True}}, "measure.speed needs log.every of at most train.steps, 4"),
         ({"measure": {"validation": False}}, "nothing is measured"),
     ],
-)  # fmt: skip
+)
 def test_invalid_experiment_file_is_refused_with_the_reason(make, changes, message):
     with pytest.raises(UserError, match=message):
         make(**changes)

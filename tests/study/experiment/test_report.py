@@ -30,9 +30,16 @@ def made(tmp_path):
         "log": {"every": 2},
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    data = {"name": "t", "question": "Does it?", "recipe": "base.yaml", "reference": "sliding", "seeds": [0, 1],
-            "arms": {"sliding": {"model.mixer": "sliding"}, "fir": {"model.ssm": {"kernel": "explicit", "length": 16}}},
-            "directory": str(tmp_path / "out"), "measure": {"speed": True, "time_to": 3.0}}  # fmt: skip
+    data = {
+        "name": "t",
+        "question": "Does it?",
+        "recipe": "base.yaml",
+        "reference": "sliding",
+        "seeds": [0, 1],
+        "arms": {"sliding": {"model.mixer": "sliding"}, "fir": {"model.ssm": {"kernel": "explicit", "length": 16}}},
+        "directory": str(tmp_path / "out"),
+        "measure": {"speed": True, "time_to": 3.0},
+    }
 
     class Made:
         def __init__(self, **changes):
@@ -51,11 +58,17 @@ def made(tmp_path):
             lines = []
             for step, (loss, seconds) in enumerate(zip(losses, step_times, strict=True), 1):
                 lines += [
-                    {"kind": "train", "step": step, "tokens": 32 * step, "step_time_s": seconds,
-                     "tokens_per_s": 32 / seconds, "bits_per_byte": loss + 1},
+                    {
+                        "kind": "train",
+                        "step": step,
+                        "tokens": 32 * step,
+                        "step_time_s": seconds,
+                        "tokens_per_s": 32 / seconds,
+                        "bits_per_byte": loss + 1,
+                    },
                     {"kind": "eval", "step": step, "loss_nats": 2 * loss, "bits_per_byte": loss},
                     {"kind": "performance", "step": step, "memory_bytes": step * 2**20},
-                ]  # fmt: skip
+                ]
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (run / "outcome.json").write_text(json.dumps(outcome or {"finished": True}))
             starts = [{"versions": {"torch": "2.13.0", "commit": self.commit}}]
@@ -67,8 +80,10 @@ def made(tmp_path):
             kept = self.experiment.directory / "lengths" / f"{trial.name}-{ask}.json"
             kept.parent.mkdir(parents=True, exist_ok=True)
             beyond = "fir" if trial.arm == "fir" else "carried"
-            results = [{"length": n, "how": beyond if n > 16 else "carried", "bits": b, "bytes": sizes}
-                       for n, b in zip(lengths, bits, strict=True)]  # fmt: skip
+            results = [
+                {"length": n, "how": beyond if n > 16 else "carried", "bits": b, "bytes": sizes}
+                for n, b in zip(lengths, bits, strict=True)
+            ]
             kept.write_text(json.dumps(results))
 
         def report(self):
@@ -113,8 +128,14 @@ def test_table_contains_the_results_of_the_runs(made, capsys):
 def test_percentages_are_of_the_reference_with_the_same_seeds(made, capsys):
     """The seed that only the arm or only the reference has says nothing about the difference."""
     m = made(seeds=[0, 1, 2, 3])
-    slow = {("sliding", 0): 4.0, ("fir", 0): 2.0, ("sliding", 1): 4.0, ("fir", 1): 2.0, ("fir", 2): 0.1,
-            ("sliding", 3): 0.1}  # fmt: skip
+    slow = {
+        ("sliding", 0): 4.0,
+        ("fir", 0): 2.0,
+        ("sliding", 1): 4.0,
+        ("fir", 1): 2.0,
+        ("fir", 2): 0.1,
+        ("sliding", 3): 0.1,
+    }
     for trial in m.trials:
         if (seconds := slow.get((trial.arm, trial.seed))) is not None:
             m.finish(trial, [6.0, 4.0, 2.5, 2.0], (9, seconds, seconds, seconds))
@@ -166,9 +187,11 @@ def test_differences_with_one_seed_are_paired_by_document(made):
 
 
 def test_unsupported_length_is_noted_and_other_lengths_are_measured(made):
-    m = made(seeds=[3], arms={"sliding": {"model.mixer": "sliding"}, "full": {
-        "model.mixer": "full", "model.full": {"longest": 16}}},
-        measure={"lengths": [16, 32]})  # fmt: skip
+    m = made(
+        seeds=[3],
+        arms={"sliding": {"model.mixer": "sliding"}, "full": {"model.mixer": "full", "model.full": {"longest": 16}}},
+        measure={"lengths": [16, 32]},
+    )
     for trial in m.trials:
         m.finish(trial, [6.0, 4.0, 2.5, 2.0])
     m.evaluated(m.trials[0], [[8.0, 30.0], [8.0, 30.0]], [4, 10])
@@ -248,10 +271,15 @@ def test_synthetic_task_results_come_from_the_last_evaluation(made, tmp_path):
         experiment.finish(trial, [3.0, 2.0, 1.5, 1.0])
         metrics = experiment.state.directory(trial.name) / "metrics.jsonl"
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        last = {"kind": "eval", "step": 4, "loss_nats": 2 * accuracy, "accuracy": accuracy,
-                "labels_by_distance": {"2-3": 100, "4-7": 10, "8-9": 30},
-                "accuracy_by_distance": {"2-3": 0.9, "4-7": accuracy, "8-9": 0.5},
-                "loss_by_distance": {"2-3": 0.1, "4-7": 1.0, "8-9": accuracy}}  # fmt: skip
+        last = {
+            "kind": "eval",
+            "step": 4,
+            "loss_nats": 2 * accuracy,
+            "accuracy": accuracy,
+            "labels_by_distance": {"2-3": 100, "4-7": 10, "8-9": 30},
+            "accuracy_by_distance": {"2-3": 0.9, "4-7": accuracy, "8-9": 0.5},
+            "loss_by_distance": {"2-3": 0.1, "4-7": 1.0, "8-9": accuracy},
+        }
         metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, last]))
     found = experiment.report()
     for row, accuracy in zip(found["rows"], (0.25, 0.75), strict=True):

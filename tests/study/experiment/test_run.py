@@ -24,21 +24,34 @@ def experiment(tmp_path):
     text.mkdir()
     for number in range(8):
         (text / f"{number}.txt").write_text("".join(f"line {number * k} of a text, {k % 7}\n" for k in range(300)))
-    prepared = {"source": {"kind": "folder", "path": str(text)}, "output": str(tmp_path / "corpus"),
-                "tokenizer": {"vocab_size": 300}, "validation_fraction": 0.3}  # fmt: skip
+    prepared = {
+        "source": {"kind": "folder", "path": str(text)},
+        "output": str(tmp_path / "corpus"),
+        "tokenizer": {"vocab_size": 300},
+        "validation_fraction": 0.3,
+    }
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(prepared))
     assert _bst("data", "prepare", tmp_path / "data.yaml").wait() == 0
     base = {
-        "ranks": 1, "model": {"width": 16, "heads": 2, "ffn": 32, "block": 16, "depth": 2, "mixer": "bst"},
+        "ranks": 1,
+        "model": {"width": 16, "heads": 2, "ffn": 32, "block": 16, "depth": 2, "mixer": "bst"},
         "data": {"corpus": str(tmp_path / "corpus"), "mode": "streaming"},
         "train": {"steps": 40, "sequence_length": 32, "sequences": 2, "precision": "fp32", "carry": True},
-        "evaluation": {"every": 10, "sequences": 4}, "checkpoint": {"every": 4}, "log": {"every": 10},
+        "evaluation": {"every": 10, "sequences": 4},
+        "checkpoint": {"every": 4},
+        "log": {"every": 10},
         "deepspeed": "ds_configs/zero0.json",
-    }  # fmt: skip
+    }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    data = {"name": "t", "question": "Does it carry?", "recipe": "base.yaml", "reference": "anew", "seeds": [0],
-            "arms": {"anew": {"train.carry": False}, "on": {}},
-            "measure": {"lengths": [32, 128], "tokens": 1024, "speed": True, "time_to": 4.5}}  # fmt: skip
+    data = {
+        "name": "t",
+        "question": "Does it carry?",
+        "recipe": "base.yaml",
+        "reference": "anew",
+        "seeds": [0],
+        "arms": {"anew": {"train.carry": False}, "on": {}},
+        "measure": {"lengths": [32, 128], "tokens": 1024, "speed": True, "time_to": 4.5},
+    }
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     return path

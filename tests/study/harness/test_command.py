@@ -20,13 +20,24 @@ CHOICES = [
 TEXTS = [{"text": "naïve café for x = ( ) return é " * (i + 1)} for i in range(4)]
 PROMPTS = [{"prompt": f"for x {i}"} for i in range(3)]
 TASKS = {
-    "which": ("multiple_choice", CHOICES, ["acc"],
-              {"doc_to_text": "{{context}}", "doc_to_choice": "choices", "doc_to_target": "answer"}),
+    "which": (
+        "multiple_choice",
+        CHOICES,
+        ["acc"],
+        {"doc_to_text": "{{context}}", "doc_to_choice": "choices", "doc_to_target": "answer"},
+    ),
     "rolling": ("loglikelihood_rolling", TEXTS, ["bits_per_byte"], {"doc_to_text": "", "doc_to_target": "{{text}}"}),
-    "writing": ("generate_until", PROMPTS, ["exact_match"],
-                {"doc_to_text": "{{prompt}}", "doc_to_target": "{{answer}}",
-                 "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5}}),
-}  # fmt: skip
+    "writing": (
+        "generate_until",
+        PROMPTS,
+        ["exact_match"],
+        {
+            "doc_to_text": "{{prompt}}",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5},
+        },
+    ),
+}
 
 
 @pytest.fixture
@@ -43,10 +54,15 @@ def tasks(tmp_path, monkeypatch):
             path = folder / f"{name}.jsonl"
             path.write_text("".join(json.dumps(each) + "\n" for each in examples.get(name, own)))
             task = {
-                "task": name, "output_type": kind, "dataset_path": "json", "test_split": "test",
-                "dataset_kwargs": {"data_files": {"test": str(path)}}, "target_delimiter": "",
-                "metric_list": [{"metric": metric} for metric in metrics], **fields,
-            }  # fmt: skip
+                "task": name,
+                "output_type": kind,
+                "dataset_path": "json",
+                "test_split": "test",
+                "dataset_kwargs": {"data_files": {"test": str(path)}},
+                "target_delimiter": "",
+                "metric_list": [{"metric": metric} for metric in metrics],
+                **fields,
+            }
             (folder / f"{name}.yaml").write_text(json.dumps(task))
         return str(folder)
 

@@ -172,11 +172,18 @@ def test_texts_are_generated_greedily_until_a_stop_string(make_harness):
     assert cut == free[0][: free[0].index(stop)]
 
 
-@pytest.mark.parametrize(("given", "temperature"), [
-    ({}, 0), ({"do_sample": False}, 0), ({"do_sample": True}, 1), ({"do_sample": True, "temperature": 0.7}, 0.7),
-    ({"do_sample": True, "temperature": 0.0}, 0), ({"temperature": 0.7}, 0.7),
-    ({"do_sample": False, "temperature": 0.7}, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "temperature"),
+    [
+        ({}, 0),
+        ({"do_sample": False}, 0),
+        ({"do_sample": True}, 1),
+        ({"do_sample": True, "temperature": 0.7}, 0.7),
+        ({"do_sample": True, "temperature": 0.0}, 0),
+        ({"temperature": 0.7}, 0.7),
+        ({"do_sample": False, "temperature": 0.7}, 0),
+    ],
+)
 def test_do_sample_alone_samples_at_temperature_one(given, temperature):
     assert harness_model._settings({"until": [], **given})[0].temperature == temperature
 

@@ -32,16 +32,45 @@ def _observation(architecture, size, depth, seed, length, loss, arm="all", param
     n = parameters or size
     block = f"{arm} {size:.0f} {depth}-s{seed}"
     known = {
-        "name": f"{architecture} {block} {length}", "run": f"{architecture} {block}", "block": block, "width": 64.0,
-        "non_embedding": n, "tokens": size * size * length / n, "flops": 6 * size * size * length,
+        "name": f"{architecture} {block} {length}",
+        "run": f"{architecture} {block}",
+        "block": block,
+        "width": 64.0,
+        "non_embedding": n,
+        "tokens": size * size * length / n,
+        "flops": 6 * size * size * length,
         "time_s": size * length,
-    }  # fmt: skip
-    return Observation(**known | {"architecture": architecture, "arm": arm, "seed": seed, "depth": float(depth),
-                                  "parameters": n, "length": length, "loss": loss} | changes)  # fmt: skip
+    }
+    return Observation(
+        **known
+        | {
+            "architecture": architecture,
+            "arm": arm,
+            "seed": seed,
+            "depth": float(depth),
+            "parameters": n,
+            "length": length,
+            "loss": loss,
+        }
+        | changes
+    )
 
 
-def _study(seed, mean=0.01, per_depth=0.0, per_flops=0.0, noise=0.004, seeds=4, variants=("bst",), arm="all",
-           sizes=SIZES, parameters=lambda name, depth, size: size, slope=0.0, late=0.0, held_out=()):  # fmt: skip
+def _study(
+    seed,
+    mean=0.01,
+    per_depth=0.0,
+    per_flops=0.0,
+    noise=0.004,
+    seeds=4,
+    variants=("bst",),
+    arm="all",
+    sizes=SIZES,
+    parameters=lambda name, depth, size: size,
+    slope=0.0,
+    late=0.0,
+    held_out=(),
+):
     """Return observations of the baseline and the variants.
 
     The gap is `mean` plus its slopes in the natural logarithms of depth and compute. `parameters` may make the models
@@ -66,8 +95,20 @@ def _study(seed, mean=0.01, per_depth=0.0, per_flops=0.0, noise=0.004, seeds=4, 
                         places = loss * np.exp(
                             -np.array((0.0, late)) * (name != "sliding") + generator.normal(0, noise, 2)
                         )
-                        found.append(_observation(name, size, depth, draw, length, loss, arm, n,
-                                                  by_block=tuple(places), held_out=size in held_out))  # fmt: skip
+                        found.append(
+                            _observation(
+                                name,
+                                size,
+                                depth,
+                                draw,
+                                length,
+                                loss,
+                                arm,
+                                n,
+                                by_block=tuple(places),
+                                held_out=size in held_out,
+                            )
+                        )
     return found
 
 

@@ -11,10 +11,20 @@ def corners(observation, best=1.0, curvature=0.03, noise=0.0005, seeds=2, seed=0
     """Return observations with ln L = c (ln rate - ln best)^2, for two architectures, two depths and three rates."""
     generator = np.random.default_rng(seed)
     return [
-        observation(name, 1e5, depth, draw, 5.0, rate_factor=f,
-                    loss=3 * np.exp(curvature * np.log(f / best) ** 2 + 0.02 * draw + generator.normal(0, noise)))
-        for name in ("sliding", "bst") for depth in depths for draw in range(seeds) for f in (0.5, 1.0, 2.0)
-    ]  # fmt: skip
+        observation(
+            name,
+            1e5,
+            depth,
+            draw,
+            5.0,
+            rate_factor=f,
+            loss=3 * np.exp(curvature * np.log(f / best) ** 2 + 0.02 * draw + generator.normal(0, noise)),
+        )
+        for name in ("sliding", "bst")
+        for depth in depths
+        for draw in range(seeds)
+        for f in (0.5, 1.0, 2.0)
+    ]
 
 
 def test_audit_passes_if_the_best_rate_is_that_of_the_rule(observation):

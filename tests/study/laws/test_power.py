@@ -12,8 +12,13 @@ NOISE = power.Noise(0.006, 0.3)
 
 
 def design(variants=1, seeds=2):
-    places = [(6 * n * n * m, d, m, f"{n} {d} {k}") for n in (1e5, 2e5, 4e5) for d in (2, 8) for k in range(seeds)
-              for m in (5.0, 20.0)]  # fmt: skip
+    places = [
+        (6 * n * n * m, d, m, f"{n} {d} {k}")
+        for n in (1e5, 2e5, 4e5)
+        for d in (2, 8)
+        for k in range(seeds)
+        for m in (5.0, 20.0)
+    ]
     flops, depth, length, block = (np.array(column) for column in zip(*places, strict=True))
     zero = np.zeros(len(places))
     return [Gaps(f"v{v}", "all", zero, zero, zero, flops, depth.astype(float), length, block) for v in range(variants)]

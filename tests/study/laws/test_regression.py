@@ -44,8 +44,12 @@ def test_permutation_test_equals_enumeration_of_all_orders():
         return abs(found.value) / found.standard_error
 
     centred = target - target.mean()
-    exact = np.mean([statistic(target.mean() + centred[list(o)]) >= statistic(target) * (1 - 1e-9)
-                     for o in itertools.permutations(range(6))])  # fmt: skip
+    exact = np.mean(
+        [
+            statistic(target.mean() + centred[list(o)]) >= statistic(target) * (1 - 1e-9)
+            for o in itertools.permutations(range(6))
+        ]
+    )
     drawn = regression.CoefficientTest(columns, np.arange(6), 1, draws=4000).permutation_p(target[None])[0]
     assert drawn == pytest.approx(exact, abs=0.03)
 

@@ -35,8 +35,10 @@ def holm(raw, tests):
 @pytest.fixture
 def pair_and_lost(study):
     """A study of two variants with positions, without and with the runs of mega, all of which diverged."""
-    observed = [replace(o, by_block=(o.loss,) * 10)
-                for o in study(9, per_depth=0.01, noise=0.006, seeds=2, variants=("bst", "mega"))]  # fmt: skip
+    observed = [
+        replace(o, by_block=(o.loss,) * 10)
+        for o in study(9, per_depth=0.01, noise=0.006, seeds=2, variants=("bst", "mega"))
+    ]
     return [o for o in observed if o.architecture != "mega"], lost(observed, lambda o: o.architecture == "mega")
 
 
@@ -105,8 +107,10 @@ def test_comparison_before_any_run_is_done_names_every_variant(study, axis):
 
 def test_unfinished_runs_do_not_change_whether_the_machine_was_quiet(study):
     rows = [replace(o, slowed=0.01) for o in study(3, noise=0.001)]
-    rows = [replace(o, slowed=np.nan) if o.status != "done" else o
-            for o in lost(rows, lambda o: o.name == "bst all 100000 2-s0 5.0")]  # fmt: skip
+    rows = [
+        replace(o, slowed=np.nan) if o.status != "done" else o
+        for o in lost(rows, lambda o: o.name == "bst all 100000 2-s0 5.0")
+    ]
     assert compare(rows, "sliding", "all", "time_s").variants["bst"].changes
 
 
@@ -168,8 +172,10 @@ def test_confounded_verdict_from_few_pairs_has_no_correction(study):
 def test_corner_whose_other_rates_all_failed_is_undecided(observation):
     rows = [
         observation(name, 1e5, 8, seed, 5.0, 3.0 + 0.01 * abs(np.log(f)) + 0.001 * seed, rate_factor=f)
-        for name in ("sliding", "bst") for seed in (0, 1) for f in (0.5, 1.0, 2.0)
-    ]  # fmt: skip
+        for name in ("sliding", "bst")
+        for seed in (0, 1)
+        for f in (0.5, 1.0, 2.0)
+    ]
     found = audit(lost(rows, lambda o: o.architecture == "bst" and o.rate_factor != 1, "failed"))
     answers = {corner.architecture: (corner.answer, corner.why) for corner in found}
     assert answers["bst"] == ("undecided", "no run at another rate has finished")
@@ -183,8 +189,9 @@ def lone_pair(study):
     """A study of two arms and a held-out size, in which one pair of the largest depth has finished in arm all."""
     observed = study(3, seeds=2, held_out=(1e6,)) + study(4, seeds=2, arm="far")
     observed = [replace(o, by_block=(o.loss,) * 10) for o in observed]
-    return lost(observed, lambda o: o.arm == "all" and o.depth == 8 and not o.held_out
-                and not o.block.endswith("200000 8-s1"))  # fmt: skip
+    return lost(
+        observed, lambda o: o.arm == "all" and o.depth == 8 and not o.held_out and not o.block.endswith("200000 8-s1")
+    )
 
 
 def test_change_that_rests_on_one_pair_has_no_verdict(lone_pair):
@@ -198,8 +205,9 @@ def test_change_that_rests_on_one_pair_has_no_verdict(lone_pair):
     assert one.interaction is None
     assert one.crossing is None  # it is at the mean depth
     assert {(zone.arm, zone.change is None, zone.answer) for zone in one.zones} == {
-        ("all", True, None), ("far", False, None),
-    }  # fmt: skip
+        ("all", True, None),
+        ("far", False, None),
+    }
     assert set(one.contrasts["far"]) == {"mean", "flops"}
     assert [power.factor for power in predict([one.gaps], Noise(0.01, 0.3), studies=20)] == ["flops"]
 

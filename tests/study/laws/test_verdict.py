@@ -52,11 +52,20 @@ def test_verdict_rule_gives_the_correct_answer(study, truth, factor, answer):
 def test_equivalence_margin_is_per_doubling_of_depth(study, observation):
     """0.4 % per doubling over seven doublings is 2.8 % in total, and still below the margin."""
     wide = [
-        observation(name, size, depth, seed, m, 3 * (size * m) ** -0.1 * np.exp(
-                    -0.004 * np.log2(depth) * (name == "bst") + 1e-4 * seed * (-1) ** depth))
-        for name in ("sliding", "bst") for size in (1e5, 4e5) for depth in (1, 8, 128) for seed in (0, 1)
+        observation(
+            name,
+            size,
+            depth,
+            seed,
+            m,
+            3 * (size * m) ** -0.1 * np.exp(-0.004 * np.log2(depth) * (name == "bst") + 1e-4 * seed * (-1) ** depth),
+        )
+        for name in ("sliding", "bst")
+        for size in (1e5, 4e5)
+        for depth in (1, 8, 128)
+        for seed in (0, 1)
         for m in (5.0, 20.0)
-    ]  # fmt: skip
+    ]
     change = judge(wide)["depth"]
     assert change.change.value == pytest.approx(0.004, abs=1e-3)
     assert change.answer == "equivalent"

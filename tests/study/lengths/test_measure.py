@@ -16,15 +16,19 @@ from bst_dist.study.statistics import ratio
 
 TRAINED = 16
 STREAMING = {
-    "SH": ("bst", "SH", {}), "MH": ("bst", "MH", {}), "MF": ("bst", "MF", {}),
+    "SH": ("bst", "SH", {}),
+    "MH": ("bst", "MH", {}),
+    "MF": ("bst", "MF", {}),
     "SH s4-dplr": ("bst", "SH", {"ssm": {"kernel": "s4-dplr", "state": 4, "chunk": 4}}),
     "MF s4-dplr": ("bst", "MF", {"ssm": {"kernel": "s4-dplr", "state": 4, "chunk": 4}}),
     "SH explicit": ("bst", "SH", {"ssm": {"kernel": "explicit", "length": 16}}),
     "MF hyena": ("bst", "MF", {"ssm": {"kernel": "hyena", "length": 16, "hidden": 4}}),
-    "sliding": ("sliding", "SH", {}), "transformer-xl": ("transformer-xl", "SH", {"transformer_xl": {"window": 16}}),
+    "sliding": ("sliding", "SH", {}),
+    "transformer-xl": ("transformer-xl", "SH", {"transformer_xl": {"window": 16}}),
     "block-recurrent": ("block-recurrent", "SH", {"block_recurrent": {"states": 4}}),
-    "gss": ("gss", "SH", {}), "ssm": ("ssm", "SH", {}),
-}  # fmt: skip
+    "gss": ("gss", "SH", {}),
+    "ssm": ("ssm", "SH", {}),
+}
 
 
 @pytest.fixture
@@ -33,10 +37,15 @@ def make_trained(make_model, tmp_path):
 
     def make(mixer="bst", variant="SH", documents="joined", **changes) -> Trained:
         model = make_model(mixer, variant, **changes)
-        recipe = parse(Recipe, {
-            "name": "small", "model": model.config.model_dump(), "data": {"corpus": "none", "documents": documents},
-            "train": {"steps": 1, "sequence_length": TRAINED, "sequences": 1, "precision": "fp32"},
-        })  # fmt: skip
+        recipe = parse(
+            Recipe,
+            {
+                "name": "small",
+                "model": model.config.model_dump(),
+                "data": {"corpus": "none", "documents": documents},
+                "train": {"steps": 1, "sequence_length": TRAINED, "sequences": 1, "precision": "fp32"},
+            },
+        )
         return Trained(tmp_path, recipe, 1, model)
 
     return make
@@ -171,9 +180,14 @@ def test_full_attention_uses_a_growing_cache(make_trained, make_text):
 
 @pytest.mark.parametrize(
     ("length", "trained", "expected"),
-    [(1, 16, [1]), (7, 16, [1, 2, 3, 4, 6, 7]), (16, 16, [1, 2, 3, 4, 6, 8, 11, 16]),
-     (128, 16, [1, 2, 3, 4, 6, 8, 11, 16, 32, 64, 128]), (56, 16, [1, 2, 3, 4, 6, 8, 11, 16, 32, 56]),
-     (48, 24, [1, 2, 3, 4, 6, 8, 11, 16, 23, 24, 48])],
-)  # fmt: skip
+    [
+        (1, 16, [1]),
+        (7, 16, [1, 2, 3, 4, 6, 7]),
+        (16, 16, [1, 2, 3, 4, 6, 8, 11, 16]),
+        (128, 16, [1, 2, 3, 4, 6, 8, 11, 16, 32, 64, 128]),
+        (56, 16, [1, 2, 3, 4, 6, 8, 11, 16, 32, 56]),
+        (48, 24, [1, 2, 3, 4, 6, 8, 11, 16, 23, 24, 48]),
+    ],
+)
 def test_position_bins_for_lengths_below_and_above_the_trained_length(length, trained, expected):
     assert position_bins(length, trained).tolist() == expected

@@ -47,8 +47,11 @@ def test_joined_segments_are_consecutive_in_evaluation_order(text):
 def test_isolated_segments_come_from_documents_of_at_least_the_length(text):
     stretches = open_stretches(text, 16, isolated=True)
     tokens, documents = read(stretches)
-    expected = {(n, 16 * k): text.documents[n][16 * k : 16 * k + 17] for n in (0, 2, 5, 6)
-                for k in range((LENGTHS[n] - 1) // 16)}  # fmt: skip
+    expected = {
+        (n, 16 * k): text.documents[n][16 * k : 16 * k + 17]
+        for n in (0, 2, 5, 6)
+        for k in range((LENGTHS[n] - 1) // 16)
+    }
     assert stretches.count == len(expected) == 1 + 4 + 1 + 2
     assert {tuple(row) for row in tokens.tolist()} == {tuple(row) for row in expected.values()}
     np.testing.assert_array_equal(stretches.numbers, [0, 2, 5, 6])

@@ -29,9 +29,18 @@ def listops(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(listops: Path) -> dict[str, Any]:
     """A recipe as plain data."""
     return {
-        "name": "small", "seed": 3,
-        "model": {"vocab_size": 16, "width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 2, "mixer": "bst",
-                  "ssm": {"state": 4, "chunk": 4}},
+        "name": "small",
+        "seed": 3,
+        "model": {
+            "vocab_size": 16,
+            "width": 16,
+            "heads": 2,
+            "ffn": 32,
+            "block": 8,
+            "depth": 2,
+            "mixer": "bst",
+            "ssm": {"state": 4, "chunk": 4},
+        },
         "data": {"task": "listops", "examples": str(listops)},
         "train": {"steps": 6, "sequence_length": 32, "sequences": 8, "micro_sequences": 2, "precision": "fp32"},
         "evaluation": {"every": 3, "sequences": 16},
@@ -39,7 +48,7 @@ def settings(listops: Path) -> dict[str, Any]:
         "checkpoint": {"every": 3},
         "log": {"tensorboard": False},
         "deepspeed": "ds_configs/zero1.json",
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -47,8 +56,10 @@ def recipe_file(tmp_path: Path, settings: dict[str, Any]) -> Callable[..., Path]
     """``recipe_file(**changes)`` writes the recipe, with sections changed, and returns its path."""
 
     def write(**changes: Any) -> Path:
-        changed = {key: {**settings.get(key, {}), **value} if isinstance(value, dict) else value
-                   for key, value in changes.items()}  # fmt: skip
+        changed = {
+            key: {**settings.get(key, {}), **value} if isinstance(value, dict) else value
+            for key, value in changes.items()
+        }
         path = tmp_path / "recipe.yaml"
         path.write_text(dump(parse(Recipe, settings | changed)))
         return path

@@ -24,8 +24,11 @@ def test_evaluation_sums_are_on_the_device_of_the_model():
 
     def forward(**inputs: torch.Tensor) -> Classified:
         seen.append(inputs["labels"].device)
-        return Classified(torch.zeros((), device=device), torch.zeros(2, device=device),
-                          torch.zeros(2, dtype=torch.bool, device=device))  # fmt: skip
+        return Classified(
+            torch.zeros((), device=device),
+            torch.zeros(2, device=device),
+            torch.zeros(2, dtype=torch.bool, device=device),
+        )
 
     engine = SimpleNamespace(module=torch.nn.Identity(), forward=forward)
     ranks = SimpleNamespace(device=device, phases=Phases())

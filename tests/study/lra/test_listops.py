@@ -12,8 +12,12 @@ from bst_base.errors import UserError
 from bst_dist.study.lra.listops import OPERATORS, SYMBOLS, ListOpsConfig, example, text
 
 SMALL = ListOpsConfig(max_depth=6, max_args=6, min_length=20, max_length=150)
-FUNCTIONS = {"[MIN": min, "[MAX": max, "[SM": lambda values: sum(values) % 10,
-             "[MED": lambda values: int(median(values))}  # fmt: skip
+FUNCTIONS = {
+    "[MIN": min,
+    "[MAX": max,
+    "[SM": lambda values: sum(values) % 10,
+    "[MED": lambda values: int(median(values)),
+}
 
 
 def by_rewriting(expression: str) -> int:

@@ -26,9 +26,12 @@ def examples(listops) -> Examples:
 
 def rows(batches) -> list[tuple[bytes, int]]:
     assert not any(batch.loss_mask[batch.rows == MASKED].any() for batch in batches)
-    return [(ids.tobytes(), int(label)) for batch in batches
-            for row, ids, label in zip(batch.rows, batch.input_ids, batch.labels, strict=True) if row != MASKED
-            ]  # fmt: skip
+    return [
+        (ids.tobytes(), int(label))
+        for batch in batches
+        for row, ids, label in zip(batch.rows, batch.input_ids, batch.labels, strict=True)
+        if row != MASKED
+    ]
 
 
 def test_each_pass_contains_every_example_once_in_another_order(examples):

@@ -18,8 +18,16 @@ from bst_dist.train.building import model_flops_per_label
 
 def classifier(task: str = "listops", pooling: str = "mean", **changes) -> Classifier:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 2, "mixer": "bst",
-             "ssm": {"state": 4, "chunk": 4}}  # fmt: skip
+    sizes = {
+        "vocab_size": 257,
+        "width": 16,
+        "heads": 2,
+        "ffn": 32,
+        "block": 8,
+        "depth": 2,
+        "mixer": "bst",
+        "ssm": {"state": 4, "chunk": 4},
+    }
     model = parse(ModelConfig, sizes | changes)
     return Classifier(model, LongRangeConfig(task=task, examples="", pooling=pooling)).double()
 
@@ -57,8 +65,10 @@ def test_pooling_ignores_padding(pooling):
 
 def test_two_sequences_are_encoded_separately_and_compared():
     model, batch = classifier("retrieval"), ids(13, 30)
-    one, other = (model.norm(model.hidden(half))[:, :length].mean(1)
-                  for half, length in zip(batch.split(32, dim=1), (13, 30), strict=True))  # fmt: skip
+    one, other = (
+        model.norm(model.hidden(half))[:, :length].mean(1)
+        for half, length in zip(batch.split(32, dim=1), (13, 30), strict=True)
+    )
     expected = model.head(torch.cat((one, other, one * other, one - other), dim=1))
     torch.testing.assert_close(model(batch), expected)
     longer = torch.cat([torch.nn.functional.pad(half, (0, 32)) for half in batch.split(32, dim=1)], dim=1)

@@ -55,8 +55,12 @@ def test_dots_lie_on_ends_of_long_paths():
         drawing = draw(PathfinderConfig(), "train", index)
         owners = []
         for dot in drawing.dots:
-            found = [number for number in (0, 1) for end in (drawing.paths[number][0, 0], drawing.paths[number][-1, 1])
-                     if np.array_equal(dot, end)]  # fmt: skip
+            found = [
+                number
+                for number in (0, 1)
+                for end in (drawing.paths[number][0, 0], drawing.paths[number][-1, 1])
+                if np.array_equal(dot, end)
+            ]
             assert len(found) == 1
             owners += found
         assert (owners[0] == owners[1]) == bool(drawing.label)

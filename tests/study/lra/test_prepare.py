@@ -52,8 +52,10 @@ def test_stored_examples_equal_the_drawn_ones(listops):
         opened = open_split(listops, split, TASKS["listops"])
         assert manifest["splits"][split]["class_counts"] == np.bincount(opened.classes, minlength=10).tolist()
         assert opened.longest == manifest["splits"][split]["longest"] <= 32
-        same = [np.array_equal(opened.sequences(index)[0], example(config, split, index)[0][0])
-                for index in range(len(opened))]  # fmt: skip
+        same = [
+            np.array_equal(opened.sequences(index)[0], example(config, split, index)[0][0])
+            for index in range(len(opened))
+        ]
         assert sum(same) >= 0.9 * len(same)  # all except those that were drawn again
 
 

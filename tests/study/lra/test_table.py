@@ -38,15 +38,29 @@ def test_standard_error_equals_the_spread_of_simulated_samples():
 def run_directory(path, settings, seed, correct, **changes):
     path.mkdir()
     (path / "recipe.yaml").write_text(dump(parse(Recipe, settings | {"seed": seed, "name": path.name} | changes)))
-    keep(path, Report("listops", "test", step=6, parameters=1000, **Accuracy(correct, 1000).report(), majority_class=3,
-                      majority_accuracy=0.12, examples_sha256="a"))  # fmt: skip
+    keep(
+        path,
+        Report(
+            "listops",
+            "test",
+            step=6,
+            parameters=1000,
+            **Accuracy(correct, 1000).report(),
+            majority_class=3,
+            majority_accuracy=0.12,
+            examples_sha256="a",
+        ),
+    )
     return str(path)
 
 
 def test_table_takes_means_over_seeds_of_the_same_recipe(tmp_path, settings, capsys):
     full = {"model": {**settings["model"], "mixer": "full"}}
-    runs = [run_directory(tmp_path / "one", settings, 1, 400), run_directory(tmp_path / "two", settings, 2, 500),
-            run_directory(tmp_path / "full", settings, 1, 300, **full)]  # fmt: skip
+    runs = [
+        run_directory(tmp_path / "one", settings, 1, 400),
+        run_directory(tmp_path / "two", settings, 2, 500),
+        run_directory(tmp_path / "full", settings, 1, 300, **full),
+    ]
     report = tmp_path / "report.json"
     assert main(["lra", "table", *runs, "--json", str(report)]) == 0
     printed = capsys.readouterr().out

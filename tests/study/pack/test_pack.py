@@ -147,7 +147,12 @@ def test_results_are_restored_without_weights_and_only_for_requested_runs(tmp_pa
     there.record("b", attempt)
     results.write(tmp_path / "out", [], there, ["a", "b", "c", "never-started"], {}, "log")
     assert {f.name for f in (tmp_path / "out").iterdir()} == {
-        "table.json", "table.csv", "summary.json", "log.txt", "runs-1.tar.xz"}  # fmt: skip
+        "table.json",
+        "table.csv",
+        "summary.json",
+        "log.txt",
+        "runs-1.tar.xz",
+    }
     assert results.restore(tmp_path / "out", here, {"a", "b"}.__contains__) == ["a", "b"]
     assert results.restore(tmp_path / "out", here, {"a", "b"}.__contains__) == []
     assert here.failed_starts("b") == [attempt]
@@ -202,13 +207,25 @@ def machine(packed, tmp_path, monkeypatch):
 
     def train(what, minutes=60.0, state="state", **others):  # far more than needed, even on a busy machine
         monkeypatch.setattr(
-            Runner, "_command",
-            lambda self, run, micro: [sys.executable, str(tmp_path / "stand_in.py"), what,
-                                      str(self.state.path("recipes", run.name)), str(self.state.directory(run.name)),
-                                      "--resume"],
-        )  # fmt: skip
-        args = argparse.Namespace(folder=packed[2], out=tmp_path / "back", state=tmp_path / state, results=None,
-                                  minutes=minutes, side_by_side=4)  # fmt: skip
+            Runner,
+            "_command",
+            lambda self, run, micro: [
+                sys.executable,
+                str(tmp_path / "stand_in.py"),
+                what,
+                str(self.state.path("recipes", run.name)),
+                str(self.state.directory(run.name)),
+                "--resume",
+            ],
+        )
+        args = argparse.Namespace(
+            folder=packed[2],
+            out=tmp_path / "back",
+            state=tmp_path / state,
+            results=None,
+            minutes=minutes,
+            side_by_side=4,
+        )
         for name, value in others.items():
             setattr(args, name, value)
         made = Machine(read_pack(packed[2]), args)

@@ -18,8 +18,9 @@ from bst_dist.study.runs.state import FailedStart
 def test_packed_sweep_goes_on_after_failures_that_are_repeated(packed, tmp_path, monkeypatch):
     """Memory that ran out, or one failure of a run that may be repeated, are no reason to stop."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    args = argparse.Namespace(folder=packed[2], out=tmp_path / "back", state=tmp_path / "state", results=None,
-                              minutes=60.0, side_by_side=2)  # fmt: skip
+    args = argparse.Namespace(
+        folder=packed[2], out=tmp_path / "back", state=tmp_path / "state", results=None, minutes=60.0, side_by_side=2
+    )
     made = Machine(read_pack(packed[2]), args)
     workers = [Worker(job, None, 0) for job in made.jobs if job.trunk is None]
 

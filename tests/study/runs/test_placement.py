@@ -101,15 +101,25 @@ def test_submit_passes_the_script_to_sbatch_and_returns_its_output(tmp_path, pro
 def test_a_dry_run_shows_every_command_and_starts_nothing(tmp_path, program, capsys):
     program("ssh", f"touch {tmp_path}/started")
     program("sbatch", f"touch {tmp_path}/started")
-    base = {"model": {"block": 32, "vocab_size": 300}, "data": {"corpus": "none"},
-            "train": {"sequence_length": 64, "sequences": 4, "micro_sequences": 4, "precision": "fp32"}}  # fmt: skip
+    base = {
+        "model": {"block": 32, "vocab_size": 300},
+        "data": {"corpus": "none"},
+        "train": {"sequence_length": 64, "sequences": 4, "micro_sequences": 4, "precision": "fp32"},
+    }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     settings = {
-        "name": "t", "recipe": "base.yaml", "directory": str(tmp_path / "out"), "baseline": "sliding",
-        "architectures": {"sliding": {"model.mixer": "sliding"}, "bst": {"model.mixer": "bst"}}, "depths": [2],
-        "sizes": [5e4, 1e5], "tokens_per_parameter": [1, 2], "seeds": [0, 1],
-        "shape": {"head_width": 4}, "arms": {"all": {}},
-    }  # fmt: skip
+        "name": "t",
+        "recipe": "base.yaml",
+        "directory": str(tmp_path / "out"),
+        "baseline": "sliding",
+        "architectures": {"sliding": {"model.mixer": "sliding"}, "bst": {"model.mixer": "bst"}},
+        "depths": [2],
+        "sizes": [5e4, 1e5],
+        "tokens_per_parameter": [1, 2],
+        "seeds": [0, 1],
+        "shape": {"head_width": 4},
+        "arms": {"all": {}},
+    }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "hosts").write_text("one slots=2\n")
     run = ["sweep", "run", str(tmp_path / "sweep.yaml"), "--dry-run"]

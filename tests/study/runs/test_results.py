@@ -12,8 +12,11 @@ def run(tmp_path):
     """Makes a run directory; each start is (from_step, step times in seconds)."""
 
     def make(*starts):
-        lines = [{"kind": "train", "step": begin + n, "step_time_s": s}
-                 for begin, seconds in starts for n, s in enumerate(seconds, 1)]  # fmt: skip
+        lines = [
+            {"kind": "train", "step": begin + n, "step_time_s": s}
+            for begin, seconds in starts
+            for n, s in enumerate(seconds, 1)
+        ]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (tmp_path / "environment.json").write_text(json.dumps({"starts": [{"from_step": n} for n, _ in starts]}))
         return read_result(tmp_path)

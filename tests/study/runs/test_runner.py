@@ -85,11 +85,18 @@ def sweep(tmp_path, monkeypatch):
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     settings = {
-        "name": "t", "recipe": str(tmp_path / "base.yaml"), "directory": str(tmp_path / "out"),
-        "architectures": {"sliding": {"model.mixer": "sliding"}, "bst": {"model.mixer": "bst"}}, "baseline": "sliding",
-        "sizes": [5e4, 1e5], "depths": [2, 4], "tokens_per_parameter": [0.1, 0.2], "seeds": [0, 1],
-        "arms": {"all": {}}, "shape": {"head_width": 4},
-    }  # fmt: skip
+        "name": "t",
+        "recipe": str(tmp_path / "base.yaml"),
+        "directory": str(tmp_path / "out"),
+        "architectures": {"sliding": {"model.mixer": "sliding"}, "bst": {"model.mixer": "bst"}},
+        "baseline": "sliding",
+        "sizes": [5e4, 1e5],
+        "depths": [2, 4],
+        "tokens_per_parameter": [0.1, 0.2],
+        "seeds": [0, 1],
+        "arms": {"all": {}},
+        "shape": {"head_width": 4},
+    }
     monkeypatch.setattr("bst_dist.study.runs.runner.POLL_S", 0.02)
     monkeypatch.setattr("bst_dist.study.runs.runner.LOOK_S", 0.02)
     config = parse(SweepConfig, settings)
@@ -370,14 +377,24 @@ def test_killed_and_restarted_sweep_gives_the_same_table(tmp_path):
         (books / f"{number}.txt").write_text(
             "".join(f"line {number * k} of a small text, {k % 7}\n" for k in range(400))
         )
-    prepared = {"source": {"kind": "folder", "path": str(books)}, "output": str(tmp_path / "corpus"),
-                "tokenizer": {"vocab_size": 300}, "validation_fraction": 0.3}  # fmt: skip
+    prepared = {
+        "source": {"kind": "folder", "path": str(books)},
+        "output": str(tmp_path / "corpus"),
+        "tokenizer": {"vocab_size": 300},
+        "validation_fraction": 0.3,
+    }
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(prepared))
     _bst("data", "prepare", tmp_path / "data.yaml").wait()
 
     def command(name):
-        return [ROOT / "launch/sweeps/smoke.yaml", f"settings.data={{corpus: {tmp_path / 'corpus'}}}", "depths=[2]",
-                "sizes=[40.0e+3, 60.0e+3]", "arms={near: {}}", f"directory={tmp_path / name}"]  # fmt: skip
+        return [
+            ROOT / "launch/sweeps/smoke.yaml",
+            f"settings.data={{corpus: {tmp_path / 'corpus'}}}",
+            "depths=[2]",
+            "sizes=[40.0e+3, 60.0e+3]",
+            "arms={near: {}}",
+            f"directory={tmp_path / name}",
+        ]
 
     whole = _bst("sweep", "run", *command("whole"), "--workers", "2")
     assert whole.wait() == 0

@@ -43,8 +43,12 @@ def lost(status="diverged", most=5, **of):
 
 
 def test_compare_counts_the_runs_and_says_whom_lost_runs_favour(sweep, tmp_path, capsys):
-    assert sweep("compare", lost(architecture="bst-sh", role="grid", depth=8), "near", "--json",
-                 str(tmp_path / "found.json")) == 0  # fmt: skip
+    assert (
+        sweep(
+            "compare", lost(architecture="bst-sh", role="grid", depth=8), "near", "--json", str(tmp_path / "found.json")
+        )
+        == 0
+    )
     said = " ".join(capsys.readouterr().out.split())
     assert "64 measurements were planned: 59 done, 5 diverged." in said
     assert "5 runs of bst-sh in arm near diverged; their pairs are left out, which favours bst-sh." in said

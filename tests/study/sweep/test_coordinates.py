@@ -13,8 +13,19 @@ from bst_dist.train.config import OptimizerConfig
 
 
 def model(width, depth, **changes):
-    return LanguageModel(ModelConfig(width=width, heads=width // 8, ffn=4 * width, block=16, depth=depth, mixer="bst",
-                                     placement=[depth - 1], vocab_size=40, **changes))  # fmt: skip
+    return LanguageModel(
+        ModelConfig(
+            width=width,
+            heads=width // 8,
+            ffn=4 * width,
+            block=16,
+            depth=depth,
+            mixer="bst",
+            placement=[depth - 1],
+            vocab_size=40,
+            **changes,
+        )
+    )
 
 
 def completep(width, depth):

@@ -213,8 +213,14 @@ def test_larger_batches_are_multiples_of_the_number_of_ranks(designer):
     far = {"model.block": 8, "train": {"sequence_length": 256, "sequences": 8}}
     runs = runs_of(designer(base, rules={"batch_exponent": 0.5}, arms={"near": {}, "far": far}))
     found = {(run.cell.arm, run.cell.size): run.recipe.train.sequences for run in runs}
-    assert found == {("near", 1e5): 16, ("near", 2e5): 24, ("near", 4e5): 32,
-                     ("far", 1e5): 8, ("far", 2e5): 8, ("far", 4e5): 16}  # fmt: skip
+    assert found == {
+        ("near", 1e5): 16,
+        ("near", 2e5): 24,
+        ("near", 4e5): 32,
+        ("far", 1e5): 8,
+        ("far", 2e5): 8,
+        ("far", 4e5): 16,
+    }
     assert {run.recipe.train.micro_sequences for run in runs} == {2}
 
 
@@ -329,9 +335,10 @@ def test_an_architecture_compared_with_itself_is_refused(designer):
 def test_size_differences_that_depend_on_depth_are_refused(designer):
     runs = [
         replace(run, counts=replace(run.counts, parameters=run.counts.parameters * 1.17))
-        if (run.cell.architecture, run.cell.depth) == ("bst", 8) else run
+        if (run.cell.architecture, run.cell.depth) == ("bst", 8)
+        else run
         for run in runs_of(designer())
-    ]  # fmt: skip
+    ]
     with pytest.raises(UnsoundError, match=r"N of bst / N of sliding, changes by \+15.*% between .* the largest depth"):
         sound(runs)
 
@@ -339,9 +346,10 @@ def test_size_differences_that_depend_on_depth_are_refused(designer):
 def test_constant_size_differences_are_accepted(designer):
     runs = [
         replace(run, counts=replace(run.counts, parameters=run.counts.parameters * 1.17))
-        if run.cell.architecture == "bst" else run
+        if run.cell.architecture == "bst"
+        else run
         for run in runs_of(designer())
-    ]  # fmt: skip
+    ]
     sound(runs)
 
 
@@ -417,7 +425,16 @@ def test_the_reported_power_keeps_its_keys():
     sweep = SimpleNamespace(noise=SimpleNamespace(seed=0.002), arm="near")
     plan = SimpleNamespace(sweep=sweep, power=lambda: [found], pairs_needed=lambda every: {"depth": 40})
     assert show_power(plan) == {
-        "power": [{"factor": "depth", "pairs": 12, "standard_error": 0.004, "at_margin": 0.4, "smallest_seen": None,
-                   "equivalent": 0.2, "false": 0.03}],
+        "power": [
+            {
+                "factor": "depth",
+                "pairs": 12,
+                "standard_error": 0.004,
+                "at_margin": 0.4,
+                "smallest_seen": None,
+                "equivalent": 0.2,
+                "false": 0.03,
+            }
+        ],
         "pairs_needed": {"depth": 40},
-    }  # fmt: skip
+    }

@@ -24,12 +24,26 @@ H100 = accelerator("h100-80gb")
 def runs(tmp_path_factory):
     """Runs of two sizes with two layers and two seeds, on four ranks."""
     path = tmp_path_factory.mktemp("speed") / "base.yaml"
-    base = {"ranks": 4, "model": {"block": 32, "vocab_size": 300}, "data": {"corpus": "none"}, "deepspeed": "zero1",
-            "train": {"sequence_length": 64, "sequences": 8, "micro_sequences": 1}}  # fmt: skip
+    base = {
+        "ranks": 4,
+        "model": {"block": 32, "vocab_size": 300},
+        "data": {"corpus": "none"},
+        "deepspeed": "zero1",
+        "train": {"sequence_length": 64, "sequences": 8, "micro_sequences": 1},
+    }
     path.write_text(yaml.safe_dump(base))
-    sweep = {"name": "t", "recipe": str(path), "architectures": {"sliding": {"model.mixer": "sliding"}},
-             "baseline": "sliding", "sizes": [1e5, 1e8], "depths": [2], "tokens_per_parameter": [5], "seeds": [0, 1],
-             "arms": {"near": {}}, "shape": {"head_width": 4}}  # fmt: skip
+    sweep = {
+        "name": "t",
+        "recipe": str(path),
+        "architectures": {"sliding": {"model.mixer": "sliding"}},
+        "baseline": "sliding",
+        "sizes": [1e5, 1e8],
+        "depths": [2],
+        "tokens_per_parameter": [5],
+        "seeds": [0, 1],
+        "arms": {"near": {}},
+        "shape": {"head_width": 4},
+    }
     designer = Designer(parse(SweepConfig, sweep))
     return designer.runs(designer.cells())
 
@@ -47,8 +61,11 @@ def test_speed_of_a_shape_equals_that_of_the_plan(runs):
 
 
 def test_kernel_launches_limit_the_speed_of_small_models_only(runs):
-    small, large = (planned([run], H100, 8, lambda *_: None)[shape_key(run.cell)]
-                    for size in (1e5, 1e8) for run in [next(r for r in runs if r.cell.size == size)])  # fmt: skip
+    small, large = (
+        planned([run], H100, 8, lambda *_: None)[shape_key(run.cell)]
+        for size in (1e5, 1e8)
+        for run in [next(r for r in runs if r.cell.size == size)]
+    )
     assert small < 0.01 * large < 0.01 * H100.bf16_tflops * 1e12
 
 

@@ -58,12 +58,15 @@ def test_a_failed_part_does_not_prevent_the_other_figures(
     [
         ("def inner(): raise ValueError('odd')\ninner()", "in inner", "ValueError: odd"),
         ("import sys; sys.exit(3)", "", "ended with status 3"),
-        ("import faulthandler, threading, time\nfaulthandler.dump_traceback_later(2)\n"
-         "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
-         "def inner(depth): inner(depth - 1) if depth else time.sleep(60)\ninner(50)", "in inner",
-         "not done after 8 s"),
+        (
+            "import faulthandler, threading, time\nfaulthandler.dump_traceback_later(2)\n"
+            "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+            "def inner(depth): inner(depth - 1) if depth else time.sleep(60)\ninner(50)",
+            "in inner",
+            "not done after 8 s",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_part_that_fails_says_why_and_where(program: str, where: str, last: str) -> None:
     said = gpu._ended([sys.executable, "-c", program], 8)["failed"].splitlines()
     assert said[-1] == last

@@ -74,8 +74,23 @@ def test_a_report_takes_one_collective(found):
 
 
 def test_bench_scale_prints_and_writes_its_report(tmp_path, capsys):
-    assert main(["bench", "scale", "--ranks", "2", "--parameters", "1", "--directory", str(tmp_path), "--json",
-                 str(tmp_path / "scale.json")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "bench",
+                "scale",
+                "--ranks",
+                "2",
+                "--parameters",
+                "1",
+                "--directory",
+                str(tmp_path),
+                "--json",
+                str(tmp_path / "scale.json"),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "2 ranks: 7 files per checkpoint" in said
     assert "per second; launching process" in said

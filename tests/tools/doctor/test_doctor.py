@@ -37,8 +37,11 @@ def test_a_check_that_fails_or_hangs_is_reported_on_one_line(monkeypatch, capsys
     assert "✓ last           well" in out
     findings = json.loads((tmp_path / "report.json").read_text())["findings"]
     assert [(one["check"], one["mark"]) for one in findings] == [
-        ("fails", GOOD), ("fails", LACKING), ("hangs", LACKING), ("last", GOOD),
-    ]  # fmt: skip
+        ("fails", GOOD),
+        ("fails", LACKING),
+        ("hangs", LACKING),
+        ("last", GOOD),
+    ]
     never.set()
 
 

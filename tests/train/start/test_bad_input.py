@@ -98,8 +98,15 @@ def test_a_deepspeed_file_with_other_rounding_is_refused_on_resume(run_there, tm
 
 def test_settings_that_do_not_define_the_run_may_change(run_there):
     recipe, run_dir = run_there
-    changes = ["log.every=3", "checkpoint.every=1", "ranks=2", "deepspeed=ds_configs/zero3.json", "parallel.sp=2",
-               "train.micro_sequences=2", "activation_checkpointing.policy=every-layer"]  # fmt: skip
+    changes = [
+        "log.every=3",
+        "checkpoint.every=1",
+        "ranks=2",
+        "deepspeed=ds_configs/zero3.json",
+        "parallel.sp=2",
+        "train.micro_sequences=2",
+        "activation_checkpointing.policy=every-layer",
+    ]
     request = Request(recipe, changes, run_dir, resume=True, until=None)
     assert resolve(load(request), request, 2).recipe.log.every == 3
 

@@ -34,20 +34,39 @@ def run_dir(tmp_path: Path) -> Path:
 
 def pair(settings, one: str, *changed: str) -> tuple[Recipe, Recipe]:
     """Return the small recipe with a schedule, and the same with changes."""
-    before = settings | {"schedule": {"kind": one, "warmup_steps": 0, "decay_fraction": 0.7},
-                         "train": settings["train"] | {"steps": 6}}  # fmt: skip
+    before = settings | {
+        "schedule": {"kind": one, "warmup_steps": 0, "decay_fraction": 0.7},
+        "train": settings["train"] | {"steps": 6},
+    }
     return parse(Recipe, before), parse(Recipe, overridden(json.loads(json.dumps(before)), changed))
 
 
 def test_the_learning_rate_and_settings_without_numeric_effect_may_change(run_dir, settings):
-    before, now = pair(settings, "wsd", "optimizer.learning_rate=0.5", "data.prefetch=3", "data.on_bad_shard=skip",
-                       "evaluation.sequences=9", "data.corpus=elsewhere", "name=other",
-                       "train.micro_sequences=2")  # fmt: skip
+    before, now = pair(
+        settings,
+        "wsd",
+        "optimizer.learning_rate=0.5",
+        "data.prefetch=3",
+        "data.on_bad_shard=skip",
+        "evaluation.sequences=9",
+        "data.corpus=elsewhere",
+        "name=other",
+        "train.micro_sequences=2",
+    )
     assert changes(run_dir, before, now) == ["optimizer.learning_rate: 0.001, 0.5"]
 
 
-@pytest.mark.parametrize("change", ["model.width=32", "seed=9", "train.sequence_length=64", "data.mode=streaming",
-                                    "optimizer.beta2=0.9", "train.precision=bf16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.width=32",
+        "seed=9",
+        "train.sequence_length=64",
+        "data.mode=streaming",
+        "optimizer.beta2=0.9",
+        "train.precision=bf16",
+    ],
+)
 def test_a_change_of_a_fixed_setting_is_refused(run_dir, settings, change):
     before, now = pair(settings, "wsd", change)
     with pytest.raises(OtherRunError, match=f"holds a run with other settings(?s:.*){change.split('=')[0]}: "):
@@ -70,8 +89,10 @@ def test_a_new_sequence_length_is_refused_with_a_valid_suggestion(run_dir, setti
 def test_the_batch_size_may_change_except_in_streaming_mode(run_dir, settings):
     before, now = pair(settings, "wsd", "train.sequences=6")
     assert changes(run_dir, before, now) == ["train.sequences: 4, 6"]
-    before, now = (recipe.model_copy(update={"data": recipe.data.model_copy(update={"mode": "streaming"})})
-                   for recipe in (before, now))  # fmt: skip
+    before, now = (
+        recipe.model_copy(update={"data": recipe.data.model_copy(update={"mode": "streaming"})})
+        for recipe in (before, now)
+    )
     with pytest.raises(
         OtherRunError, match=r"sequences: 4, 6(?s:.*)each streaming row reads its own part(?s:.*)initial_weights"
     ):
@@ -218,8 +239,10 @@ def test_planned_batch_changes_are_equal_for_any_stops_and_ranks(recipe_file, tm
         found = bytes_of(tmp_path / name)
         for step, first, count in [(1, 0, 4), (2, 4, 4), (3, 8, 6), (5, 20, 6), (6, 26, 3), (7, 29, 3)]:
             assert found[step] == pytest.approx(sum(rows[first : first + count]), rel=1e-6), (name, step)
-    losses = [[line["loss_nats"] for line in read_lines(tmp_path / name / FILE) if line["kind"] == "train"]
-              for name in ("whole", "hops")]  # fmt: skip
+    losses = [
+        [line["loss_nats"] for line in read_lines(tmp_path / name / FILE) if line["kind"] == "train"]
+        for name in ("whole", "hops")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 7
     assert load_recipe(tmp_path / "whole/recipe.yaml").train.tokens == 32 * (2 * 4 + 3 * 6 + 2 * 3)
 

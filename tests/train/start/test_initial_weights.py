@@ -90,9 +90,15 @@ def test_training_starts_with_initial_weights_and_resumes_without_them(recipe_fi
         on_ranks(2, lambda ranks: train(request, ranks))
 
     go("first", "train.steps=2")
-    changes = [f"deepspeed=ds_configs/zero{stage}.json", f"initial_weights.run={tmp_path / 'first'}",
-               "initial_weights.step=2", "optimizer.learning_rate=1e-9", "optimizer.ssm_learning_rate=1e-9",
-               "optimizer.weight_decay=0", "seed=8"]  # fmt: skip
+    changes = [
+        f"deepspeed=ds_configs/zero{stage}.json",
+        f"initial_weights.run={tmp_path / 'first'}",
+        "initial_weights.step=2",
+        "optimizer.learning_rate=1e-9",
+        "optimizer.ssm_learning_rate=1e-9",
+        "optimizer.weight_decay=0",
+        "seed=8",
+    ]
     go("tuned", *changes, until=2)
     shutil.move(tmp_path / "first", tmp_path / "away")
     go("tuned", *changes, resume=True, until=4)
@@ -158,9 +164,15 @@ def tuned(recipe_file, on_ranks, tmp_path):
         on_ranks(1, lambda ranks: train(request, ranks))
 
     go("first", resume=False)
-    changes = [f"initial_weights.run={tmp_path / 'first'}", "initial_weights.step=2", "optimizer.learning_rate=1e-9",
-               "optimizer.ssm_learning_rate=1e-9", "optimizer.weight_decay=0", "seed=8",
-               "checkpoint.weights_every=1"]  # fmt: skip
+    changes = [
+        f"initial_weights.run={tmp_path / 'first'}",
+        "initial_weights.step=2",
+        "optimizer.learning_rate=1e-9",
+        "optimizer.ssm_learning_rate=1e-9",
+        "optimizer.weight_decay=0",
+        "seed=8",
+        "checkpoint.weights_every=1",
+    ]
     run = tmp_path / "tuned"
     go("tuned", *changes, resume=False)
     (run / "outcome.json").unlink()

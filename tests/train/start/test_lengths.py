@@ -85,9 +85,10 @@ def test_a_run_killed_after_an_unsaved_step_resumes_bitwise_equal(
 @pytest.mark.usefixtures("unmeasured")
 def test_streamed_rows_keep_their_carried_past_until_a_length_change(recipe_file, tmp_path, on_ranks):
     recipe = recipe_file(
-        train={"steps": 6, "length_changes": CHANGES[:1], "carry": True}, data={"mode": "streaming"},
+        train={"steps": 6, "length_changes": CHANGES[:1], "carry": True},
+        data={"mode": "streaming"},
         evaluation={"every": 0},
-    )  # fmt: skip
+    )
 
     def go(name: str, world: int, until: int) -> None:
         on_ranks(world, lambda ranks: train(Request(recipe, [], tmp_path / name, True, until), ranks))
@@ -118,23 +119,41 @@ def test_a_new_length_change_is_refused_within_a_shuffled_pass(recipe_file, tmp_
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["train.length_changes=[{step: 5, sequence_length: 64}, {step: 5, sequence_length: 16}]"],
-         r"length_changes: their steps must increase, found \[5, 5\]"),
-        (["train.length_changes=[{step: 5, sequence_length: 64}, {step: 7, sequence_length: 64}]"],
-         r"length_changes: step 7: sequence_length is 64 before it too; remove this change"),
-        (["train.length_changes=[{step: 5, sequence_length: 64}]", "train.sequence_length=64"],
-         r"length_changes: step 5: sequence_length is 64 before it too.*recipe\.yaml of a run directory.*continues"),
-        (["train.length_changes=[{step: 5, sequence_length: 60}]"],
-         r"length_changes: step 5: sequence_length 60 is not a multiple of model.block x parallel.sp = 8 x 1"),
-        (["train.length_changes=[{step: 5, sequence_length: 40}]", "train.slice_tokens=16"],
-         r"train.slice_tokens 16 must be a multiple"),
-        (["train.length_changes=[{step: 5, sequence_length: 64}]", "model.mixer=full", "model.full.longest=32"],
-         r"sequence_length 64 is more than full attention is configured for: raise model.full.longest \(32\)"),
-        (["data.documents=masked", "train.length_changes=[" + ", ".join(
-            f"{{step: {n}, sequence_length: {8 * n}}}" for n in (1, 2, 3)) + "]"],
-         r"4 lengths with masked documents; at most 3"),
+        (
+            ["train.length_changes=[{step: 5, sequence_length: 64}, {step: 5, sequence_length: 16}]"],
+            r"length_changes: their steps must increase, found \[5, 5\]",
+        ),
+        (
+            ["train.length_changes=[{step: 5, sequence_length: 64}, {step: 7, sequence_length: 64}]"],
+            r"length_changes: step 7: sequence_length is 64 before it too; remove this change",
+        ),
+        (
+            ["train.length_changes=[{step: 5, sequence_length: 64}]", "train.sequence_length=64"],
+            r"length_changes: step 5: sequence_length is 64 before it too.*recipe\.yaml of a run directory.*continues",
+        ),
+        (
+            ["train.length_changes=[{step: 5, sequence_length: 60}]"],
+            r"length_changes: step 5: sequence_length 60 is not a multiple of model.block x parallel.sp = 8 x 1",
+        ),
+        (
+            ["train.length_changes=[{step: 5, sequence_length: 40}]", "train.slice_tokens=16"],
+            r"train.slice_tokens 16 must be a multiple",
+        ),
+        (
+            ["train.length_changes=[{step: 5, sequence_length: 64}]", "model.mixer=full", "model.full.longest=32"],
+            r"sequence_length 64 is more than full attention is configured for: raise model.full.longest \(32\)",
+        ),
+        (
+            [
+                "data.documents=masked",
+                "train.length_changes=["
+                + ", ".join(f"{{step: {n}, sequence_length: {8 * n}}}" for n in (1, 2, 3))
+                + "]",
+            ],
+            r"4 lengths with masked documents; at most 3",
+        ),
     ],
-)  # fmt: skip
+)
 def test_invalid_length_changes_are_refused(settings, changes, said):
     with pytest.raises(ConfigError, match=said):
         parse(Recipe, overridden(json.loads(json.dumps(settings)), changes))

@@ -41,11 +41,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _of_runs(found: Sequence[Row]) -> Sheet:
     rows = [
-        [row.run, row.model, str(row.seed), f"{row.report.step:,}",
-         f"{row.report.accuracy:.2%} ± {row.report.accuracy_standard_error:.2%}",
-         f"{row.report.accuracy_low_95:.2%} to {row.report.accuracy_high_95:.2%}"]
+        [
+            row.run,
+            row.model,
+            str(row.seed),
+            f"{row.report.step:,}",
+            f"{row.report.accuracy:.2%} ± {row.report.accuracy_standard_error:.2%}",
+            f"{row.report.accuracy_low_95:.2%} to {row.report.accuracy_high_95:.2%}",
+        ]
         for row in found
-    ]  # fmt: skip
+    ]
     return Sheet(("run", "model", "seed", "steps", "accuracy", "95 % interval"), rows)
 
 

@@ -26,8 +26,13 @@ from bst_dist.study.sweep.commands.common import TABLE, add_sweep, open_plan
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
-    parser.add_argument("--documents", type=at_least(1), default=0, metavar="TOKENS",
-                        help="also score the first TOKENS of each validation document")  # fmt: skip
+    parser.add_argument(
+        "--documents",
+        type=at_least(1),
+        default=0,
+        metavar="TOKENS",
+        help="also score the first TOKENS of each validation document",
+    )
     parser.add_argument(
         "--from", type=Path, metavar="DIR", dest="packed", help="results of a packed folder, to unpack first"
     )

@@ -49,5 +49,7 @@ def open_table(args: argparse.Namespace) -> tuple[SweepConfig, list[Row]]:
 def _require(path: Path, what: str, wanted: str, found: Sequence[str]) -> None:
     if wanted not in found:
         names = ", ".join(dict.fromkeys(found)) or "none"
-        raise TableError(f"{path}: {wanted} is not among its {what} ({names}): give the settings that it was "
-                         "collected with, or run `bst sweep collect` again")  # fmt: skip
+        raise TableError(
+            f"{path}: {wanted} is not among its {what} ({names}): give the settings that it was "
+            "collected with, or run `bst sweep collect` again"
+        )

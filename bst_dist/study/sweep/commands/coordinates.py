@@ -34,8 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--widths", type=at_least(1), nargs="+", required=True, metavar="D", help="multiples of the head width"
     )
     parser.add_argument("--depths", type=at_least(1), nargs="+", required=True, metavar="N", help="numbers of layers")
-    parser.add_argument("--rate", type=float, default=0.1, metavar="X",
-                        help="learning rate as a share of the peak (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="learning rate as a share of the peak (default: %(default)s)",
+    )
     parser.add_argument(
         "--seeds", type=at_least(1), default=6, metavar="K", help="seeds of the weights (default: %(default)s)"
     )
@@ -60,8 +65,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return made.report()
 
 
-def _check(sweep: SweepConfig, designer: Designer, cell: Cell,
-           args: argparse.Namespace) -> tuple[list[Coordinate], str]:  # fmt: skip
+def _check(
+    sweep: SweepConfig, designer: Designer, cell: Cell, args: argparse.Namespace
+) -> tuple[list[Coordinate], str]:
     """Return the coordinates of one architecture at the learning rates of a cell, and the kind of parametrisation."""
     recipe, base = designer.runs([cell])[0].recipe, designer.base_of(cell)["model"]
 
@@ -72,6 +78,7 @@ def _check(sweep: SweepConfig, designer: Designer, cell: Cell,
     ids = torch.randint(recipe.model.vocab_size, (2, length + 1), generator=torch.Generator().manual_seed(0))
     peak = recipe.optimizer
     rates = {name: args.rate * getattr(peak, name) for name in ("learning_rate", "ssm_learning_rate")}
-    found = coordinates(make, args.widths, args.depths, peak.model_copy(update=rates), ids, args.steps,
-                  range(args.seeds))  # fmt: skip
+    found = coordinates(
+        make, args.widths, args.depths, peak.model_copy(update=rates), ids, args.steps, range(args.seeds)
+    )
     return found, recipe.model.parametrisation.kind

@@ -33,21 +33,47 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rehearse(plan.sweep, plan.runs)
     shapes, base = shapes_of(plan), plan.sweep.baseline
     title = f"{plan.sweep.name}: {len(plan.runs)} runs, {len(plan.measured)} of them measurements"
-    names = ("architecture", "arm", "size", "depth", "width", "heads", "ffn / width", "under study", "parameters",
-             "N = FLOPs/6", f"N over {base}'s")  # fmt: skip
+    names = (
+        "architecture",
+        "arm",
+        "size",
+        "depth",
+        "width",
+        "heads",
+        "ffn / width",
+        "under study",
+        "parameters",
+        "N = FLOPs/6",
+        f"N over {base}'s",
+    )
     of_base = {(s.arm, s.size, s.depth): s.parameters for s in shapes if s.architecture == base}
     rows = [
-        [s.architecture, s.arm, f"{s.size:.3g}", str(s.depth), str(s.width), str(s.heads), f"{s.ffn / s.width:.2f}",
-         s.places, f"{s.parameters_total:,}", f"{s.parameters:,.0f}",
-         f"{s.parameters / of_base[s.arm, s.size, s.depth] - 1:+.2%}"]
+        [
+            s.architecture,
+            s.arm,
+            f"{s.size:.3g}",
+            str(s.depth),
+            str(s.width),
+            str(s.heads),
+            f"{s.ffn / s.width:.2f}",
+            s.places,
+            f"{s.parameters_total:,}",
+            f"{s.parameters:,.0f}",
+            f"{s.parameters / of_base[s.arm, s.size, s.depth] - 1:+.2%}",
+        ]
         for s in shapes
-    ]  # fmt: skip
+    ]
     print_table(Sheet(names, rows), title)
     power = show_power(plan)
     for block in plan.dropped:
         say(f"dropped to fit the budget: {block}")
-    return {"runs": len(plan.runs), "measurements": len(plan.measured), "dropped": plan.dropped,
-            "shapes": [asdict(shape) for shape in shapes], **power}  # fmt: skip
+    return {
+        "runs": len(plan.runs),
+        "measurements": len(plan.measured),
+        "dropped": plan.dropped,
+        "shapes": [asdict(shape) for shape in shapes],
+        **power,
+    }
 
 
 @dataclass(frozen=True)
@@ -76,10 +102,19 @@ def shapes_of(plan: Plan) -> list[Shape]:
     for run in plan.runs:
         model, cell, counts = run.recipe.model, run.cell, run.counts
         found[shape_key(cell)] = Shape(
-            cell.architecture, cell.arm, cell.size, model.depth, model.width, model.ffn, model.heads,
+            cell.architecture,
+            cell.arm,
+            cell.size,
+            model.depth,
+            model.width,
+            model.ffn,
+            model.heads,
             f"{model.mixers().count(model.mixer)} of {model.depth}",
-            counts.parameters, counts.total, counts.non_embedding, counts.flops_per_token,
-        )  # fmt: skip
+            counts.parameters,
+            counts.total,
+            counts.non_embedding,
+            counts.flops_per_token,
+        )
     return list(found.values())
 
 
@@ -87,15 +122,29 @@ def show_power(plan: Plan) -> dict[str, Any]:
     """Print the power of the rule for each variant and the pairs needed to detect the margin; return both."""
     noise, every = plan.sweep.noise, plan.power()
     needed = plan.pairs_needed(every)
-    title = (f"power of the rule for each variant in arm {plan.sweep.arm}, from {every[0].pairs} pairs of runs, with a "
-             f"standard deviation of {noise.seed:.2%} of the loss between seeds (noise.seed)")  # fmt: skip
+    title = (
+        f"power of the rule for each variant in arm {plan.sweep.arm}, from {every[0].pairs} pairs of runs, with a "
+        f"standard deviation of {noise.seed:.2%} of the loss between seeds (noise.seed)"
+    )
     rows = [
-        [UNITS[p.factor].per, percent(p.standard_error, sign=False), f"{p.power_at_margin:.0%}", _detectable(p),
-         f"{p.equivalent:.0%}", number(needed[p.factor], ",") or "no number"]
+        [
+            UNITS[p.factor].per,
+            percent(p.standard_error, sign=False),
+            f"{p.power_at_margin:.0%}",
+            _detectable(p),
+            f"{p.equivalent:.0%}",
+            number(needed[p.factor], ",") or "no number",
+        ]
         for p in every
-    ]  # fmt: skip
-    names = ("change of the advantage per", "standard error", f"power at {MARGIN:.1%}", "change with 80 % power",
-             "probability of 'equivalent' without a change", f"pairs for 80 % at {MARGIN:.1%}")  # fmt: skip
+    ]
+    names = (
+        "change of the advantage per",
+        "standard error",
+        f"power at {MARGIN:.1%}",
+        "change with 80 % power",
+        "probability of 'equivalent' without a change",
+        f"pairs for 80 % at {MARGIN:.1%}",
+    )
     print_table(Sheet(names, rows), title)
     say(f"probability of any false verdict where nothing changes: {every[0].false_positive_rate:.1%}")
     for p in every:

@@ -23,8 +23,13 @@ from bst_dist.study.sweep.table import observations
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
-    parser.add_argument("--draws", type=at_least(2), default=200, metavar="N",
-                        help="number of bootstrap resamples for the intervals (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--draws",
+        type=at_least(2),
+        default=200,
+        metavar="N",
+        help="number of bootstrap resamples for the intervals (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -28,8 +28,13 @@ from bst_dist.study.sweep.rehearsal import rehearse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
-    parser.add_argument("--minutes", type=float, default=20.0, metavar="N",
-                        help="total training time on that machine (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=20.0,
+        metavar="N",
+        help="total training time on that machine (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (default: packs/<name>)")
     parser.add_argument("--python", nargs="+", default=[HERE], metavar="X.Y", help="Python versions of that machine")
     parser.add_argument("--most-mb", type=float, default=60.0, metavar="MB", help="maximum size of the folder")
@@ -44,10 +49,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.output or Path("packs") / plan.sweep.name
     pack = make(plan.sweep, plan.runs, folder, args.minutes, args.python, int(args.most_mb * 1e6))
     blocks = list(dict.fromkeys(run["known"]["block"] for run in pack.runs[: pack.expected] if run["known"]))
-    say(f"{folder}: {size_of(folder) / 1e6:.1f} MB; {len(pack.runs)} runs, of which {pack.expected} are expected in "
-        f"{args.minutes:g} minutes at {plan.sweep.budget.flops_per_s:.3g} FLOP/s, in this order:")  # fmt: skip
+    say(
+        f"{folder}: {size_of(folder) / 1e6:.1f} MB; {len(pack.runs)} runs, of which {pack.expected} are expected in "
+        f"{args.minutes:g} minutes at {plan.sweep.budget.flops_per_s:.3g} FLOP/s, in this order:"
+    )
     for block in blocks:
         say(f"  {block}")
     say("on the other machine: ./run.sh --minutes 9 --out results, as often as there is time")
-    return {"folder": str(folder), "bytes": size_of(folder), "runs": len(pack.runs), "expected": pack.expected,
-            "blocks": blocks}  # fmt: skip
+    return {
+        "folder": str(folder),
+        "bytes": size_of(folder),
+        "runs": len(pack.runs),
+        "expected": pack.expected,
+        "blocks": blocks,
+    }

@@ -45,8 +45,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.measure or args.gpu:
         designer = Designer(sweep)
         runs = designer.runs(designer.cells())
-        write_rates(sweep, measure(runs, args.measure, _told) if args.measure else
-                    planned(runs, accelerator(args.gpu, args.accelerators), args.gpus_per_node, _told))  # fmt: skip
+        write_rates(
+            sweep,
+            measure(runs, args.measure, _told)
+            if args.measure
+            else planned(runs, accelerator(args.gpu, args.accelerators), args.gpus_per_node, _told),
+        )
     plan = make_plan(sweep)
     rehearse(sweep, plan.runs)
     write_plan(plan)
@@ -64,8 +68,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     limit = "no limit" if plan.limit == float("inf") else f"a budget of {plan.limit:.4g}"
     flops = sum(run.own_flops for run in plan.runs)
     say(f"{len(plan.runs)} runs, {plan.spent:.4g} {plan.unit} of {limit}; {flops:.3g} FLOPs")
-    return {"runs": len(plan.runs), "unit": plan.unit, "cost": plan.spent, "dropped": plan.dropped,
-            "prices": [asdict(price) for price in prices], "flops": flops, **power}  # fmt: skip
+    return {
+        "runs": len(plan.runs),
+        "unit": plan.unit,
+        "cost": plan.spent,
+        "dropped": plan.dropped,
+        "prices": [asdict(price) for price in prices],
+        "flops": flops,
+        **power,
+    }
 
 
 def _told(key: str, rate: float) -> None:

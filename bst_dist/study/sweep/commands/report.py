@@ -23,8 +23,13 @@ from bst_dist.study.sweep.coordinates import read_check
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the sweep's directory)")
-    parser.add_argument("--draws", type=at_least(2), default=200, metavar="N",
-                        help="number of bootstrap resamples for the intervals (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--draws",
+        type=at_least(2),
+        default=200,
+        metavar="N",
+        help="number of bootstrap resamples for the intervals (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

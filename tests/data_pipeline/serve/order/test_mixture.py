@@ -88,8 +88,23 @@ def test_order_version_2_is_pinned() -> None:
     corpora, indices = Mixture([(0, [5, 3, 2]), (2000, [1, 0, 1])], seed=11).locate(np.arange(1990, 2006))
     assert corpora.tolist() == [0, 1, 0, 2, 0, 1, 0, 2, 0, 1, 0, 2, 0, 2, 0, 2]
     assert indices.tolist() == [
-        995, 597, 996, 398, 997, 598, 998, 399, 999, 599, 1000, 400, 1001, 401, 1002, 402,
-    ]  # fmt: skip
+        995,
+        597,
+        996,
+        398,
+        997,
+        598,
+        998,
+        399,
+        999,
+        599,
+        1000,
+        400,
+        1001,
+        401,
+        1002,
+        402,
+    ]
 
 
 def test_a_weight_too_small_to_be_counted_is_refused() -> None:

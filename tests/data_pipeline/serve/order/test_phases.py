@@ -135,8 +135,15 @@ def test_every_token_of_a_pass_is_read_once(drawn: Any, schedule: Any, mode: str
 
 
 @settings(max_examples=80, deadline=None)
-@given(drawn=st.lists(corpora(), min_size=2, max_size=2), before=schedules, after=changes_of, at=st.integers(1, 20),
-       same=st.booleans(), rows=st.sampled_from([3, 3, 4]), **ANY)  # fmt: skip
+@given(
+    drawn=st.lists(corpora(), min_size=2, max_size=2),
+    before=schedules,
+    after=changes_of,
+    at=st.integers(1, 20),
+    same=st.booleans(),
+    rows=st.sampled_from([3, 3, 4]),
+    **ANY,
+)
 def test_a_resumed_run_reads_every_token_once_or_is_refused(
     drawn: Any, before: Any, after: Any, at: int, same: bool, rows: int, mode: str, documents: str, packing: str
 ) -> None:
@@ -171,10 +178,27 @@ def test_rows_do_not_depend_on_resuming_or_sequence_parallelism(mode: str) -> No
         assert np.array_equal(np.concatenate([batch.input_ids for batch in again.batches(step)]), rows)
         for sp, dp in ((2, 1), (1, 2), (2, 2)):
             parts = [
-                [np.concatenate([batch.input_ids for batch in served(
-                    memory, schedule, mode=mode, documents="masked", rows=4, dp=dp, dp_rank=i, sp=sp, sp_rank=j,
-                ).batches(step)]) for j in range(sp)] for i in range(dp)
-            ]  # fmt: skip
+                [
+                    np.concatenate(
+                        [
+                            batch.input_ids
+                            for batch in served(
+                                memory,
+                                schedule,
+                                mode=mode,
+                                documents="masked",
+                                rows=4,
+                                dp=dp,
+                                dp_rank=i,
+                                sp=sp,
+                                sp_rank=j,
+                            ).batches(step)
+                        ]
+                    )
+                    for j in range(sp)
+                ]
+                for i in range(dp)
+            ]
             assert np.array_equal(np.concatenate([np.concatenate(each, 1) for each in parts]), rows)
 
 

@@ -84,8 +84,11 @@ def test_streaming_rows_are_rarely_interrupted(sequences: list[int], rows: int, 
     assert stopped == cuts if cuts else stopped <= rows * (steps // 256 + 1) + 4
 
 
-@given(weights=st.lists(st.sampled_from([0.0, 0.0015, 0.05, 0.1, 0.85, 7.0]), min_size=2, max_size=5).filter(any),
-       rows=st.sampled_from([4, 16, 24]), step=st.integers(0, 10**9))  # fmt: skip
+@given(
+    weights=st.lists(st.sampled_from([0.0, 0.0015, 0.05, 0.1, 0.85, 7.0]), min_size=2, max_size=5).filter(any),
+    rows=st.sampled_from([4, 16, 24]),
+    step=st.integers(0, 10**9),
+)
 def test_streaming_shares_equal_the_weights_for_any_number_of_rows(weights, rows, step) -> None:
     plan = Streaming([10**6] * len(weights), [(0, weights)], rows, 0)
     exact = np.array(weights) / sum(weights) * rows * step
@@ -185,8 +188,11 @@ def test_shuffled_reads_each_sequence_once_a_pass(sequences: list[int], rows: in
 def test_one_step_can_contain_two_passes() -> None:
     plan = shuffled([5], [(0, [1.0])], BatchSizes.of(3), seed=0)
     assert [[each.epoch for each in step] for step in assignments(plan, 3, 4)] == [
-        [0, 0, 0], [0, 0, 1], [1, 1, 1], [1, 2, 2],
-    ]  # fmt: skip
+        [0, 0, 0],
+        [0, 0, 1],
+        [1, 1, 1],
+        [1, 2, 2],
+    ]
 
 
 def test_assignment_of_some_rows_equals_part_of_the_whole() -> None:

@@ -24,8 +24,13 @@ def spelled_out(lengths: list[int], block: int | None, seed: int) -> list[tuple[
     return stream
 
 
-@given(lengths=LENGTHS, block=st.sampled_from([None, 1, 4, 7]), seed=st.integers(0, 9),
-       at_once=st.sampled_from([1, 4, 1 << 18]), data=st.data())  # fmt: skip
+@given(
+    lengths=LENGTHS,
+    block=st.sampled_from([None, 1, 4, 7]),
+    seed=st.integers(0, 9),
+    at_once=st.sampled_from([1, 4, 1 << 18]),
+    data=st.data(),
+)
 def test_pieces_equal_the_explicit_stream(
     lengths: list[int], block: int | None, seed: int, at_once: int, data: st.DataObject
 ) -> None:

@@ -238,6 +238,10 @@ def test_window_size_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 GOLDEN_SHARDS = [[0, 2, 8], [1, 3, 7], [4, 5, 6, 9]]
 GOLDEN_BEGINS = [0, 350, 750, 1000]
 GOLDEN_FIRSTS = [  # the first tokens of the rows of the steps: which sequence of which pass
-    [979, 893, 233, 789], [721, 599, 113, 641], [151, 537, 319, 447],
-    [815, 629, 275, 761], [493, 383, 351, 405], [871, 297, 39, 111],
-]  # fmt: skip
+    [979, 893, 233, 789],
+    [721, 599, 113, 641],
+    [151, 537, 319, 447],
+    [815, 629, 275, 761],
+    [493, 383, 351, 405],
+    [871, 297, 39, 111],
+]
