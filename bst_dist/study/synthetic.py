@@ -15,14 +15,14 @@ from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import EvalReport
-from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.evaluation import Evaluation, Evaluations
 from bst_dist.train.objective import share_of
 from data_pipeline.synthetic.loader import SyntheticLoader
 from data_pipeline.synthetic.task import TaskConfig
 
 if TYPE_CHECKING:
-    from bst_dist.report.metrics import Writer
-    from bst_dist.train.step import Trainer
+    from bst_dist.train.context import Context
+    from data_pipeline.serve.slices import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -132,24 +132,12 @@ class SyntheticObjective:
             self.recipe.data, "train", share, seed=self.recipe.seed, start_step=start_step, row_tokens=self._row
         )
 
-    def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> EvaluateByDistance:
+    def evaluations(self, context: Context) -> Evaluations:
         """Return the evaluation on the first rows of the validation split, which are the same for every run seed."""
-        recipe, ranks = self.recipe, trainer.ranks
+        recipe, ranks = self.recipe, context.ranks
         mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
         batches = self._validation(mesh, recipe.evaluation.sequences, recipe.train.micro_sequences).batches(0)
-        return EvaluateByDistance(
-            recipe.evaluation,
-            batches,
-            trainer.engine,
-            ranks,
-            trainer.token_bytes,
-            writers,
-            recipe.train.steps,
-            trainer.stop,
-            trainer.sharing,
-            task=recipe.data.synthetic,
-            longest=self._row,
-        )
+        return Evaluations(DistanceEvaluation(context, batches, recipe.data.synthetic, self._row))
 
     @property
     def _row(self) -> int:
@@ -166,11 +154,12 @@ class SyntheticObjective:
         return SyntheticLoader(self.recipe.data, "validation", share, seed=0)
 
 
-class EvaluateByDistance(Evaluate):
-    """Evaluates loss and accuracy, also by distance, at the steps of `Evaluate`: regularly and after the last step."""
+class DistanceEvaluation(Evaluation):
+    """Measures loss and accuracy, also by distance."""
 
-    def __init__(self, *args: Any, task: TaskConfig, longest: int):
-        super().__init__(*args)
+    def __init__(self, context: Context, batches: Sequence[MicroBatch], task: TaskConfig, longest: int) -> None:
+        """`longest`: the number of tokens of a row, which no distance exceeds."""
+        super().__init__(context, batches)
         self.task, self.longest = task, longest
 
     def evaluate(self, step: int) -> DistanceReport | None:

@@ -20,6 +20,7 @@ from bst_dist.parallel.sequence.group import SequenceGroup
 from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.report.utilisation import Speed, edge_flops_per_token, recomputed_flops_per_token
+from bst_dist.train.context import Context
 from bst_dist.train.engine import Engine
 from bst_dist.train.objective import Objective
 from bst_dist.train.start.changes import fixed, may_change
@@ -62,8 +63,8 @@ def build_engine(
 
 def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup | None, stop: Stop) -> Trainer:
     """Build the trainer, and measure or look up the device's peak FLOPS for MFU and HFU."""
-    recipe = start.recipe
-    token_bytes, tokens = start.objective.token_bytes().to(ranks.device), start.objective.tokens_per_label
+    recipe, tokens = start.recipe, start.objective.tokens_per_label
+    context = Context(engine, ranks, start.objective.token_bytes().to(ranks.device), stop, sharing)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     ranks.barrier()  # ranks that share a device must measure its peak at the same time
     (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
@@ -82,11 +83,8 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
 
     for _, length in recipe.train.lengths:
         speed(length)  # computed and cached here, so that no step waits for it
-    trainer = Trainer(
-        recipe.train, recipe.schedule, recipe.optimizer.learning_rate, engine, ranks, token_bytes, speed, sharing, stop
-    )
-    trainer.corpora = start.objective.mixed
-    return trainer
+    rate, corpora = recipe.optimizer.learning_rate, start.objective.mixed
+    return Trainer(recipe.train, recipe.schedule, rate, context, speed, corpora)
 
 
 def model_flops_per_label(objective: Objective, length: int) -> float:

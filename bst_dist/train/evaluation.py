@@ -1,11 +1,15 @@
-"""Evaluation during training: the loss on a fixed number of sequences of the validation split."""
+"""Evaluation during training: the loss on a fixed number of sequences of the validation split.
+
+An `Evaluation` measures one set of sequences. The callback `Evaluate` decides after which steps all sets are evaluated,
+also with the averaged weights, and passes the results to the writers.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,92 +22,24 @@ from bst_dist.train.step import on_device, sum_of_batch
 from data_pipeline.serve.slices import slices_of
 
 if TYPE_CHECKING:
-    from bst_dist.faults.signals import Stop
-    from bst_dist.parallel.ranks import Ranks
-    from bst_dist.parallel.sequence.group import SequenceGroup
     from bst_dist.report.probes import Probes
     from bst_dist.train.average import Average
-    from bst_dist.train.engine import Engine
+    from bst_dist.train.context import Context
     from data_pipeline.serve.batch import Batch
     from data_pipeline.serve.slices import MicroBatch
 
 
-class Evaluate(Callback):
-    """Evaluates every `evaluation.every` steps and after the last step of the run.
+PHASE = "evaluate"
+"""Phase that the time of evaluations is reported under."""
 
-    The last step of a start that was stopped early is not evaluated: so a resumed run reports what an uninterrupted
-    one reports.
-    """
 
-    phase = "evaluate"
+class Evaluation:
+    """Measures the loss on one set of validation sequences; a subclass measures other quantities."""
 
-    def __init__(
-        self,
-        config: EvaluationConfig,
-        batches: Sequence[MicroBatch],
-        engine: Engine,
-        ranks: Ranks,
-        token_bytes: Tensor,
-        writers: Sequence[Writer],
-        steps: int,
-        stop: Stop,
-        sharing: SequenceGroup | None = None,
-    ) -> None:
-        """`batches`: this rank's share of the validation sequences, empty without a validation split. `steps`: of the
-        whole run. `sharing`: the ranks that have the other slices."""
-        self.config, self.batches, self.engine, self.ranks = config, batches, engine, ranks
-        self.token_bytes, self.writers, self.steps, self.stop, self.sharing = token_bytes, writers, steps, stop, sharing
-        self.probes: Probes | None = None
-        """Measurements inside the model during an evaluation; None: none."""
-        self.further: Sequence[Evaluate] = ()
-        """Evaluations on additional corpora, at the same steps."""
-        self.average: Average | None = None
-        """The averaged weights, which are evaluated too; None: none."""
-
-    def due(self, step: int) -> bool:
-        """Whether the run is evaluated after `step` steps; always False without validation data."""
-        if not self.batches and not self.further:
-            return False
-        return step == self.steps or bool(self.config.every and step % self.config.every == 0)
-
-    def missed(self, lines: Sequence[dict[str, Any]], step: int) -> bool:
-        """Whether an earlier start was stopped before its evaluation after `step`; `lines`: its metrics."""
-        kinds = {line["kind"] for line in lines if line["step"] == step}
-        wanted = "eval" if self.batches else "corpus"
-        return self.due(step) and bool(kinds & {"train", "skipped"}) and wanted not in kinds
-
-    def after_step(self, report: StepReport, last: bool) -> None:
-        if self.due(report.step):
-            self.evaluate_and_report(report.step)
-
-    def evaluate_and_report(self, step: int) -> None:
-        """Evaluate, then report all losses together, or none of them if the ranks agree to stop before the last one.
-
-        The next start repeats an evaluation of which nothing was reported (`missed`).
-        """
-        found: list[EvalReport] = []
-        for report in self._reports(step):
-            if report is None:
-                return
-            found.append(report)
-        for report in found:
-            for writer in self.writers:
-                writer.write(report)
-        if self.batches and self.probes:
-            self.probes.look(step)
-
-    def _reports(self, step: int) -> Iterator[EvalReport | None]:
-        """Yield the losses on every set of sequences, then those of the averaged weights; None: the ranks stop."""
-        if self.batches:
-            with self.probes.watching() if self.probes else nullcontext():
-                found = self.evaluate(step)
-            yield found
-        for other in self.further:
-            yield other.evaluate(step)
-        for one in ([self] if self.batches else self.further) if self.average else ():
-            with self.average.in_place():
-                found = one.evaluate(step)
-            yield found and found.of_average()
+    def __init__(self, context: Context, batches: Sequence[MicroBatch]) -> None:
+        """`batches`: this rank's share of the sequences, at least one micro-batch."""
+        self.context, self.batches = context, batches
+        self.engine, self.ranks, self.stop = context.engine, context.ranks, context.stop
 
     def forward(self, step: int) -> Iterator[tuple[Any, dict[str, Any], Any]]:
         """Run the model without gradients, and yield (batch, inputs on the device, losses) of each slice.
@@ -113,7 +49,7 @@ class Evaluate(Callback):
         """
         self.engine.module.eval()
         for batch, past in self._slices():
-            self.ranks.phases.enter(self.phase, step)  # reports progress to the watchdog
+            self.ranks.phases.enter(PHASE, step)  # reports progress to the watchdog
             if self.stop.poll():
                 break
             inputs = on_device(batch, self.ranks.device)
@@ -127,13 +63,13 @@ class Evaluate(Callback):
         start = time.perf_counter()
         block = self.engine.module.config.block
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        shares, own = (self.sharing.size, self.sharing.rank) if self.sharing else (1, 0)
+        shares, own = self.context.shares, self.context.sharing.rank if self.context.sharing else 0
         slices = slices_of(self.batches[0])
         blocks = slices[0].input_ids.shape[1] // block  # of a rank's share of one slice
         by_block = torch.zeros(len(slices), shares, blocks, 2, dtype=torch.float64, device=self.ranks.device)
         tokens = 0
         for part, inputs, losses in self.forward(step):
-            sums += sum_of_batch(losses, inputs, self.token_bytes)
+            sums += sum_of_batch(losses, inputs, self.context.token_bytes)
             at = part.begin // (shares * blocks * block)
             by_block[at, own] += _by_block(losses.per_token, inputs["loss_mask"], block)
             tokens += int(part.loss_mask.sum())
@@ -157,9 +93,89 @@ class Evaluate(Callback):
             for part in slices:
                 length = part.input_ids.shape[1]
                 earlier = EarlierCall(state, position) if len(slices) > 1 else None
-                yield part, past_of_slice(self.sharing, length, earlier)
+                yield part, past_of_slice(self.context.sharing, length, earlier)
                 if earlier is not None:
-                    state, position = earlier.after, position + length * (self.sharing.size if self.sharing else 1)
+                    state, position = earlier.after, position + length * self.context.shares
+
+
+class Evaluations(NamedTuple):
+    """All sets of sequences that a run is evaluated on."""
+
+    own: Evaluation | None
+    """On the validation split of the run's own data; None when there is none."""
+    further: Sequence[Evaluation] = ()
+    """On additional corpora."""
+
+
+class Evaluate(Callback):
+    """Evaluates every `evaluation.every` steps and after the last step of the run.
+
+    The last step of a start that was stopped early is not evaluated: so a resumed run reports what an uninterrupted
+    one reports.
+    """
+
+    phase = PHASE
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        steps: int,
+        evaluations: Evaluations,
+        writers: Sequence[Writer],
+        average: Average | None = None,
+        probes: Probes | None = None,
+    ) -> None:
+        """`steps`: of the whole run. `average`: the averaged weights, which are evaluated too. `probes`: measurements
+        inside the model during its own evaluation."""
+        self.config, self.steps, self.evaluations, self.writers = config, steps, evaluations, writers
+        self.average, self.probes = average, probes
+
+    def due(self, step: int) -> bool:
+        """Whether the run is evaluated after `step` steps; always False without validation data."""
+        if not self.evaluations.own and not self.evaluations.further:
+            return False
+        return step == self.steps or bool(self.config.every and step % self.config.every == 0)
+
+    def missed(self, lines: Sequence[dict[str, Any]], step: int) -> bool:
+        """Whether an earlier start was stopped before its evaluation after `step`; `lines`: its metrics."""
+        kinds = {line["kind"] for line in lines if line["step"] == step}
+        wanted = "eval" if self.evaluations.own else "corpus"
+        return self.due(step) and bool(kinds & {"train", "skipped"}) and wanted not in kinds
+
+    def after_step(self, report: StepReport, last: bool) -> None:
+        if self.due(report.step):
+            self.evaluate_and_report(report.step)
+
+    def evaluate_and_report(self, step: int) -> None:
+        """Evaluate, then report all losses together, or none of them if the ranks agree to stop before the last one.
+
+        The next start repeats an evaluation of which nothing was reported (`missed`).
+        """
+        found: list[EvalReport] = []
+        for report in self._reports(step):
+            if report is None:
+                return
+            found.append(report)
+        for report in found:
+            for writer in self.writers:
+                writer.write(report)
+        if self.evaluations.own and self.probes:
+            self.probes.look(step)
+
+    def _reports(self, step: int) -> Iterator[EvalReport | None]:
+        """Yield the losses on every set of sequences, then those of the averaged weights; None: the ranks stop."""
+        own, further = self.evaluations
+        if own:
+            with self.probes.watching() if self.probes else nullcontext():
+                found = own.evaluate(step)
+            yield found
+        for other in further:
+            yield other.evaluate(step)
+        if self.average:
+            for one in [own] if own else further:
+                with self.average.in_place():
+                    found = one.evaluate(step)
+                yield found and found.of_average()
 
 
 def _by_block(per_token: Tensor, mask: Tensor, block: int) -> Tensor:

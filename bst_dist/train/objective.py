@@ -20,8 +20,8 @@ from bst_base.errors import UserError
 from bst_dist.config import OBJECTIVES, Recipe, with_vocabulary
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.train.evaluation import Evaluate
-from bst_dist.train.validation_sets import EvaluateCorpus, alone, open_sets
+from bst_dist.train.evaluation import Evaluation, Evaluations
+from bst_dist.train.validation_sets import CorpusEvaluation, alone, open_sets
 from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.batch import Batch
 from data_pipeline.serve.config import DataConfig
@@ -32,8 +32,9 @@ from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import changed
 
 if TYPE_CHECKING:
-    from bst_dist.report.metrics import Writer
-    from bst_dist.train.step import Trainer
+    from bst_dist.parallel.ranks import Ranks
+    from bst_dist.train.context import Context
+    from data_pipeline.serve.slices import MicroBatch
 
 
 class Batches(Protocol):
@@ -80,8 +81,8 @@ class Objective(Protocol):
     def loader(self, mesh: Mesh, start_step: int = 0) -> Batches:
         """Return the training batches of the rank at `mesh`, from `start_step` on."""
 
-    def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
-        """Return the callback that evaluates the trainer's model on a fixed part of the validation split."""
+    def evaluations(self, context: Context) -> Evaluations:
+        """Return the evaluations of the model of `context` on a fixed part of the validation data."""
 
     def reading(self, mesh: Mesh, state: Mapping[str, Any], steps: int) -> str:
         """Return as text how much of its data the run will have read after `steps` steps.
@@ -171,56 +172,36 @@ class LanguageModelling:
             train.lengths,
         )
 
-    def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
+    def evaluations(self, context: Context) -> Evaluations:
         """Evaluate on the first sequences of the validation split, each once (step 0 of its loader), and on those of
         each additional corpus."""
-        data = self.recipe.data.model_copy(update={"mode": "shuffled"})
+        data, ranks = self.recipe.data.model_copy(update={"mode": "shuffled"}), context.ranks
         own = data.only(_with_validation(self.corpora))
-        evaluate = Evaluate(*self._parts(own, self.validation, trainer, writers))
-        evaluate.further = [
-            EvaluateCorpus(name, *self._parts(alone(data, url), self.further[name], trainer, writers, f" of {name}"))
+        batches = self._validation_batches(own, self.validation, ranks) if self.validation else []
+        further = [
+            CorpusEvaluation(context, self._validation_batches(alone(data, url), self.further[name], ranks, name), name)
             for name, url in self.recipe.evaluation.corpora.items()
         ]
-        return evaluate
+        return Evaluations(Evaluation(context, batches) if batches else None, further)
 
-    def _parts(
-        self, data: DataConfig, corpora: Sequence[Corpus], trainer: Trainer, writers: Sequence[Writer], whose: str = ""
-    ) -> tuple[Any, ...]:
-        """Return the arguments of `Evaluate`; `whose`: names the validation split in a printed message."""
-        recipe, ranks = self.recipe, trainer.ranks
-        asked, mesh = recipe.evaluation.sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
-        if not corpora:
-            return (
-                recipe.evaluation,
-                [],
-                trainer.engine,
-                ranks,
-                trainer.token_bytes,
-                writers,
-                recipe.train.steps,
-                trainer.stop,
-                trainer.sharing,
-            )
+    def _validation_batches(
+        self, data: DataConfig, corpora: Sequence[Corpus], ranks: Ranks, name: str = ""
+    ) -> list[MicroBatch]:
+        """Return this rank's share of the first sequences of the validation splits `corpora`.
+
+        `name`: of an additional corpus, for the message that is printed when there are fewer sequences than asked for.
+        """
+        recipe, asked = self.recipe, self.recipe.evaluation.sequences
         held = sum(self._loader(data, corpora, Mesh(1, 0), 1, 1).sequences)
         if held < asked and ranks.first:
+            whose = f" of {name}" if name else ""
             print(
                 f"evaluation: the validation split{whose} holds {held:,} sequences; evaluation.sequences asks for "
                 f"{asked:,}"
             )
-        asked = min(asked, held)
-        loader = self._loader(data, corpora, mesh, asked, recipe.train.micro_sequences)
-        batches = [changed(batch, _counted_once) for batch in loader.batches(0)]
-        return (
-            recipe.evaluation,
-            batches,
-            trainer.engine,
-            ranks,
-            trainer.token_bytes,
-            writers,
-            recipe.train.steps,
-            trainer.stop,
-            trainer.sharing,
-        )
+        mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
+        loader = self._loader(data, corpora, mesh, min(asked, held), recipe.train.micro_sequences)
+        return [changed(batch, _counted_once) for batch in loader.batches(0)]
 
     def _loader(
         self,

@@ -16,10 +16,10 @@ from bst_dist.report.metrics import Console, MetricsFile, Writer
 from bst_dist.report.probes import Probes
 from bst_dist.report.tensorboard import TensorBoard, hparams
 from bst_dist.report.writers import Background, find
+from bst_dist.train.context import Context
 from bst_dist.train.engine import Engine
-from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.evaluation import Evaluation
 from bst_dist.train.start.request import Start
-from bst_dist.train.step import Trainer
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.slices import slices_of
 
@@ -134,19 +134,20 @@ def _writer(name: str, start: Start, about: dict[str, Any]) -> Writer:
     return find(name)(start.run_dir, start.recipe, about)
 
 
-def probes_of(start: Start, trainer: Trainer, evaluate: Evaluate) -> Probes:
-    """Return the measurements inside the model at evaluations; text samples continue the first validation sequence."""
+def probes_of(start: Start, context: Context, own: Evaluation | None, writers: Sequence[Writer]) -> Probes:
+    """Return the measurements inside the model at evaluations.
+
+    `own`: the evaluation on the run's own validation split; text samples continue its first sequence.
+    """
     tokenizer = start.objective.tokenizer()
     prompt: list[int] = []
-    if tokenizer is not None and evaluate.batches:
-        first = slices_of(evaluate.batches[0])[0]
+    if tokenizer is not None and own is not None:
+        first = slices_of(own.batches[0])[0]
         ids, counts = first.input_ids[0], first.loss_mask[0]
         prompt = ids[: max(1, int(counts.cumprod().sum()))].tolist()  # stops at the first token without a label
-    ranks = trainer.ranks
-    evaluated = evaluate.config.every, evaluate.steps
-    return Probes(
-        start.recipe.log, trainer.engine, ranks, evaluate.writers, tokenizer, prompt, evaluated, ranks.print_first
-    )
+    recipe, ranks = start.recipe, context.ranks
+    evaluated = recipe.evaluation.every, recipe.train.steps
+    return Probes(recipe.log, context.engine, ranks, writers, tokenizer, prompt, evaluated, ranks.print_first)
 
 
 def outcome_of(lines: Sequence[dict[str, Any]], steps: int, evaluates: bool = True) -> dict[str, Any]:

@@ -146,18 +146,14 @@ class Run:
         `local`: the local copies that `position` is from; None for a checkpoint or a new run.
         """
         start, trainer, ranks = self.start, self.trainer, self.ranks
-        trainer.tokens, trainer.carried, trainer.skipped = position.tokens, position.carried, position.skipped
         evaluated = Evaluated(self.recipe.checkpoint.keep_best_on)
         writers = [*writers_of(start, self.engine, ranks, position.step), evaluated] if ranks.first else []
         # After the writers: they drop metrics of later steps, and the guard reads the losses from what is left.
-        trainer.guard = guard_of(start, ranks, position, local)
+        trainer.start_from(position, guard_of(start, ranks, position, local))
         loader = start.objective.loader(start.mesh(ranks), position.step + position.skipped)
         if position.data:
             loader.check(position.data)  # also makes the loader keep the order version that the run began with
-        evaluate = start.objective.evaluation(trainer, writers)
-        evaluate.average = self.average
-        if self.recipe.log.tensorboard or self.recipe.log.writers:
-            evaluate.probes = probes_of(start, trainer, evaluate)
+        evaluate = self._evaluate(writers)
         callbacks = self._callbacks(position, loader, writers, evaluate, evaluated)
         try:
             if ranks.from_first(ranks.first and evaluate.missed(start.reported(), position.step)):
@@ -172,6 +168,14 @@ class Run:
             for writer in writers:
                 with suppress(OSError):  # a full disk was already reported
                     writer.close()
+
+    def _evaluate(self, writers: Sequence[Writer]) -> Evaluate:
+        """Return the callback that evaluates the model and passes the results to `writers`."""
+        recipe, context = self.recipe, self.trainer.context
+        evaluations, probes = self.start.objective.evaluations(context), None
+        if recipe.log.tensorboard or recipe.log.writers:
+            probes = probes_of(self.start, context, evaluations.own, writers)
+        return Evaluate(recipe.evaluation, recipe.train.steps, evaluations, writers, self.average, probes)
 
     def _callbacks(
         self, position: Position, loader: Batches, writers: Sequence[Writer], evaluate: Evaluate, evaluated: Evaluated
@@ -194,7 +198,8 @@ class Run:
             evaluate,
             *take,
             checkpoints,
-            Performance(recipe.log.every, ranks, writers, self.trainer.sharing),  # measures the time of the others
+            # Measures the time of the others.
+            Performance(recipe.log.every, ranks, writers, self.trainer.context.sharing),
         ]
         if recipe.log.profile:
             profile = Profile(recipe.log.profile, self.start.run_dir, ranks.rank, position.step, ranks.print_first)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from bst_dist.activation.edges import edges_in
+from bst_dist.checkpoint.snapshot import Position
 from bst_dist.faults.config import GuardConfig
 from bst_dist.faults.guard import Guard, RollBack
 from bst_dist.faults.ledger import Ledger
-from bst_dist.faults.signals import Stop
 from bst_dist.model.borders import Borders, places_of
 from bst_dist.parallel.sequence.neighbour import past_of_slice
 from bst_dist.parallel.sequence.slices import go_backward
@@ -31,10 +31,8 @@ from bst_dist.train.schedule import factor
 from data_pipeline.serve.slices import Blank, slices_of
 
 if TYPE_CHECKING:
-    from bst_dist.parallel.ranks import Ranks
-    from bst_dist.parallel.sequence.group import SequenceGroup
     from bst_dist.parallel.sequence.past import EarlierCall
-    from bst_dist.train.engine import Engine
+    from bst_dist.train.context import Context
     from data_pipeline.serve.batch import Batch
     from data_pipeline.serve.slices import MicroBatch
 
@@ -47,29 +45,26 @@ class Trainer:
         config: TrainConfig,
         schedule: ScheduleConfig,
         rate: float,
-        engine: Engine,
-        ranks: Ranks,
-        token_bytes: Tensor,
+        context: Context,
         speed: Callable[[int], Speed],
-        sharing: SequenceGroup | None = None,
-        stop: Stop | None = None,
-        guard: Guard | None = None,
+        corpora: Sequence[str] = (),
     ) -> None:
-        """`rate`: the recipe's peak learning rate, for the reports. `token_bytes`: (V,) bytes of text per token id, on
-        the rank's device. `speed`: returns, for a sequence length, the FLOPs per token and the peak of all ranks, for
-        MFU and HFU. `sharing`: the ranks that hold the other slices of this rank's sequences, None when it holds whole
-        sequences."""
-        self.config, self.schedule, self.rate, self.engine, self.ranks = config, schedule, rate, engine, ranks
-        self.token_bytes, self.speed, self.sharing = token_bytes, speed, sharing
-        self.stop = stop or Stop(ranks)
-        self.guard = guard or Guard(GuardConfig(), Ledger())
-        self.tokens = 0
-        self.skipped = 0
-        """Number of steps whose data was skipped by roll-backs: step s trains on the data of step s + skipped."""
-        self.corpora: Sequence[str] = ()
-        """Names of the corpora of a mixture, whose losses are reported separately; empty for a single corpus."""
+        """`rate`: the recipe's peak learning rate, for the reports. `speed`: returns, for a sequence length, the FLOPs
+        per token and the peak of all ranks, for MFU and HFU. `corpora`: names of the corpora of a mixture, whose losses
+        are reported separately; empty for a single corpus."""
+        self.config, self.schedule, self.rate, self.speed, self.corpora = config, schedule, rate, speed, corpora
+        self.context, self.engine, self.ranks = context, context.engine, context.ranks
         self.edges = edges_in(config.edges)
-        self.carried: list[dict[str, Any]] = []
+        self.start_from(Position(step=0, tokens=0, data={}, carried=[]), Guard(GuardConfig(), Ledger()))
+
+    def start_from(self, position: Position, guard: Guard) -> None:
+        """Continue from `position`, whose weights the engine already holds. `guard`: judges the steps from there on."""
+        self.guard = guard
+        self.tokens = position.tokens
+        """Valid tokens trained on so far, over all ranks."""
+        self.skipped = position.skipped
+        """Number of steps whose data was skipped by roll-backs: step s trains on the data of step s + skipped."""
+        self.carried: list[dict[str, Any]] = position.carried
         """Rows, position and state after the last step, one entry per micro-batch; empty when nothing is carried."""
 
     def step(self, step: int, batches: Sequence[MicroBatch], start: float) -> StepReport | None:
@@ -195,7 +190,7 @@ class _Gradients:
     def judge(self) -> None:
         """Sum all losses of the step over ranks; make the scale infinite when the loss is bad or data is missing."""
         trainer = self.trainer
-        own = (self.sums, self.squares, self._number(trainer.stop.local_request), self.parts.flatten())
+        own = (self.sums, self.squares, self._number(trainer.context.stop.local_request), self.parts.flatten())
         sums = trainer.ranks.add_up(torch.cat(own))
         self._found = torch.cat((sums, self.counts))
         loss = sums[:1] / self.tokens.clamp(min=1)
@@ -210,7 +205,7 @@ class _Gradients:
         """Wait for the step's sums and return them; also let this rank learn whether the ranks stop."""
         nats, text_bytes, squares, stop_requests, *parts, tokens, missing = self._found.tolist()
         found = _Found(nats, text_bytes, squares, stop_requests, tokens, missing, parts)
-        self.trainer.stop.update(found.stop_requests + found.missing)
+        self.trainer.context.stop.update(found.stop_requests + found.missing)
         return found
 
     def _number(self, value: float) -> Tensor:
@@ -225,8 +220,7 @@ class _MicroBatch:
         """`last`: whether it is the last micro-batch of the step."""
         self.gradients, self.trainer = gradients, gradients.trainer
         self.slices, self.last = slices, last
-        sharing = self.trainer.sharing
-        self.lengths = [part.input_ids.shape[1] * (sharing.size if sharing else 1) for part in slices]
+        self.lengths = [part.input_ids.shape[1] * self.trainer.context.shares for part in slices]
         self._fresh = self._begin_documents()
 
     def fresh(self, s: int) -> bool:
@@ -239,7 +233,7 @@ class _MicroBatch:
     def loss(self, s: int, past: EarlierCall | None) -> Tensor:
         inputs = self._inputs(s, past)
         losses = self.trainer.engine.forward(**inputs)
-        self.gradients.sums += sum_of_batch(losses, inputs, self.trainer.token_bytes)
+        self.gradients.sums += sum_of_batch(losses, inputs, self.trainer.context.token_bytes)
         if self.trainer.corpora:
             both = torch.stack((losses.per_token.double(), inputs["loss_mask"].double()), dim=-1).sum(1)
             self.gradients.parts.index_add_(0, to_device(self.slices[s].corpora, both.device), both)
@@ -264,7 +258,7 @@ class _MicroBatch:
         if s == 0 and past is not None and past.position and not part.continues.all():
             part = replace(part, starts=_with_starts(part, trainer.engine.module.config.block))
         inputs = on_device(part, trainer.ranks.device)
-        return {**inputs, "past": past_of_slice(trainer.sharing, part.input_ids.shape[1], past)}
+        return {**inputs, "past": past_of_slice(trainer.context.sharing, part.input_ids.shape[1], past)}
 
     def _begin_documents(self) -> list[bool]:
         """Return for each slice whether all its rows begin a document: then no earlier slice must be run for its edge.
@@ -278,7 +272,7 @@ class _MicroBatch:
             part.begin % length or part.starts[:, 0].all()  # only the first rank of a sequence knows
             for part, length in zip(self.slices, self.lengths, strict=True)
         ]
-        if trainer.sharing or trainer.engine.stage == 3:
+        if trainer.context.sharing or trainer.engine.stage == 3:
             return [not count for count in trainer.ranks.sum([float(not begins) for begins in own])]
         return [bool(begins) for begins in own]
 

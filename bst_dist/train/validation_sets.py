@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from bst_base.errors import UserError
 from bst_dist.config import Recipe
 from bst_dist.report.metrics import CorpusReport, bits_per_byte, nats_per_token
-from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.evaluation import Evaluation
 from bst_dist.train.step import sum_of_batch
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import open_corpora
@@ -28,12 +28,15 @@ from data_pipeline.serve.slices import slices_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bst_dist.train.context import Context
+    from data_pipeline.serve.slices import MicroBatch
 
-class EvaluateCorpus(Evaluate):
-    """Evaluates the loss on one additional corpus, with its standard error over sequences."""
 
-    def __init__(self, name: str, *args: Any) -> None:
-        super().__init__(*args)
+class CorpusEvaluation(Evaluation):
+    """Measures the loss on one additional corpus, with its standard error over sequences."""
+
+    def __init__(self, context: Context, batches: Sequence[MicroBatch], name: str) -> None:
+        super().__init__(context, batches)
         self.name = name
 
     def evaluate(self, step: int) -> CorpusReport | None:
@@ -44,7 +47,7 @@ class EvaluateCorpus(Evaluate):
         (rows,) = self.ranks.all_gather_numbers([highest]).max(0).values.tolist()
         of_rows = torch.zeros(int(rows) + 1, 2, dtype=torch.float64, device=device)
         for part, inputs, losses in self.forward(step):
-            sums += sum_of_batch(losses, inputs, self.token_bytes)
+            sums += sum_of_batch(losses, inputs, self.context.token_bytes)
             both = torch.stack((losses.per_token.double(), inputs["loss_mask"].double()), dim=-1).sum(1)
             row = torch.from_numpy(part.rows).clamp(min=0)  # masked rows have a negative number and no valid token
             of_rows.index_add_(0, row.to(device), both)

@@ -9,11 +9,13 @@ import torch
 
 from bst_dist.activation import policy as activation
 from bst_dist.config import Recipe, deepspeed_file
+from bst_dist.faults.signals import Stop
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.parallel.sequence.group import SequenceGroup
 from bst_dist.train import deepspeed_json
 from bst_dist.train.config import OptimizerConfig
+from bst_dist.train.context import Context
 from bst_dist.train.engine import Engine
 from bst_dist.train.step import Speed, Trainer
 from bst_dist.verify.batches import batches
@@ -52,11 +54,8 @@ def distributed_step(recipe: Recipe, ranks: Ranks, group: SequenceGroup | None) 
         recipe.train,
         recipe.schedule,
         recipe.optimizer.learning_rate,
-        engine,
-        ranks,
-        token_bytes,
+        Context(engine, ranks, token_bytes, Stop(ranks), group),
         lambda _: Speed(1.0, 1.0),
-        group,
     )
     for step in range(2 if recipe.train.carry else 1):
         own = batches(recipe, step, mesh, recipe.train.micro_sequences)

@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 from bst_dist.activation import policy as activation
 from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.faults.signals import Stop
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from bst_dist.train.context import Context
 from bst_dist.train.step import Speed, Trainer
 from data_pipeline.serve.spread import Spread
 
@@ -88,9 +90,8 @@ def step(variant: str, isolated: bool, again: bool, stage: int, sp: int) -> dict
     engine = Recorded(of, OptimizerConfig(), completed)
     config = TrainConfig(steps=1, sequence_length=LENGTH, sequences=ROWS, micro_sequences=MICRO_ROWS, precision="fp32")
     token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
-    trainer = Trainer(
-        config, ScheduleConfig(), 1e-3, engine, ranks, token_bytes, lambda _: Speed(1.0, 1.0), mesh.sp_group()
-    )
+    context = Context(engine, ranks, token_bytes, Stop(ranks), mesh.sp_group())
+    trainer = Trainer(config, ScheduleConfig(), 1e-3, context, lambda _: Speed(1.0, 1.0))
     report = trainer.step(0, batches(mesh, isolated), time.perf_counter())
     return {"loss": report.loss_nats, "norm": report.gradient_norm, "gradients": engine.gradients}
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bst_dist.faults.signals import Stop
 from bst_dist.model import attention, flex
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
@@ -32,6 +33,7 @@ from bst_dist.plan.memory.fused import fused_attention, fused_share
 from bst_dist.report.utilisation import Speed
 from bst_dist.train import step
 from bst_dist.train.config import ScheduleConfig, TrainConfig
+from bst_dist.train.context import Context
 from bst_dist.train.engine import Engine
 from bst_dist.train.step import Trainer
 from data_pipeline.serve.batch import Batch
@@ -160,7 +162,8 @@ def test_a_gpu_step_does_not_synchronise_before_the_update(name: str, documents:
         ranks = SimpleNamespace(device=torch.device("meta"), world=1, phases=Phases(), add_up=lambda x: x)
         config = TrainConfig(steps=1, sequence_length=LENGTH, sequences=2 * ROWS, micro_sequences=ROWS)
         token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
-        trainer = Trainer(config, ScheduleConfig(), 1e-3, engine, ranks, token_bytes, lambda _: Speed(1.0, 1.0))
+        context = Context(engine, ranks, token_bytes, Stop(ranks))
+        trainer = Trainer(config, ScheduleConfig(), 1e-3, context, lambda _: Speed(1.0, 1.0))
         waits.found.clear()
         with pytest.raises(StopIteration):
             trainer.step(0, [batch(documents)] * 2, time.perf_counter())

@@ -22,7 +22,7 @@ from bst_dist.report.metrics import FILE, CorpusReport, read_lines
 from bst_dist.report.writers import scalars
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request, load, resolve
-from bst_dist.train.validation_sets import EvaluateCorpus, alone, standard_error
+from bst_dist.train.validation_sets import CorpusEvaluation, alone, standard_error
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
@@ -104,15 +104,15 @@ def test_an_evaluation_that_is_stopped_before_its_last_set_is_repeated_whole(
     recipe, run_dir = recipe_file(train={"average": {}}, evaluation=sets), tmp_path / "run"
 
     def on_rank(ranks, resume: bool) -> int:
-        notice, evaluate = signals.listen(), EvaluateCorpus.evaluate
+        notice, evaluate = signals.listen(), CorpusEvaluation.evaluate
 
-        def stopped(self: EvaluateCorpus, step: int) -> CorpusReport | None:
+        def stopped(self: CorpusEvaluation, step: int) -> CorpusReport | None:
             os.kill(os.getpid(), signal.SIGUSR1)
             assert notice.heard.wait(60)
             return evaluate(self, step)
 
         if not resume:
-            EvaluateCorpus.evaluate = stopped  # in this rank's own process
+            CorpusEvaluation.evaluate = stopped  # in this rank's own process
         return train(Request(recipe, [], run_dir, resume, None), ranks, notice)
 
     def evaluated() -> list[tuple[str, str]]:

@@ -19,13 +19,12 @@ from bst_dist.study.lra.examples import Examples, open_split
 from bst_dist.study.lra.loader import LabelledLoader
 from bst_dist.study.lra.model import Classifier
 from bst_dist.study.lra.tasks import TASKS
-from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.evaluation import PHASE, Evaluation, Evaluations
 from bst_dist.train.objective import share_of
 from bst_dist.train.step import on_device
 
 if TYPE_CHECKING:
-    from bst_dist.report.metrics import Writer
-    from bst_dist.train.step import Trainer
+    from bst_dist.train.context import Context
 
 
 @dataclass(frozen=True)
@@ -83,22 +82,13 @@ class Classification:
         train = self.recipe.train
         return self._loader(self.training, mesh, train.sequences, train.micro_sequences, self.recipe.seed, start_step)
 
-    def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> EvaluateAccuracy:
+    def evaluations(self, context: Context) -> Evaluations:
         """Return the evaluation on the first examples of the validation split."""
-        recipe, ranks = self.recipe, trainer.ranks
+        recipe, ranks = self.recipe, context.ranks
         asked = min(recipe.evaluation.sequences, len(self.validation))
         mesh, at_once = Mesh(ranks.world, ranks.rank), recipe.train.micro_sequences
         batches = self._loader(self.validation, mesh, asked, at_once, None).batches(0)
-        return EvaluateAccuracy(
-            recipe.evaluation,
-            batches,
-            trainer.engine,
-            ranks,
-            trainer.token_bytes,
-            writers,
-            recipe.train.steps,
-            trainer.stop,
-        )
+        return Evaluations(AccuracyEvaluation(context, batches))
 
     def _loader(
         self, examples: Examples, mesh: Mesh, rows: int, micro_rows: int, seed: int | None, start_step: int = 0
@@ -107,8 +97,8 @@ class Classification:
         return LabelledLoader(examples, share, seed=seed, start_step=start_step)
 
 
-class EvaluateAccuracy(Evaluate):
-    """Evaluates loss and accuracy at the steps of `Evaluate`: regularly and after the last step."""
+class AccuracyEvaluation(Evaluation):
+    """Measures loss and accuracy."""
 
     def evaluate(self, step: int) -> AccuracyReport | None:
         """Return the present loss and accuracy of the model, or None if the ranks agreed to stop."""
@@ -117,7 +107,7 @@ class EvaluateAccuracy(Evaluate):
         self.engine.module.eval()
         with torch.no_grad():
             for batch in self.batches:
-                self.ranks.phases.enter(self.phase, step)
+                self.ranks.phases.enter(PHASE, step)
                 if self.stop.poll():
                     break
                 found = self.engine.forward(**on_device(batch, self.ranks.device))

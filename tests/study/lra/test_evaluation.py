@@ -12,8 +12,8 @@ from bst_dist.cli import main
 from bst_dist.parallel.phases import Phases
 from bst_dist.study.lra.loader import Labelled
 from bst_dist.study.lra.model import Classified
-from bst_dist.study.lra.objective import EvaluateAccuracy
-from bst_dist.train.config import EvaluationConfig
+from bst_dist.study.lra.objective import AccuracyEvaluation
+from bst_dist.train.context import Context
 
 
 def test_evaluation_sums_are_on_the_device_of_the_model():
@@ -34,8 +34,8 @@ def test_evaluation_sums_are_on_the_device_of_the_model():
     ranks = SimpleNamespace(device=device, phases=Phases())
     # Stop at the end, so that no value is read; on the meta device this would be an error.
     stop = SimpleNamespace(poll=lambda: False, stopping=True)
-    evaluate = EvaluateAccuracy(EvaluationConfig(), [batch], engine, ranks, torch.zeros(2), [], 1, stop)
-    assert evaluate.evaluate(1) is None
+    evaluation = AccuracyEvaluation(Context(engine, ranks, torch.zeros(2), stop), [batch])
+    assert evaluation.evaluate(1) is None
     assert seen == [device]
 
 
