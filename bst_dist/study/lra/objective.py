@@ -19,9 +19,8 @@ from bst_dist.study.lra.examples import Examples, open_split
 from bst_dist.study.lra.loader import LabelledLoader
 from bst_dist.study.lra.model import Classifier
 from bst_dist.study.lra.tasks import TASKS
-from bst_dist.train.evaluation import PHASE, Evaluation, Evaluations
+from bst_dist.train.evaluation import Evaluation, Evaluations
 from bst_dist.train.objective import share_of
-from bst_dist.train.step import on_device
 
 if TYPE_CHECKING:
     from bst_dist.train.context import Context
@@ -104,16 +103,9 @@ class AccuracyEvaluation(Evaluation):
         """Return the present loss and accuracy of the model, or None if the ranks agreed to stop."""
         start = time.perf_counter()
         sums, examples = torch.zeros(2, dtype=torch.float64, device=self.ranks.device), 0
-        self.engine.module.eval()
-        with torch.no_grad():
-            for batch in self.batches:
-                self.ranks.phases.enter(PHASE, step)
-                if self.stop.poll():
-                    break
-                found = self.engine.forward(**on_device(batch, self.ranks.device))
-                sums += torch.stack((found.total.double(), found.correct.sum().double()))
-                examples += int(batch.loss_mask.sum())
-        self.engine.module.train()
+        for batch, _, found in self.forward(step):
+            sums += torch.stack((found.total.double(), found.correct.sum().double()))
+            examples += int(batch.loss_mask.sum())
         if self.stop.stopping:
             return None
         nats, correct, examples = self.ranks.sum([*sums.tolist(), examples])
