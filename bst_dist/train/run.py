@@ -78,9 +78,10 @@ class Run:
     def __init__(self, start: Start, request: Request, ranks: Ranks, stop: Stop, lease: SharedLease) -> None:
         """Build the DeepSpeed engine, the trainer, and the objects that save checkpoints and local copies."""
         self.start, self.request, self.ranks, self.stop, self.recipe = start, request, ranks, stop, start.recipe
-        compiled, self.uncompiled_since = compiles(
-            start.recipe, ranks.device.type, start.completed["zero_optimization"]["stage"]
-        )
+        stage = start.completed["zero_optimization"]["stage"]
+        compiled, why_not = compiles(self.recipe, ranks.device.type, stage)
+        self.compiled = why_not or "yes"
+        """Whether layers are compiled, for the header."""
         fused_loss = fuses_loss(self.recipe, ranks.device.type)
         self.engine = build_engine(start, ranks, compiled, fused_loss, request.from_zero)
         identity = identity_of(start, self.engine, ranks)
@@ -108,27 +109,23 @@ class Run:
         position, local = begin_at(self.request, self.start, self.snapshots, self.copies, self.ranks)
         self.snapshots.rehearse()
         position = self.copies.begin(position, self.start.until)
-        steps = self.recipe.train.steps + position.skipped
-        self._announce(position, self.start.objective.reading(self.start.mesh(self.ranks), position.data, steps), local)
+        self._announce(position, local)
         try:
-            while position is not None:
-                position, local = self._train_from(position, local), None
+            rolled_back = self._train_from(position, local)
+            while rolled_back is not None:
+                rolled_back = self._train_from(rolled_back)
         except DivergedError as error:
-            self.snapshots.finish()  # the checkpoint being written is from before the divergence
-            self.copies.drop()
-            self.copies.remove()
-            if self.ranks.first:
-                rundir.finish(self.start.run_dir, {"finished": False, "diverged": str(error)})
-            self.ranks.barrier()  # all ranks diverge together; the launcher may kill the others once rank 0 has exited
+            self._close_diverged(error)
             raise
         return self._end()
 
-    def _announce(self, position: Position, reading: str, local: str | None) -> None:
+    def _announce(self, position: Position, local: str | None) -> None:
         """Write the recipe, the DeepSpeed JSON and the environment of this start, and print the header.
 
-        `reading`: how much of its data the run will have read at its end. `local`: the local copies that the run was
-        resumed from; None for a checkpoint or a new run.
+        `local`: the local copies that the run was resumed from; None for a checkpoint or a new run.
         """
+        steps = self.recipe.train.steps + position.skipped
+        reading = self.start.objective.reading(self.start.mesh(self.ranks), position.data, steps)
         hosts = sorted(set(self.ranks.gather(socket.gethostname())))
         if self.ranks.first:
             objective = self.start.objective
@@ -138,9 +135,9 @@ class Run:
             rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about, objective.tokenizer())
             start = replace(self.start, changed=changed_at(self.start, position))
             copies = self.copies.describe() if self.copies.on else ""
-            print(header(start, self.engine, self.ranks, self.uncompiled_since or "yes", copies, reading), flush=True)
+            print(header(start, self.engine, self.ranks, self.compiled, copies, reading), flush=True)
 
-    def _train_from(self, position: Position, local: str | None) -> Position | None:
+    def _train_from(self, position: Position, local: str | None = None) -> Position | None:
         """Take steps from `position` on. Return None at the end, or the position to continue from after a roll-back.
 
         `local`: the local copies that `position` is from; None for a checkpoint or a new run.
@@ -227,6 +224,15 @@ class Run:
                 return
             began = time.perf_counter()
             phases.enter("data", report.step + 1)
+
+    def _close_diverged(self, error: DivergedError) -> None:
+        """Write outcome.json of a run that the guard stops, and keep the checkpoints of the steps before."""
+        self.snapshots.finish()  # the checkpoint being written is from before the divergence
+        self.copies.drop()
+        self.copies.remove()
+        if self.ranks.first:
+            rundir.finish(self.start.run_dir, {"finished": False, "diverged": str(error)})
+        self.ranks.barrier()  # all ranks diverge together; the launcher may kill the others once rank 0 has exited
 
     def _end(self) -> int:
         """Write outcome.json and return the exit status, which is the same on all ranks."""
