@@ -5,7 +5,8 @@ updates an equal part of the result in single precision, and the other ranks rec
 rank an equal part of every parameter. In every stage a rank holds one contiguous run of a parameter's elements, so
 checkpoints of all stages are written and read in the same way: by parameter name and element.
 
-Only this file accesses the internals of DeepSpeed's ZeRO optimizers.
+Only this file reads and writes the tensors inside DeepSpeed's ZeRO optimizers. `train/engine.py` changes two of their
+settings: which optimizers ZeRO accepts, and the type in which stage 3 gathers parameters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The DeepSpeed engine: built from the completed JSON, checked against it, and called for one update at a time.
 
-All code that depends on the ZeRO stage is in this file and in `checkpoint.fragments`, except for a few checks.
+What differs between the ZeRO stages is handled in this file and in `checkpoint.fragments`. Other files only ask which
+stage it is.
 """
 
 from __future__ import annotations
