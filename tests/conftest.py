@@ -30,6 +30,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from bst_base.host import free_port
 from bst_base.importing import uncollected
+from bst_base.json_lines import read_lines
 from bst_base.settings import dump, parse
 from bst_dist.checkpoint.directory import (
     FORMAT,
@@ -47,7 +48,7 @@ from bst_dist.model.config import MIXER_SECTIONS, ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.devices import device_files
 from bst_dist.parallel.ranks import Ranks, choose_accelerator
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.rundir import RECIPE
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare

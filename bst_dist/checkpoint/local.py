@@ -38,7 +38,8 @@ from bst_dist.checkpoint.snapshot import Evaluated, Position, Snapshots
 from bst_dist.faults import ledger
 from bst_dist.faults.lease import LEASE
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.report.metrics import Callback, StepReport
+from bst_dist.report.callback import Callback
+from bst_dist.report.metrics import StepReport
 
 TOKEN = "local-copies"
 """File in the lease directory with the random token of this run."""

@@ -41,7 +41,8 @@ from bst_dist.checkpoint.saving import Failed, Saved, Saver
 from bst_dist.checkpoint.shards import Shards
 from bst_dist.faults.lease import NO_LEASE, SharedLease
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.report.metrics import Callback, EvalReport, Report, StepReport, Writer
+from bst_dist.report.callback import Callback
+from bst_dist.report.metrics import EvalReport, Report, StepReport, Writer
 from bst_dist.version import versions
 
 

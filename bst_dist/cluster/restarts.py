@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bst_base.errors import StorageError
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.cluster.verdict import Ended
 from bst_dist.faults.status import UNREADABLE
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 60.0
 """Seconds to wait before the second restart without a new checkpoint; doubled with each further one, up to the longest.

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from bst_base.clock import utc_now
 from bst_base.files import atomic_file, path_in_errors, sync_directory, sync_file
+from bst_base.json_lines import keep_dropped, read_lines
 from bst_dist.report import metrics
-from bst_dist.report.metrics import keep_dropped, read_lines
 
 FILE = "ledger.jsonl"
 CHANGE = "change"

@@ -7,11 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bst_base.json_lines import read_lines
 from bst_base.settings import dump
 from bst_dist.checkpoint.retention import CheckpointEntry
 from bst_dist.config import Recipe
 from bst_dist.hub.fast_tokenizer import is_bpe
-from bst_dist.report.metrics import FILE, OF_AVERAGE, read_lines
+from bst_dist.report.metrics import FILE, OF_AVERAGE
 from bst_dist.study.comparison.run_summary import eval_report
 from bst_dist.study.evaluation.prompts import begin_token
 from data_pipeline.format.tokenizer import Tokenizer

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from bst_base.errors import UserError
+from bst_base.json_lines import read_lines
 from bst_dist.config import Recipe
 from bst_dist.plan.accelerators import Accelerator
 from bst_dist.plan.search import Planner
 from bst_dist.plan.speed import Cluster
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.report.warm_up import WARM_UP_STEPS, by_start
 from bst_dist.train.rundir import read_recipe, require_starts
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bst_dist.parallel.phases import OCCASIONAL
-from bst_dist.report.metrics import Callback, PerformanceReport, StepReport, Writer
+from bst_dist.report.callback import Callback
+from bst_dist.report.metrics import PerformanceReport, StepReport, Writer
 
 if TYPE_CHECKING:
     from bst_dist.parallel.ranks import Ranks

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
-from bst_dist.report.metrics import Callback, StepReport
+from bst_dist.report.callback import Callback
+from bst_dist.report.metrics import StepReport
 
 DIRECTORY = "profile"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from bst_base.files import write_text
-from bst_dist.report import metrics
-from bst_dist.report.metrics import Report, Seen, Writer
+from bst_base.json_lines import dropped_file, read_lines
+from bst_dist.report.metrics import FILE, Report, Seen, Writer
 from bst_dist.report.writers import curves, scalars
 
 NAMES = "writers.json"
@@ -33,11 +33,11 @@ class Service(Writer):
 
     def __init__(self, run_dir: Path, name: str) -> None:
         """`name`: name of the writer. Must be called before `keep_name`."""
-        self._reported = metrics.read_lines(run_dir / metrics.FILE)
+        self._reported = read_lines(run_dir / FILE)
         path = run_dir / f"writers.{name}.jsonl"
-        listed: list[Key] = [tuple(key) for key in metrics.read_lines(path)]
+        listed: list[Key] = [tuple(key) for key in read_lines(path)]
         if not path.exists() and kept_name(run_dir, name):  # begun by an older version, which sent everything
-            listed = [_key(line) for line in metrics.read_lines(metrics.dropped(run_dir / metrics.FILE))]
+            listed = [_key(line) for line in read_lines(dropped_file(run_dir / FILE))]
             listed += map(_key, self._reported)
         write_text(path, "".join(_line(key) for key in listed))  # drops an incomplete last line
         self._sent, self._list = set(listed), path.open("a", buffering=1, encoding="utf-8")

@@ -25,7 +25,7 @@ from typing import Any
 from bst_base.errors import UserError
 from bst_dist.config import Recipe, flat
 from bst_dist.extras import EXTRAS, missing
-from bst_dist.report.metrics import Report, Seen, SkippedReport, Writer, curve_group
+from bst_dist.report.metrics import OF_AVERAGE, Report, Seen, SkippedReport, Writer
 
 GROUP = "bst_dist.writers"
 WRITERS = {
@@ -73,12 +73,21 @@ def curves(line: dict[str, Any]) -> dict[str, float]:
     """Return the same for a line of metrics.jsonl."""
     if line["kind"] == SkippedReport.kind:
         return {}
-    group = curve_group(line)
+    group = _group(line)
     return {
         f"{group}/{name.replace('.', '/')}": value
         for name, value in flat(line).items()
         if name != "step" and isinstance(value, (int, float)) and not math.isnan(value)
     }
+
+
+def _group(line: dict[str, Any]) -> str:
+    """Return the prefix of the names of a report's curves; `line`: its line of metrics.jsonl."""
+    if "split" not in line:
+        return line["kind"]
+    further = "loss_nats_standard_error" in line  # a CorpusReport, or one of averaged weights
+    name = f"validation {line['split']}" if further else line["split"]
+    return f"{name} averaged" if line["kind"] == OF_AVERAGE else name
 
 
 class Background(Writer):

@@ -13,7 +13,8 @@ import torch
 
 from bst_dist.checkpoint.directory import AVERAGE, WEIGHT
 from bst_dist.checkpoint.fragments import EngineState
-from bst_dist.report.metrics import Callback, SkippedReport, StepReport
+from bst_dist.report.callback import Callback
+from bst_dist.report.metrics import SkippedReport, StepReport
 from bst_dist.train.config import AverageConfig
 
 

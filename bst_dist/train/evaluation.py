@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bst_dist.parallel.sequence.neighbour import past_of_slice
 from bst_dist.parallel.sequence.past import EarlierCall, Past
-from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte, nats_per_token
+from bst_dist.report.callback import Callback
+from bst_dist.report.metrics import EvalReport, StepReport, Writer, bits_per_byte, nats_per_token
 from bst_dist.train.config import EvaluationConfig
 from bst_dist.train.step import on_device, sum_of_batch
 from data_pipeline.serve.slices import slices_of

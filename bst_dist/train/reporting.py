@@ -12,7 +12,8 @@ from bst_dist.config import Recipe
 from bst_dist.model.attention import attention_path
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
-from bst_dist.report.metrics import Console, MetricsFile, Writer
+from bst_dist.report.console import Console
+from bst_dist.report.metrics import MetricsFile, Writer
 from bst_dist.report.probes import Probes
 from bst_dist.report.tensorboard import TensorBoard, hparams
 from bst_dist.report.writers import Background, find

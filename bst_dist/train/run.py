@@ -26,7 +26,8 @@ from bst_dist.faults.status import DONE, RESUBMIT
 from bst_dist.faults.watchdog import Watchdog
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.hardware import device_name
-from bst_dist.report.metrics import Callback, Log, Writer
+from bst_dist.report.callback import Callback, Log
+from bst_dist.report.metrics import Writer
 from bst_dist.report.out_of_memory import record_history, snapshot_when_out_of_memory
 from bst_dist.report.performance import Performance
 from bst_dist.report.profiling import Profile

@@ -32,11 +32,12 @@ import numpy as np
 import torch
 
 from bst_base.host import free_port
+from bst_base.json_lines import read_lines
 from bst_base.settings import dump, parse
 from bst_dist.checkpoint.directory import committed, damage, directory, load_weights, step_of
 from bst_dist.config import Recipe
 from bst_dist.parallel.ranks import Ranks, choose_accelerator
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.study.comparison.equality import COMPUTED
 from bst_dist.train.rundir import ENVIRONMENT
 from bst_dist.train.start.request import Request

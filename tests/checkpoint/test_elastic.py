@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import OPTIMIZER, directory, load_weights, open_shards, stored_name
 from bst_dist.checkpoint.fragments import MOMENTS
 from bst_dist.checkpoint.snapshot import Position, Snapshots
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request
 

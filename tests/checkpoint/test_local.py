@@ -20,6 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bst_base.json_lines import read_lines
 from bst_base.settings import dump, parse
 from bst_dist.checkpoint import local, local_copy, neighbours
 from bst_dist.checkpoint.config import CheckpointConfig
@@ -36,7 +37,7 @@ from bst_dist.checkpoint.snapshot import Evaluated, Identity, Position, Snapshot
 from bst_dist.config import Recipe
 from bst_dist.faults import ledger
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.study.comparison.equality import equality
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request

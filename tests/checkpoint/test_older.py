@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import directory, load_weights
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 
 DATA = Path(__file__).parent / "data" / "format-2"
 

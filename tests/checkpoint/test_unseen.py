@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from bst_base.host import free_port
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import FORMAT, MANIFEST, committed, directory, examine
 from bst_dist.faults.status import DONE, UNREADABLE, USER_ERROR
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 
 pytestmark = pytest.mark.ranks
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems, which root alone may")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint import agreement, saving
 from bst_dist.checkpoint.agreement import read_together
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
@@ -23,7 +24,7 @@ from bst_dist.faults.disks import Disks
 from bst_dist.faults.heartbeats import LocalBoard
 from bst_dist.faults.watchdog import Watchdog
 from bst_dist.parallel.phases import Phases
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request
 from tests.checkpoint.alone import Alone

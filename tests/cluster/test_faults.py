@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from bst_base.json_lines import read_lines
 from bst_dist.faults.status import RESUBMIT
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.study.comparison.equality import equality
 from bst_dist.train.rundir import read_outcome
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 
+from bst_base.json_lines import read_lines
 from bst_dist.activation import selective
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.model import flex
 from bst_dist.model.layers import Layer
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.parallel.sequence.past import Past
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train import run as runs
 from bst_dist.train.start.request import Request
 from bst_dist.verify import step as steps

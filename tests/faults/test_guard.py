@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import load_weights, newest_valid
 from bst_dist.faults import ledger
 from bst_dist.faults.config import GuardConfig
 from bst_dist.faults.guard import DivergedError, Guard, RollBack
 from bst_dist.faults.ledger import Entry, Ledger
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.run import train
 from bst_dist.train.rundir import read_outcome
 from bst_dist.train.start.request import Request

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from bst_base.json_lines import read_lines
 from bst_base.stopping import STOP_REQUESTED
 from bst_dist.checkpoint.directory import committed, newest_valid, step_of
 from bst_dist.faults import signals, status
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.report.metrics import read_lines
 from bst_dist.train.run import train
 from bst_dist.train.rundir import read_outcome
 from bst_dist.train.start.request import Request

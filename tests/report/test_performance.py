@@ -14,6 +14,7 @@ import torch
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from bst_base.json_lines import read_lines
 from bst_dist.activation import policy as activation
 from bst_dist.activation import selective
 from bst_dist.activation.config import ActivationCheckpointingConfig
@@ -23,7 +24,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.phases import Phases
 from bst_dist.plan.flops import MIXER_TERMS, forward_flops
 from bst_dist.plan.rehearse import rehearse
-from bst_dist.report.metrics import FILE, Console, PerformanceReport, StepReport, Writer, read_lines
+from bst_dist.report.metrics import FILE, StepReport, Writer
 from bst_dist.report.performance import Performance, Rows, summarise
 from bst_dist.report.profiling import DIRECTORY
 from bst_dist.report.utilisation import Speed, recomputed_flops_per_token
@@ -196,20 +197,6 @@ def test_few_steps_are_measured_on_an_accelerator(accelerator, every, wanted):
     World(1).run(on_rank)
     assert reported == wanted
     assert measured == (wanted if accelerator else list(range(1, 401)))
-
-
-def test_console_warns_if_a_rank_is_slow_twice_in_a_row(capsys):
-    console = Console(every=5, steps=100, straggler=1.5)
-    for step, rank, ratio in ((5, 1, 2.0), (10, 2, 2.0), (15, 2, 1.8), (20, 2, 1.2)):
-        console.write(
-            PerformanceReport(
-                step, {"forward": 3.0, "data": 1.0}, {"all-reduce": 2e6}, 2**30, 0, 0.5, rank, "node-7", ratio
-            )
-        )
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.strip() == "forward 75%, data 25%; 2.0 MB sent per step; 1.00 GiB of memory"
-    assert "rank 2 on node-7 is slow" in second
-    assert "1.80 times" in second
 
 
 SLIDING = CONFIG.model_copy(update={"depth": 2, "mixer": "sliding", "placement": (0, 1)})

@@ -16,17 +16,9 @@ from pathlib import Path
 import pytest
 
 from bst_base.errors import UserError
+from bst_base.json_lines import read_lines
 from bst_dist.extras import EXTRAS
-from bst_dist.report.metrics import (
-    CorpusReport,
-    EvalReport,
-    MetricsFile,
-    Seen,
-    SkippedReport,
-    StepReport,
-    Writer,
-    read_lines,
-)
+from bst_dist.report.metrics import CorpusReport, EvalReport, MetricsFile, Seen, SkippedReport, StepReport, Writer
 from bst_dist.report.services import Service, keep_name, kept_name
 from bst_dist.report.writers import Background, find, require, scalars
 

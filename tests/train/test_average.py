@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import AVERAGED, WEIGHTS, directory, load_weights, open_shards
 from bst_dist.cli import main
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.study.evaluation.trained import open_run
 from bst_dist.train.average import decay
 from bst_dist.train.config import AverageConfig

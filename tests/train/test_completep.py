@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from bst_base.json_lines import read_lines
 from bst_dist.config import load_recipe
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train import building
 from bst_dist.train.run import train
 from bst_dist.train.schedule import factor

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from bst_dist.report.metrics import FILE, read_lines
+from bst_base.json_lines import read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request, Start, load, resolve
 from data_pipeline.serve.loader import Loader

@@ -12,10 +12,10 @@ import time
 
 import pytest
 
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import load_weights, newest_valid
 from bst_dist.cli import main
 from bst_dist.faults.status import UNREADABLE
-from bst_dist.report.metrics import read_lines
 from bst_dist.train.rundir import closing, read_outcome
 
 BST = (sys.executable, "-m", "bst_dist")

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from bst_base.errors import UserError
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import load_weights, newest_valid
 from bst_dist.cli import main
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.study.lra.listops import ListOpsConfig
 from bst_dist.study.lra.prepare import prepare
 from bst_dist.train.start.request import Request, load, resolve

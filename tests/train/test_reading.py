@@ -11,10 +11,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from bst_base.errors import UserError
+from bst_base.json_lines import read_lines
 from bst_base.settings import parse
 from bst_dist.cli import main
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.objective import LanguageModelling
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request, load, resolve

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from bst_base.json_lines import read_lines
 from bst_base.settings import ConfigError, parse
 from bst_dist.checkpoint.directory import load_weights
 from bst_dist.config import Recipe, digest
 from bst_dist.parallel.phases import Phases
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request
 from bst_dist.train.step import sum_of_batch

@@ -13,12 +13,13 @@ import torch
 from torch.nn import functional as F
 
 from bst_base.errors import UserError
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import load_weights, newest_valid
 from bst_dist.cli import main
 from bst_dist.config import load_recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.study.synthetic import SyntheticObjective, octave
 from bst_dist.train.start.request import Request, load, resolve
 

@@ -14,11 +14,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from bst_base.errors import UserError
+from bst_base.json_lines import read_lines
 from bst_base.settings import parse
 from bst_dist.checkpoint.directory import directory, read_manifest
 from bst_dist.config import Recipe
 from bst_dist.faults import signals, status
-from bst_dist.report.metrics import FILE, CorpusReport, read_lines
+from bst_dist.report.metrics import FILE, CorpusReport
 from bst_dist.report.writers import scalars
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request, load, resolve

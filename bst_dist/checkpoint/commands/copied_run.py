@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.copies import RunCopy, contains
 from bst_dist.checkpoint.retention import readable
 from bst_dist.faults import ledger
-from bst_dist.report.metrics import read_lines
 from bst_dist.train.rundir import ENVIRONMENT, OUTCOME, RECIPE, read_starts
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from bst_base.arguments import picture
 from bst_base.errors import UserError
 from bst_base.terminal import Sheet, print_table, say
-from bst_dist.report.metrics import duration
+from bst_dist.report.console import duration
 from bst_dist.study.comparison import pairs
 from bst_dist.study.comparison.equality import equality
 from bst_dist.study.comparison.pairs import Differences

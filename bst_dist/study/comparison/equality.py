@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from bst_base.errors import UserError
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import load_weights, newest_valid
 from bst_dist.config import differing
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.rundir import read_recipe
 
 # The metrics that depend only on the weights and the data, so they must be equal. Times may differ.

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bst_dist.report.metrics import FILE, read_lines
+from bst_base.json_lines import read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.report.warm_up import WARM_UP_STEPS, by_start
 from bst_dist.train.rundir import read_starts
 

@@ -21,8 +21,9 @@ from typing import Any, Literal, get_args
 
 from bst_base.clock import utc_now
 from bst_base.files import write_text
+from bst_base.json_lines import read_lines
 from bst_base.locks import flock
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.study.runs.recipes import Job
 from bst_dist.train.rundir import read_outcome
 

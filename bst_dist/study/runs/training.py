@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from bst_base.terminal import Sheet, drawn, say
-from bst_dist.report.metrics import duration
+from bst_dist.report.console import duration
 from bst_dist.study.runs.recipes import Job
 from bst_dist.study.runs.runner import Runner, Worker
 from bst_dist.study.runs.state import State

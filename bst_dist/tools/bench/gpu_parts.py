@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from bst_base.json_lines import read_lines
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.policy import policy
 from bst_dist.checkpoint.directory import load_weights, newest_valid
@@ -40,7 +41,7 @@ from bst_dist.plan.memory.peak import Work
 from bst_dist.plan.memory.zero import Strategy
 from bst_dist.plan.speed import Cluster, Moved
 from bst_dist.plan.speed import speed as step_speed
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.tools.bench.timing import device as on_device
 from bst_dist.tools.bench.timing import seconds_of
 

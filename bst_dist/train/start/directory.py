@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.errors import StorageError, UserError
+from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import CHECKPOINTS, DAMAGED, PARTIAL, committed, entries, step_of
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.faults.lease import LEASE
 from bst_dist.faults.stacks import STACKS
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.rundir import (
     DS_CONFIG,
     ENVIRONMENT,

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.errors import UserError
+from bst_base.json_lines import read_lines
 from bst_base.settings import ConfigError
 from bst_base.shipped import RECIPES, names
 from bst_dist.config import Recipe, deepspeed_file, load_recipe, spread_of
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.rehearse import rehearse
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.report.writers import require as require_writer
 from bst_dist.train import rundir
 from bst_dist.train.config import ScheduleConfig

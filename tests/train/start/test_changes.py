@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from bst_base.json_lines import read_lines
 from bst_base.settings import ConfigError, overridden, parse
 from bst_dist.checkpoint.directory import MANIFEST, directory, read_manifest
 from bst_dist.config import Recipe, differing, digest, load_recipe, spread_of
 from bst_dist.faults.status import DONE, USER_ERROR
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.run import train
 from bst_dist.train.start.changes import OtherRunError, changes, with_batch
 from bst_dist.train.start.request import Request

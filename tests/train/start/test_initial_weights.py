@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bst_base.json_lines import read_lines
 from bst_base.settings import ConfigError, parse
 from bst_dist.checkpoint.directory import CheckpointError, committed, directory, load_weights, newest_valid
 from bst_dist.config import Recipe, digest
 from bst_dist.model.lm import LanguageModel
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.building import build_engine
 from bst_dist.train.config import InitialWeightsConfig
 from bst_dist.train.run import train

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from bst_base.json_lines import read_lines
 from bst_base.settings import ConfigError, overridden, parse
 from bst_dist.checkpoint.directory import committed, directory, read_manifest
 from bst_dist.cli import main
 from bst_dist.config import Recipe, load_recipe
-from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.metrics import FILE
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request
 from bst_dist.train.step import Trainer
