@@ -109,7 +109,7 @@ class Recipe(Config):
         return with_base(data, Path(data.get("paths_from") or Path.cwd()))
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
+    def _lengths_agree(self) -> Recipe:
         for step, length in self.train.lengths:
             self._length_fits(step, length)
         if self.train.slice_tokens is not None:
@@ -120,6 +120,10 @@ class Recipe(Config):
             raise ValueError(
                 f"train.{field} {getattr(self.train, field)}: only slices have edges; set train.slice_tokens too"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _data_agrees(self) -> Recipe:
         if self.train.carry and self.data.mode != "streaming":
             needed = "data.row_tokens" if isinstance(self.data, SyntheticConfig) else "data.mode streaming"
             raise ValueError(f"train.carry needs {needed}: only there does a row continue from step to step")
@@ -131,11 +135,19 @@ class Recipe(Config):
             self.data.require_fit(self.model, self.parallel)
             if self.train.z_loss:
                 raise ValueError("train.z_loss: not available for classification tasks; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_agrees(self) -> Recipe:
         if self.optimizer.kind == "muon" and self.model.parametrisation.kind != "standard":
             raise ValueError(
                 "optimizer.kind muon: CompleteP's rates are derived for AdamW; set model.parametrisation.kind to "
                 "standard, or optimizer.kind to adamw"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_agrees(self) -> Recipe:
         known = ["validation", *self.evaluation.corpora]
         if "validation" in self.evaluation.corpora:
             raise ValueError("evaluation.corpora.validation: this is the name of the run's own set; choose another")
@@ -145,6 +157,10 @@ class Recipe(Config):
             )
         if self.evaluation.corpora and not isinstance(self.data, DataConfig):
             raise ValueError("evaluation.corpora: this run does not train on text; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _start_agrees(self) -> Recipe:
         if self.branch and self.branch.step >= self.train.steps:
             raise ValueError(f"branch.step {self.branch.step} must be below train.steps, {self.train.steps}")
         if self.branch and self.initial_weights:
@@ -165,10 +181,6 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _fits_synthetic(self) -> Recipe:
-        """Return the recipe with the vocabulary size of its synthetic task if it sets none.
-
-        Raises ValueError when the task does not fit the rows or the vocabulary.
-        """
         if not isinstance(self.data, SyntheticConfig):
             return self
         task, length = self.data.synthetic, self.train.sequence_length
@@ -186,9 +198,26 @@ class Recipe(Config):
             raise ValueError(
                 f"model.vocab_size {size}: the task {task.task} has {task.vocabulary} tokens; leave it out"
             )
-        if size is not None:
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_vocabulary_of_its_task(self) -> Recipe:
+        """Return the recipe with the vocabulary size of its synthetic task if it sets none.
+
+        pydantic takes the returned recipe in place of this one when settings are parsed, but not in `Recipe(...)`.
+        """
+        if not isinstance(self.data, SyntheticConfig) or self.model.vocab_size is not None:
             return self
-        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": task.vocabulary})})
+        return self.of_vocabulary(self.data.synthetic.vocabulary)
+
+    def of_one_length(self, length: int) -> Recipe:
+        """Return the recipe with this sequence length and no length changes."""
+        train = self.train.model_copy(update={"sequence_length": length, "length_changes": ()})
+        return self.model_copy(update={"train": train})
+
+    def of_vocabulary(self, size: int) -> Recipe:
+        """Return the recipe with this vocabulary size."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
 
     def _length_fits(self, step: int, length: int) -> None:
         unit = self.model.block * self.parallel.sp
@@ -216,11 +245,6 @@ class Recipe(Config):
                 "because a GPU compiles each one separately and the compiler limits the number of graphs: use fewer, "
                 "or set train.slice_tokens"
             )
-
-    def of_one_length(self, length: int) -> Recipe:
-        """Return the recipe with this sequence length and no length changes."""
-        train = self.train.model_copy(update={"sequence_length": length, "length_changes": ()})
-        return self.model_copy(update={"train": train})
 
     def _slices_fit(self, tokens: int, length: int) -> None:
         unit = self.model.block * self.parallel.sp
@@ -303,8 +327,7 @@ def with_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> Recipe:
         for corpus in corpora:
             corpus.require_vocabulary(recipe.model.vocab_size)
         return recipe
-    size = corpora[0].manifest.tokenizer.vocab_size
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": size})})
+    return recipe.of_vocabulary(corpora[0].manifest.tokenizer.vocab_size)
 
 
 def spread_of(recipe: Recipe, world: int) -> Spread:

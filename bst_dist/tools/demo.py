@@ -75,8 +75,7 @@ class Demo:
         for run_dir in (self.run_dir, self.twin):
             if (run_dir / STORED_RECIPE).exists():
                 there = read_recipe(run_dir)
-                model = self.recipe.model.model_copy(update={"vocab_size": there.model.vocab_size})
-                if found := differing(there, self.recipe.model_copy(update={"model": model})):
+                if found := differing(there, self.recipe.of_vocabulary(there.model.vocab_size)):
                     raise UserError(
                         f"{run_dir} holds a run of another recipe than {RECIPE} ({'; '.join(found)}): "
                         "remove it to start again, or give your recipe another name and train it with `bst train`"
