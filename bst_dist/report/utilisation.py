@@ -28,7 +28,7 @@ from bst_dist.plan.flops import forward_flops, layer_flops, state_attention_flop
 
 
 @dataclass(frozen=True)
-class Speed:
+class Utilisation:
     """FLOPs per token and peak FLOP/s, which turn tokens per second into MFU and HFU."""
 
     flops_per_token: float

@@ -19,7 +19,7 @@ from bst_dist.parallel.ranks import Ranks
 from bst_dist.parallel.sequence.group import SequenceGroup
 from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
-from bst_dist.report.utilisation import Speed, edge_flops_per_token, recomputed_flops_per_token
+from bst_dist.report.utilisation import Utilisation, edge_flops_per_token, recomputed_flops_per_token
 from bst_dist.train.context import Context
 from bst_dist.train.engine import Engine
 from bst_dist.train.objective import Objective
@@ -70,7 +70,7 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
     (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
 
     @cache
-    def speed(length: int) -> Speed:
+    def utilisation(length: int) -> Utilisation:
         train = recipe.of_one_length(length).train
         again = recomputed_flops_per_token(
             recipe.model,
@@ -79,12 +79,12 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
             attention_path(ranks.device),
             compiled=engine.module.layers[0].compiled,
         ) + edge_flops_per_token(recipe.model, length, train.slices, train.edges_every)
-        return Speed(model_flops_per_label(start.objective, length), peak, tokens * again)
+        return Utilisation(model_flops_per_label(start.objective, length), peak, tokens * again)
 
     for _, length in recipe.train.lengths:
-        speed(length)  # computed and cached here, so that no step waits for it
+        utilisation(length)  # computed and cached here, so that no step waits for it
     rate, corpora = recipe.optimizer.learning_rate, start.objective.mixed
-    return Trainer(recipe.train, recipe.schedule, rate, context, speed, corpora)
+    return Trainer(recipe.train, recipe.schedule, rate, context, utilisation, corpora)
 
 
 def model_flops_per_label(objective: Objective, length: int) -> float:

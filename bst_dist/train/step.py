@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +25,7 @@ from bst_dist.model.borders import Borders, places_of
 from bst_dist.parallel.sequence.neighbour import past_of_slice
 from bst_dist.parallel.sequence.slices import go_backward
 from bst_dist.report.metrics import MixedReport, SkippedReport, StepReport, bits_per_byte
-from bst_dist.report.utilisation import Speed
+from bst_dist.report.utilisation import Utilisation
 from bst_dist.train.config import ScheduleConfig, TrainConfig
 from bst_dist.train.schedule import factor
 from data_pipeline.serve.slices import Blank, slices_of
@@ -46,13 +46,14 @@ class Trainer:
         schedule: ScheduleConfig,
         rate: float,
         context: Context,
-        speed: Callable[[int], Speed],
+        utilisation: Callable[[int], Utilisation],
         corpora: Sequence[str] = (),
     ) -> None:
-        """`rate`: the recipe's peak learning rate, for the reports. `speed`: returns, for a sequence length, the FLOPs
-        per token and the peak of all ranks, for MFU and HFU. `corpora`: names of the corpora of a mixture, whose losses
-        are reported separately; empty for a single corpus."""
-        self.config, self.schedule, self.rate, self.speed, self.corpora = config, schedule, rate, speed, corpora
+        """`rate`: the recipe's peak learning rate, for the reports. `utilisation`: returns, for a sequence length, the
+        FLOPs per token and the peak of all ranks, for MFU and HFU. `corpora`: names of the corpora of a mixture, whose
+        losses are reported separately; empty for a single corpus."""
+        self.config, self.schedule, self.rate = config, schedule, rate
+        self.utilisation, self.corpora = utilisation, corpora
         self.context, self.engine, self.ranks = context, context.engine, context.ranks
         self.edges = edges_in(config.edges)
         self.start_from(Position(step=0, tokens=0, data={}, carried=[]), Guard(GuardConfig(), Ledger()))
@@ -75,44 +76,49 @@ class Trainer:
         SkippedReport when the guard rejected the step. Raises RollBack or DivergedError when the run cannot continue
         from here; no weight has changed then.
         """
-        carried = list(self.carried)
-        share = factor(self.schedule, step, self.config.steps)
-        rate, rates = self.rate * share, self.engine.set_rates(share)
+        carried, multiplier = list(self.carried), factor(self.schedule, step, self.config.steps)
+        rates = self.engine.set_rates(multiplier)
         gradients = self._accumulate(step, batches)
         self.ranks.phases.enter("optimizer")
         norm = self.engine.update()
-        found = gradients.read()  # the host waits for the device here, and above for the norm
-        if found.missing:
+        sums = gradients.read()  # the host waits for the device here, and above for the norm
+        if sums.missing:
             self.carried[:] = carried
             return None
-        tokens, loss = found.tokens, found.nats / max(1.0, found.tokens)
-        held = self.guard.loss(loss, step, self.skipped, rate) or self.guard.gradient(norm, step, self.skipped, rate)
-        if held is None:
-            self.tokens += int(tokens)
-            self.guard.taken(loss)
-        elif held.action == "roll-back":
-            raise RollBack(held)
+        rate = self.rate * multiplier
+        rejected = self.guard.loss(sums.loss, step, self.skipped, rate)
+        rejected = rejected or self.guard.gradient(norm, step, self.skipped, rate)
+        if rejected is None:
+            self.tokens += int(sums.tokens)
+            self.guard.taken(sums.loss)
+        elif rejected.action == "roll-back":
+            raise RollBack(rejected)
         else:
             self.carried.clear()  # the rejected step computed these states, so the rows start without a past
-        seconds = time.perf_counter() - start
-        speed = self.speed(self.config.length_at(step + self.skipped))
-        report = StepReport(
+        report = self._report(step, sums, norm, rate, rates, time.perf_counter() - start)
+        if rejected:
+            return SkippedReport(**vars(report))
+        return MixedReport(**vars(report), **sums.by_corpus(self.corpora)) if self.corpora else report
+
+    def _report(
+        self, step: int, sums: _Sums, norm: float, rate: float, rates: Mapping[str, float], seconds: float
+    ) -> StepReport:
+        """`rate`: the recipe's learning rate in this step. `rates`: those of the parameter groups, by name."""
+        utilisation = self.utilisation(self.config.length_at(step + self.skipped))
+        return StepReport(
             step=step + 1,
             tokens=self.tokens,
-            loss_nats=loss,
-            bits_per_byte=bits_per_byte(found.nats, found.text_bytes),
+            loss_nats=sums.loss,
+            bits_per_byte=bits_per_byte(sums.nats, sums.text_bytes),
             gradient_norm=norm,
             learning_rate=rate,
             ssm_learning_rate=rates.get("ssm", 0.0),
             step_time_s=seconds,
-            tokens_per_s=tokens / seconds,
-            mfu=speed.mfu(tokens / seconds),
-            hfu=speed.hfu(tokens / seconds),
-            z_loss=self.config.z_loss * found.squares / max(1.0, tokens),
+            tokens_per_s=sums.tokens / seconds,
+            mfu=utilisation.mfu(sums.tokens / seconds),
+            hfu=utilisation.hfu(sums.tokens / seconds),
+            z_loss=self.config.z_loss * sums.squares / max(1.0, sums.tokens),
         )
-        if held:
-            return SkippedReport(**vars(report))
-        return MixedReport(**vars(report), **found.by_corpus(self.corpora)) if self.corpora else report
 
     def _accumulate(self, step: int, batches: Sequence[MicroBatch]) -> _Gradients:
         """Accumulate the gradients of all micro-batches; only DeepSpeed may wait for the device (docs/gpu.md)."""
@@ -138,7 +144,7 @@ class Trainer:
         return self.engine.module.carry(state, before["position"])
 
 
-class _Found(NamedTuple):
+class _Sums(NamedTuple):
     """Sums of one step over all ranks."""
 
     nats: float
@@ -155,6 +161,11 @@ class _Found(NamedTuple):
     """Number of ranks that had no data."""
     parts: list[float]
     """Nats and valid labels of each corpus of a mixture, alternating."""
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of the valid labels, in nats; 0 if there are none."""
+        return self.nats / max(1.0, self.tokens)
 
     def by_corpus(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the fields that `MixedReport` adds."""
@@ -185,14 +196,14 @@ class _Gradients:
         self.parts = torch.zeros(len(trainer.corpora), 2, dtype=torch.float64, device=trainer.ranks.device)
         """This rank's nats and labels of each corpus of a mixture."""
         self.scale = trainer.ranks.world / self.tokens.clamp(min=1)
-        self._found: Tensor | None = None
+        self._sums: Tensor | None = None
 
-    def judge(self) -> None:
+    def check_loss(self) -> None:
         """Sum all losses of the step over ranks; make the scale infinite when the loss is bad or data is missing."""
         trainer = self.trainer
         own = (self.sums, self.squares, self._number(trainer.context.stop.local_request), self.parts.flatten())
         sums = trainer.ranks.add_up(torch.cat(own))
-        self._found = torch.cat((sums, self.counts))
+        self._sums = torch.cat((sums, self.counts))
         loss = sums[:1] / self.tokens.clamp(min=1)
         good = loss.isfinite() & (loss <= trainer.guard.limit) & (self.missing == 0)
         self.scale = self.scale.masked_fill(~good, math.inf)
@@ -201,12 +212,12 @@ class _Gradients:
         """Return the loss to backpropagate for a slice; `total`: its loss, summed over labels."""
         return total * self.scale.squeeze(0).to(total.dtype)
 
-    def read(self) -> _Found:
+    def read(self) -> _Sums:
         """Wait for the step's sums and return them; also let this rank learn whether the ranks stop."""
-        nats, text_bytes, squares, stop_requests, *parts, tokens, missing = self._found.tolist()
-        found = _Found(nats, text_bytes, squares, stop_requests, tokens, missing, parts)
-        self.trainer.context.stop.update(found.stop_requests + found.missing)
-        return found
+        nats, text_bytes, squares, stop_requests, *parts, tokens, missing = self._sums.tolist()
+        sums = _Sums(nats, text_bytes, squares, stop_requests, tokens, missing, parts)
+        self.trainer.context.stop.update(sums.stop_requests + sums.missing)
+        return sums
 
     def _number(self, value: float) -> Tensor:
         """Return a (1,) float64 tensor on the device, filled by a kernel: a copy from the host would synchronize."""
@@ -240,7 +251,7 @@ class _MicroBatch:
         if self.trainer.config.z_loss:
             self.gradients.squares += losses.squares
         if self.last and s == 0:
-            self.gradients.judge()
+            self.gradients.check_loss()
         return self.gradients.scaled(losses.total)
 
     def backward(self, s: int, loss: Tensor) -> None:

@@ -13,11 +13,12 @@ from bst_dist.faults.signals import Stop
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.parallel.sequence.group import SequenceGroup
+from bst_dist.report.utilisation import Utilisation
 from bst_dist.train import deepspeed_json
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.context import Context
 from bst_dist.train.engine import Engine
-from bst_dist.train.step import Speed, Trainer
+from bst_dist.train.step import Trainer
 from bst_dist.verify.batches import batches
 from bst_dist.verify.reference import Step, seeded_model
 from bst_dist.verify.shrink import small_buckets
@@ -55,7 +56,7 @@ def distributed_step(recipe: Recipe, ranks: Ranks, group: SequenceGroup | None) 
         recipe.schedule,
         recipe.optimizer.learning_rate,
         Context(engine, ranks, token_bytes, Stop(ranks), group),
-        lambda _: Speed(1.0, 1.0),
+        lambda _: Utilisation(1.0, 1.0),
     )
     for step in range(2 if recipe.train.carry else 1):
         own = batches(recipe, step, mesh, recipe.train.micro_sequences)

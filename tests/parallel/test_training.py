@@ -18,9 +18,10 @@ from bst_dist.faults.signals import Stop
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
+from bst_dist.report.utilisation import Utilisation
 from bst_dist.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from bst_dist.train.context import Context
-from bst_dist.train.step import Speed, Trainer
+from bst_dist.train.step import Trainer
 from data_pipeline.serve.spread import Spread
 
 BLOCK, LENGTH, ROWS, MICRO_ROWS, VOCABULARY = 8, 32, 8, 2, 29
@@ -91,7 +92,7 @@ def step(variant: str, isolated: bool, again: bool, stage: int, sp: int) -> dict
     config = TrainConfig(steps=1, sequence_length=LENGTH, sequences=ROWS, micro_sequences=MICRO_ROWS, precision="fp32")
     token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
     context = Context(engine, ranks, token_bytes, Stop(ranks), mesh.sp_group())
-    trainer = Trainer(config, ScheduleConfig(), 1e-3, context, lambda _: Speed(1.0, 1.0))
+    trainer = Trainer(config, ScheduleConfig(), 1e-3, context, lambda _: Utilisation(1.0, 1.0))
     report = trainer.step(0, batches(mesh, isolated), time.perf_counter())
     return {"loss": report.loss_nats, "norm": report.gradient_norm, "gradients": engine.gradients}
 

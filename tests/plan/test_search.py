@@ -18,7 +18,7 @@ from bst_dist.plan.hardware import peak_flops
 from bst_dist.plan.memory.zero import Strategy
 from bst_dist.plan.search import HEADROOM, PlanError, Planner
 from bst_dist.plan.speed import Cluster
-from bst_dist.report.utilisation import Speed
+from bst_dist.report.utilisation import Utilisation
 
 SETTINGS = {
     "name": "small",
@@ -114,7 +114,7 @@ def test_planned_mfu_equals_the_trainers_of_a_step_that_takes_as_long(precision,
     best = planner.candidate(0, 1, 4, "none")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     assert peak_flops(torch.device("cuda"), dtype) == peak
-    trainer = Speed(train_flops_per_token(recipe.model, 256), peak)
+    trainer = Utilisation(train_flops_per_token(recipe.model, 256), peak)
     tokens_per_s = 16 * 256 / best.speed.total
     assert mfu(best, planner.cluster, planner.bf16) == pytest.approx(trainer.mfu(tokens_per_s))
     assert describe(planner, best)["mfu"] == pytest.approx(trainer.mfu(tokens_per_s))

@@ -27,7 +27,7 @@ from bst_dist.plan.rehearse import rehearse
 from bst_dist.report.metrics import FILE, StepReport, Writer
 from bst_dist.report.performance import Performance, Rows, summarise
 from bst_dist.report.profiling import DIRECTORY
-from bst_dist.report.utilisation import Speed, recomputed_flops_per_token
+from bst_dist.report.utilisation import Utilisation, recomputed_flops_per_token
 from bst_dist.tools.bench.lockstep import World
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request
@@ -211,15 +211,15 @@ def test_recomputed_flops_equal_those_of_recomputed_layers(policy, layers):
     again = recomputed_flops_per_token(CONFIG, 64, settings, "tiles", compiled=False)
     terms = forward_flops(layers, 64) if layers else {"head": 0}
     assert again == pytest.approx(sum(terms.values()) - terms["head"])
-    speed = Speed(3e9, 1e12, again)
-    assert speed.hfu(10.0) == pytest.approx(speed.mfu(10.0) + again * 10 / 1e12)
+    utilisation = Utilisation(3e9, 1e12, again)
+    assert utilisation.hfu(10.0) == pytest.approx(utilisation.mfu(10.0) + again * 10 / 1e12)
 
 
 @pytest.mark.parametrize("peak", [math.nan, 1e9])
 def test_utilisation_above_one_or_without_a_known_peak_is_nan(peak):
-    assert math.isnan(Speed(3e9, peak).mfu(10.0))
-    assert math.isnan(Speed(0.5e8, peak, 1e9).hfu(10.0))
-    assert math.isnan(peak) or [Speed(flops, peak).mfu(10.0) for flops in (0.5e8, 1e8)] == [0.5, 1.0]
+    assert math.isnan(Utilisation(3e9, peak).mfu(10.0))
+    assert math.isnan(Utilisation(0.5e8, peak, 1e9).hfu(10.0))
+    assert math.isnan(peak) or [Utilisation(flops, peak).mfu(10.0) for flops in (0.5e8, 1e8)] == [0.5, 1.0]
 
 
 def counted(config: ModelConfig, settings: ActivationCheckpointingConfig) -> int:

@@ -30,7 +30,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.model.masking import masking_problem
 from bst_dist.parallel.phases import Phases
 from bst_dist.plan.memory.fused import fused_attention, fused_share
-from bst_dist.report.utilisation import Speed
+from bst_dist.report.utilisation import Utilisation
 from bst_dist.train import step
 from bst_dist.train.config import ScheduleConfig, TrainConfig
 from bst_dist.train.context import Context
@@ -163,7 +163,7 @@ def test_a_gpu_step_does_not_synchronise_before_the_update(name: str, documents:
         config = TrainConfig(steps=1, sequence_length=LENGTH, sequences=2 * ROWS, micro_sequences=ROWS)
         token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
         context = Context(engine, ranks, token_bytes, Stop(ranks))
-        trainer = Trainer(config, ScheduleConfig(), 1e-3, context, lambda _: Speed(1.0, 1.0))
+        trainer = Trainer(config, ScheduleConfig(), 1e-3, context, lambda _: Utilisation(1.0, 1.0))
         waits.found.clear()
         with pytest.raises(StopIteration):
             trainer.step(0, [batch(documents)] * 2, time.perf_counter())
