@@ -137,7 +137,7 @@ class PerformanceReport:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ProbeReport:
     """Results of the probes after a step."""
 
     step: int
@@ -160,7 +160,7 @@ class Writer:
     def write(self, report: Report) -> None:
         """Write one report."""
 
-    def see(self, seen: Seen) -> None:
+    def write_probes(self, report: ProbeReport) -> None:
         """Write the results of probes; by default nothing."""
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from bst_dist.generation.decoding import Generation
 from bst_dist.generation.sampling import SamplingConfig, without_text
 from bst_dist.model.probes import ContextProbe, kernels, time_scales
 from bst_dist.report.config import LogConfig
-from bst_dist.report.metrics import Seen, Writer
+from bst_dist.report.metrics import ProbeReport, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,16 +79,16 @@ class Probes:
         with self._context if self.config.probes else nullcontext():
             yield
 
-    def look(self, step: int) -> None:
-        """Pass the results of the probed forward pass, the time scales and a sample to the writers.
+    def report(self, step: int) -> None:
+        """Write the results of the probed forward pass, the time scales and a sample.
 
         Every rank must call it.
         """
         scalars, scales = (self._contexts(), self._time_scales()) if self.config.probes else ({}, {})
         if self.ranks.first:
-            seen = Seen(step, scalars, scales, self._sample() if self.samples(step) else None)
+            report = ProbeReport(step, scalars, scales, self._sample() if self.samples(step) else None)
             for writer in self.writers:
-                writer.see(seen)
+                writer.write_probes(report)
 
     def samples(self, step: int) -> bool:
         """Whether the evaluation after `step` steps has a sample of text.

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from bst_base.files import write_text
 from bst_base.json_lines import dropped_file, read_lines
-from bst_dist.report.metrics import FILE, Report, Seen, Writer
+from bst_dist.report.metrics import FILE, ProbeReport, Report, Writer
 from bst_dist.report.writers import curves, scalars
 
 NAMES = "writers.json"
@@ -56,8 +56,8 @@ class Service(Writer):
         key = report.kind, getattr(report, "split", None), report.step
         self._send_once(key, scalars(report), report.step)
 
-    def see(self, seen: Seen) -> None:
-        self._send_once(("seen", None, seen.step), seen.scalars, seen.step)
+    def write_probes(self, report: ProbeReport) -> None:
+        self._send_once(("seen", None, report.step), report.scalars, report.step)
 
     def close(self) -> None:
         self._list.close()

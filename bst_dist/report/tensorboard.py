@@ -10,7 +10,7 @@ import numpy as np
 
 from bst_dist.config import Recipe, flat
 from bst_dist.model.config import MIXER_SECTIONS
-from bst_dist.report.metrics import Report, Seen, Writer
+from bst_dist.report.metrics import ProbeReport, Report, Writer
 from bst_dist.report.writers import scalars
 
 FOLDER = "tensorboard"
@@ -61,13 +61,13 @@ class TensorBoard(Writer):
         for name, value in scalars(report).items():
             self._writer.add_scalar(name, value, report.step)
 
-    def see(self, seen: Seen) -> None:
-        for name, value in seen.scalars.items():
-            self._writer.add_scalar(name, value, seen.step)
-        for name, values in seen.powers_of_ten.items():
-            self._writer.add_histogram(name, values, seen.step, bins=BINS)
-        if seen.sample is not None:
-            self._writer.add_text("sample", seen.sample, seen.step)
+    def write_probes(self, report: ProbeReport) -> None:
+        for name, value in report.scalars.items():
+            self._writer.add_scalar(name, value, report.step)
+        for name, values in report.powers_of_ten.items():
+            self._writer.add_histogram(name, values, report.step, bins=BINS)
+        if report.sample is not None:
+            self._writer.add_text("sample", report.sample, report.step)
         self._writer.flush()
 
     def close(self) -> None:

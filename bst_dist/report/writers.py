@@ -25,7 +25,7 @@ from typing import Any
 from bst_base.errors import UserError
 from bst_dist.config import Recipe, flat
 from bst_dist.extras import EXTRAS, missing
-from bst_dist.report.metrics import OF_AVERAGE, Report, Seen, SkippedReport, Writer
+from bst_dist.report.metrics import OF_AVERAGE, ProbeReport, Report, SkippedReport, Writer
 
 GROUP = "bst_dist.writers"
 WRITERS = {
@@ -104,8 +104,8 @@ class Background(Writer):
     def write(self, report: Report) -> None:
         self._put(lambda writer: writer.write(report))
 
-    def see(self, seen: Seen) -> None:
-        self._put(lambda writer: writer.see(seen))
+    def write_probes(self, report: ProbeReport) -> None:
+        self._put(lambda writer: writer.write_probes(report))
 
     def close(self) -> None:
         """Wait until everything is written, or until the timeout."""

@@ -161,7 +161,7 @@ class Evaluate(Callback):
             for writer in self.writers:
                 writer.write(report)
         if self.evaluations.own and self.probes:
-            self.probes.look(step)
+            self.probes.report(step)
 
     def _reports(self, step: int) -> Iterator[EvalReport | None]:
         """Yield the losses on every set of sequences, then those of the averaged weights; None: the ranks stop."""

@@ -18,7 +18,7 @@ from bst_dist.checkpoint import rng
 from bst_dist.config import Recipe
 from bst_dist.model.probes import kernels, time_scales
 from bst_dist.report.config import LogConfig
-from bst_dist.report.metrics import Seen, SkippedReport, StepReport
+from bst_dist.report.metrics import ProbeReport, SkippedReport, StepReport
 from bst_dist.report.probes import Probes
 from bst_dist.report.tensorboard import FOLDER, HPARAMS, RESULTS, SHOWN, TensorBoard, hparams
 from bst_dist.study.evaluation.trained import open_run
@@ -55,7 +55,9 @@ def test_tensorboard_reads_the_written_values(tmp_path):
     board = TensorBoard(tmp_path, 0, {"model.width": 16})
     board.write(report(1))
     board.write(SkippedReport(**vars(report(2))))
-    board.see(Seen(1, {"context/layer 01": 0.25}, {"scales/layer 01": torch.tensor([0.0, 1.0, 2.5])}, "# not a title"))
+    board.write_probes(
+        ProbeReport(1, {"context/layer 01": 0.25}, {"scales/layer 01": torch.tensor([0.0, 1.0, 2.5])}, "# not a title")
+    )
     board.close()
     found = events(tmp_path)
     assert [(e.step, e.value) for e in found.Scalars("train/loss_nats")] == [(1, 1.0)]

@@ -18,7 +18,15 @@ import pytest
 from bst_base.errors import UserError
 from bst_base.json_lines import read_lines
 from bst_dist.extras import EXTRAS
-from bst_dist.report.metrics import CorpusReport, EvalReport, MetricsFile, Seen, SkippedReport, StepReport, Writer
+from bst_dist.report.metrics import (
+    CorpusReport,
+    EvalReport,
+    MetricsFile,
+    ProbeReport,
+    SkippedReport,
+    StepReport,
+    Writer,
+)
 from bst_dist.report.services import Service, keep_name, kept_name
 from bst_dist.report.writers import Background, find, require, scalars
 
@@ -52,8 +60,8 @@ class Kept(Writer):
             raise SystemExit("no space left at\nthe service")
         self.steps.append(report.step)
 
-    def see(self, seen) -> None:
-        self.steps.append(-seen.step)
+    def write_probes(self, report) -> None:
+        self.steps.append(-report.step)
 
     def close(self) -> None:
         self.closed = True
@@ -97,7 +105,7 @@ def test_background_writer_passes_all_reports_in_order():
     writer = Background("kept", lambda: kept)
     for step in (1, 2):
         writer.write(report(step))
-    writer.see(Seen(2, {}, {}, None))
+    writer.write_probes(ProbeReport(2, {}, {}, None))
     writer.close()
     assert (kept.steps, kept.closed) == ([1, 2, -2], True)
 
@@ -203,7 +211,7 @@ def test_service_receives_each_report_only_once_after_a_resume(tmp_path):
     for one in before:
         file.write(one)
         first.write(one)
-    first.see(Seen(2, {"share": 0.25}, {}, None))
+    first.write_probes(ProbeReport(2, {"share": 0.25}, {}, None))
     first.close()
     file.close()
     MetricsFile(tmp_path, 1).close()
@@ -211,8 +219,8 @@ def test_service_receives_each_report_only_once_after_a_resume(tmp_path):
     for one in (replace(report(2), hfu=9.0), EVALUATED[0], EVALUATED[1], report(3)):
         second.write(one)
     for step in (2, 3):
-        second.see(Seen(step, {"share": 0.5}, {}, None))
-    second.see(Seen(4, {}, {}, None))
+        second.write_probes(ProbeReport(step, {"share": 0.5}, {}, None))
+    second.write_probes(ProbeReport(4, {}, {}, None))
     second.write(report(3))  # sent twice in one start, because metrics.jsonl already had it when the writer was created
     assert second.file.read_text().splitlines() == [
         "train/data_wait_s 1 0.0",
