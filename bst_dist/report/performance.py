@@ -42,7 +42,7 @@ class Performance(Callback):
         All ranks must call it.
         """
         self.every, self.ranks, self.writers, self.sharing = every, ranks, writers, sharing
-        self._rows = Rows(ranks)
+        self._numbers = NamedNumbers(ranks)
         self._measured = self._since = 0
         """Number of steps measured, and of steps taken, since the last report."""
         ranks.phases.take()
@@ -73,9 +73,9 @@ class Performance(Callback):
             for phase, spent in seconds.items()
         }
         own |= {f"sent {kind}": count / self._since for kind, count in sent.items()}
-        names, table = self._rows.exchange({**own, MEMORY: self.ranks.memory_high_water()})
+        names, table = self._numbers.exchange({**own, MEMORY: self.ranks.memory_high_water()})
         if self.writers:
-            found = summarise(report, names, table, self._rows.hosts)
+            found = summarise(report, names, table, self._numbers.hosts)
             for writer in self.writers:
                 writer.write(found)
 
@@ -83,7 +83,7 @@ class Performance(Callback):
 MEMORY = "memory"
 
 
-class Rows:
+class NamedNumbers:
     """Exchanges named numbers of every rank, in one collective that carries only the numbers.
 
     All ranks keep the same list of names. Each row begins with a digest of its rank's list. Only if the digests differ,

@@ -43,7 +43,7 @@ class Inspected(Protocol):
     stage: int
     """ZeRO stage."""
 
-    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    def gathered_parameters(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Return a context manager inside which these parameters are whole on every rank."""
 
 
@@ -120,7 +120,7 @@ class Probes:
         """Return the time scales of the SSMs by layer, as decimal logarithms of tokens."""
         found = {}
         for layer, kernel in kernels(self.engine.module).items():
-            with self.engine.gathered(list(kernel.parameters())):
+            with self.engine.gathered_parameters(list(kernel.parameters())):
                 found[f"log10 time scales/{_name(layer)}"] = time_scales(kernel).log10().float().cpu()
         return found
 

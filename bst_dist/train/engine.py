@@ -68,7 +68,7 @@ class Engine:
         return self.deepspeed(*inputs, **named)
 
     @contextmanager
-    def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    def gathered_parameters(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """Keep these parameters whole on every rank inside the context, also under ZeRO-3; every rank must enter it."""
         with deepspeed.zero.GatheredParameters(parameters):
             yield

@@ -21,7 +21,7 @@ from bst_dist.config import OBJECTIVES, Recipe, with_vocabulary
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.train.evaluation import Evaluation, Evaluations
-from bst_dist.train.validation_sets import CorpusEvaluation, alone, open_sets
+from bst_dist.train.validation_sets import CorpusEvaluation, open_sets, with_corpus
 from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.batch import Batch
 from data_pipeline.serve.config import DataConfig
@@ -178,10 +178,10 @@ class LanguageModelling:
         data, ranks = self.recipe.data.model_copy(update={"mode": "shuffled"}), context.ranks
         own = data.only(_with_validation(self.corpora))
         batches = self._validation_batches(own, self.validation, ranks) if self.validation else []
-        further = [
-            CorpusEvaluation(context, self._validation_batches(alone(data, url), self.further[name], ranks, name), name)
-            for name, url in self.recipe.evaluation.corpora.items()
-        ]
+        further = []
+        for name, url in self.recipe.evaluation.corpora.items():
+            served = self._validation_batches(with_corpus(data, url), self.further[name], ranks, name)
+            further.append(CorpusEvaluation(context, served, name))
         return Evaluations(Evaluation(context, batches) if batches else None, further)
 
     def _validation_batches(

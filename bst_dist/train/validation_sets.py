@@ -86,7 +86,7 @@ def open_sets(recipe: Recipe, corpora: Sequence[Corpus]) -> dict[str, list[Corpu
     found = {}
     for name, url in recipe.evaluation.corpora.items():
         try:
-            found[name] = open_corpora(alone(recipe.data, url), "validation")
+            found[name] = open_corpora(with_corpus(recipe.data, url), "validation")
         except NoCorpusError as error:
             raise UserError(f"{error}; if it has moved, set evaluation.corpora.{name} to where it is now") from None
         (corpus,), own = found[name], corpora[0]
@@ -98,6 +98,6 @@ def open_sets(recipe: Recipe, corpora: Sequence[Corpus]) -> dict[str, list[Corpu
     return found
 
 
-def alone(data: DataConfig, url: str) -> DataConfig:
+def with_corpus(data: DataConfig, url: str) -> DataConfig:
     """Return the data settings `data` with the corpus at `url` in place of the run's own."""
     return data.model_copy(update={"corpus": url, "weight_changes": ()})

@@ -25,7 +25,7 @@ from bst_dist.parallel.phases import Phases
 from bst_dist.plan.flops import MIXER_TERMS, forward_flops
 from bst_dist.plan.rehearse import rehearse
 from bst_dist.report.metrics import FILE, StepReport, Writer
-from bst_dist.report.performance import Performance, Rows, summarise
+from bst_dist.report.performance import NamedNumbers, Performance, summarise
 from bst_dist.report.profiling import DIRECTORY
 from bst_dist.report.utilisation import Utilisation, recomputed_flops_per_token
 from bst_dist.tools.bench.lockstep import World
@@ -141,7 +141,7 @@ def test_ranks_exchange_only_numbers_after_the_names_are_known():
     given = [{"a": 1.0, "b": 2.0}, {"b": 3.0, "a": 4.0}, {"a": 5.0, **{f"only here {n}": float(n) for n in range(60)}}]
 
     def on_rank(ranks: Any) -> list[Any]:
-        rows, found = Rows(ranks), []
+        numbers, found = NamedNumbers(ranks), []
         for own in (
             {"a": 0.5},
             given[ranks.rank],
@@ -150,7 +150,7 @@ def test_ranks_exchange_only_numbers_after_the_names_are_known():
             {"late": 7.0} if ranks.rank == 1 else {},
         ):
             before = ranks.counts.collectives
-            names, table = rows.exchange(own)
+            names, table = numbers.exchange(own)
             found.append((list(names), table.tolist(), ranks.counts.collectives - before))
         return found
 

@@ -23,7 +23,7 @@ from bst_dist.report.metrics import FILE, CorpusReport
 from bst_dist.report.writers import scalars
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request, load, resolve
-from bst_dist.train.validation_sets import CorpusEvaluation, alone, standard_error
+from bst_dist.train.validation_sets import CorpusEvaluation, standard_error, with_corpus
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
@@ -129,7 +129,7 @@ def literal(start, url: str, sequences: int) -> np.ndarray:
     """Return the untrained model's mean loss on each of the first validation sequences, in double precision."""
     recipe = start.recipe
     torch.manual_seed(recipe.seed)
-    model, data = start.objective.model().double().eval(), alone(recipe.data, url)  # served in shuffled mode
+    model, data = start.objective.model().double().eval(), with_corpus(recipe.data, url)  # served in shuffled mode
     loader = Loader(
         data, open_corpora(data, "validation"), Share(length=32, rows=1, micro_rows=1), block=recipe.model.block, seed=0
     )

@@ -143,7 +143,7 @@ def test_ranks_share_the_check_of_initial_weights_and_only_one_loads_them(recipe
             engine = build_engine(resolve(load(request), request, ranks.world), ranks)
         loaded = {}
         for name, parameter in engine.module.named_parameters():
-            with engine.gathered([parameter]):
+            with engine.gathered_parameters([parameter]):
                 loaded[name] = parameter.detach().clone()
         there = weights(tmp_path / "first")
         assert loaded.keys() == there.keys()
