@@ -8,8 +8,10 @@
                              /pinned                      exists if the checkpoint must never be removed
 
 A checkpoint is written to a directory whose name ends in ``.partial``, and renamed when it is complete. So a directory
-without that suffix was complete once; the digests show whether it still is. A weights-only checkpoint has no optimizer
-files: it can be evaluated and exported, but no run can resume from it.
+without that suffix was complete once; the digests show whether it still is. When it replaces an older checkpoint of the
+same step, the older one is first renamed to ``step-00000100.replaced``. If the process is killed before the newer one
+has its name, the older one still counts under that name. A weights-only checkpoint has no optimizer files: it can be
+evaluated and exported, but no run can resume from it.
 
 `saving` writes checkpoints, `snapshot` resumes from them, and `retention` decides which are kept.
 """
@@ -37,7 +39,7 @@ WEIGHTS, OPTIMIZER, AVERAGED = "weights", "optimizer", "averaged"
 WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
 TENSORS = {WEIGHTS: (WEIGHT,), OPTIMIZER: MOMENTS, AVERAGED: (AVERAGE,)}
 """Tensors of every parameter in the files of each kind, in this order; Muon's matrices have only the first moment."""
-PARTIAL, DELETED, DAMAGED = ".partial", ".deleted", ".damaged"
+PARTIAL, REPLACED, DELETED, DAMAGED = ".partial", ".replaced", ".deleted", ".damaged"
 INDEX = "index"
 FORMAT = 2
 
@@ -84,10 +86,17 @@ def rank_file(rank: int) -> str:
 def committed(run_dir: Path) -> list[Path]:
     """Return the checkpoints that were committed, newest first, without checking them for damage.
 
-    Raises StorageError when this host cannot read the directory.
+    There is one per step: a REPLACED one is left out unless nothing has taken its place. Raises StorageError when this
+    host cannot read the directory.
     """
-    names = (name for name in entries(run_dir) if re.fullmatch(r"step-\d{8,}", name))
-    return sorted((run_dir / CHECKPOINTS / name for name in names), key=step_of, reverse=True)
+    names = {name for name in entries(run_dir) if re.fullmatch(rf"step-\d{{8,}}({re.escape(REPLACED)})?", name)}
+    counting = (name for name in names if not (name.endswith(REPLACED) and name.removesuffix(REPLACED) in names))
+    return sorted((run_dir / CHECKPOINTS / name for name in counting), key=step_of, reverse=True)
+
+
+def find(run_dir: Path, step: int) -> Path | None:
+    """Return the committed checkpoint of a step; None if there is none."""
+    return next((path for path in committed(run_dir) if step_of(path) == step), None)
 
 
 def entries(run_dir: Path) -> list[str]:
@@ -102,7 +111,7 @@ def entries(run_dir: Path) -> list[str]:
 
 def step_of(path: Path) -> int:
     """Return the step of a checkpoint: the number of steps taken before it."""
-    return int(path.name.removeprefix("step-"))
+    return int(path.name.removeprefix("step-").removesuffix(REPLACED))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.errors import StorageError, UserError
-from bst_base.files import atomic_file
+from bst_base.files import atomic_file, sync_directory
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     CHECKPOINTS,
@@ -28,6 +28,7 @@ from bst_dist.checkpoint.directory import (
     MANIFEST,
     PARTIAL,
     PINNED,
+    REPLACED,
     WEIGHTS,
     CheckpointError,
     committed,
@@ -126,6 +127,7 @@ def reasons(
 def tidy(run_dir: Path, config: CheckpointConfig, constant_until: int | None = None) -> None:
     """Remove the checkpoints of a run that are not kept; a failure is logged, and the next call tries again."""
     try:
+        settle_replaced(run_dir)
         retain(run_dir, config, constant_until)
         remove_leftovers(run_dir, (DELETED,))
     except StorageError as error:
@@ -180,6 +182,36 @@ def remove_leftovers(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)
             remove(path)
 
 
+def replace(checkpoint: Path, newer: Path) -> None:
+    """Rename the directory `newer` to `checkpoint`; a checkpoint that has this name is REPLACED.
+
+    Both renames are durable when this returns. If only the first one happens, the older checkpoint still counts.
+    """
+    if os.path.lexists(checkpoint):
+        checkpoint.rename(_replaced(checkpoint))
+    newer.rename(checkpoint)
+    sync_directory(checkpoint.parent)
+
+
+def settle_replaced(run_dir: Path) -> None:
+    """Delete REPLACED checkpoints, or give them their names back where the newer one never got it.
+
+    Call it only while no checkpoint is being committed. A failure is logged.
+    """
+    for path in leftovers(run_dir, (REPLACED,)):
+        with _logged(path):
+            checkpoint = path.with_name(path.name.removesuffix(REPLACED))
+            if os.path.lexists(checkpoint):
+                _rename(path, DELETED)
+            else:
+                path.rename(checkpoint)
+                sync_directory(path.parent)
+
+
+def _replaced(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}{REPLACED}")
+
+
 def remove(leftover: Path) -> None:
     """Remove a directory for good. Of a link only the link: the archive it points to is not this run's to remove."""
     if leftover.is_symlink():
@@ -218,7 +250,12 @@ def set_aside(checkpoint: Path) -> None:
 
 
 def delete(checkpoint: Path) -> Path:
-    """Rename a checkpoint, so that it no longer counts and `remove_leftovers` removes it; return its new path."""
+    """Rename a checkpoint, so that it no longer counts and `remove_leftovers` removes it; return its new path.
+
+    One that it has replaced goes first: it would count again.
+    """
+    if os.path.lexists(older := _replaced(checkpoint)):
+        _rename(older, DELETED)
     return _rename(checkpoint, DELETED)
 
 

@@ -45,7 +45,7 @@ from bst_dist.checkpoint.directory import (
 from bst_dist.checkpoint.durable import FileRecord, Files
 from bst_dist.checkpoint.fragments import Fragment
 from bst_dist.checkpoint.index import Index, agreed
-from bst_dist.checkpoint.retention import delete, files_held, remove_leftovers
+from bst_dist.checkpoint.retention import files_held, remove_leftovers, replace, settle_replaced
 from bst_dist.checkpoint.shards import write
 from bst_dist.faults import ledger
 from bst_dist.faults.lease import NO_LEASE, SharedLease
@@ -229,6 +229,7 @@ class Saver:
         """Create an empty directory to write to; return None, or the reason why this failed."""
         try:
             self.lease.require()  # with the lease, all other partial directories belong to starts that have ended
+            settle_replaced(self.run_dir)
             remove_leftovers(self.run_dir, (PARTIAL,))
             partial.mkdir(parents=True)
             free = shutil.disk_usage(partial).free
@@ -368,7 +369,4 @@ def _commit(pending: _Pending, final: Path) -> None:
     if (final / PINNED).exists():
         (pending.partial / PINNED).touch()
     sync_directory(pending.partial)
-    if final.exists():  # a weights-only checkpoint, or one from before a roll-back
-        delete(final)
-    pending.partial.rename(final)
-    sync_directory(final.parent)
+    replace(final, pending.partial)  # there may be a weights-only checkpoint of this step, or one of an earlier start

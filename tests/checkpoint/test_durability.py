@@ -61,7 +61,7 @@ def snapshots(root: Path) -> Snapshots:
 
 def save(root: Path, tell: Callable[[], None]) -> None:
     run = snapshots(root)
-    for step in (1, 2, 3):
+    for step in (1, 2, 3, 3):  # the last one replaces a checkpoint of the same step
         run.start(Position(step, step, {}, []))
         run.finish()
         tell()
@@ -143,7 +143,7 @@ def _sizes(path: Path) -> dict[str, int]:
 
 def counts(path: str) -> bool:
     """Whether readers treat a file or directory of this name as complete."""
-    return not path.endswith((".partial", ".deleted", "checkpoints")) and ".partial/" not in path
+    return not path.endswith((".partial", ".replaced", ".deleted", "checkpoints")) and ".partial/" not in path
 
 
 def violations(events: list[Event]) -> list[str]:
@@ -163,7 +163,7 @@ def violations(events: list[Event]) -> list[str]:
             found += [f"{target}: {name} is not synced" for name, size in sizes.items() if synced.get(name) != size]
             found += [f"{target}: the name of {name} is not synced" for name in sizes if name in unsafe - {path}]
             unsafe = unsafe - {path} | {target}
-        if kind == "told" or (kind in ("remove", "rename") and path.endswith(".deleted")):
+        if kind == "told" or (kind in ("remove", "rename") and path.endswith((".replaced", ".deleted"))):
             found += [f"{name}: may be gone after a crash" for name in unsafe if counts(name)]
     return found
 
@@ -191,13 +191,13 @@ def test_metrics_and_ledger_are_not_behind_a_checkpoint_after_a_crash(tmp_path):
         for place, (kind, _, more) in enumerate(events)
         if kind == "rename" and counts(more[0]) and Path(more[0]).name.startswith("step-")
     ]
-    assert len(commits) == 3
+    assert len(commits) == 4
     for name in (metrics.FILE, ledger.FILE):
         path = str(tmp_path / "root" / name)
         ends = [0]
         for line in Path(path).read_bytes().splitlines(keepends=True):
             ends.append(ends[-1] + len(line))
-        # After the commits of steps 1, 2 and 3, one more line each was written.
+        # After each of the four commits one more line was written to both files.
         for written, place in enumerate(commits, 1):
             synced = [more for kind, other, more in events[:place] if (kind, other) == ("fsync", path)]
             assert max(synced, default=0) >= ends[written], name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -28,16 +29,19 @@ from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     MANIFEST,
     PINNED,
+    REPLACED,
     CheckpointError,
     committed,
     damage,
     directory,
+    find,
     newest_valid,
     read_manifest,
     step_of,
 )
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from bst_dist.checkpoint.layout import Layout, Rows
+from bst_dist.checkpoint.retention import has_full
 from bst_dist.checkpoint.saving import Failed, Saved
 from bst_dist.checkpoint.shards import Piece
 from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
@@ -352,6 +356,62 @@ def test_a_kill_at_any_disk_change_is_resumed_correctly(tmp_path):
         survived += status == 0
         told = done
     assert count > 50
+
+
+def dies(work: Callable[[], None], count: int, root: Path) -> bool:
+    """Run `work` in a process that exits at its `count`-th change to files below `root`; return whether it did."""
+    if (pid := os.fork()) == 0:
+        try:
+            die_at(count, root)
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.__stderr__)
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, 9)
+    return status == 9
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "weights only"])
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_its_step(tmp_path, full):
+    """The older checkpoint of the step, full or of only the weights, is there until the newer one has its name."""
+    settings = {"keep_last": 1, "weights_every": 1}
+    names, older_counts = set(), 0
+    for count in itertools.count(1):
+        root = tmp_path / str(count)
+        state = Tensors()
+        save(snapshots(root, state, **settings), state, 1, full=full)
+        killed = dies(lambda root=root, state=state: save(snapshots(root, state, **settings), state, 1), count, root)
+        names |= {path.name for path in (root / "checkpoints").iterdir()}
+        found = newest_valid(root)
+        older_counts += found.name.endswith(REPLACED)
+        assert step_of(found) == 1
+        assert find(root, 1) == found
+        assert resume(root, **settings) == has_full(root)
+        assert has_full(root) or not full
+        run = snapshots(root, state, **settings)
+        run.rehearse()  # the next start: everything has its name again
+        assert [path.name for path in committed(root)] == ["step-00000001"]
+        save(run, state, 2)
+        assert [path.name for path in (root / "checkpoints").iterdir() if REPLACED in path.name] == []
+        if not killed:
+            break
+    assert count > 20
+    assert {"step-00000001.replaced", "step-00000001.0.partial"} <= names
+    assert older_counts == 1  # killed between the two renames
+
+
+def test_a_replaced_checkpoint_does_not_count_beside_the_newer_one(tmp_path):
+    state = Tensors()
+    run = snapshots(tmp_path, state, keep_last=1)
+    save(run, state, 1)
+    shutil.copytree(directory(tmp_path, 1), tmp_path / "checkpoints" / "step-00000001.replaced")
+    assert committed(tmp_path) == [directory(tmp_path, 1)]
+    retention.abandon(tmp_path, 0)
+    assert committed(tmp_path) == []
+    retention.remove_leftovers(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 # No disk space

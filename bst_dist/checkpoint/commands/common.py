@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bst_dist.checkpoint.directory import CheckpointError, committed, directory, read_manifest, step_of
+from bst_dist.checkpoint.directory import CheckpointError, committed, find, read_manifest, step_of
 from bst_dist.checkpoint.retention import CheckpointEntry
 
 
@@ -22,8 +22,8 @@ def add_step(parser: argparse.ArgumentParser, default: str) -> None:
 def select(run_dir: Path, step: int | None) -> CheckpointEntry:
     """Return the checkpoint of `step`, or the newest for None; raises CheckpointError, listing the existing ones."""
     there = committed(run_dir)
-    path = directory(run_dir, step) if step is not None else next(iter(there), None)
-    if path not in there:
+    path = find(run_dir, step) if step is not None else next(iter(there), None)
+    if path is None:
         steps = ", ".join(str(step_of(found)) for found in there) or "none"
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}; there are: {steps}"
         raise CheckpointError(f"{run_dir}: {wanted}")

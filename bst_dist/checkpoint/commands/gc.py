@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def plan(run_dir: Path, config: CheckpointConfig, constant_until: int | None = None) -> Iterator[Removal]:
     """Yield what may be removed by the rules of `retention.reasons`; raises StorageError when a file cannot be read."""
     found = {path: examine(path) for path in committed(run_dir)}
-    valid = [one for one in readable(run_dir) if not found[one.path]]
+    valid = [one for one in readable(run_dir) if found.get(one.path) == []]  # not one that was committed just now
     if any(one.full for one in valid):
         kept = reasons(valid, config, constant_until)
         for one in valid:

@@ -19,7 +19,7 @@ from bst_base.sizes import readable_size
 from bst_dist.checkpoint.commands.common import add_step
 from bst_dist.checkpoint.commands.copied_run import other_run
 from bst_dist.checkpoint.copies import RunCopy, contains
-from bst_dist.checkpoint.directory import CheckpointError, directory, is_full, read_manifest, size
+from bst_dist.checkpoint.directory import CheckpointError, find, is_full, read_manifest, size
 from bst_dist.train.rundir import RECIPE
 
 
@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     copy = RunCopy(args.url)
     step = _chosen(copy, args.step)
     _take_files(copy, args.run)
-    final = directory(args.run, step)
-    if final.exists():
+    final = find(args.run, step)
+    if final is not None:
         own, there = read_manifest(final), copy.manifest(step)
         if not (contains(own, there) and contains(there, own)):
             raise CheckpointError(
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             )
         print(f"{final} already exists")
     else:
-        copy.get_checkpoint(args.run, step)
+        final = copy.get_checkpoint(args.run, step)
         print(f"checkpoint {step} written to {args.run}, {readable_size(size(read_manifest(final)))}")
     return {"run": str(args.run), "url": copy.url, "step": step}
 

@@ -12,7 +12,7 @@ import argparse
 from typing import Any
 
 from bst_dist.checkpoint.commands.common import add_run, add_step, select
-from bst_dist.checkpoint.directory import CheckpointError, committed, damage, directory
+from bst_dist.checkpoint.directory import committed, damage, step_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    paths = committed(args.run) if args.step is None else [directory(args.run, args.step)]
-    if not paths or not paths[0].is_dir():
+    paths = [path for path in committed(args.run) if args.step in (None, step_of(path))]
+    if not paths:
         select(args.run, args.step)  # says that there is none
-        raise CheckpointError(f"{args.run}: no checkpoint")
     found = {}
     for path in paths:
         found[path.name] = damage(path)

@@ -16,6 +16,7 @@ from bst_dist.checkpoint.directory import (
     committed,
     damage,
     directory,
+    find,
     load_weights,
     newest_valid,
     step_of,
@@ -131,8 +132,8 @@ def require_tokenizer(run_dir: Path, corpus: Corpus, sha256: str | None) -> None
 
 
 def _checkpoint(run_dir: Path, step: int, kind: str) -> Path:
-    path = directory(run_dir, step)
-    if not path.is_dir():
+    path = find(run_dir, step)
+    if path is None:
         there = ", ".join(str(step_of(found)) for found in committed(run_dir)) or "none"
         raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {there}")
     if found := damage(path, kind=kind):

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from bst_dist.checkpoint.directory import CheckpointError, directory
+from bst_dist.checkpoint.directory import CheckpointError, directory, find
 from bst_dist.config import Recipe, differing, load_recipe
 from bst_dist.train.rundir import RECIPE
 from bst_dist.train.schedule import factor
@@ -37,10 +37,10 @@ def origin(run_dir: Path, recipe: Recipe) -> Origin:
     """
     # normpath and not resolve: the branch's own directory may not exist yet.
     trunk_dir, step = Path(os.path.normpath(run_dir / recipe.branch.run)), recipe.branch.step
-    checkpoint = directory(trunk_dir, step)
-    if not checkpoint.is_dir():
+    checkpoint = find(trunk_dir, step)
+    if checkpoint is None:
         raise CheckpointError(
-            f"{run_dir}: branches off {checkpoint}, which does not exist: "
+            f"{run_dir}: branches off {directory(trunk_dir, step)}, which does not exist: "
             f"train the trunk first, with checkpoint.at: [{step}]"
         )
     trunk = load_recipe(trunk_dir / RECIPE)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from bst_dist.checkpoint.agreement import confirmed_damage, read_together
-from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, committed, damage, directory, open_shards, step_of
+from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, committed, damage, find, open_shards, step_of
 from bst_dist.checkpoint.retention import has_full
 from bst_dist.train.config import InitialWeightsConfig
 from bst_dist.train.rundir import tokenizer_of
@@ -73,8 +73,8 @@ def _fill(model: nn.Module, checkpoint: Path, arrived: Callable[[], None] = lamb
 
 
 def _checkpoint(config: InitialWeightsConfig) -> Path:
-    path = directory(config.run, config.step)
-    if path not in committed(config.run):
+    path = find(config.run, config.step)
+    if path is None:
         there = ", ".join(str(step_of(found)) for found in committed(config.run)) or "none"
         raise CheckpointError(f"initial_weights: {config.run}: no checkpoint of step {config.step}; there are: {there}")
     return path
