@@ -105,7 +105,8 @@ class Machine:
     def _take_over(self, folder: Path) -> int:
         """Take over finished runs from earlier results; return their number.
 
-        Results do not contain weights, so a trunk is taken over only if all its branches are finished too.
+        Results do not contain weights, so a trunk is taken over only if all its branches are finished too, and after
+        them: when this is interrupted, the next start takes over the rest.
         """
         there = State(self.state.root / "elsewhere", 0)
         shutil.rmtree(there.root, ignore_errors=True)
@@ -113,14 +114,15 @@ class Machine:
         cells: dict[str, list[str]] = {}
         for job in self.jobs:
             cells.setdefault(job.trunk or job.name, []).append(job.name)
-        taken = 0
-        for names in cells.values():
-            mine, theirs = ([state.directory(name) for name in names] for state in (self.state, there))
-            if all(map(results.finished, theirs)) and not any(directory.exists() for directory in mine):
-                for old, new in zip(theirs, mine, strict=True):
-                    new.parent.mkdir(parents=True, exist_ok=True)
-                    old.replace(new)
-                taken += len(names)
+        mine, taken = self.state.directory, 0
+        for trunk, names in cells.items():
+            missing = [name for name in sorted(names, key=trunk.__eq__) if not mine(name).exists()]  # the trunk last
+            done = [mine(name) for name in names if name not in missing] + [there.directory(name) for name in names]
+            if trunk in missing and all(map(results.finished, done)):
+                for name in missing:
+                    mine(name).parent.mkdir(parents=True, exist_ok=True)
+                    there.directory(name).replace(mine(name))
+                taken += len(missing)
         shutil.rmtree(there.root, ignore_errors=True)
         return taken
 

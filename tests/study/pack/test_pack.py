@@ -32,7 +32,7 @@ from bst_dist.study.pack.contents import read_pack
 from bst_dist.study.pack.machine import Machine
 from bst_dist.study.pack.order import PRIOR, UNKNOWN, in_order_of_value
 from bst_dist.study.runs.runner import Runner
-from bst_dist.study.runs.state import FailedStart, State
+from bst_dist.study.runs.state import RUNS, FailedStart, State
 from bst_dist.study.sweep import table
 from bst_dist.study.sweep.soundness import planned_gaps
 
@@ -266,6 +266,27 @@ def test_time_limit_ends_a_part_and_finished_runs_are_skipped_later(machine, pac
     assert [row.loss_nats for row in rows] == [2.0] * 16
     assert [row.run for row in rows] == [run["recipe"]["name"] for run in packed[0].runs if run["known"]]
     (tmp_path / "back").rename(tmp_path / "carried")
+    made, _ = machine("fail", state="another", results=tmp_path / "carried")
+    assert made.state.counts(made.jobs) == {"done": 24}
+
+
+@pytest.mark.parametrize("moved", [1, 2])
+def test_taking_over_earlier_results_continues_after_a_kill(machine, tmp_path, monkeypatch, moved):
+    """A trunk without its branches would be of no use: it has no weights to branch off."""
+    machine("done")
+    (tmp_path / "back").rename(tmp_path / "carried")
+    original, moves = Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        if self.parents[1].name == "elsewhere" and target.parent.name == RUNS:
+            if len(moves) == moved:
+                raise KeyboardInterrupt
+            moves.append(target)
+        return original(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", replace)
+        machine("fail", state="another", results=tmp_path / "carried")
     made, _ = machine("fail", state="another", results=tmp_path / "carried")
     assert made.state.counts(made.jobs) == {"done": 24}
 
