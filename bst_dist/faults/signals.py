@@ -129,6 +129,10 @@ def listen() -> Notice:
     The signal handlers do nothing: Python runs them only between two bytecode instructions of the main thread, and a
     rank that waits in a collective executes none. Instead a thread reads the byte that the interpreter writes to a
     pipe when a signal arrives.
+
+    This thread is the only one that does not block the signals. Processes that the rank starts from now on inherit
+    the block, so a scheduler's signal to all processes of the job, such as Slurm's, does not end them: a rank needs
+    the compiler's workers for its last step, and a writer's process, such as W&B's, to send the last reports.
     """
     notice, ends = Notice(STOP_REQUESTED), stopping()
     heard, write = os.pipe()
@@ -144,6 +148,7 @@ def listen() -> Notice:
                     notice.take(number)
 
     threading.Thread(target=hear, name="signals", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     _die_with_launcher()
     return notice
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -213,3 +214,67 @@ def test_directories_are_tested_only_after_a_further_signal(monkeypatch):
     told.heard.set()
     assert over.wait(60)
     assert events == ["asked"] * 4 + ["told to stop", status.UNREADABLE]
+
+
+def members(session: int) -> list[int]:
+    """Return the processes of a session that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, leader, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(leader) == session and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+COMPILES = """
+import sys, time
+from functools import partial
+from pathlib import Path
+from bst_dist.faults import signals
+from bst_dist.faults.ending import end
+
+notice = signals.listen()
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
+
+config.compile_threads = 2
+pool = AsyncCompile.process_pool()
+for name in sys.argv[1:]:
+    job = pool.submit(partial(Path.read_text, Path(name)))
+    print("submitted", flush=True)
+    notice.heard.wait()
+    while not job.done():  # torch does not notice that the process it gave the job to has died
+        pool.process.poll() is None or end(1)
+        time.sleep(0.1)
+    print(notice.signal.name, job.result(), flush=True)
+"""
+
+
+def test_the_workers_of_the_compiler_survive_a_signal_to_all_processes_but_not_the_rank(tmp_path):
+    """As Slurm signals a step. A job waits for text from a named pipe: first at the signal, then when the rank dies."""
+    pipes = [tmp_path / name for name in ("first", "second")]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    command = [sys.executable, "-c", COMPILES, *map(str, pipes)]
+    rank = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert rank.stdout.readline() == "submitted\n"
+        with pipes[0].open("w") as first:  # waits until the worker has opened it
+            for number in signals.STOPPING:
+                os.killpg(rank.pid, number)
+            first.write("compiled")
+        said = rank.stdout.readline().split()
+        assert said[1:] == ["compiled"], "the signal has ended a worker"
+        assert rank.stdout.readline() == "submitted\n"
+        with pipes[1].open("w"):
+            assert len(members(rank.pid)) > 2
+            rank.kill()
+            rank.wait()
+        deadline = time.monotonic() + 300
+        while members(rank.pid):
+            assert time.monotonic() < deadline, "a worker outlives its rank"
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
