@@ -50,6 +50,7 @@ ProctrackType=proctrack/pgid
 TaskPlugin=task/affinity
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+DefMemPerNode=64
 GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
@@ -206,7 +207,7 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_finishes(slurm, recipe, tmp_
     # Before that, the first start may still be in state COMPLETING, with its own exit code.
     slurm.until(lambda: "resumed from step" in log.read_text(), 240, log)
     assert slurm.wait(job, log) == "0:0", log.read_text()
-    assert "Restarts=1" in slurm.ask("scontrol", "show", "job", job)
+    assert {"Restarts=1", "MinMemoryNode=0"} <= set(slurm.ask("scontrol", "show", "job", job).split())
     (stopped,) = re.findall(r"stopped after step (\d+)", log.read_text())
     assert f"resumed from step {stopped} " in log.read_text()
     assert read_outcome(tmp_path / "small")["step"] == 60  # named after the recipe
