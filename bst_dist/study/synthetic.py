@@ -17,6 +17,7 @@ from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import EvalReport
 from bst_dist.train.evaluation import Evaluation, Evaluations
 from bst_dist.train.objective import share_of
+from data_pipeline.serve.loader import EVERY_SHARD
 from data_pipeline.synthetic.loader import SyntheticLoader
 from data_pipeline.synthetic.task import TaskConfig
 
@@ -107,7 +108,7 @@ class SyntheticObjective:
     recipe: Recipe
 
     @classmethod
-    def of(cls, recipe: Recipe) -> SyntheticObjective:
+    def of(cls, recipe: Recipe, _checked: slice = EVERY_SHARD) -> SyntheticObjective:
         return cls(recipe)
 
     def model(self) -> LanguageModel:

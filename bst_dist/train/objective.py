@@ -25,7 +25,7 @@ from bst_dist.train.validation_sets import CorpusEvaluation, open_sets, with_cor
 from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.batch import Batch
 from data_pipeline.serve.config import DataConfig
-from data_pipeline.serve.loader import Loader, open_corpora
+from data_pipeline.serve.loader import EVERY_SHARD, Loader, open_corpora
 from data_pipeline.serve.passes import passes_message
 from data_pipeline.serve.reader import Corpus, NoCorpusError
 from data_pipeline.serve.share import Share
@@ -95,9 +95,12 @@ class Objective(Protocol):
         """Return what environment.json records about the data at each start of the run."""
 
 
-def open_objective(recipe: Recipe) -> Objective:
-    """Open the data of the recipe and return its objective; raises UserError when the data cannot be used."""
-    return pkgutil.resolve_name(OBJECTIVES[type(recipe.data)]).of(recipe)
+def open_objective(recipe: Recipe, checked: slice = EVERY_SHARD) -> Objective:
+    """Open the data of the recipe and return its objective; raises UserError when the data cannot be used.
+
+    `checked`: the shards of each corpus whose sizes are checked (`open_corpora`).
+    """
+    return pkgutil.resolve_name(OBJECTIVES[type(recipe.data)]).of(recipe, checked)
 
 
 @dataclass(frozen=True)
@@ -117,15 +120,15 @@ class LanguageModelling:
     """The validation splits of the additional corpora, by name (evaluation.corpora)."""
 
     @classmethod
-    def of(cls, recipe: Recipe) -> LanguageModelling:
+    def of(cls, recipe: Recipe, checked: slice = EVERY_SHARD) -> LanguageModelling:
         """Open the corpora; raises UserError when they cannot be used."""
         try:
-            corpora = open_corpora(recipe.data)
+            corpora = open_corpora(recipe.data, checked=checked)
         except NoCorpusError as error:
             raise UserError(f"{error}; if it has moved, set data.corpus to where it is now") from None
         kept = _with_validation(corpora)
-        validation = open_corpora(recipe.data.only(kept), "validation") if any(kept) else []
-        return cls(with_vocabulary(recipe, corpora), corpora, validation, open_sets(recipe, corpora))
+        validation = open_corpora(recipe.data.only(kept), "validation", checked) if any(kept) else []
+        return cls(with_vocabulary(recipe, corpora), corpora, validation, open_sets(recipe, corpora, checked))
 
     @property
     def evaluates(self) -> bool:

@@ -39,7 +39,7 @@ from bst_dist.train.objective import Batches
 from bst_dist.train.reporting import header, outcome_of, probes_of, writers_of
 from bst_dist.train.schedule import constant_until
 from bst_dist.train.start.deterministic import make_deterministic
-from bst_dist.train.start.request import Request, Start, load, resolve
+from bst_dist.train.start.request import Request, Start, load, resolve_together
 from bst_dist.train.start.resuming import begin_at, changed_at, guard_of, roll_back
 from bst_dist.train.tf32 import products_in_tf32
 
@@ -59,8 +59,7 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None, disks: D
 
 
 def _train(recipe: Recipe, request: Request, ranks: Ranks, notice: Notice | None, disks: Disks) -> int:
-    start = resolve(recipe, request, ranks.world)
-    ranks.barrier()  # every rank checks the run directory before rank 0 writes to it
+    start = resolve_together(recipe, request, ranks)  # every rank has checked the run directory before rank 0 writes
     disks.add([start.run_dir], [Path(url) for url in start.recipe.data.urls() if "://" not in url])
     board = shared_board(ranks.world)
     with (

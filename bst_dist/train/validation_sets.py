@@ -81,12 +81,15 @@ def standard_error(sequences: Tensor) -> float:
     return float((count / (count - 1) * left.square().sum()).sqrt() / tokens.sum())
 
 
-def open_sets(recipe: Recipe, corpora: Sequence[Corpus]) -> dict[str, list[Corpus]]:
-    """Open the validation split of each additional corpus; raises UserError for another tokenizer than `corpora`'s."""
+def open_sets(recipe: Recipe, corpora: Sequence[Corpus], checked: slice) -> dict[str, list[Corpus]]:
+    """Open the validation split of each additional corpus; raises UserError for another tokenizer than `corpora`'s.
+
+    `checked`: the shards of each corpus whose sizes are checked (`open_corpora`).
+    """
     found = {}
     for name, url in recipe.evaluation.corpora.items():
         try:
-            found[name] = open_corpora(with_corpus(recipe.data, url), "validation")
+            found[name] = open_corpora(with_corpus(recipe.data, url), "validation", checked)
         except NoCorpusError as error:
             raise UserError(f"{error}; if it has moved, set evaluation.corpora.{name} to where it is now") from None
         (corpus,), own = found[name], corpora[0]

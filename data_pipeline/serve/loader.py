@@ -35,10 +35,14 @@ from data_pipeline.serve.spread import MASKED
 _STEPS_AT_ONCE = 4  # steps read in parallel over a network: other requests run while a step waits for its last one
 
 
-def open_corpora(config: DataConfig, split: str = "train") -> list[Corpus]:
+EVERY_SHARD = slice(None)
+
+
+def open_corpora(config: DataConfig, split: str = "train", checked: slice = EVERY_SHARD) -> list[Corpus]:
     """Open every corpus of the settings.
 
-    Raises UserError when a corpus is unusable, or when the corpora have different tokenizers.
+    `checked`: the shards of each corpus whose sizes are checked here (`Corpus.check_shards`). Raises UserError when a
+    corpus is unusable, or when the corpora have different tokenizers.
     """
     corpora = [Corpus.open(url, split, config.storage) for url in config.urls()]
     for other in corpora[1:]:
@@ -49,7 +53,7 @@ def open_corpora(config: DataConfig, split: str = "train") -> list[Corpus]:
             )
     if config.on_bad_shard == "stop":
         for corpus in corpora:
-            corpus.check_shards()
+            corpus.check_shards(checked)
     return corpora
 
 

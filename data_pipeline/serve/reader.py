@@ -253,12 +253,13 @@ class Corpus:
         """Interrupt reads: while `stop` is true, reads that wait for a network raise StorageError."""
         self.storage.interrupt(stop)
 
-    def check_shards(self) -> None:
-        """Raise ShardError for the first local shard that is missing or has the wrong size.
+    def check_shards(self, checked: slice) -> None:
+        """Raise ShardError for the first local shard of `checked` that is missing or has the wrong size.
 
-        Only the first 1000 shards are checked: asking a file system about each of many would delay the start.
+        Only the first 1000 shards are checked: asking a file system about each of many would delay the start. The ranks
+        of a run share these, since all start at the same moment: each gives its own part as `checked`.
         """
-        for shard in range(min(len(self._table), _CHECKED_AT_START)):
+        for shard in range(min(len(self._table), _CHECKED_AT_START))[checked]:
             self._shard(shard).check_size()
 
     def _shard(self, shard: int) -> ShardReader:

@@ -119,7 +119,7 @@ class ShardReader:
         if path is None:
             return
         try:
-            size = path.stat().st_size  # one question to the file system: every rank asks about every shard
+            size = path.stat().st_size  # one question to the file system, not two
         except (FileNotFoundError, NotADirectoryError):
             raise ShardError(f"{path}: the shard is missing; copy it again, or prepare the corpus again") from None
         if size != self.info.bytes:

@@ -21,6 +21,7 @@ from bst_dist.study.lra.model import Classifier
 from bst_dist.study.lra.tasks import TASKS
 from bst_dist.train.evaluation import Evaluation, Evaluations
 from bst_dist.train.objective import share_of
+from data_pipeline.serve.loader import EVERY_SHARD
 
 if TYPE_CHECKING:
     from bst_dist.train.context import Context
@@ -50,7 +51,7 @@ class Classification:
     validation: Examples
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Classification:
+    def of(cls, recipe: Recipe, _checked: slice = EVERY_SHARD) -> Classification:
         """Open the examples; raises UserError if they cannot be read or are too long for the recipe."""
         task, directory = TASKS[recipe.data.task], Path(recipe.data.examples)
         found = cls(recipe, *(open_split(directory, split, task) for split in ("train", "validation")))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bst_base.errors import UserError
+from bst_base.errors import StorageError, UserError
 from bst_base.json_lines import read_lines
 from bst_base.settings import ConfigError
 from bst_base.shipped import RECIPES, names
@@ -22,6 +23,7 @@ from bst_dist.train import rundir
 from bst_dist.train.config import ScheduleConfig
 from bst_dist.train.objective import Objective, open_objective
 from bst_dist.train.start import directory
+from data_pipeline.serve.loader import EVERY_SHARD
 from data_pipeline.serve.spread import Spread
 
 
@@ -120,13 +122,35 @@ def _require_reached(recipe: Recipe, where: str, given: bool) -> None:
         raise ConfigError(f"{where}: checkpoint.at {beyond[0]} is after the run's last step, {steps} (train.steps)")
 
 
-def resolve(recipe: Recipe, request: Request, world: int) -> Start:
+def resolve_together(recipe: Recipe, request: Request, ranks: Ranks) -> Start:
+    """Do the same as `resolve` on all ranks of a run, which share the check of the shards' sizes.
+
+    When one rank finds an error, raises it as UserError on all ranks. They name that rank and its host, unless all have
+    found the same.
+    """
+    start, found = None, None
+    try:
+        start = resolve(recipe, request, ranks.world, slice(ranks.rank, None, ranks.world))
+    except UserError as error:
+        found = error
+    messages = ranks.gather(None if found is None else str(found))
+    if start is not None and not any(messages):
+        return start
+    if found is not None and len(set(messages)) == 1:
+        raise found
+    kinds = ranks.gather((StorageError if isinstance(found, StorageError) else UserError, socket.gethostname()))
+    rank = next(rank for rank, message in enumerate(messages) if message is not None)
+    kind, host = kinds[rank]
+    raise kind(f"rank {rank} on {host}: {messages[rank]}") from found
+
+
+def resolve(recipe: Recipe, request: Request, world: int, checked: slice = EVERY_SHARD) -> Start:
     """Check `recipe` against the ranks, the corpus, the DeepSpeed file and the run directory, and return the Start.
 
-    Raises UserError.
+    `checked`: the shards of each corpus whose sizes are checked (`open_corpora`). Raises UserError.
     """
     spread = spread_of(recipe, world)
-    objective = open_objective(recipe)
+    objective = open_objective(recipe, checked)
     recipe = objective.recipe
     _require_slices(recipe, spread)
     for name in recipe.log.writers:
