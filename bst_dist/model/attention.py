@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import AttentionConfig, LayerConfig
-from bst_dist.model.flex import Band, flex_sliding_attention, uses_flex_tiles, visited_tiles
+from bst_dist.model.flex import flex_sliding_attention, uses_flex_tiles
+from bst_dist.model.flex_mask import Band, visited_tiles
 from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
 from bst_dist.model.products import fused_linears
 from bst_dist.model.roles import Linear
@@ -327,7 +328,7 @@ def sliding_attention(
         include_self: whether distance 0 is seen; otherwise distance `window` is seen instead.
         documents: the document of each key; keys of other documents are hidden.
         varying: the distance from which on the bias is constant; None: it varies everywhere.
-        tiles: the result of `flex.visited_tiles` for these queries and keys; None: computed when needed.
+        tiles: the result of `flex_mask.visited_tiles` for these queries and keys; None: computed when needed.
     """
     return _sliding(q, k, v, window, bias, include_self, documents, varying, tiles, sums=False)[0]
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model import attention, flex
+from bst_dist.model import attention
 from bst_dist.model.attention import Documents, documents_by, product_dtype
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.flex_mask import Band, visited_tiles
 from bst_dist.model.products import cast_by_channel
 from bst_dist.model.roles import Linear, Role, Stack
 from bst_dist.model.ssm.kernels import build_kernel
@@ -189,8 +190,8 @@ def documents_in_blocks_asked(starts: Borders, block: int) -> tuple:
 def tiles_in_blocks_asked(like: Tensor, block: int, documents: Documents) -> tuple:
     """Return the arguments of `Past.once` for the tiles that FlexAttention visits with these documents."""
     length, device = like.shape[1], like.device
-    band = flex.Band(length, length, block, include_self=True)
-    return f"tiles in blocks: {length}, {block}", lambda: flex.visited_tiles(band, device, documents.begin)
+    band = Band(length, length, block, include_self=True)
+    return f"tiles in blocks: {length}, {block}", lambda: visited_tiles(band, device, documents.begin)
 
 
 def prepared_in_blocks(like: Tensor, block: int, past: Past, starts: Borders) -> dict[str, object]:

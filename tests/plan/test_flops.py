@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bst_dist.model import fused_tiles
 from bst_dist.model.config import ModelConfig
-from bst_dist.model.flex import TILE, Band, visited_tiles
+from bst_dist.model.flex_mask import TILE, Band, visited_tiles
 from bst_dist.model.lm import LanguageModel
 from bst_dist.plan.flops import forward_flops
 

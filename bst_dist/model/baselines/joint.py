@@ -36,7 +36,8 @@ from bst_dist.model.context import (
     prepared_in_blocks,
     tiles_in_blocks_asked,
 )
-from bst_dist.model.flex import Band, flex_sliding_attention, visited_tiles
+from bst_dist.model.flex import flex_sliding_attention
+from bst_dist.model.flex_mask import Band, visited_tiles
 from bst_dist.model.products import fused_linears, whole
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.sequence.past import Past
