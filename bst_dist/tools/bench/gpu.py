@@ -23,6 +23,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,20 @@ import torch
 
 from bst_base.files import write_json
 from bst_base.terminal import Sheet, print_table, say
-from bst_dist.tools.bench.gpu_parts import AHEAD, PARTS, compile_ahead
+from bst_dist.tools.bench.gpu_layers import AHEAD, compile_ahead, kernels, layers
+from bst_dist.tools.bench.gpu_models import generation, longest, stack
+from bst_dist.tools.bench.gpu_resume import resume
+
+PARTS: dict[str, Callable[[bool, float], dict[str, Any]]] = {
+    "layers": layers,
+    "kernels": kernels,
+    "stack": stack,
+    "longest": longest,
+    "generation": generation,
+    "resume": resume,
+}
+"""Each part is a function of whether sizes are small, and of its deadline on time.monotonic(). It returns a dictionary
+with its table's rows."""
 
 AHEAD_S = 120
 """Seconds for compiling ahead. A layer that is not compiled by then is compiled by the part that uses it."""

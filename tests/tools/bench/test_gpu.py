@@ -13,7 +13,8 @@ import pytest
 
 from bst_dist.cli import main
 from bst_dist.tools.bench import gpu
-from bst_dist.tools.bench.gpu_parts import LAYERS, PARTS
+from bst_dist.tools.bench.gpu import PARTS
+from bst_dist.tools.bench.gpu_sizes import LAYERS
 
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "resume"])

@@ -7,7 +7,8 @@ import pytest
 
 from bst_dist.model.config import ModelConfig
 from bst_dist.plan.accelerators import accelerator
-from bst_dist.tools.bench.gpu_parts import LAYERS, planned, stack_sizes
+from bst_dist.tools.bench.gpu_models import planned
+from bst_dist.tools.bench.gpu_sizes import LAYERS, stack_sizes
 
 MEASURED = Path(__file__).parents[3] / "docs" / "gpu" / "h200-fourth.json"
 
