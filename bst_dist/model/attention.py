@@ -26,6 +26,7 @@ from bst_dist.model.products import fused_linears
 from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention_and_sums
 from bst_dist.model.unit import unit
+from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import Past
 
 
@@ -100,7 +101,8 @@ class SlidingAttention(nn.Module):
     def __init__(self, config: LayerConfig, window: int):
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.window, self.config = window, config.attention
+        self.config = config.attention
+        self.window = Window(window, self.config.include_self, min(self.config.max_distance, window + 1))
         parts = config.inner, config.kv_inner, config.kv_inner
         self.qkv = Linear(config.width, sum(parts), parts=parts)
         self.scale = nn.Parameter(torch.full((self.heads,), math.sqrt(config.head)))
@@ -123,7 +125,7 @@ class SlidingAttention(nn.Module):
         q, k, v = self.with_window(plain, k, v, past)
         documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
         tiles = self.tiles(q, k, past, documents)
-        return plain, sliding_share(*self._arguments(q, k, v, past, documents, tiles))
+        return plain, sliding_share(q, k, v, self.window, self.by_distance(self.distances, past), documents, tiles)
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
         """Return what `forward` asks `past` for with `Past.once`, for a whole sequence.
@@ -146,7 +148,7 @@ class SlidingAttention(nn.Module):
 
     def with_window(self, q: Tensor, k: Tensor, v: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same as `project`, from normalised queries and the keys and values of the slice's own tokens."""
-        k, v = past.extend_stacked(k, v, 2, lambda kv: past.extend("kv", kv, before=self.window))
+        k, v = past.extend_stacked(k, v, 2, lambda kv: past.extend("kv", kv, before=self.window.size))
         return *self.rotated(q, unit(k), past), v
 
     @property
@@ -178,20 +180,12 @@ class SlidingAttention(nn.Module):
     ) -> Tensor:
         """Attend: (B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh). `tiles`: the result of the method `tiles`;
         None: made when needed."""
-        return sliding_attention(*self._arguments(q, k, v, past, documents, tiles))
-
-    def _arguments(
-        self, q: Tensor, k: Tensor, v: Tensor, past: Past, documents: Documents | None, tiles: tuple[Tensor, ...] | None
-    ) -> tuple[object, ...]:
-        """Return the arguments of `sliding_attention`."""
-        bias = self.by_distance(self.distances, past)
-        varying, include_self = min(self.config.max_distance, self.window + 1), self.config.include_self
-        return q, k, v, self.window, bias, include_self, documents, varying, tiles
+        return sliding_attention(q, k, v, self.window, self.by_distance(self.distances, past), documents, tiles)
 
     @property
     def distances(self) -> int:
         """Number of distances for which T5's bias is computed."""
-        return self.window + 1
+        return self.window.size + 1
 
     def by_distance(self, distances: int, past: Past) -> Tensor | None:
         """Return T5's bias, (H, distances); None if the layer uses RoPE."""
@@ -204,10 +198,10 @@ class SlidingAttention(nn.Module):
     # The arguments of `Past.once`: each method returns a name and a function that makes the value.
 
     def _documents(self, starts: Starts, past: Past, length: int, keys: int) -> tuple[str, Callable[[], Documents]]:
-        name = f"documents: {length}, {keys}, {self.window}"
+        name = f"documents: {length}, {keys}, {self.window.size}"
         if isinstance(starts, Borders):  # several documents may begin in the window before the slice
-            return name, lambda: documents_further_back(starts, past, length, keys, self.window)
-        return name, lambda: documents_of(starts, length, keys, self.window)
+            return name, lambda: documents_further_back(starts, past, length, keys, self.window.size)
+        return name, lambda: documents_of(starts, length, keys, self.window.size)
 
     def _positions(self, like: Tensor) -> tuple[str, Callable[[], Angles]] | tuple[str, Callable[[], Tensor]]:
         """Those of a whole sequence: RoPE's angles, or the buckets of T5's bias."""
@@ -224,9 +218,9 @@ class SlidingAttention(nn.Module):
     def _tiles(
         self, length: int, keys: int, device: torch.device, documents: Documents | None
     ) -> tuple[str, Callable[[], tuple[Tensor, ...]]]:
-        begin, include_self = None if documents is None else documents.begin, self.config.include_self
-        name = f"tiles: {length}, {keys}, {self.window}, {include_self}, {begin is not None}"
-        return name, lambda: visited_tiles(Band(length, keys, self.window, include_self), device, begin)
+        begin, window = None if documents is None else documents.begin, self.window
+        name = f"tiles: {length}, {keys}, {window.size}, {window.include_self}, {begin is not None}"
+        return name, lambda: visited_tiles(Band(length, keys, window), device, begin)
 
 
 def trains_with_flex(q: Tensor) -> bool:
@@ -313,40 +307,42 @@ def sliding_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window: int,
-    bias: Tensor | None,
-    include_self: bool,
+    window: Window,
+    bias: Tensor | None = None,
     documents: Documents | None = None,
-    varying: int | None = None,
     tiles: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
-    """Attend from each query to the `window` keys up to its own: (B, l, H, dh), (B, p + l, G, *) -> (B, l, H, dh).
+    """Attend from each query to the keys of its window: (B, l, H, dh), (B, p + l, G, *) -> (B, l, H, dh).
 
     Args:
         bias: (H, window + 1), added by distance q - k; None: no bias. FlexAttention also accepts fewer columns: larger
             distances use the last one.
-        include_self: whether distance 0 is seen; otherwise distance `window` is seen instead.
         documents: the document of each key; keys of other documents are hidden.
-        varying: the distance from which on the bias is constant; None: it varies everywhere.
         tiles: the result of `flex_mask.visited_tiles` for these queries and keys; None: computed when needed.
     """
-    return _sliding(q, k, v, window, bias, include_self, documents, varying, tiles, sums=False)[0]
+    return _sliding(q, k, v, window, bias, documents, tiles, sums=False)[0]
 
 
-def sliding_share(q: Tensor, k: Tensor, v: Tensor, *settings: object) -> PartialAttention:
+def sliding_share(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    bias: Tensor | None = None,
+    documents: Documents | None = None,
+    tiles: tuple[Tensor, ...] | None = None,
+) -> PartialAttention:
     """Do the same, and return also the sums that one softmax over more keys needs. Gradients flow through both."""
-    return PartialAttention(*_sliding(q, k, v, *settings, sums=True))
+    return PartialAttention(*_sliding(q, k, v, window, bias, documents, tiles, sums=True))
 
 
 def _sliding(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window: int,
+    window: Window,
     bias: Tensor | None,
-    include_self: bool,
     documents: Documents | None,
-    varying: int | None,
     tiles: tuple[Tensor, ...] | None,
     sums: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -354,26 +350,26 @@ def _sliding(
     path = attention_path(q.device)
     if path == "flex":
         begin = None if documents is None else documents.begin
-        return flex_sliding_attention(q, k, v, window, bias, include_self, begin, varying, tiles, sums)
+        return flex_sliding_attention(q, k, v, window, bias, begin, tiles, sums)
     k, v = for_heads(k, q.shape[2]), for_heads(v, q.shape[2])
     if documents is not None:
         q, k = separate_documents(q, k, documents)
-    tile = fused_tile(window)
-    if path == "fused-tiles" and include_self and q.shape[1] % tile == 0:
-        mask = band_mask(tile, window, None if bias is None else bias.detach(), include_self, q.device)
-        return fused_sliding_attention(q, k, v, mask, bias, varying or window + 1, sums)
-    mask = band_mask(min(QUERY_TILE, q.shape[1]), window, bias, include_self, q.device)
-    tiles = sliding_tiles(q.shape[1], k.shape[1] - q.shape[1], window)
-    return tiled_attention_and_sums(q, k, v, mask, tiles, empty_rows=not include_self)
+    tile = fused_tile(window.size)
+    if path == "fused-tiles" and window.include_self and q.shape[1] % tile == 0:
+        mask = band_mask(tile, window, None if bias is None else bias.detach(), q.device)
+        return fused_sliding_attention(q, k, v, mask, bias, window.varying or window.size + 1, sums)
+    mask = band_mask(min(QUERY_TILE, q.shape[1]), window, bias, q.device)
+    tiles = sliding_tiles(q.shape[1], k.shape[1] - q.shape[1], window.size)
+    return tiled_attention_and_sums(q, k, v, mask, tiles, empty_rows=not window.include_self)
 
 
-def band_mask(tile: int, window: int, bias: Tensor | None, include_self: bool, device: torch.device) -> Tensor:
+def band_mask(tile: int, window: Window, bias: Tensor | None, device: torch.device) -> Tensor:
     """Return what is added to a tile's scores for the window before it and its own keys, (H or 1, t, W + t)."""
-    distance = torch.arange(window, window + tile, device=device).unsqueeze(1)
-    distance = distance - torch.arange(window + tile, device=device)
-    nearest = 0 if include_self else 1
-    seen = (distance >= nearest) & (distance < window + nearest)
-    mask = torch.zeros(1, *distance.shape, device=device) if bias is None else bias[:, distance.clamp(0, window)]
+    size, nearest = window.size, 0 if window.include_self else 1
+    distance = torch.arange(size, size + tile, device=device).unsqueeze(1)
+    distance = distance - torch.arange(size + tile, device=device)
+    seen = (distance >= nearest) & (distance < size + nearest)
+    mask = torch.zeros(1, *distance.shape, device=device) if bias is None else bias[:, distance.clamp(0, size)]
     return mask.masked_fill(~seen, -HIDDEN)
 
 

@@ -24,6 +24,7 @@ from bst_dist.model.products import cast_by_channel
 from bst_dist.model.roles import Linear, Role, Stack
 from bst_dist.model.ssm.kernels import build_kernel
 from bst_dist.model.unit import unit
+from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import Past
 
 
@@ -151,7 +152,7 @@ class CrossAttention(nn.Module):
             documents = past.once(*documents_in_blocks_asked(starts, self.block))
             asks = attention.trains_with_flex(q)
             tiles = past.once(*tiles_in_blocks_asked(q, self.block, documents)) if asks else None
-            return attention.sliding_attention(q, k, v, self.block, None, True, documents, None, tiles)
+            return attention.sliding_attention(q, k, v, Window(self.block), None, documents, tiles)
         begun = starts.cut_off(self.block)[..., None, None]  # a document began in this block
         first, ends = (_whole_blocks(q, k[:, own], v[:, own]).reshape(q.shape) for own in FIRST_AND_ENDS)
         return torch.where(begun, first, ends)
@@ -190,7 +191,7 @@ def documents_in_blocks_asked(starts: Borders, block: int) -> tuple:
 def tiles_in_blocks_asked(like: Tensor, block: int, documents: Documents) -> tuple:
     """Return the arguments of `Past.once` for the tiles that FlexAttention visits with these documents."""
     length, device = like.shape[1], like.device
-    band = Band(length, length, block, include_self=True)
+    band = Band(length, length, Window(block))
     return f"tiles in blocks: {length}, {block}", lambda: visited_tiles(band, device, documents.begin)
 
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from bst_dist.model.flex_bias import Settings, with_bias_gradient
+from bst_dist.model.flex_bias import with_bias_gradient
 from bst_dist.model.flex_mask import TILE, Band, block_mask, visited_tiles
+from bst_dist.model.window import Window
 
 T = TypeVar("T")
 
@@ -46,11 +47,9 @@ def flex_sliding_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window: int,
-    bias: Tensor | None,
-    include_self: bool,
+    window: Window,
+    bias: Tensor | None = None,
     begin: Tensor | None = None,
-    varying: int | None = None,
     tiles: tuple[Tensor, ...] | None = None,
     sums: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -63,19 +62,19 @@ def flex_sliding_attention(
     that a graph makes the stride 0 there, so every row would get the tiles of the first. Inputs of a graph keep theirs.
     """
     if not uses_flex_tiles(q.shape[1]):
-        out, logarithm = short_attention(q, k, v, window, bias, include_self, begin)
+        out, logarithm = short_attention(q, k, v, window, bias, begin)
         return out, logarithm if sums else None
-    varying = min(varying or window + 1, window + 1 if bias is None else bias.shape[1])
-    settings = Settings(window, include_self, varying, sums)
+    varying = min(window.varying or window.size + 1, window.size + 1 if bias is None else bias.shape[1])
+    window = Window(window.size, window.include_self, varying)
     if torch.compiler.is_compiling():
         if tiles is None:
             raise ValueError("FlexAttention's tiles must be made outside of the graph")
-        return _attend(q, k, v, bias, begin, settings, tiles)
+        return _attend(q, k, v, window, bias, begin, tiles, sums)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
         if tiles is None:
-            tiles = visited_tiles(Band(q.shape[1], k.shape[1], window, include_self), q.device, begin)
-        return limited(_compiled(_attend, BACKEND, dynamic=False), q, k, v, bias, begin, settings, tiles)
-    return _without_gradients(q, k, v, bias, begin, settings)
+            tiles = visited_tiles(Band(q.shape[1], k.shape[1], window), q.device, begin)
+        return limited(_compiled(_attend, BACKEND, dynamic=False), q, k, v, window, bias, begin, tiles, sums)
+    return _without_gradients(q, k, v, window, bias, begin, sums)
 
 
 def uses_flex_tiles(length: int) -> bool:
@@ -87,17 +86,18 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    window: Window,
     bias: Tensor | None,
     begin: Tensor | None,
-    settings: Settings,
     tiles: tuple[Tensor, ...],
+    sums: bool,
     before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Call FlexAttention, and attach the computation of the bias's gradient.
 
     `before`: `Band.before` as a tensor; None: it is a constant of the graph.
     """
-    band = Band(q.shape[1], k.shape[1], settings.window, settings.include_self)
+    band = Band(q.shape[1], k.shape[1], window)
     constant, before = None if bias is None else bias.detach(), band.before if before is None else before
 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -115,14 +115,14 @@ def _attend(
         enable_gqa=k.shape[1] < q.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    lse = aux.lse if settings.sums else aux.lse.detach()
+    lse = aux.lse if sums else aux.lse.detach()
     if bias is not None and bias.requires_grad:
-        out, lse = with_bias_gradient(out, lse, bias, q, k, v, begin, settings)
-    return out.transpose(1, 2), lse.transpose(1, 2) if settings.sums else None
+        out, lse = with_bias_gradient(out, lse, bias, q, k, v, begin, window, sums)
+    return out.transpose(1, 2), lse.transpose(1, 2) if sums else None
 
 
 def _without_gradients(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor | None, settings: Settings
+    q: Tensor, k: Tensor, v: Tensor, window: Window, bias: Tensor | None, begin: Tensor | None, sums: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Do the same in graphs that serve every batch size and length.
 
@@ -130,11 +130,11 @@ def _without_gradients(
     stream that has just begun gets hidden keys in front, and has unequal lengths like a later slice. The number of keys
     before the first query is a tensor: Inductor of torch 2.11 supports no difference of dynamic lengths in a mask.
     """
-    missing = max(0, min(settings.window, TILE) - (k.shape[1] - q.shape[1]))
+    missing = max(0, min(window.size, TILE) - (k.shape[1] - q.shape[1]))
     q, k, v = (F.pad(x, (0, 0, 0, 0, more, 0)).contiguous() for x, more in ((q, 0), (k, missing), (v, missing)))
     begin = q.new_zeros(1, q.shape[1], dtype=torch.int32) if begin is None else begin
     begin = (begin + missing).expand(len(q), -1).contiguous()
-    band = Band(q.shape[1], k.shape[1], settings.window, settings.include_self)
+    band = Band(q.shape[1], k.shape[1], window)
     tiles = visited_tiles(band, q.device, begin)
     before = q.new_full((), band.before, dtype=torch.int32)
     for x in (q, k, v, begin, *tiles):
@@ -145,7 +145,7 @@ def _without_gradients(
             torch._dynamo.maybe_mark_dynamic(x, dimension)
     with torch.no_grad():
         bias = None if bias is None else bias.detach()
-        return limited(_compiled(_attend, BACKEND, dynamic=None), q, k, v, bias, begin, settings, tiles, before)
+        return limited(_compiled(_attend, BACKEND, dynamic=None), q, k, v, window, bias, begin, tiles, sums, before)
 
 
 @cache
@@ -170,10 +170,10 @@ def limited(compiled: Callable[..., T], *arguments: object, graphs: int | None =
 
 
 def short_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool, begin: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, window: Window, bias: Tensor | None, begin: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Do the same for few queries and store all scores: (B, l, H, dh), (B, p + l, G, dh) twice -> output and sums."""
-    band = Band(q.shape[1], k.shape[1], window, include_self)
+    band = Band(q.shape[1], k.shape[1], window)
     query = torch.arange(band.length, device=q.device).unsqueeze(1)
     key = torch.arange(band.keys, device=q.device)
     seen = band.mask()(None, None, query, key)

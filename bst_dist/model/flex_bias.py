@@ -6,24 +6,12 @@ t queries.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bst_dist.model.flex_mask import TILE
-
-
-class Settings(NamedTuple):
-    """The settings of one layer's attention that do not depend on the slice."""
-
-    window: int
-    include_self: bool
-    varying: int
-    """The bias is constant from this distance on."""
-    sums: bool = False
-    """Whether to return the sums of the exponentials too."""
+from bst_dist.model.window import Window
 
 
 def with_bias_gradient(
@@ -34,30 +22,32 @@ def with_bias_gradient(
     k: Tensor,
     v: Tensor,
     begin: Tensor | None,
-    settings: Settings,
+    window: Window,
+    sums: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the attention's output and its sums unchanged; their backward pass computes the gradient of the bias too.
 
-    Shapes: q, out (B, H, l, dh), k, v (B, G, p + l, dh), lse (B, H, l). q, k and v get no gradient from here.
+    Shapes: q, out (B, H, l, dh), k, v (B, G, p + l, dh), lse (B, H, l). q, k and v get no gradient from here, and
+    lse only if `sums`.
     """
-    return _BiasGradient.apply(out, lse, bias, q.detach(), k.detach(), v.detach(), begin, settings)
+    return _BiasGradient.apply(out, lse, bias, q.detach(), k.detach(), v.detach(), begin, window, sums)
 
 
 class _BiasGradient(torch.autograd.Function):
     """The identity on the attention's output and its sums. Its backward pass computes the gradient of the bias."""
 
     @staticmethod
-    def forward(ctx, out, lse, bias, q, k, v, begin, settings):
+    def forward(ctx, out, lse, bias, q, k, v, begin, window, sums):
         ctx.save_for_backward(out, bias, q, k, v, lse, begin)
-        ctx.settings = settings
+        ctx.window, ctx.sums = window, sums
         return out.view_as(out), lse.view_as(lse)
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
         out, bias, q, k, v, lse, begin = ctx.saved_tensors
-        d_lse = d_lse if ctx.settings.sums else None
-        d_bias = bias_gradient(d_out, out, bias, q, k, v, lse, begin, ctx.settings, d_lse)
-        return d_out, d_lse, d_bias, None, None, None, None, None
+        d_lse = d_lse if ctx.sums else None
+        d_bias = bias_gradient(d_out, out, bias, q, k, v, lse, begin, ctx.window, d_lse)
+        return d_out, d_lse, d_bias, None, None, None, None, None, None
 
 
 def bias_gradient(
@@ -69,7 +59,7 @@ def bias_gradient(
     v: Tensor,
     lse: Tensor,
     begin: Tensor | None,
-    settings: Settings,
+    window: Window,
     d_lse: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient of the bias, (H, distances): the gradient of the scores, summed over all pairs of a distance.
@@ -81,8 +71,8 @@ def bias_gradient(
 
     Shapes: q, out (B, H, l, dh), k, v (B, G, p + l, dh), lse (B, H, l).
     """
-    d_bias = _near_gradient(d_out, out, bias, q, k, v, lse, begin, settings, d_lse)
-    near, distances = settings.varying, bias.shape[1]
+    d_bias = _near_gradient(d_out, out, bias, q, k, v, lse, begin, window, d_lse)
+    near, distances = window.varying, bias.shape[1]
     if near < distances:
         far = -d_bias.sum(1, keepdim=True)
         far = far if d_lse is None else far + d_lse.sum((0, 2)).unsqueeze(1)
@@ -99,13 +89,13 @@ def _near_gradient(
     v: Tensor,
     lse: Tensor,
     begin: Tensor | None,
-    settings: Settings,
+    window: Window,
     d_lse: Tensor | None,
 ) -> Tensor:
     """Return the gradient of the bias for the near distances, (H, varying), from the diagonals of pairs of tiles."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     wide = torch.promote_types(lse.dtype, torch.float32)
-    near, length, before = settings.varying, q.shape[2], k.shape[2] - q.shape[2]
+    near, length, before = window.varying, q.shape[2], k.shape[2] - q.shape[2]
     more = -length % TILE
     inner = (d_out.to(wide) * out).sum(-1)
     inner = inner if d_lse is None else inner - d_lse
@@ -120,8 +110,8 @@ def _near_gradient(
         keys, values = (_tiles(_shifted(x, first, length + more)) for x in (k, v))
         distance = shift * TILE + place.unsqueeze(1) - place
         key = query - distance
-        seen = (distance >= (0 if settings.include_self else 1)) & (distance < near)
-        seen = seen & (distance < settings.window + (0 if settings.include_self else 1))
+        seen = (distance >= (0 if window.include_self else 1)) & (distance < near)
+        seen = seen & (distance < window.size + (0 if window.include_self else 1))
         seen = seen & (key >= (0 if begin is None else begin)) & (query < before + length)
         scores = (q @ keys.mT).to(wide) + bias.to(wide)[:, distance.clamp(0, bias.shape[1] - 1)].unsqueeze(1)
         weights = torch.where(seen, torch.exp(scores - lse), 0.0)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from bst_dist.model.window import Window
+
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 TILE = 128
@@ -26,8 +28,7 @@ class Band:
     """Number of queries l."""
     keys: int
     """Number of keys, p + l. The last l are at the queries' own positions."""
-    window: int
-    include_self: bool
+    window: Window
 
     @property
     def before(self) -> int:
@@ -37,11 +38,11 @@ class Band:
     @property
     def nearest(self) -> int:
         """The smallest distance seen."""
-        return 0 if self.include_self else 1
+        return 0 if self.window.include_self else 1
 
     def mask(self, begin: Tensor | None = None, before: Tensor | int | None = None) -> Mask:
         """Return FlexAttention's mask function, which must be a plain function. `before` replaces this band's."""
-        before, nearest, window = self.before if before is None else before, self.nearest, self.window
+        before, nearest, window = self.before if before is None else before, self.nearest, self.window.size
 
         def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             distance = query + before - key
@@ -76,11 +77,12 @@ def visited_tiles(band: Band, device: torch.device | str, begin: Tensor | None =
 
 def _keys_of_query_tiles(band: Band, device: torch.device | str, begin: Tensor | None) -> tuple[Tensor, ...]:
     """Return a run of key tiles per query tile, (1 or B, tiles) each: first and last visited, first and last whole."""
+    window = band.window.size
     row = torch.arange(-(-band.length // TILE), device=device, dtype=torch.int32)
     first = row * TILE + band.before
     last = (first + TILE - 1).clamp(max=band.keys - 1)
-    low = (first - band.window - band.nearest + 1).clamp(min=0).unsqueeze(0)
-    high = (last - band.window - band.nearest + 1).clamp(min=0).unsqueeze(0)  # the first key that the last query sees
+    low = (first - window - band.nearest + 1).clamp(min=0).unsqueeze(0)
+    high = (last - window - band.nearest + 1).clamp(min=0).unsqueeze(0)  # the first key that the last query sees
     if begin is not None:
         low = torch.maximum(low, begin.index_select(1, row * TILE))
         high = torch.maximum(high, begin.index_select(1, last - band.before))
@@ -91,11 +93,12 @@ def _keys_of_query_tiles(band: Band, device: torch.device | str, begin: Tensor |
 
 def _queries_of_key_tiles(band: Band, device: torch.device | str, begin: Tensor | None) -> tuple[Tensor, ...]:
     """Return a run of query tiles per key tile, in the same form. The backward pass uses it."""
+    window = band.window.size
     column = torch.arange(-(-band.keys // TILE), device=device, dtype=torch.int32)
     first = column * TILE
     last = (first + TILE - 1).clamp(max=band.keys - 1)
-    end = (last + band.window + band.nearest - 1 - band.before).clamp(max=band.length - 1).unsqueeze(0)
-    inner = (first + band.window + band.nearest - 1 - band.before).unsqueeze(0)  # last to see the first key
+    end = (last + window + band.nearest - 1 - band.before).clamp(max=band.length - 1).unsqueeze(0)
+    inner = (first + window + band.nearest - 1 - band.before).unsqueeze(0)  # last to see the first key
     if begin is not None:  # queries whose document begins at a key or before it
         # Not `last`, because Inductor (torch 2.11) fails on its clamp here. Beyond the last key the result is the same.
         keys = torch.stack((first + TILE - 1, first)).expand(len(begin), -1, -1)  # (B, 2, tiles)

@@ -7,6 +7,7 @@ import torch
 
 from bst_dist.model import attention, flex
 from bst_dist.model.attention import documents_of, sliding_attention, sliding_share
+from bst_dist.model.window import Window
 
 ROWS, LENGTH, HEADS, WIDTH, WINDOW = 2, 256, 2, 16, 128
 STARTS = torch.tensor([[False, True], [True, False]])
@@ -39,7 +40,7 @@ def test_outputs_and_gradients_equal_the_tiles(before, documents, include_self, 
 
     def run():
         table = bias if varying is None else shared_from(bias, varying)
-        out = sliding_attention(q, k, v, WINDOW, table, include_self, known, varying)
+        out = sliding_attention(q, k, v, Window(WINDOW, include_self, varying), table, known)
         return out, *torch.autograd.grad((out * weight).sum(), (q, k, v, bias))
 
     found = run()
@@ -56,7 +57,7 @@ def test_sums_and_their_gradients_equal_the_tiles(documents, varying, monkeypatc
 
     def run():
         table = bias if varying is None else shared_from(bias, varying)
-        share = sliding_share(q, k, v, WINDOW, table, True, known, varying, None)
+        share = sliding_share(q, k, v, Window(WINDOW, varying=varying), table, known)
         total = (share.out * weight).sum() + (share.sums * of_sums).sum()
         return *share, *torch.autograd.grad(total, (q, k, v, bias))
 
@@ -68,9 +69,9 @@ def test_sums_and_their_gradients_equal_the_tiles(documents, varying, monkeypatc
 @pytest.mark.parametrize("length", [7, 256])
 def test_sums_without_gradients_equal_the_tiles(length, monkeypatch):
     q, k, v, bias = (x.detach() for x in inputs(128, length=length))
-    found = sliding_share(q, k, v, WINDOW, bias, True, None, None, None)
+    found = sliding_share(q, k, v, Window(WINDOW), bias)
     monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
-    torch.testing.assert_close(found, sliding_share(q, k, v, WINDOW, bias, True, None, None, None))
+    torch.testing.assert_close(found, sliding_share(q, k, v, Window(WINDOW), bias))
 
 
 def test_a_window_of_partial_tiles_equals_the_tiles(monkeypatch):
@@ -79,7 +80,7 @@ def test_a_window_of_partial_tiles_equals_the_tiles(monkeypatch):
     documents = documents_of(torch.randn(ROWS, 11).gt(0.5), 1056, 1152, 96)
 
     def run():
-        out = sliding_attention(q, k, v, 96, bias, True, documents)
+        out = sliding_attention(q, k, v, Window(96), bias, documents)
         return out, *torch.autograd.grad((out * weight).sum(), (q, k, v, bias))
 
     found = run()
@@ -93,7 +94,7 @@ def test_the_bias_gradient_in_bfloat16_is_close_to_single_precision():
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         table = shared_from(bias, 100)
-        out = sliding_attention(*(x.to(dtype) for x in (q, k, v)), WINDOW, table, True, None, 100)
+        out = sliding_attention(*(x.to(dtype) for x in (q, k, v)), Window(WINDOW, varying=100), table)
         found.append(torch.autograd.grad((out * weight).sum(), bias)[0])
     assert errors(found[1:], found[:1])[0] < 0.03
 
@@ -104,10 +105,10 @@ def test_slices_without_gradients_equal_the_tiles(length, include_self, monkeypa
     """One token, part of a block, and whole tiles, at the start of a stream and later."""
     for before in (0, 128):
         q, k, v, bias = (x.detach() for x in inputs(before, length=length))
-        found = sliding_attention(q, k, v, WINDOW, bias, include_self)
+        found = sliding_attention(q, k, v, Window(WINDOW, include_self), bias)
         with monkeypatch.context() as patch:
             patch.setattr(attention, "attention_path", lambda device: "tiles")
-            torch.testing.assert_close(found, sliding_attention(q, k, v, WINDOW, bias, include_self))
+            torch.testing.assert_close(found, sliding_attention(q, k, v, Window(WINDOW, include_self), bias))
 
 
 @pytest.mark.parametrize("before", [0, 128])
@@ -123,7 +124,7 @@ def test_masks_and_biases_get_no_values_computed_from_dynamic_lengths(before, mo
     monkeypatch.setattr(flex, "BACKEND", backend)
     for length in (256, 384):
         q, k, v, bias = (x.detach() for x in inputs(before, length=length))
-        sliding_attention(q, k, v, WINDOW, bias, True)
+        sliding_attention(q, k, v, Window(WINDOW), bias)
     assert sum(isinstance(one, torch.Tensor) for one in given) == 4  # for each of the two calls
     assert all(isinstance(one, torch.Tensor) or one.node.expr.is_Symbol for one in given)
 
@@ -131,6 +132,6 @@ def test_masks_and_biases_get_no_values_computed_from_dynamic_lengths(before, mo
 def test_exceeding_the_graph_limit_is_an_error(monkeypatch):
     monkeypatch.setattr(flex, "GRAPHS", 2)
     for length in (256, 384):
-        sliding_attention(*inputs(0, length=length)[:3], WINDOW, None, True)
+        sliding_attention(*inputs(0, length=length)[:3], Window(WINDOW))
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        sliding_attention(*inputs(0, length=512)[:3], WINDOW, None, True)
+        sliding_attention(*inputs(0, length=512)[:3], Window(WINDOW))

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from bst_dist.model.attention import documents_by
 from bst_dist.model.flex_mask import Band, block_mask, visited_tiles
+from bst_dist.model.window import Window
 
 
 @pytest.mark.parametrize("include_self", [True, False])
@@ -19,7 +20,7 @@ def test_visited_tiles_equal_those_of_a_torch_block_mask(before, window, length,
     begins = torch.rand(3, before + length).lt(0.02).cumsum(1)
     begins[1] = 0
     documents = documents_by(begins, 2, length)
-    band = Band(length, before + length, window, include_self)
+    band = Band(length, before + length, Window(window, include_self))
     for begin in (None, documents.begin):
         rows = None if begin is None else len(begin)
         ours = block_mask(band, begin, visited_tiles(band, "cpu", begin))
@@ -41,7 +42,7 @@ def test_inductor_generates_code_for_the_arithmetic_of_the_tiles(monkeypatch):
 
     made = []
     monkeypatch.setattr(graph.GraphLowering, "compile_to_module", lambda self: made.append(self.codegen()))
-    compiled = torch.compile(lambda x: visited_tiles(Band(512, 640, 128, True), x.device), fullgraph=True)
+    compiled = torch.compile(lambda x: visited_tiles(Band(512, 640, Window(128)), x.device), fullgraph=True)
     with contextlib.suppress(Exception):  # code is generated but not compiled
         compiled(torch.zeros(1))
     assert made

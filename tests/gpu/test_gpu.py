@@ -23,6 +23,7 @@ from bst_dist.model.borders import Borders
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.window import Window
 from bst_dist.train.start.deterministic import make_deterministic
 
 REHEARSAL = os.environ.get("BST_REHEARSE_GPU") == "1"
@@ -128,9 +129,9 @@ def test_the_fused_path_equals_the_tiles(before, with_documents, monkeypatch):
     bias = torch.randn(2, BLOCK + 1, device=DEVICE, requires_grad=True)
     weight = torch.randn(2, LENGTH, 2, 64, device=DEVICE)
     begin = None if documents is None else documents.begin
-    fused = flex_sliding_attention(*inputs, BLOCK, bias, True, begin)[0]
+    fused = flex_sliding_attention(*inputs, Window(BLOCK), bias, begin)[0]
     monkeypatch.setattr(attention_module, "attention_path", lambda device: "tiles")
-    tiled = sliding_attention(*inputs, BLOCK, bias, True, documents)
+    tiled = sliding_attention(*inputs, Window(BLOCK), bias, documents)
     torch.testing.assert_close(fused, tiled, rtol=1e-4, atol=1e-4)
     found = torch.autograd.grad((fused * weight).sum(), (*inputs, bias))
     exact = torch.autograd.grad((tiled * weight).sum(), (*inputs, bias))

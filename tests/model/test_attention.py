@@ -21,6 +21,7 @@ from bst_dist.model.attention import (
 )
 from bst_dist.model.config import AttentionConfig, LayerConfig
 from bst_dist.model.tiles import QUERY_TILE, sliding_tiles
+from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import EarlierCall, Past
 
 
@@ -60,7 +61,7 @@ def test_tiles_equal_query_by_query(length, before, window, include_self, with_b
     q = torch.randn(2, length, 2, 4, dtype=torch.float64)
     k, v = torch.randn(2, 2, before + length, 2, 4, dtype=torch.float64)
     bias = torch.randn(2, window + 1, dtype=torch.float64) if with_bias else None
-    ours = sliding_attention(q, k, v, window, bias, include_self)
+    ours = sliding_attention(q, k, v, Window(window, include_self), bias)
     torch.testing.assert_close(ours, query_by_query(q, k, v, window, bias, include_self), rtol=1e-12, atol=1e-12)
 
 
@@ -72,7 +73,7 @@ def test_documents_are_separated_in_windows_of_several_blocks(starts, window, pa
     q = torch.randn(1, 20, 2, 4, dtype=torch.float64)
     k, v = torch.randn(2, 1, before + 20, 2, 4, dtype=torch.float64)
     documents = documents_of(torch.tensor([starts]), 20, before + 20, window)
-    ours = sliding_attention(q, k, v, window, None, True, documents)
+    ours = sliding_attention(q, k, v, Window(window), None, documents)
     expected = query_by_query(q, k, v, window, None, True, documents.number.tolist())
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
@@ -120,7 +121,7 @@ def test_sums_and_their_gradients_equal_query_by_query(length, include_self):
     table = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(2, length, 2, 5, dtype=torch.float64)
     bias = table[:, torch.arange(9).clamp(max=4)]
-    ours = sliding_share(q, k, v, 8, bias, include_self, None, 4, None)
+    ours = sliding_share(q, k, v, Window(8, include_self, 4), bias)
     theirs = with_sums(q, k, v, 8, bias, include_self)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -195,8 +196,9 @@ def test_gradients_equal_query_by_query(include_self, heads):
     q, k, v = (torch.randn(1, 24, heads, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     bias = torch.randn(heads, 9, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(1, 24, heads, 4, dtype=torch.float64)
-    ours = torch.autograd.grad((sliding_attention(q, k, v, 8, bias, include_self) * weight).sum(), (q, k, v, bias))
-    theirs = torch.autograd.grad((query_by_query(q, k, v, 8, bias, include_self) * weight).sum(), (q, k, v, bias))
+    ours = (sliding_attention(q, k, v, Window(8, include_self), bias) * weight).sum()
+    theirs = (query_by_query(q, k, v, 8, bias, include_self) * weight).sum()
+    ours, theirs = (torch.autograd.grad(total, (q, k, v, bias)) for total in (ours, theirs))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
@@ -214,7 +216,7 @@ def test_the_gradient_of_a_bias_shared_by_far_distances_is_exact(before, varying
     table = torch.randn(2, varying + 1, dtype=torch.float64, requires_grad=True)
     places = torch.arange(9).clamp(max=varying)
     weight = torch.randn(3, 40, 2, 4, dtype=torch.float64)
-    ours = (sliding_attention(q, k, v, 8, table[:, places], True, varying=varying) * weight).sum()
+    ours = (sliding_attention(q, k, v, Window(8, varying=varying), table[:, places]) * weight).sum()
     theirs = (query_by_query(q, k, v, 8, table[:, places], True) * weight).sum()
     wanted = (q, k, v, table)
     for one, other in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):

@@ -11,6 +11,7 @@ from bst_dist.model import fused_tiles
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.flex_mask import TILE, Band, visited_tiles
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.window import Window
 from bst_dist.plan.flops import forward_flops
 
 DOC = Path(__file__).parents[2] / "docs" / "sweeps.md"
@@ -69,7 +70,7 @@ def computed_by_the_cpu_kernel(window: int, length: int) -> float:
 def test_documented_keys_per_query_are_those_seen_counted_and_computed(row):
     window, length = int(row[0]), int(row[1])
     sliding = ModelConfig(width=8, heads=1, ffn=8, block=window, depth=1, mixer="sliding", vocab_size=2)
-    visited = visited_tiles(Band(length, length, window, True), "cpu")
+    visited = visited_tiles(Band(length, length, Window(window)), "cpu")
     expected = [
         sum(min(window, query + 1) for query in range(length)) / length,
         forward_flops(sliding, length)["attention"] / (4 * 8),

@@ -22,6 +22,7 @@ from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.loss import linear_cross_entropy
+from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import Past
 from tests.sm90.lowering import Launches, compile_kernels, launches, lower, precisions, pretended_h100, trace
 
@@ -120,7 +121,7 @@ class Attention:
         if begin is not None:
             begin[1, block:] = block  # the second row's second block begins a document
         with torch.set_grad_enabled(self.gradients):
-            return flex.flex_sliding_attention(q, k, v, block, bias, True, begin, sums=self.sums)[0]
+            return flex.flex_sliding_attention(q, k, v, Window(block), bias, begin, sums=self.sums)[0]
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ from torch.utils._pytree import tree_leaves
 from bst_dist.faults.signals import Stop
 from bst_dist.model import attention
 from bst_dist.model.config import ModelConfig
-from bst_dist.model.flex_bias import Settings, bias_gradient
+from bst_dist.model.flex_bias import bias_gradient
 from bst_dist.model.flex_mask import Band, visited_tiles
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.masking import masking_problem
+from bst_dist.model.window import Window
 from bst_dist.parallel.phases import Phases
 from bst_dist.plan.memory.fused import fused_attention, fused_share
 from bst_dist.report.utilisation import Utilisation
@@ -177,8 +178,8 @@ def test_flex_attention_inputs_and_bias_gradient_do_not_synchronise() -> None:
     with torch.device("meta"), Waits() as waits:
         q = k = v = torch.zeros(2, 2, 256, 8)
         begin, bias, lse = torch.zeros(2, 256, dtype=torch.int32), torch.zeros(2, 129), torch.zeros(2, 2, 256)
-        visited_tiles(Band(256, 256, 128, True), torch.device("meta"), begin)
-        bias_gradient(q, q, bias, q, k, v, lse, begin, Settings(128, True, 128))
+        visited_tiles(Band(256, 256, Window(128)), torch.device("meta"), begin)
+        bias_gradient(q, q, bias, q, k, v, lse, begin, Window(128, varying=128))
         assert waits.found == {}
 
 

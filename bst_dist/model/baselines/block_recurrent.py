@@ -46,9 +46,9 @@ class TokenAttention(SlidingAttention):
         Keys and values begin with the previous block.
         """
         q, k, v = self.by_heads(fused_linears(u, self.maps))
-        k, v = past.extend_stacked(k, v, 2, lambda kv: past.extend_to_blocks("kv", kv, self.window, whole=1))
+        k, v = past.extend_stacked(k, v, 2, lambda kv: past.extend_to_blocks("kv", kv, self.window.size, whole=1))
         q, k = unit(q, self.scale), unit(k)
-        near, values = k[:, -self.window - u.shape[1] :], v[:, -self.window - u.shape[1] :]
+        near, values = (x[:, -self.window.size - u.shape[1] :] for x in (k, v))
         q, near = self.rotated(q, near, past)
         documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], near.shape[1]))
         out = self.attend(q, near, values, past, documents, self.tiles(q, near, past, documents))

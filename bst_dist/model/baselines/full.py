@@ -42,10 +42,11 @@ class FullAttention(SlidingAttention):
 
     def forward(self, u: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
         """Raise LongerThanAllowedError if the stream is longer than the window, which is the configured length."""
-        if past.position + u.shape[1] > self.window:
+        longest, tokens = self.window.size, past.position + u.shape[1]
+        if tokens > longest:
             raise LongerThanAllowedError(
-                f"full attention is configured for {self.window} tokens and got {past.position + u.shape[1]}: raise "
-                "model.full.longest, shorten train.sequence_length, or set train.carry to false"
+                f"full attention is configured for {longest} tokens and got {tokens}: raise model.full.longest, "
+                "shorten train.sequence_length, or set train.carry to false"
             )
         q, k, v = self.project(u, past)
         on_flex = attention.attention_path(q.device) == "flex"
@@ -56,10 +57,8 @@ class FullAttention(SlidingAttention):
         documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
         if on_flex:
             bias = self.by_distance(self.distances, past)
-            varying, include_self = self.config.max_distance, self.config.include_self
             tiles = self.tiles(q, k, past, documents)
-            out = sliding_attention(q, k, v, self.window, bias, include_self, documents, varying, tiles)
-            return out.flatten(-2)
+            return sliding_attention(q, k, v, self.window, bias, documents, tiles).flatten(-2)
         if documents is not None:
             q, k = separate_documents(q, k, documents)
         tiles = causal_tiles(q.shape[1], k.shape[1] - q.shape[1])

@@ -40,6 +40,7 @@ from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.flex_mask import Band, visited_tiles
 from bst_dist.model.products import fused_linears, whole
 from bst_dist.model.roles import Linear
+from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import Past
 
 
@@ -84,7 +85,7 @@ class StateShare(nn.Module):
         if not self.filters:
             documents = past.once(*documents_in_blocks_asked(starts, self.block))
             tiles = past.once(*tiles_in_blocks_asked(q, self.block, documents)) if trains_with_flex(q) else None
-            return attention.sliding_share(q, k, v, self.block, None, True, documents, None, tiles)
+            return attention.sliding_share(q, k, v, Window(self.block), None, documents, tiles)
         begun = starts.cut_off(self.block).unsqueeze(-1)  # a document began in this block
         first, ends = (of_whole_blocks(q, k[:, own], v[:, own]) for own in FIRST_AND_ENDS)
         out = torch.where(begun.unsqueeze(-1), first.out, ends.out)
@@ -105,7 +106,7 @@ class StateShare(nn.Module):
 
         def make() -> tuple[Tensor, ...]:
             begin = block_begins(keys, self.block, device)[keys - length :].unsqueeze(0)
-            return visited_tiles(Band(length, keys, self.block, include_self=True), device, begin)
+            return visited_tiles(Band(length, keys, Window(self.block)), device, begin)
 
         return f"tiles of blocks: {length}, {keys}, {self.block}", make
 
@@ -133,7 +134,7 @@ def within_blocks(
     begin = block_begins(keys, block, q.device)
     if attention_path(q.device) == "flex":  # sliding attention in which each block is a document
         begin = begin[keys - length :].expand(len(q), -1).contiguous()
-        return PartialAttention(*flex_sliding_attention(q, k, v, block, None, True, begin, tiles=tiles, sums=True))
+        return PartialAttention(*flex_sliding_attention(q, k, v, Window(block), None, begin, tiles, sums=True))
     place = torch.arange(keys, device=q.device, dtype=torch.int32)
     if length == keys:  # a block is a batch entry
         span = min(block, length)

@@ -62,15 +62,15 @@ class SegmentAttention(SlidingAttention):
     def _segments(self, length: int, before: int, position: int) -> Iterator[Segment]:
         first = 0
         while first < length:
-            last = min(length, first + self.window - (position + first) % self.window)
-            yield Segment(first, last, max(0, before + first - self.window), before + last)
+            last = min(length, first + self.window.size - (position + first) % self.window.size)
+            yield Segment(first, last, max(0, before + first - self.window.size), before + last)
             first = last
 
     # The arguments of `Past.once`.
 
     def _documents(self, starts: Starts, past: Past, length: int, keys: int) -> tuple[str, Callable[[], Documents]]:
-        name = f"documents further back: {length}, {keys}, {self.window}"
-        return name, lambda: documents_further_back(starts, past, length, keys, self.window)
+        name = f"documents further back: {length}, {keys}, {self.window.size}"
+        return name, lambda: documents_further_back(starts, past, length, keys, self.window.size)
 
     def _tiles_of(
         self, segment: Segment, documents: Documents | None, own: Tensor

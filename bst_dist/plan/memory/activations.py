@@ -27,6 +27,7 @@ from bst_dist.model.baselines import full, joint
 from bst_dist.model.config import FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.loss import GPU_TILE_LOGITS, TILE_LOGITS
+from bst_dist.model.window import Window
 from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.parallel.sequence.neighbour import LeftNeighbour
 from bst_dist.parallel.sequence.past import EarlierCall, Past
@@ -254,7 +255,7 @@ class Activations:
             stack.enter_context(patch.object(full, "attention", _ON_A_GPU))
             stack.enter_context(patch.object(full, "sliding_attention", fused_attention))
             stack.enter_context(
-                patch.object(joint, "within_blocks", lambda q, k, v, block, _: fused_share(q, k, v, block, None))
+                patch.object(joint, "within_blocks", lambda q, k, v, block, _: fused_share(q, k, v, Window(block)))
             )
             stack.enter_context(patch.object(loss, "TILE_LOGITS", GPU_TILE_LOGITS))
             stack.enter_context(patch.object(loss, "fused_tile", fused_tile))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bst_dist.model import attention, loss
+from bst_dist.model.window import Window
 
 
 @torch.library.custom_op("bst_plan::attention", mutates_args=())
@@ -48,7 +49,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def fused_share(
-    q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, *_: Any
+    q: Tensor, k: Tensor, v: Tensor, window: Window, bias: Tensor | None = None, *_: Any
 ) -> attention.PartialAttention:
     """Replacement for `attention.sliding_share`."""
     return attention.PartialAttention(*_FusedAttention.apply(q, k.to(q.dtype), v.to(q.dtype), bias))

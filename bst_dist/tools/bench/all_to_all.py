@@ -52,9 +52,9 @@ class WholeSequenceAttention(nn.Module):
         if inner.config.position == "rope":
             by = angles(inner.config.rope_base, inner.half, 0, q.shape[1], q)
             q, k = rotate(q, by), rotate(k, by)
-        documents = None if starts is None else documents_of(starts, q.shape[1], k.shape[1], inner.window)
-        bias = None if inner.bias is None else inner.by_distance(inner.window + 1, past)[share]
-        out = sliding_attention(q, k, v, inner.window, bias, inner.config.include_self, documents)
+        documents = None if starts is None else documents_of(starts, q.shape[1], k.shape[1], inner.window.size)
+        bias = None if inner.bias is None else inner.by_distance(inner.distances, past)[share]
+        out = sliding_attention(q, k, v, inner.window._replace(varying=None), bias, documents)
         return to_tokens(out, 2, group, "attention").flatten(-2)
 
 

@@ -131,11 +131,11 @@ def attention_by_hand(attention, u, block_only):
         q, k, v = (x.unflatten(-1, (attention.heads, -1)) for x in attention.qkv(row).chunk(3, dim=-1))
         q = q / q.norm(dim=-1, keepdim=True) * attention.scale.unsqueeze(-1)
         k = k / k.norm(dim=-1, keepdim=True)
-        bias = attention.by_distance(attention.window + 1, Past())
+        bias = attention.by_distance(attention.distances, Past())
         out = []
         for t in range(len(row)):
             first = t // BLOCK * BLOCK if block_only else 0
-            seen = torch.arange(max(first, t - attention.window + 1), t + 1)
+            seen = torch.arange(max(first, t - attention.window.size + 1), t + 1)
             scores = torch.einsum("hd,jhd->hj", q[t], k[seen]) + bias[:, t - seen]
             out.append(torch.einsum("hj,jhd->hd", scores.softmax(-1), v[seen]).flatten())
         rows.append(torch.stack(out))
