@@ -163,16 +163,16 @@ class LanguageModelling:
         return {"tokenizer_sha256": self.corpora[0].manifest.tokenizer.sha256, "corpora": corpora}
 
     def loader(self, mesh: Mesh, start_step: int = 0) -> Loader:
-        train = self.recipe.train
-        return self._loader(
-            self.recipe.data,
+        recipe, train = self.recipe, self.recipe.train
+        return Loader(
+            recipe.data,
             self.corpora,
-            mesh,
-            train.sequences,
-            train.micro_sequences,
-            start_step,
-            train.batches[1:],
-            train.lengths,
+            share_of(recipe, mesh, train.sequences, train.micro_sequences),
+            block=recipe.model.block,
+            seed=recipe.seed,
+            start_step=start_step,
+            changes=train.batches[1:],
+            lengths=train.lengths[1:],
         )
 
     def evaluations(self, context: Context) -> Evaluations:
@@ -195,7 +195,7 @@ class LanguageModelling:
         `name`: of an additional corpus, for the message that is printed when there are fewer sequences than asked for.
         """
         recipe, asked = self.recipe, self.recipe.evaluation.sequences
-        held = sum(self._loader(data, corpora, Mesh(1, 0), 1, 1).sequences)
+        held = sum(self._validation_loader(data, corpora, Mesh(1, 0), 1, 1).sequences)
         if held < asked and ranks.first:
             whose = f" of {name}" if name else ""
             print(
@@ -203,32 +203,16 @@ class LanguageModelling:
                 f"{asked:,}"
             )
         mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
-        loader = self._loader(data, corpora, mesh, min(asked, held), recipe.train.micro_sequences)
+        loader = self._validation_loader(data, corpora, mesh, min(asked, held), recipe.train.micro_sequences)
         return [changed(batch, _counted_once) for batch in loader.batches(0)]
 
-    def _loader(
-        self,
-        data: DataConfig,
-        corpora: Sequence[Corpus],
-        mesh: Mesh,
-        rows: int,
-        micro_rows: int,
-        start_step: int = 0,
-        changes: Sequence[tuple[int, int]] = (),
-        lengths: Sequence[tuple[int, int]] = (),
+    def _validation_loader(
+        self, data: DataConfig, corpora: Sequence[Corpus], mesh: Mesh, rows: int, micro_rows: int
     ) -> Loader:
-        recipe, training = self.recipe, corpora is self.corpora
-        length = recipe.train.sequence_length if lengths else recipe.train.lengths[-1][1]
-        return Loader(
-            data,
-            corpora,
-            share_of(recipe.of_one_length(length), mesh, rows, micro_rows),
-            block=recipe.model.block,
-            seed=recipe.seed if training else 0,
-            start_step=start_step,
-            changes=changes,
-            lengths=lengths[1:],
-        )
+        """Return a loader of rows of the run's last sequence length; their order is the same for every run seed."""
+        recipe = self.recipe.of_one_length(self.recipe.train.lengths[-1][1])
+        share = share_of(recipe, mesh, rows, micro_rows)
+        return Loader(data, corpora, share, block=recipe.model.block, seed=0)
 
 
 def _with_validation(corpora: Sequence[Corpus]) -> list[bool]:
