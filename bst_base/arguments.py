@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from bst_base.errors import UserError
+from bst_base.outputs import require_writable
+
 PICTURES = (".png", ".pdf", ".svg")
 """Supported suffixes of pictures."""
 
@@ -28,8 +31,18 @@ def seconds(text: str) -> float:
     return found
 
 
-def picture(text: str) -> Path:
-    """Parse the path of a picture to draw; for argparse. A wrong suffix is refused before the work starts."""
-    if (path := Path(text)).suffix not in PICTURES:
-        raise argparse.ArgumentTypeError(f"{text}: the suffix must be one of {', '.join(PICTURES)}")
+def output(text: str) -> Path:
+    """Parse the path of a file to write; for argparse. One that cannot be written is refused before the work starts."""
+    path = Path(text)
+    try:
+        require_writable(path)
+    except (UserError, OSError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return path
+
+
+def picture(text: str) -> Path:
+    """Parse the path of a picture to draw, like `output`. A wrong suffix is refused as well."""
+    if Path(text).suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text}: the suffix must be one of {', '.join(PICTURES)}")
+    return output(text)

@@ -2,24 +2,28 @@
 
 Every command is a module with `add_arguments(parser)` and `run(args)`. `run` prints text for people and returns a
 report for machines (a dict, units in the key names) or None. With ``--json PATH`` the report is also written to PATH,
-together with the versions of the software. If the report's ``passed`` is false, the exit status is its
-``exit_status``, by default 1. A UserError is printed as one message; its exit status is 2 by default.
+together with the versions of the software; figures and other files that are made from the numbers are written after it
+(`bst_base.outputs`), so that no number is lost because of them. If the report's ``passed`` is false, the exit status is
+its ``exit_status``, by default 1. A UserError is printed as one message; its exit status is 2 by default.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
+import contextlib
 import importlib
 import os
-import select
 import signal
 import sys
-from pathlib import Path
+from typing import Any
 
+from bst_base.arguments import output
 from bst_base.errors import StorageError, UserError
+from bst_base.files import FULL
 from bst_base.importing import uncollected
+from bst_base.outputs import left_for_afterwards
 from bst_dist.extras import missing
+from bst_dist.faults.output import IgnoreWriteErrors
 from bst_dist.report.saved import write_report
 from bst_dist.usage import Command, HelpFormatter, listing, nearest, overview, refuse_alone
 from bst_dist.version import versions
@@ -165,6 +169,8 @@ SECTIONS: dict[str, dict[str, Command]] = {
     },
 }
 COMMANDS: dict[str, Command] = {name: command for section in SECTIONS.values() for name, command in section.items()}
+EXPECTED = (UserError, OSError, ModuleNotFoundError)
+"""Errors that end a command with a message: what the user gave, a disk, an extra that is not installed."""
 GROUPS = {
     "data": "prepare and inspect corpora",
     "ckpt": "manage the checkpoints of a run",
@@ -177,41 +183,29 @@ GROUPS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the console script and return its exit status."""
+    """Run the console script and return its exit status.
+
+    An error of standard output does not end the command, so that its files are still written; it is told at the end.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if sys.stdout is None:  # closed by the shell
+        return _status(argv)
+    said = IgnoreWriteErrors(sys.stdout)
     try:
-        status = _status(sys.argv[1:] if argv is None else argv)
-        error = _unwritable()
-    except (OSError, SystemExit) as raised:
-        if (error := _unwritable() or _of_output(raised)) is None:
+        with contextlib.redirect_stdout(said):
+            status = _status(argv)
+    except SystemExit:  # raised by argparse after a help
+        said.flush()
+        if said.error is None:
             raise
-    if error is None:
+    said.flush()
+    if said.error is None:
         return status
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # buffered output goes there at exit
-    if isinstance(error, BrokenPipeError):  # the reader has closed the pipe, like `head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), said.fileno())  # buffered output goes there at exit
+    if isinstance(said.error, BrokenPipeError):  # the reader has closed the pipe, like `head`
         return 128 + signal.SIGPIPE
-    print(f"bst: cannot write to the standard output or a file: {error.strerror}", file=sys.stderr)
+    print(f"bst: cannot write to the standard output: {said.error.strerror}", file=sys.stderr)
     return StorageError.exit_status
-
-
-def _unwritable() -> OSError | None:
-    """Flush standard output; return the error, or None."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        return error
-    return None
-
-
-def _of_output(error: BaseException) -> OSError | None:
-    """Return `error` if standard output may have raised it (disk full, or a closed pipe); else None."""
-    if not isinstance(error, OSError) or error.filename is not None:
-        return None
-    if isinstance(error, BrokenPipeError) and sys.stdout is not None:
-        watched = select.poll()
-        watched.register(sys.stdout.fileno(), 0)
-        return error if any(event & select.POLLERR for _, event in watched.poll(0)) else None
-    return error if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
 
 
 def _status(argv: list[str]) -> int:
@@ -226,24 +220,41 @@ def _status(argv: list[str]) -> int:
         args = parser.parse_intermixed_args(argv[len(name.split()) :])  # overrides may be anywhere
         refuse_alone(parser, args)
         report = module.run(args)
-        if args.json and report is not None:
-            write_report(args.json, name, report)
-    except UserError as error:
-        print(f"bst {name}: {error}", file=sys.stderr)
-        return error.exit_status
-    except ModuleNotFoundError as error:
-        if (how := missing(error.name or "")) is None:
-            raise
-        print(f"bst {name}: {how}", file=sys.stderr)
-        return UserError.exit_status
-    except OSError as error:
-        if error.filename is None:  # no file is involved, but a socket or a process
-            raise
-        print(f"bst {name}: {StorageError.of(error, doing='read or write')}", file=sys.stderr)
-        return StorageError.exit_status
+        unwritten = _write_outputs(args, name, report)
+    except EXPECTED as error:
+        return _told(name, error)
     except KeyboardInterrupt:
         return 130
-    return int(report.get("exit_status", 1)) if report is not None and report.get("passed") is False else 0
+    if report is not None and report.get("passed") is False:
+        return int(report.get("exit_status", 1))
+    return unwritten
+
+
+def _write_outputs(args: argparse.Namespace, name: str, report: dict[str, Any] | None) -> int:
+    """Write the report, then the files that are made from it, each whatever happens to the others.
+
+    Return 0, or the exit status of the last that could not be written.
+    """
+    status = 0
+    report_first = [lambda: write_report(args.json, name, report)] if args.json and report is not None else []
+    for write in [*report_first, *left_for_afterwards(args)]:
+        try:
+            write()
+        except EXPECTED as error:
+            status = _told(name, error)
+    return status
+
+
+def _told(name: str, error: Exception) -> int:
+    """Print one of the EXPECTED errors as a message and return the exit status; raise it again if it is a fault."""
+    if isinstance(error, ModuleNotFoundError) and (how := missing(error.name or "")) is not None:
+        error = UserError(how)
+    elif isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        error = StorageError.of(error, doing="read or write")
+    if not isinstance(error, UserError):  # such as an OSError of a socket or a process
+        raise error
+    print(f"bst {name}: {error}", file=sys.stderr)
+    return error.exit_status
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
@@ -251,7 +262,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(prog=f"bst {name}", description=module.__doc__, formatter_class=HelpFormatter)
     module.add_arguments(parser)
-    parser.add_argument("--json", metavar="PATH", type=Path, help="also write what is reported to PATH, as JSON")
+    parser.add_argument("--json", metavar="PATH", type=output, help="also write what is reported to PATH, as JSON")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -328,6 +329,16 @@ def train_in(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> Callable[[Pa
         return go
 
     return of
+
+
+@pytest.fixture
+def no_room_for_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving a figure fails, as on a full disk."""
+
+    def savefig(self: object, out: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(out))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
 
 
 @pytest.fixture

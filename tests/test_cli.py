@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bst_base.outputs import write_afterwards
 from bst_dist import cli
 from bst_dist.usage import HelpFormatter, nearest
 
@@ -93,19 +96,98 @@ def test_an_unsupported_picture_suffix_is_refused_before_any_work(words, capsys,
     assert "x.foo: the suffix must be one of .png, .pdf, .svg" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["data", "sources"], ["--version"], []])
+@pytest.mark.parametrize(
+    "words", [["data", "sources"], ["--version"], [], ["--help"], ["eval", "--help"], ["plan", "--help"]]
+)
 def test_a_full_output_is_reported_but_not_a_closed_one(words):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "bst_dist", *words], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 74
-    assert done.stderr == "bst: cannot write to the standard output or a file: No space left on device\n"
+    assert done.stderr == "bst: cannot write to the standard output: No space left on device\n"
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "bst_dist", *words], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert done.stderr == "" and done.returncode in (1, 141)  # 1 is rich's own exit status
+    assert done.stderr == "" and done.returncode == 141
+
+
+def measuring(monkeypatch, work):
+    """Make `bst baselines` a command that calls `work` with its arguments and measures one number."""
+
+    def run(args):
+        work(args)
+        return {"measured": 1}
+
+    monkeypatch.setattr(importlib.import_module(cli.COMMANDS["baselines"][0]), "run", run)
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device", "figure.png")
+
+
+@pytest.mark.parametrize("error", ["a full disk", "a fault"])
+def test_a_figure_that_cannot_be_drawn_loses_neither_the_report_nor_other_files(error, tmp_path, capsys, monkeypatch):
+    drawn = []
+
+    def work(args):
+        write_afterwards(args, no_space if error == "a full disk" else lambda: 1 / 0)
+        write_afterwards(args, lambda: drawn.append("the second figure"))
+
+    measuring(monkeypatch, work)
+    words = ["baselines", "corpus", "--json", str(tmp_path / "deep/report.json")]
+    if error == "a full disk":
+        assert cli.main(words) == 74
+        assert "figure.png: No space left on device" in capsys.readouterr().err
+        assert drawn == ["the second figure"]
+    else:
+        with pytest.raises(ZeroDivisionError):
+            cli.main(words)
+    assert json.loads((tmp_path / "deep/report.json").read_text())["measured"] == 1
+
+
+def test_a_report_that_cannot_be_written_loses_no_figure(tmp_path, capsys, monkeypatch):
+    drawn = []
+    measuring(monkeypatch, lambda args: write_afterwards(args, lambda: drawn.append("figure")))
+    monkeypatch.setattr(cli, "write_report", no_space)
+    assert cli.main(["baselines", "corpus", "--json", str(tmp_path / "report.json")]) == 74
+    assert drawn == ["figure"]
+
+
+@pytest.mark.parametrize("reader", ["a full disk", "a closed pipe", "an encoding without ±"])
+def test_an_output_that_cannot_be_written_does_not_lose_the_report(reader, tmp_path):
+    report = tmp_path / "report.json"
+    program = (
+        "import sys, data_pipeline.commands.sources; from bst_base.terminal import say; from bst_dist import cli\n"
+        "def run(args): say('2.3 ± 0.1 ' * 2000); return {'measured': 1}\n"
+        "data_pipeline.commands.sources.run = run; sys.exit(cli.main(['data', 'sources', '--json', sys.argv[1]]))"
+    )
+    closed, pipe = os.pipe()
+    os.close(closed)
+    with Path("/dev/full").open("w") as full, os.fdopen(pipe, "w"):
+        stdout, status = {"a full disk": (full, 74), "a closed pipe": (pipe, 141)}.get(reader, (subprocess.PIPE, 0))
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(report)],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii" if status == 0 else "utf-8"},
+        )
+    assert done.returncode == status, done.stderr
+    assert json.loads(report.read_text())["measured"] == 1
+
+
+@pytest.mark.parametrize("words", ["eval run --lengths 16 --plot", "ablate run --out", "compare a b --json"])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(words, tmp_path, capsys, monkeypatch):
+    name = words.split()[0]
+    monkeypatch.setattr(importlib.import_module(cli.COMMANDS[name][0]), "run", lambda _: pytest.fail("worked"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for path, why in (("file/x.png", "is not a directory"), ("folder.png", "is not a regular file")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*words.split(), str(tmp_path / path)])
+        assert why in capsys.readouterr().err
 
 
 def test_defaults_are_shown_as_a_user_types_them():

@@ -27,7 +27,7 @@ from bst_dist.study.laws.observation import Observation
 from bst_dist.study.laws.scaling import fit_laws
 from bst_dist.study.report import laws
 from bst_dist.study.report.figures import loss_figure
-from bst_dist.study.report.style import save
+from bst_dist.study.report.style import save_afterwards
 from bst_dist.study.report.terminal import show
 from bst_dist.study.report.words import plain
 
@@ -87,8 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not (args.width and args.depth):
         say("the aspect and additive forms need the model's width and depth: name their columns by --width and --depth")
     if args.plot:
-        save(lambda: loss_figure(observed, found), args.plot)
-        say(f"drew {args.plot}")
+        save_afterwards(args, lambda: loss_figure(observed, found), args.plot)
     return {**plain(found), "passed": any(fit.law for of in found.architectures.values() for fit in of.fits)}
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from bst_base.arguments import at_least, picture
+from bst_base.outputs import write_afterwards
 from bst_base.stopping import STATUS
 from bst_base.terminal import Sheet, print_table, say
 from data_pipeline.commands.prepare import split_table, summary
@@ -87,8 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             report |= {"passed": False, "exit_status": STATUS}
     _print(console, report)
     if args.png:
-        _draw(args.png, args.corpus.name, lengths)
-        say(f"histogram of lengths: {args.png}", console)
+        write_afterwards(args, lambda: _draw(args.png, args.corpus.name, lengths))
     return report
 
 
@@ -200,3 +200,4 @@ def _draw(path: Path, name: str, lengths: dict[str, np.ndarray]) -> None:
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    say(f"histogram of lengths: {path}")

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from bst_base.arguments import at_least, picture
 from bst_base.errors import UserError
+from bst_base.outputs import require_writable
 from bst_base.stopping import STATUS, deferred_interrupt
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.ablation.figure import draw
@@ -29,7 +30,7 @@ from bst_dist.study.ablation.interventions import KINDS, Intervention, defaults,
 from bst_dist.study.ablation.measure import Ablation, Increase, Losses, Text, ablate, summary
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.trained import Trained, open_run
-from bst_dist.study.report.style import save
+from bst_dist.study.report.style import save_afterwards
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus
 
@@ -82,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     out = args.out or args.run / "ablations.png"
+    require_writable(out)
     for name in ("documents", "tokens"):
         if (given := getattr(args, name)) is not None and given < 1:
             raise UserError(f"--{name} {given}: read at least one")
@@ -113,7 +115,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _ablate(
     args: argparse.Namespace, trained: Trained, corpus: Corpus, planned: Plan, stopped: Callable[[], bool], path: Path
 ) -> dict[str, Any]:
-    """Measure, print and draw the interventions on one corpus (after a stop, the finished ones); return the results."""
+    """Measure and print the interventions on one corpus (after a stop, the finished ones); return the results.
+
+    They are drawn after the report is written.
+    """
     started = time.perf_counter()
     text = beginnings(trained, corpus, args.documents, args.tokens)
     untouched, increases = measure(trained, text, planned, args.seed, stopped)
@@ -121,8 +126,7 @@ def _ablate(
     _show(args, trained, corpus.storage.where, found)
     if not increases:
         return found.report()
-    save(lambda: draw(found, trained.recipe.train.sequence_length), path)
-    say(f"drew {path}")
+    save_afterwards(args, lambda: draw(found, trained.recipe.train.sequence_length), path)
     return found.report() | {"figure": str(path)}
 
 

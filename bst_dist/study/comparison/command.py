@@ -26,6 +26,7 @@ from rich.console import Console
 
 from bst_base.arguments import picture
 from bst_base.errors import UserError
+from bst_base.outputs import write_afterwards
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.report.console import duration
 from bst_dist.study.comparison import pairs
@@ -92,12 +93,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = compare(runs)
     show(found)
     if args.plot:
-        from bst_dist.study.comparison.figure import draw  # both import matplotlib, which takes a second
-        from bst_dist.study.report.style import save
-
-        save(lambda: draw(runs), args.plot)
-        say(f"drew the curves to {args.plot}")
+        write_afterwards(args, lambda: _draw(runs, args.plot))
     return found.report()
+
+
+def _draw(runs: dict[str, RunSummary], path: Path) -> None:
+    from bst_dist.study.comparison.figure import draw  # both import matplotlib, which takes a second
+    from bst_dist.study.report.style import save
+
+    save(lambda: draw(runs), path)
+    say(f"drew the curves to {path}")
 
 
 def compare(runs: dict[str, RunSummary]) -> Comparison:

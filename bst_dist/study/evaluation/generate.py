@@ -26,6 +26,7 @@ from typing import Any
 from bst_base.documented import documentation
 from bst_base.errors import UserError
 from bst_base.settings import parse
+from bst_dist.faults.output import exit_unless_written
 from bst_dist.generation.decoding import Generation
 from bst_dist.generation.sampling import SamplingConfig, without_text
 from bst_dist.generation.text_stream import TextStream, printable
@@ -224,6 +225,7 @@ def _lines(writer: _Writer) -> list[_Text]:
     for first in range(0, len(samples), args.batch):
         for text in writer.write(samples[first : first + args.batch]):
             print(json.dumps(text.report()), flush=True)
+            exit_unless_written(sys.stdout)
             texts.append(text)
     return texts
 
@@ -241,3 +243,4 @@ def _sampling(args: argparse.Namespace) -> SamplingConfig:
 def _show(text: str) -> None:
     sys.stdout.write(printable(text))
     sys.stdout.flush()
+    exit_unless_written(sys.stdout)

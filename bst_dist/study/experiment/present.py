@@ -59,7 +59,9 @@ def write_report(table: Table, directory: Path) -> list[Path]:
         drawn: Block = Picture(table.experiment.name, figure, bars)
     else:
         drawn = Paragraph("No run is done yet: there is nothing to draw.")
-    return document.write([*blocks(table), drawn], directory, title=table.experiment.question)
+    content = [*blocks(table), drawn]
+    document.write(content, directory, title=table.experiment.question)
+    return document.files(content, directory)
 
 
 def _level(row: Row, column: Column) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bst_base.terminal import Sheet, print_table, say
+from bst_base.terminal import Sheet, print_table
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.perplexity import require_sizes
 from bst_dist.study.evaluation.scoring import reported
@@ -15,7 +15,7 @@ from bst_dist.study.evaluation.trained import Trained, open_run
 from bst_dist.study.lengths.figure import draw
 from bst_dist.study.lengths.measure import How, LengthResult, how, measure
 from bst_dist.study.lengths.text import longest
-from bst_dist.study.report.style import save
+from bst_dist.study.report.style import save_afterwards
 from bst_dist.study.statistics import Estimate, readable
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.commands.progress import stages
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "documents": trained.recipe.data.documents,
         "corpora": [],
     }
-    drawn = {}
+    drawn: dict[str, list[LengthResult]] = {}
     for corpus in open_text(trained, args.split, args.corpus):
         lengths = with_trained(trained, corpus, args.lengths)
         with stages(Console()) as told:
@@ -57,8 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         report["corpora"].append(_report(corpus, found))
         drawn[corpus.where] = found
     if args.plot:
-        save(lambda: draw(drawn, trained.recipe.train.sequence_length), args.plot)
-        say(f"drew {args.plot}")
+        save_afterwards(args, lambda: draw(drawn, trained.recipe.train.sequence_length), args.plot)
     return report
 
 

@@ -15,6 +15,8 @@ from bst_base.files import atomic_file, write_text
 from bst_base.terminal import Sheet, is_numeric
 from bst_dist.study.report.style import STYLE
 
+KINDS = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
+"""Formats of a figure, with metadata: without the program's name and the date, equal data give equal files."""
 CSS = """
 body { font: 16px/1.5 Georgia, serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
 h1, h2, h3 { line-height: 1.2; } table { border-collapse: collapse; font: 13px/1.4 monospace; margin: 1rem 0; }
@@ -53,24 +55,33 @@ class Picture:
 Block = Heading | Paragraph | Items | Sheet | Picture
 
 
-def write(blocks: Sequence[Block], directory: Path, title: str) -> list[Path]:
-    """Write report.md, report.html and figures/*.png and *.pdf. Return the files, the two reports first."""
+def write(blocks: Sequence[Block], directory: Path, title: str) -> None:
+    """Write report.md, report.html and figures/*.png and *.pdf: the `files`.
+
+    The text comes first, so that it is there even if a figure cannot be written. The HTML file contains the figures.
+    """
     (directory / "figures").mkdir(parents=True, exist_ok=True)
-    files = [directory / "report.md", directory / "report.html"]
-    with matplotlib.rc_context(STYLE):
-        for block in blocks:
-            if isinstance(block, Picture):
-                for kind in ("png", "pdf"):
-                    # Without the date and the program's name, equal data give equal files.
-                    metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
-                    files.append(directory / "figures" / f"{block.name}.{kind}")
-                    with atomic_file(files[-1]) as file:
-                        block.figure.savefig(file, format=kind, metadata=metadata)
-    write_text(files[0], "\n\n".join(_markdown(block) for block in blocks) + "\n")
+    write_text(directory / "report.md", "\n\n".join(_markdown(block) for block in blocks) + "\n")
+    _write_figures(blocks, directory)
     body = "\n".join(_html(block, directory, blocks) for block in blocks)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{CSS}</style>'
-    write_text(files[1], f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n')
-    return files
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+    write_text(directory / "report.html", page)
+
+
+def files(blocks: Sequence[Block], directory: Path) -> list[Path]:
+    """Return the files that `write` writes, the two reports first."""
+    names = [block.name for block in blocks if isinstance(block, Picture)]
+    figures = [directory / "figures" / f"{name}.{kind}" for name in names for kind in KINDS]
+    return [directory / "report.md", directory / "report.html", *figures]
+
+
+def _write_figures(blocks: Sequence[Block], directory: Path) -> None:
+    with matplotlib.rc_context(STYLE):
+        for picture in (block for block in blocks if isinstance(block, Picture)):
+            for kind, metadata in KINDS.items():
+                with atomic_file(directory / "figures" / f"{picture.name}.{kind}") as file:
+                    picture.figure.savefig(file, format=kind, metadata=metadata)
 
 
 def _markdown(block: Block) -> str:

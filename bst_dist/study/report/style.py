@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from bst_base.outputs import write_afterwards
+from bst_base.terminal import say
 
 # The colours of Okabe and Ito, which people with any colour vision can distinguish, the darker ones first.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
@@ -70,3 +74,13 @@ def save(draw: Callable[[], Figure], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         draw().savefig(out)
+
+
+def save_afterwards(args: argparse.Namespace, draw: Callable[[], Figure], out: Path) -> None:
+    """Have the figure drawn and saved when the command's report is written, and its path printed."""
+
+    def write() -> None:
+        save(draw, out)
+        say(f"drew {out}")
+
+    write_afterwards(args, write)

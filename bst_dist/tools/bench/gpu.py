@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.only or PARTS:
         end = max(end, time.monotonic()) + LIMITS_S[name] * (REHEARSED if small else 1)
         found[name] = _in_a_process(name, small, end - time.monotonic())
-        write_json(args.output / f"{name}.json", found[name])
         _print(name, found[name])
+        write_json(args.output / f"{name}.json", found[name])
     return found | {"passed": not any("failed" in found[name] for name in args.only or PARTS)}
 
 

@@ -169,6 +169,12 @@ def test_stats_reports_counts_and_writes_a_plot(corpus: Path, tmp_path: Path, ca
     assert "overlap_with_train" not in report(tmp_path / "r.json")
 
 
+def test_a_histogram_that_cannot_be_written_loses_no_number(corpus: Path, tmp_path: Path, no_room_for_figures) -> None:
+    arguments = ["data", "stats", str(corpus), "--quick", "--json", str(tmp_path / "r.json")]
+    assert main([*arguments, "--png", str(tmp_path / "l.png")]) == 74
+    assert sum(report(tmp_path / "r.json")["length_histogram"]["documents"]) == 30
+
+
 def test_show_prints_a_document_by_key_and_by_path(corpus: Path, folder: Path, capsys) -> None:
     expected = (folder / "a/04.txt").read_bytes().decode()
     assert not expected.endswith("\n")
@@ -233,8 +239,9 @@ def test_unreadable_or_unwritable_file_gives_one_message(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("x")
-    assert main(["data", "verify", str(corpus), "--workers", "1", "--json", str(tmp_path / "file/r.json")]) == 74
-    assert re.search(r"bst data verify: \S+ cannot read or write \S+/file: ", capsys.readouterr().err)
+    with pytest.raises(SystemExit, match="2"):  # before the work
+        main(["data", "verify", str(corpus), "--workers", "1", "--json", str(tmp_path / "file/r.json")])
+    assert re.search(r"r\.json cannot be written: \S+/file is not a directory\n", capsys.readouterr().err)
     real = Path.open
 
     def refuse(self: Path, *args, **kwargs):

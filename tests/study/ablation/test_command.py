@@ -56,6 +56,22 @@ def test_ablate_options_limit_documents_tokens_and_interventions(make_run, tmp_p
     assert (tmp_path / "a.pdf").read_bytes()[:4] == b"%PDF"
 
 
+def test_a_figure_that_cannot_be_written_loses_no_number(make_run, tmp_path, no_room_for_figures, capsys):
+    run_dir, path = make_run(), tmp_path / "report.json"
+    arguments = ["--interventions", "zero", "--documents", "3", "--tokens", "20", "--json", str(path)]
+    assert main(["ablate", str(run_dir), *arguments]) == 74
+    assert "ablations.png: No space left on device" in capsys.readouterr().err
+    assert json.loads(path.read_text())["corpora"][0]["interventions"]
+
+
+def test_a_figure_in_no_directory_is_refused_before_the_model_is_read(make_run, monkeypatch, capsys):
+    run_dir = make_run()
+    (run_dir / "ablations.png").mkdir()
+    monkeypatch.setattr("bst_dist.study.ablation.command.open_run", lambda *_: pytest.fail("read"))
+    assert main(["ablate", str(run_dir)]) == 2
+    assert "ablations.png exists and is not a regular file" in capsys.readouterr().err
+
+
 def test_inapplicable_interventions_are_left_out_with_the_reason(make_run, make_model):
     trained = open_run(make_run())
     settings = dict(trained.recipe.model)

@@ -272,6 +272,13 @@ def test_the_curves_are_drawn_over_tokens_and_time(pair, tmp_path, capsys):
     assert "must be one of .png" in capsys.readouterr().err
 
 
+def test_curves_that_cannot_be_written_lose_no_number(pair, tmp_path, no_room_for_figures):
+    report = tmp_path / "report.json"
+    words = ["--plot", str(tmp_path / "compared.png"), "--json", str(report)]
+    assert main(["compare", *map(str, pair), *words]) == 74
+    assert len(json.loads(report.read_text())["runs"]) == 2
+
+
 @pytest.mark.parametrize("extra", [[], ["--plot", "x.png"]])
 def test_directory_without_a_run_gives_one_message(pair, tmp_path, capsys, extra):
     assert main(["compare", str(pair[0]), str(tmp_path), *extra]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
@@ -9,6 +10,7 @@ import math
 import pytest
 import yaml
 
+from bst_base.outputs import left_for_afterwards
 from bst_base.settings import dump
 from bst_dist.study.experiment.commands.report import report
 from bst_dist.study.experiment.config import load_experiment
@@ -87,7 +89,11 @@ def made(tmp_path):
             kept.write_text(json.dumps(results))
 
         def report(self):
-            return report(self.experiment, self.trials, self.state)
+            args = argparse.Namespace()
+            found = report(args, self.experiment, self.trials, self.state)
+            for write in left_for_afterwards(args):
+                write()
+            return found
 
     return Made
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -44,3 +46,13 @@ def test_a_file_is_written_in_the_format_asked_for(make_run, tmp_path, suffix):
     out = tmp_path / f"lengths.{suffix}"
     assert main(["eval", str(make_run()), "--lengths", "16", "--plot", str(out)]) == 0
     assert out.read_bytes()[:4] in (b"\x89PNG", b"%PDF", b"<?xm")
+
+
+def test_a_figure_that_cannot_be_written_loses_no_number(make_run, tmp_path, no_room_for_figures, capsys):
+    run_dir, report = make_run(), tmp_path / "report.json"
+    words = ["--lengths", "16", "--plot", str(tmp_path / "lengths.png"), "--json", str(report)]
+    assert main(["eval", str(run_dir), *words]) == 74
+    assert "lengths.png: No space left on device" in capsys.readouterr().err
+    (kept,) = (run_dir / "reports").iterdir()
+    for path in (report, kept):
+        assert json.loads(path.read_text())["corpora"][0]["lengths"][0]["loss_nats_per_token"] > 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from bst_base.outputs import write_afterwards
 from bst_base.terminal import say
 from bst_dist.study.experiment.commands.common import add_experiment, open_experiment
 from bst_dist.study.experiment.config import ExperimentConfig
@@ -26,11 +27,11 @@ add_arguments = add_experiment
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     experiment, found, study = open_experiment(args)
-    return report(experiment, found, study.state)
+    return report(args, experiment, found, study.state)
 
 
-def report(experiment: ExperimentConfig, found: list[Trial], state: State) -> dict[str, Any]:
-    """Measure the finished runs, print and write the table, and return the machine-readable report."""
+def report(args: argparse.Namespace, experiment: ExperimentConfig, found: list[Trial], state: State) -> dict[str, Any]:
+    """Measure the finished runs and print the table; return the machine-readable report. The files come after it."""
     measured = []
     for trial in found:
         run_status = state.status_of(trial)
@@ -39,6 +40,10 @@ def report(experiment: ExperimentConfig, found: list[Trial], state: State) -> di
         measured.append((trial, run_status, own))
     table = gather(experiment, measured)
     show(blocks(table))
-    files = [*write(table, experiment.results), *write_report(table, experiment.results)]
-    say("wrote " + ", ".join(str(path) for path in files))
+
+    def write_files() -> None:
+        files = [*write(table, experiment.results), *write_report(table, experiment.results)]
+        say("wrote " + ", ".join(str(path) for path in files))
+
+    write_afterwards(args, write_files)
     return table.report()

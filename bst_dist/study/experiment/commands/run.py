@@ -41,4 +41,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     trained = train(args, study)
     if "passed" not in trained:  # only shown, or submitted
         return trained
-    return {"passed": trained["passed"], **report(experiment, found, study.state)}
+    return {"passed": trained["passed"], **report(args, experiment, found, study.state)}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.arguments import at_least
+from bst_base.outputs import write_afterwards
 from bst_base.terminal import say
 from bst_dist.study.lra.evaluate import evaluate, keep, open_classifier
 from bst_dist.study.lra.tasks import SPLITS
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the run, print the accuracy and store the report in the run directory."""
     report = evaluate(open_classifier(args.run, args.step), args.split, args.rows)
-    keep(args.run, report)
+    write_afterwards(args, lambda: keep(args.run, report))
     accuracy = f"{report.accuracy:.2%} ± {report.accuracy_standard_error:.2%}"
     say(
         f"{args.run} after {report.step:,} steps: {accuracy} of {report.examples:,} examples of {report.task} "

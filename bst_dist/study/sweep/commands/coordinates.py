@@ -18,6 +18,7 @@ import torch
 
 from bst_base.arguments import at_least
 from bst_base.errors import UserError
+from bst_base.outputs import write_afterwards
 from bst_dist.model.lm import LanguageModel
 from bst_dist.study.report.terminal import show
 from bst_dist.study.sweep.commands.common import add_sweep, open_sweep
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in designer.architectures:
         found[name], kind = _check(sweep, designer, first[name], args)
     made = Check(kind, args.widths, args.depths, args.steps, args.rate, found)
-    made.write(sweep.root)
+    write_afterwards(args, lambda: made.write(sweep.root))
     show(coordinate_blocks(made))
     return made.report()
 

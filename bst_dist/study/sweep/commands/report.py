@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.arguments import at_least
+from bst_base.outputs import write_afterwards
 from bst_base.terminal import say
 from bst_dist.study.report import document
 from bst_dist.study.report.words import plain
@@ -35,7 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     sweep, rows = open_table(args)
     found = present.find(sweep, rows, args.draws, read_check(sweep.root))
-    files = document.write(present.blocks(sweep, rows, found), args.out or sweep.root, title=f"Sweep {sweep.name}")
-    for path in files[:2]:
-        say(f"wrote {path}")
+    blocks, out = present.blocks(sweep, rows, found), args.out or sweep.root
+    files = document.files(blocks, out)
+
+    def write() -> None:
+        document.write(blocks, out, title=f"Sweep {sweep.name}")
+        for path in files[:2]:
+            say(f"wrote {path}")
+
+    write_afterwards(args, write)
     return {"files": [str(path) for path in files], **plain(found)}
