@@ -10,7 +10,6 @@ with the digest in it. When a checkpoint is removed or replaced, its manifest is
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +24,10 @@ from bst_dist.checkpoint.directory import (
     MANIFEST,
     PARTIAL,
     CheckpointError,
+    ManifestError,
     damage,
     directory,
+    parse_manifest,
     read_manifest,
     step_of,
 )
@@ -53,12 +54,17 @@ class RunCopy:
         return sorted((step_of(Path(name).parent) for name in found), reverse=True)
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Read the manifest of a complete checkpoint in the store; raises CheckpointError when it was cut off."""
+        """Read the manifest of a complete checkpoint in the store.
+
+        Raises CheckpointError when it is damaged, or cut off, as a write to a file system can be.
+        """
         name = f"{_place(step)}/{MANIFEST}"
         try:
-            return json.loads(self._read(name))
-        except ValueError:  # a file system, where a write can be cut off
-            raise CheckpointError(f"{self.url}/{name}: not JSON: push this checkpoint again, or remove it") from None
+            return parse_manifest(self._read(name), f"{self.url}/{_place(step)}")
+        except ManifestError as error:
+            raise CheckpointError(
+                f"{self.url}/{name}: {error.what}: push this checkpoint again, or remove it"
+            ) from None
 
     def has(self, step: int, manifest: dict[str, Any]) -> bool:
         """Whether the store has the checkpoint of `step` with this manifest, and not another one of the same step."""

@@ -42,6 +42,8 @@ TENSORS = {WEIGHTS: (WEIGHT,), OPTIMIZER: MOMENTS, AVERAGED: (AVERAGE,)}
 PARTIAL, REPLACED, DELETED, DAMAGED = ".partial", ".replaced", ".deleted", ".damaged"
 INDEX = "index"
 FORMAT = 2
+_DIGEST = "sha256"
+"""Key of a manifest's own digest. Without it a flipped digit, for example of the step or of the index, is not seen."""
 
 
 class CheckpointError(UserError):
@@ -51,7 +53,7 @@ class CheckpointError(UserError):
 class ManifestError(CheckpointError):
     """A manifest that is damaged, or that this host does not see."""
 
-    def __init__(self, checkpoint: Path, what: str, missing: bool = False) -> None:
+    def __init__(self, checkpoint: Path | str, what: str, missing: bool = False) -> None:
         super().__init__(checkpoint, what, missing)  # unchanged, so that the error can be sent to other ranks
         self.checkpoint, self.what, self.missing = checkpoint, what, missing
 
@@ -121,11 +123,21 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     and StorageError when this host cannot read the file.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        content = (checkpoint / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise ManifestError(checkpoint, "missing", missing=True) from None
     except OSError as error:
         raise StorageError.of(error, checkpoint / MANIFEST) from None
+    return parse_manifest(content, checkpoint)
+
+
+def parse_manifest(content: bytes, checkpoint: Path | str) -> dict[str, Any]:
+    """Return the manifest in a file's content, compared with its digest if it has one (older manifests do not).
+
+    `checkpoint`: where it was read, for errors. Raises ManifestError and OtherFormatError as `read_manifest` does.
+    """
+    try:
+        manifest = json.loads(content)
     except ValueError as error:
         raise ManifestError(checkpoint, f"not JSON: {error}") from None
     written = manifest.get("format") if isinstance(manifest, dict) else None
@@ -136,7 +148,19 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint}: written by another version of this program, in format {written}; this one reads format "
             f"{FORMAT}: continue with the version that wrote it, or start a new run in another --run-dir"
         )
+    if manifest.pop(_DIGEST, None) not in (None, _digest(manifest)):
+        raise ManifestError(checkpoint, "damaged (checksum mismatch)")
     return manifest
+
+
+def manifest_content(manifest: dict[str, Any]) -> bytes:
+    """Return the content of a manifest's file: JSON that ends with a digest of the rest."""
+    return json.dumps({**manifest, _DIGEST: _digest(manifest)}, indent=1).encode()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's values in their order, whatever the white space in its file."""
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def is_full(manifest: dict[str, Any]) -> bool:

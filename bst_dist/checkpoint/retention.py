@@ -6,7 +6,6 @@ left alone. A checkpoint is renamed before it is removed, so a partly removed on
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -34,6 +33,7 @@ from bst_dist.checkpoint.directory import (
     committed,
     entries,
     is_full,
+    manifest_content,
     read_manifest,
     step_of,
 )
@@ -160,7 +160,7 @@ def keep_only_weights(held: CheckpointEntry) -> None:
     kept = {name: record for name, record in held.manifest["files"].items() if name.startswith(f"{WEIGHTS}-")}
     if held.full:
         with atomic_file(held.path / MANIFEST) as file:
-            file.write(json.dumps({**held.manifest, "files": kept}, indent=1).encode())
+            file.write(manifest_content({**held.manifest, "files": kept}))
     for path in held.path.iterdir():
         if path.name not in (*kept, MANIFEST, PINNED):
             path.unlink()

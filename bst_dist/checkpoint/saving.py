@@ -10,7 +10,6 @@ previous checkpoint unchanged. Only the training thread communicates with other 
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import socket
@@ -38,6 +37,7 @@ from bst_dist.checkpoint.directory import (
     TENSORS,
     WEIGHTS,
     directory,
+    manifest_content,
     rank_file,
     shard_file,
     stored_name,
@@ -362,8 +362,8 @@ def _tried(work: Callable[[], object]) -> str | None:
 
 def _commit(pending: _Pending, final: Path) -> None:
     path = pending.partial / MANIFEST
-    with path_in_errors(path), path.open("w", encoding="utf-8") as file:
-        json.dump({**pending.manifest, "files": dict(sorted(pending.contents.items()))}, file, indent=1)
+    with path_in_errors(path), path.open("wb") as file:
+        file.write(manifest_content({**pending.manifest, "files": dict(sorted(pending.contents.items()))}))
         file.flush()
         os.fsync(file.fileno())
     if (final / PINNED).exists():

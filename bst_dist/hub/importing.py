@@ -24,7 +24,7 @@ from bst_base.clock import utc_now
 from bst_base.errors import UserError
 from bst_base.files import atomic_directory
 from bst_base.settings import dump, overridden, parse
-from bst_dist.checkpoint.directory import FORMAT, MANIFEST, WEIGHTS, directory, shard_file
+from bst_dist.checkpoint.directory import FORMAT, MANIFEST, WEIGHTS, directory, manifest_content, shard_file
 from bst_dist.checkpoint.directory import INDEX as PLACES
 from bst_dist.checkpoint.durable import Files
 from bst_dist.checkpoint.exporting import INDEX, SINGLE
@@ -177,4 +177,4 @@ def _write_checkpoint(path: Path, tensors: _Tensors, about: dict[str, Any]) -> N
     }
     records = {name: {**record, "rank": 0} for name, record in files.records.items()}
     about = {key: value for key, value in about.items() if key != PLACES}  # it describes other files
-    (path / MANIFEST).write_text(json.dumps({**unknown, **about, "format": FORMAT, "files": records}, indent=1))
+    (path / MANIFEST).write_bytes(manifest_content({**unknown, **about, "format": FORMAT, "files": records}))

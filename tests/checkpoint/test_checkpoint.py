@@ -17,7 +17,9 @@ from bst_dist.checkpoint.directory import (
     damage,
     directory,
     examine,
+    manifest_content,
     newest_valid,
+    parse_manifest,
     read_manifest,
 )
 from bst_dist.checkpoint.durable import Files
@@ -66,6 +68,34 @@ def test_newest_valid_skips_a_damaged_checkpoint(tmp_path, hurt, said, missing):
     hurt(older)
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
         newest_valid(tmp_path)
+
+
+def test_any_changed_digit_of_a_manifest_is_noticed(tmp_path):
+    manifest = {
+        "format": FORMAT,
+        "step": 12,
+        "validation_loss_nats": 2.25,
+        "layout": {"ranks": 8, "sp": 1},
+        "data": {"seed": 5, "weights": (0.5, 0.5), "name": "é"},
+        "files": {"weights-00000.safetensors": {"bytes": 170, "sha256": "0a1", "rank": 0, "start": 64}},
+    }
+    content = manifest_content(manifest)
+    assert parse_manifest(content, tmp_path) == json.loads(json.dumps(manifest))
+    key = content.rindex(b'"sha256"')  # changed, it is another key in a manifest without a digest
+    other = {content.index(b'"format": ') + len(b'"format": '), *range(key, key + len(b'"sha256"'))}
+    digits = [place for place, byte in enumerate(content) if chr(byte).isdigit() and place not in other]
+    assert len(digits) > 60  # the digest's own too
+    for place in digits:
+        changed = bytearray(content)
+        changed[place] = ord("1") if content[place] != ord("1") else ord("7")
+        with pytest.raises(ManifestError, match=r"is damaged \(checksum mismatch\)"):
+            parse_manifest(bytes(changed), tmp_path)
+
+
+def test_white_space_in_a_manifest_and_a_missing_digest_are_no_damage(tmp_path):
+    manifest = {"format": FORMAT, "files": {}}
+    assert parse_manifest(manifest_content(manifest).replace(b"\n", b"\r\n"), tmp_path) == manifest
+    assert parse_manifest(json.dumps(manifest).encode(), tmp_path) == manifest
 
 
 def test_the_error_of_a_bad_manifest_can_be_sent_to_other_ranks(tmp_path):

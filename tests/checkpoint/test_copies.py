@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from bst_base.errors import StorageError, UserError
 from bst_dist.checkpoint.copies import RunCopy
-from bst_dist.checkpoint.directory import damage, directory
+from bst_dist.checkpoint.directory import MANIFEST, damage, directory, manifest_content, read_manifest
 from bst_dist.cli import main
 from tests.checkpoint.damage import flip
 from tests.checkpoint.pushing import contents, earlier, only_weights, pull, push
@@ -98,6 +98,19 @@ def test_damaged_checkpoints_are_neither_pushed_nor_pulled(older, url, tmp_path,
     assert push(older, f"{url}-2") == 2
     assert "checksum mismatch in rank 0's file weights-00000.safetensors" in capsys.readouterr().err
     assert RunCopy(f"{url}-2").steps() == []
+
+
+def test_a_changed_digit_in_a_copied_manifest_is_noticed(older, url, tmp_path, capsys):
+    own = directory(older, 4)
+    (own / MANIFEST).write_bytes(manifest_content(read_manifest(own)))  # as this version writes it
+    assert push(older, url) == 0
+    there = tmp_path / "store" / "demo" / STEP / MANIFEST
+    there.write_text(there.read_text().replace('"updates": 4', '"updates": 5'))
+    assert pull(url, tmp_path / "back") == 2
+    assert "manifest.json: damaged (checksum mismatch): push this checkpoint again" in capsys.readouterr().err
+    assert push(older, url) == 0
+    assert pull(url, tmp_path / "back") == 0
+    assert damage(directory(tmp_path / "back", 4)) == []
 
 
 def test_the_copy_keeps_only_newest_and_pinned_checkpoints(older, url, capsys):

@@ -275,6 +275,21 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         snapshots(tmp_path, Tensors(numel=50)).load(directory(tmp_path, 1))
 
 
+def test_a_checkpoint_with_a_changed_digit_in_its_manifest_is_not_resumed(tmp_path):
+    state = Tensors()
+    run = snapshots(tmp_path, state, weights_every=2, keep_last=3)
+    for step in (1, 2, 3):
+        save(run, state, step)
+    thinned = directory(tmp_path, 2)
+    retention.keep_only_weights(retention.CheckpointEntry(thinned, read_manifest(thinned)))
+    assert damage(thinned) == []
+    path = directory(tmp_path, 3) / MANIFEST
+    path.write_text(path.read_text().replace('"tokens": 30', '"tokens": 10'))
+    assert damage(path.parent) == ["damaged (checksum mismatch): manifest.json"]
+    assert resume(tmp_path) == 1
+    assert (tmp_path / "checkpoints" / "step-00000003.damaged").exists()
+
+
 def test_newest_waits_for_a_pending_save(tmp_path):
     state = Tensors()
     run = snapshots(tmp_path, state)
