@@ -27,6 +27,7 @@ from typing import Any
 from bst_base.errors import StorageError
 from bst_base.files import atomic_file
 from bst_dist.checkpoint.agreement import of_first
+from bst_dist.checkpoint.callbacks import Evaluated
 from bst_dist.checkpoint.config import LOCAL_COPIES_KEPT
 from bst_dist.checkpoint.copying import Copied, HostCopy
 from bst_dist.checkpoint.directory import committed, step_of
@@ -34,7 +35,7 @@ from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy
 from bst_dist.checkpoint.local_search import Found, brought, gathered
 from bst_dist.checkpoint.neighbours import Neighbours, Node, keepers
 from bst_dist.checkpoint.saving import Failed, Saved
-from bst_dist.checkpoint.snapshot import Evaluated, Position, Snapshots
+from bst_dist.checkpoint.snapshot import Position, Snapshots
 from bst_dist.faults import ledger
 from bst_dist.faults.lease import LEASE
 from bst_dist.parallel.ranks import Ranks

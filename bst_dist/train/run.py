@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from bst_dist.checkpoint import rng
+from bst_dist.checkpoint.callbacks import Checkpoints, Evaluated
 from bst_dist.checkpoint.fragments import EngineState
 from bst_dist.checkpoint.local import LocalCopies
-from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Position, Snapshots
+from bst_dist.checkpoint.snapshot import Position, Snapshots
 from bst_dist.config import Recipe
 from bst_dist.faults.disks import Disks
 from bst_dist.faults.ending import LAST_WORD

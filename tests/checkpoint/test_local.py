@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from bst_base.json_lines import read_lines
 from bst_base.settings import dump, parse
 from bst_dist.checkpoint import local, local_copy, neighbours
+from bst_dist.checkpoint.callbacks import Evaluated
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.copying import Copied
 from bst_dist.checkpoint.directory import CheckpointError, committed, step_of
@@ -33,7 +34,7 @@ from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy
 from bst_dist.checkpoint.local_search import Found, brought
 from bst_dist.checkpoint.neighbours import Neighbours, keepers
 from bst_dist.checkpoint.shards import Piece
-from bst_dist.checkpoint.snapshot import Evaluated, Identity, Position, Snapshots
+from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
 from bst_dist.config import Recipe
 from bst_dist.faults import ledger
 from bst_dist.parallel.mesh import Mesh

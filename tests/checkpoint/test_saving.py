@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from bst_base.errors import StorageError
-from bst_dist.checkpoint import copying, durable, retention, saving, snapshot
+from bst_dist.checkpoint import copying, durable, retention, saving
+from bst_dist.checkpoint.callbacks import Checkpoints, Evaluated
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     MANIFEST,
@@ -44,7 +45,7 @@ from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.retention import has_full
 from bst_dist.checkpoint.saving import Failed, Saved
 from bst_dist.checkpoint.shards import Piece
-from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
+from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import EvalReport
 from tests.checkpoint.alone import Alone
@@ -609,8 +610,7 @@ def test_resuming_under_the_same_layout_opens_few_files(tmp_path, monkeypatch):
     assert len([name for name in opened if str(path) in name]) <= 8
 
 
-def test_best_checkpoint_is_not_chosen_by_the_loss_of_the_averaged_weights(monkeypatch):
-    monkeypatch.setattr(snapshot, "AVERAGED", "the name of their files is another matter")
+def test_best_checkpoint_is_not_chosen_by_the_loss_of_the_averaged_weights():
     evaluated = Evaluated()
     for step, loss in ((1, 2.0), (2, 3.0)):
         report = EvalReport(step, "validation", 9, loss, 3.0, [1.0], 0.5)
