@@ -205,13 +205,13 @@ def _hosts(args: argparse.Namespace, recipe: Recipe) -> list[Host]:
 
 
 def _needs(asked: Request, recipe: Recipe) -> Needs:
-    """Return what every host must have: files, the run directory, disk space."""
+    """Return what every host must have: files, the run directory, disk space, and memory for the model."""
     corpora = [Path(url) / MANIFEST for url in recipe.data.urls() if "://" not in url]
     files = [find(asked.recipe, RECIPES), deepspeed_file(recipe), *corpora]
     with weightless():
         parameters = sum(parameter.numel() for parameter in LanguageModel(recipe.model).parameters())
     # Space for two checkpoints: an existing one, and one being written.
-    return Needs([path.resolve() for path in files], asked.run_dir, 2 * CHECKPOINT_BYTES * parameters)
+    return Needs([path.resolve() for path in files], asked.run_dir, 2 * CHECKPOINT_BYTES * parameters, parameters)
 
 
 def _show(job: Job, hosts: Sequence[Host], options: LaunchOptions) -> dict[str, Any]:

@@ -38,6 +38,7 @@ import torch
 from bst_base.arguments import at_least, seconds
 from bst_base.errors import UserError
 from bst_base.host import free_port, without_brackets
+from bst_base.memory import available_memory
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import LocalRanks, Share, catch_stop_signals
@@ -48,6 +49,7 @@ from bst_dist.parallel.ranks import choose_accelerator, require_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
+from bst_dist.train.start.host_memory import shortage
 from bst_dist.train.start.request import Request, Start, load, resolve
 
 
@@ -165,6 +167,8 @@ def check(start: Start, share: Share) -> dict[str, Any]:
     }
     if imbalance := start.spread.imbalance_message(recipe.parallel.sp):
         lines["masked"] = imbalance
+    if message := shortage(parameters, share.count, available_memory()):
+        lines["memory"] = message
     if start.changed:
         lines["change"] = f"{'; '.join(start.changed)} (before, from here on)"
     print("\n".join(f"{name:<6} {text}" for name, text in lines.items()))

@@ -25,11 +25,15 @@ from bst_dist.cluster.channel import Message
 from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.processes import signal_session
+from bst_dist.train.start.host_memory import shortage
 
 CLOCK_S = 2.0
 """Clock offset in seconds above which a warning is printed. No result depends on clocks, but users compare the times
 of logs and files."""
-CHECKS = ("ssh", "versions", "code", "files", "shared", "space", "ranks", "devices", "memory", "limits", "sum", "speed")
+CHECKS = (
+    *("ssh", "versions", "code", "files", "shared", "space", "ranks"),
+    *("devices", "memory", "host-memory", "limits", "sum", "speed"),
+)
 """The names of the checks, as `--accept` takes them."""
 FILES_PER_RANK, OWN_FILES = 3, 512
 """Open files of rank 0's process: its connections with each rank (torch's, that of the heartbeats, and one more while
@@ -55,6 +59,8 @@ class Needs:
     """The run directory, which all hosts must share."""
     free_bytes: int
     """Free bytes required on the file system of the run directory."""
+    parameters: int
+    """Parameters of the model, which every rank builds in the memory of its host."""
 
 
 @dataclass
@@ -126,7 +132,7 @@ def examine(controller: Controller, needs: Needs, accepted: Collection[str] = ()
         one.clock_offset_s = offsets.get(one.host.name, math.nan)
         if one.host.name in controller.gone:
             one.problems.append(controller.gone[one.host.name])
-    judge(checked, controller.job, needs.free_bytes, accepted)
+    judge(checked, controller.job, needs, accepted)
     return checked
 
 
@@ -150,14 +156,14 @@ def _answers(controller: Controller, needs: Needs) -> dict[str, Message]:
     return answers | others
 
 
-def judge(checked: Sequence[Checked], job: str, needed_bytes: int, accepted: Collection[str] = ()) -> None:
+def judge(checked: Sequence[Checked], job: str, needs: Needs, accepted: Collection[str] = ()) -> None:
     """Record the problems and warnings of each host, comparing it with the majority of hosts."""
     common = _common([one.answer for one in checked if one.answer])
     for one in checked:
         if not one.answer:
             one.problems += [] if one.problems else ["no answer: does a file system hang?"]
             continue
-        problems = [*_problems(one, common, job, needed_bytes)]
+        problems = [*_problems(one, common, job, needs)]
         if one is checked[0]:  # rank 0 will be there
             problems += _limits(one, sum(each.host.slots for each in checked))
         for check, problem in problems:
@@ -168,14 +174,14 @@ def judge(checked: Sequence[Checked], job: str, needed_bytes: int, accepted: Col
         one.warnings += _warnings(one)
 
 
-def _problems(one: Checked, common: Mapping[str, tuple[str, str]], job: str, needed_bytes: int) -> Found:
+def _problems(one: Checked, common: Mapping[str, tuple[str, str]], job: str, needs: Needs) -> Found:
     """Yield the problems of a host that would make a job fail, with the name of the check."""
     answer = one.answer
     yield from _differences(answer, common)
     if answer["nonce"] != job:
         yield "shared", "does not see the run directory that the first host wrote to: is it shared?"
-    elif answer["free_bytes"] is not None and answer["free_bytes"] < needed_bytes:
-        free, needed = readable_size(answer["free_bytes"]), readable_size(needed_bytes)
+    elif answer["free_bytes"] is not None and answer["free_bytes"] < needs.free_bytes:
+        free, needed = readable_size(answer["free_bytes"]), readable_size(needs.free_bytes)
         yield (
             "space",
             (
@@ -200,6 +206,9 @@ def _problems(one: Checked, common: Mapping[str, tuple[str, str]], job: str, nee
             "memory",
             f"accelerator {device} has {errors} uncorrected memory errors: reset or replace it",
         )
+    # Missing if the host has older code, which is a problem of its own.
+    if message := shortage(needs.parameters, slots, answer.get("available_memory")):
+        yield "host-memory", message
 
 
 def _limits(first: Checked, ranks: int) -> Found:

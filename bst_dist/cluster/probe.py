@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from bst_base.host import most_open_files
+from bst_base.memory import available_memory
 from bst_dist.parallel.devices import device_files
 from bst_dist.version import PACKAGES
 
@@ -39,6 +40,7 @@ def probe(job: str, files: Sequence[str], run_dir: str, write: bool) -> dict[str
         "devices": device_files(),
         "memory_errors": memory_errors(),
         "open_files": most_open_files(),
+        "available_memory": available_memory(),
     }
 
 

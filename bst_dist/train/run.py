@@ -40,6 +40,7 @@ from bst_dist.train.objective import Batches
 from bst_dist.train.reporting import header, outcome_of, probes_of, writers_of
 from bst_dist.train.schedule import constant_until
 from bst_dist.train.start.deterministic import make_deterministic
+from bst_dist.train.start.host_memory import warn_of_shortage
 from bst_dist.train.start.request import Request, Start, load, resolve_together
 from bst_dist.train.start.resuming import begin_at, changed_at, guard_of, roll_back
 from bst_dist.train.tf32 import products_in_tf32
@@ -70,6 +71,7 @@ def _train(recipe: Recipe, request: Request, ranks: Ranks, notice: Notice | None
     ):
         if start.recipe.log.memory_history:
             record_history()
+        warn_of_shortage(start)
         return Run(start, request, ranks, Stop(ranks, notice), lease).train()
 
 

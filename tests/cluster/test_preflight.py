@@ -35,7 +35,9 @@ SOUND: dict[str, Any] = {
     "devices": [],
     "memory_errors": {},
     "open_files": 4096,
+    "available_memory": 4 * 10**9,
 }
+NOTHING = Needs([], Path("/shared/run"), 0, 0)
 
 
 def checked_hosts(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.0, 0.0), accepted=()) -> list[Checked]:
@@ -50,7 +52,7 @@ def checked_hosts(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.
         Checked(Host(f"n{i}", 8), answer=answer, clock_offset_s=clock)
         for i, (answer, clock) in enumerate(zip(answers, clocks, strict=True))
     ]
-    judge(checked, "job", 10**9, accepted)
+    judge(checked, "job", Needs([], Path("/shared/run"), 10**9, 125 * 10**6), accepted)
     return checked
 
 
@@ -76,6 +78,10 @@ def test_healthy_hosts_have_no_problems():
         ({"free_bytes": 10**8}, "100.0 MB free on the file system of the run directory, two checkpoints need 1.0 GB"),
         ({"devices": ["nvidia0", "nvidia1"]}, "8 slots, but 2 accelerators"),
         ({"memory_errors": {"3": 2}}, "accelerator 3 has 2 uncorrected memory errors"),
+        (
+            {"available_memory": 10**9},
+            "8 ranks need 4.0 GB of host memory to build the model, 1.0 GB are available: start fewer ranks on a host",
+        ),
         ({"open_files": 583}, "a process may open 583 files, rank 0 of 24 needs 584: raise the hard limit"),
         ({"ranks": [4711]}, "(processes 4711): wait until they end, or stop them (check: ranks)"),
     ],
@@ -98,6 +104,7 @@ def test_the_host_that_differs_is_reported_even_if_it_is_first(change, said):
         ("ranks", {"ranks": [4711]}),
         ("devices", {"devices": ["nvidia0"]}),
         ("memory", {"memory_errors": {"3": 2}}),
+        ("host-memory", {"available_memory": 10**9}),
         ("limits", {"open_files": 256}),
     ],
 )
@@ -107,6 +114,10 @@ def test_accepted_problems_do_not_prevent_a_start_and_are_shown(check, change, c
     show([first])
     assert f"(accepted: {check})" in capsys.readouterr().out
     assert checked_hosts(change, accepted=set(CHECKS) - {check})[0].problems
+
+
+def test_a_host_that_cannot_say_what_memory_it_has_is_not_refused():
+    assert judged({"available_memory": None}) == [[], [], []]
 
 
 def test_only_the_host_of_rank_0_needs_many_open_files():
@@ -145,7 +156,7 @@ def test_memory_errors_are_read_from_nvidia_smi(tmp_path, monkeypatch, script, f
 
 def test_a_host_without_answer_is_refused():
     checked = [Checked(Host("n0", 1), answer=copy.deepcopy(SOUND), clock_offset_s=0.0), Checked(Host("n1", 1))]
-    judge(checked, "job", 0)
+    judge(checked, "job", NOTHING)
     assert checked[0].problems == []
     assert checked[1].problems
     assert math.isnan(checked[1].clock_offset_s)
@@ -167,7 +178,7 @@ def test_a_probe_sees_the_mark_of_another_and_leaves_no_files(tmp_path):
     question = {"job": "job", "files": [str(recipe), str(tmp_path / "none")], "run_dir": str(run_dir)}
     assert probe(**question, write=False)["nonce"] is None
     written, read = probe(**question, write=True), probe(**question, write=False)
-    assert written == read | {"free_bytes": written["free_bytes"]}
+    assert written == read | {name: written[name] for name in ("free_bytes", "available_memory")}
     assert read["nonce"] == "job"
     assert read["files"][str(tmp_path / "none")] is None
     assert len(read["files"][str(recipe)]) == 64
@@ -240,7 +251,7 @@ class Silent:
 def test_a_host_that_did_not_answer_is_asked_nothing_more(silent, writer, left):
     """Each question to it would take a minute. If it was to write the mark, the next host does."""
     stub = Silent(silent)
-    checked = examine(stub, Needs([], Path("/shared/run"), 0))
+    checked = examine(stub, NOTHING)
     problems = {one.host.name: one.problems for one in checked}
     assert problems == {silent: ["no answer: does a file system hang?"], **{name: [] for name in left}}
     assert stub.wrote[-1] == writer
@@ -255,5 +266,5 @@ def test_a_stop_signal_leaves_no_mark(monkeypatch):
     stub = Silent("n0")
     ask = stub.ask
     monkeypatch.setattr(stub, "ask", lambda *question: (stub.stop_signals.append(15), ask(*question))[1])
-    examine(stub, Needs([], Path("/shared/run"), 0))
+    examine(stub, NOTHING)
     assert stub.wrote == stub.removes == ["n0"]

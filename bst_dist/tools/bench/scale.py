@@ -36,7 +36,7 @@ from bst_dist.checkpoint.saving import Failed
 from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
 from bst_dist.cluster.channel import Channel
 from bst_dist.cluster.hosts import Host
-from bst_dist.cluster.preflight import Checked, judge, show
+from bst_dist.cluster.preflight import Checked, Needs, judge, show
 from bst_dist.faults.watchdog import BEAT_S
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import StepReport
@@ -261,13 +261,14 @@ def _preflight(hosts: int) -> float:
         "nonce": "job",
         "free_bytes": 10**12,
         "open_files": 2**20,
+        "available_memory": 10**12,
         "ranks": [],
         "devices": ["nvidia0"] * A_HOST,
         "memory_errors": {},
     }
     checked = [Checked(Host(f"node-{number:04}", A_HOST), answer=answer, clock_offset_s=0.0) for number in range(hosts)]
     begin = time.process_time()
-    judge(checked, "job", 10**9)
+    judge(checked, "job", Needs([], Path("run"), 10**9, 10**6))
     with contextlib.redirect_stdout(io.StringIO()):
         show(checked)
     return time.process_time() - begin
