@@ -250,7 +250,7 @@ class Run:
         if stopped:
             outcome |= {"stopped": told[0].name}
         if not (stopped and LAST_WORD in os.environ):  # else the launcher reports the signal
-            ranks.print_first(rundir.closing(outcome, self.recipe.train.steps, f"--until {self.start.until}"))
+            ranks.print_first(rundir.closing(outcome, self.recipe.train.steps, self.start.until))
         if ranks.first:
             rundir.finish(self.start.run_dir, outcome)
         self.copies.remove()

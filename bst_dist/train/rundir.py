@@ -96,16 +96,19 @@ def read_outcome(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def closing(outcome: dict[str, Any], steps: int, asked: str = "") -> str:
+def closing(outcome: dict[str, Any], steps: int, until: int = 0) -> str:
     """Return the last printed line of a start: why it ended.
 
-    `steps`: of the whole run. `asked`: the option that stopped the run early, if no signal did.
+    `steps`: of the whole run. `until`: the step after which the start was to stop, if no signal stopped it.
     """
+    step, asked = outcome["step"], f"--until {until}"
     if "stopped" in outcome:
         asked = "Ctrl-C, SIGINT" if outcome["stopped"] == "SIGINT" else outcome["stopped"]
-    elif outcome["step"] >= steps:
+    elif step >= steps:
         return f"finished: all {steps:,} steps are done"
-    return f"stopped after step {outcome['step']} ({asked}): --resume continues from there"
+    elif step > until:
+        return f"nothing was trained: step {step} is past {asked} already"
+    return f"stopped after step {step} ({asked}): --resume continues from there"
 
 
 def own_tokenizer(run_dir: Path) -> Path | None:

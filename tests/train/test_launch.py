@@ -27,8 +27,10 @@ def test_bst_train_trains_resumes_by_its_directory_and_reports(recipe_file, corp
     assert main(["train", recipe, "--run-dir", str(run_dir), "--ranks", "2", "--until", "3"]) == 0
     assert capfd.readouterr().out.endswith("\nstopped after step 3 (--until 3): --resume continues from there\n")
     assert read_outcome(run_dir)["finished"] is False
+    assert main(["train", str(run_dir), "--ranks", "2", "--resume", "--until", "2"]) == 0
+    assert capfd.readouterr().out.endswith("\nnothing was trained: step 3 is past --until 2 already\n")
     assert (run_dir / "tokenizer.model").read_bytes() == (corpus / "tokenizer.model").read_bytes()
-    (start,) = json.loads((run_dir / "environment.json").read_text())["starts"]
+    start, _ = json.loads((run_dir / "environment.json").read_text())["starts"]
     digest = hashlib.sha256((corpus / "manifest.json").read_bytes()).hexdigest()
     assert start["corpora"] == [{"path": str(corpus.resolve()), "sha256": digest}]
     assert main(["train", str(run_dir), "--ranks", "2", "--resume", "--json", str(report)]) == 0
@@ -67,7 +69,8 @@ def test_the_last_line_names_ctrl_c_as_the_reason(recipe_file, tmp_path):
 
 def test_the_last_line_says_why_a_start_ended():
     assert closing({"step": 1200}, 1200) == "finished: all 1,200 steps are done"
-    assert closing({"step": 7}, 9, "--until 7") == "stopped after step 7 (--until 7): --resume continues from there"
+    assert closing({"step": 7}, 9, 7) == "stopped after step 7 (--until 7): --resume continues from there"
+    assert closing({"step": 7}, 9, 3) == "nothing was trained: step 7 is past --until 3 already"
     told = {"step": 9, "stopped": "SIGUSR1"}  # its last evaluation is missing
     assert closing(told, 9) == "stopped after step 9 (SIGUSR1): --resume continues from there"
 
