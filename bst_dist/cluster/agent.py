@@ -80,8 +80,8 @@ class Agent:
                     for key, _ in found:
                         key.data()
                     self.channel.flush()
-                    if stop_signals:
-                        self._obey(stop_signals[0])
+                    if stop_signals.first is not None:
+                        self._obey(stop_signals.first)
                     self._report_ended()
                     self._beat()
                     self._look_for_the_launching_process(looked)

@@ -26,7 +26,7 @@ from bst_dist.cluster.channel import Channel, Closed, Message
 from bst_dist.cluster.gateway import AgentGateway, own_addresses
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.liveness import ListeningClock
-from bst_dist.cluster.processes import Share
+from bst_dist.cluster.processes import Share, StopSignals
 from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended, LeftAlone, lease_s
 
 TICK_S = 0.1
@@ -61,11 +61,12 @@ class Controller:
         self,
         hosts: Sequence[Host],
         options: LaunchOptions,
-        stop_signals: Sequence[int] = (),
+        stop_signals: StopSignals | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`stop_signals`: the numbers of the signals received so far, as `processes.catch_stop_signals` yields them."""
-        self.hosts, self.options, self.stop_signals = list(hosts), options, stop_signals
+        """`stop_signals`: those that this process receives; None if it does not stop at signals."""
+        self.hosts, self.options = list(hosts), options
+        self.stop_signals = StopSignals() if stop_signals is None else stop_signals
         self.liveness = ListeningClock(clock)
         self.channels: dict[str, Channel] = {}
         self.gone: dict[str, str] = {}
@@ -109,7 +110,7 @@ class Controller:
         until = self.liveness.listened_s + CALL_S
         while len(self.channels) + len(self._gateway.refused) < len(self.hosts) and self.liveness.listened_s < until:
             self._pump()
-            if self.stop_signals or self._gateway.launcher_ended:
+            if self.stop_signals.first is not None or self._gateway.launcher_ended:
                 self._pump()  # read its last output
                 break
         missing = [host.name for host in self.hosts if host.name not in self.channels]
@@ -129,7 +130,7 @@ class Controller:
             self.send(host, kind, question=self._question, **details)
         until = self.liveness.listened_s + CALL_S
         while self.liveness.listened_s < until and not fields.keys() - self.gone.keys() <= self._answers.keys():
-            if kind != "kill" and self.stop_signals:
+            if kind != "kill" and self.stop_signals.first is not None:
                 break
             self._pump()
         return dict(self._answers)
@@ -203,17 +204,17 @@ class Controller:
         while not self.ended.over and self.liveness.listened_s < give_up:
             self._pump()
             self._look_for_the_lost(shares)
-            if self.stop_signals and self.ended.stop_signal is None:
-                self.ended.stop_signal = self.stop_signals[0]
+            if self.stop_signals.first is not None and self.ended.stop_signal is None:
+                self.ended.stop_signal = self.stop_signals.first
                 name = signal.Signals(self.ended.stop_signal).name
                 print(f"bst launch: {notice.format(name)}", file=sys.stderr, flush=True)
                 self._tell("stop")
                 give_up = min(give_up, self.liveness.listened_s + self.options.grace_s + SETTLE_S)
-            elif len(self.stop_signals) > 1:
+            elif self.stop_signals.at_once:
                 self.ended.at_once = True
                 return
-            elif (repeats := getattr(self.stop_signals, "repeats", 0)) > self._passed_on:
-                self._passed_on = repeats
+            elif self.stop_signals.repeats > self._passed_on:
+                self._passed_on = self.stop_signals.repeats
                 self._tell("stop")
             if self.ended.failed:
                 give_up = min(give_up, self.liveness.listened_s + self.ended.settle_s)
@@ -246,7 +247,7 @@ class Controller:
             self.send(host, "kill")  # if only the agent was stopped, it reads this when it continues
             self._drop(host, "given up")
         free = max(silent, default=0.0) + lease_s(self.options.lost_after_s, self.options.grace_s) + BEAT_S
-        while silent and self.liveness.clock() < free and len(self.stop_signals) < 2:
+        while silent and self.liveness.clock() < free and not self.stop_signals.at_once:
             self._pump()
 
     def _pump(self) -> None:

@@ -189,7 +189,7 @@ def _train(supervisor: Supervisor, steps: int) -> dict[str, Any]:
         say(f"status {status}, restarts: {restarts.total}; results so far: {run_dir}")
     outcome = outcome_since(before, run_dir)
     if status == RESUBMIT:
-        outcome = correct_stop_signal(run_dir, outcome, stop_signals[0] if stop_signals else None, steps)
+        outcome = correct_stop_signal(run_dir, outcome, stop_signals.first, steps)
     report = {"passed": status == 0, "exit_status": status, "run_dir": str(run_dir)}
     return {**report, "restarts": restarts.total, **outcome}
 

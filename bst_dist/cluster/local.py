@@ -220,11 +220,11 @@ def launch(
         ranks = LocalRanks(command, share, os.environ)
         while ranks.running and time.monotonic() < give_up:
             time.sleep(0.1)
-            if stop_signals and ended.stop_signal is None:
-                ended.stop_signal = stop_signals[0]
-                print(notice.format(signal.Signals(stop_signals[0]).name), file=sys.stderr, flush=True)
+            if stop_signals.first is not None and ended.stop_signal is None:
+                ended.stop_signal = stop_signals.first
+                print(notice.format(signal.Signals(stop_signals.first).name), file=sys.stderr, flush=True)
                 ranks.terminate(grace_s)
-            elif len(stop_signals) > 1:
+            elif stop_signals.at_once:
                 ended.at_once = True
                 ranks.kill()
             elif stop_signals.repeats > passed_on:

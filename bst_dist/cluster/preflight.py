@@ -24,7 +24,7 @@ from bst_dist.cluster import launchers
 from bst_dist.cluster.channel import Message
 from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.hosts import Host
-from bst_dist.cluster.processes import signal_session
+from bst_dist.cluster.processes import StopSignals, signal_session
 from bst_dist.train.start.host_memory import shortage
 
 CLOCK_S = 2.0
@@ -75,7 +75,7 @@ class Checked:
     clock_offset_s: float = math.nan
 
 
-def unreachable(hosts: Sequence[Host], options: LaunchOptions, stop_signals: Sequence[int] = ()) -> dict[str, str]:
+def unreachable(hosts: Sequence[Host], options: LaunchOptions, stop_signals: StopSignals) -> dict[str, str]:
     """Return the hosts that ssh cannot log in to without a password, with its error; all are tried in parallel.
 
     A stop signal ends the wait; hosts that have not answered by then are not in the result.
@@ -87,7 +87,7 @@ def unreachable(hosts: Sequence[Host], options: LaunchOptions, stop_signals: Seq
     return {host.name: reason for host, reason in zip(hosts, reasons, strict=True) if reason is not None}
 
 
-def _login_problem(command: Sequence[str], stop_signals: Sequence[int]) -> str | None:
+def _login_problem(command: Sequence[str], stop_signals: StopSignals) -> str | None:
     """Return why an ssh command failed; None if it succeeded or was ended because of a stop signal.
 
     Its errors go to a file, because a connection that ssh keeps for later (ControlPersist) keeps a pipe open.
@@ -97,19 +97,19 @@ def _login_problem(command: Sequence[str], stop_signals: Sequence[int]) -> str |
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
         )
         deadline = time.monotonic() + LOGIN_S
-        while process.poll() is None and not stop_signals and time.monotonic() < deadline:
+        while process.poll() is None and stop_signals.first is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if process.poll() is None:
             signal_session(process, signal.SIGKILL)
             process.wait()
-            return None if stop_signals else f"ssh: no answer within {LOGIN_S:g} s"
+            return f"ssh: no answer within {LOGIN_S:g} s" if stop_signals.first is None else None
         said.seek(0)
         lines = said.read().decode(errors="replace").strip().splitlines()
     return (lines or ["ssh failed"])[-1] if process.returncode else None
 
 
 def require_reachable(
-    hosts: Sequence[Host], options: LaunchOptions, accepted: Collection[str] = (), stop_signals: Sequence[int] = ()
+    hosts: Sequence[Host], options: LaunchOptions, accepted: Collection[str], stop_signals: StopSignals
 ) -> None:
     """Print all hosts and raise PreflightError unless ssh can log in to every one of them."""
     if "ssh" in accepted:
@@ -146,7 +146,7 @@ def _answers(controller: Controller, needs: Needs) -> dict[str, Message]:
     question = {**where, "files": [str(path) for path in needs.files]}
     names = [host.name for host in controller.hosts]
     answers: dict[str, Message] = {}
-    while names and not answers and not controller.stop_signals:
+    while names and not answers and controller.stop_signals.first is None:
         writer = names.pop(0)
         answers = controller.ask("probe", {writer: {**question, "write": True}})
         if not answers:

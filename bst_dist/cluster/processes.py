@@ -183,10 +183,15 @@ def family_of(address: str) -> socket.AddressFamily | None:
     return None
 
 
-class StopSignals(list[int]):
-    """The first stop signal that this process received, and later Ctrl-Cs."""
+@dataclass
+class StopSignals:
+    """The stop signals that this process has received."""
 
-    repeats = 0
+    first: int | None = None
+    """Number of the first one."""
+    at_once: bool = False
+    """Whether Ctrl-C came after it: the ranks are ended immediately."""
+    repeats: int = 0
     """Number of further signals other than Ctrl-C; the ranks ignore them as long as they can write their checkpoint."""
 
 
@@ -202,11 +207,13 @@ def catch_stop_signals() -> Iterator[StopSignals]:
     further = FurtherSignal(SAME_KEY_S)
 
     def hear(number: int, _: object) -> None:
-        again = further.heard()
-        if again and number != signal.SIGINT:
+        again = further.is_further()
+        if received.first is None:
+            received.first = number
+        elif again and number == signal.SIGINT:
+            received.at_once = True
+        elif again:
             received.repeats += 1
-        elif again or not received:
-            received.append(number)
 
     before = {number: signal.signal(number, hear) for number in stopping()}
     try:

@@ -18,7 +18,7 @@ from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.launchers import OVER_SSH
 from bst_dist.cluster.local import program
 from bst_dist.cluster.preflight import Needs, PreflightError
-from bst_dist.cluster.processes import Share
+from bst_dist.cluster.processes import Share, StopSignals
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.verdict import SETTLE_KILLED_S, Ended
 from bst_dist.config import Recipe
@@ -46,7 +46,7 @@ class Supervisor:
     """Runs a job to its end, with restarts."""
 
     def __init__(
-        self, job: Job, hosts: Sequence[Host], options: LaunchOptions, restarts: Restarts, stop_signals: Sequence[int]
+        self, job: Job, hosts: Sequence[Host], options: LaunchOptions, restarts: Restarts, stop_signals: StopSignals
     ) -> None:
         self.job, self.hosts, self.options, self.restarts = job, hosts, options, restarts
         self.stop_signals = stop_signals
@@ -101,7 +101,7 @@ class Supervisor:
 
     def _heed(self, controller: Controller | None = None) -> None:
         """Raise Stopped if this process or an agent was told to stop; called while no rank of the run is running."""
-        told = [("", number) for number in self.stop_signals]
+        told = [("", self.stop_signals.first)] if self.stop_signals.first is not None else []
         told += [(f"{host} was ", number) for host, number in controller.told.items()] if controller else []
         if told:
             who, number = told[0]
@@ -178,7 +178,7 @@ class Supervisor:
         if seconds:
             say(f"in {seconds:.0f} s")
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not self.stop_signals:
+        while time.monotonic() < deadline and self.stop_signals.first is None:
             time.sleep(0.1)
 
     def _shares(self, controller: Controller, world: int) -> dict[str, Share]:

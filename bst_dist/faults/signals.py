@@ -51,7 +51,7 @@ class FurtherSignal:
         self.same_within_s = same_within_s
         self._first_at: float | None = None
 
-    def heard(self) -> bool:
+    def is_further(self) -> bool:
         """Whether the signal that has just arrived is a further one; call it for every signal, the first included."""
         now = time.monotonic()
         if self._first_at is None:
@@ -66,8 +66,10 @@ class Notice:
         """`heard`: set at the first signal."""
         self.signal: signal.Signals | None = None
         """The first signal received; None before."""
-        self.heard, self.again = heard or threading.Event(), False
-        """An event set at the first signal; whether a further signal has arrived that is not a copy of it."""
+        self.heard = heard or threading.Event()
+        """Set at the first signal."""
+        self.again = False
+        """Whether a further signal has arrived that is not a copy of the first one."""
         self._further = FurtherSignal(SAME_NOTICE_S)
         self._at_once = False
 
@@ -75,7 +77,7 @@ class Notice:
         """Record a signal; end the process at a second Ctrl-C, or inside `ending_at_once`."""
         self.signal = self.signal or signal.Signals(number)
         self.heard.set()
-        if self._further.heard():
+        if self._further.is_further():
             self.again = True
             if number == signal.SIGINT:
                 end(128 + number)

@@ -24,7 +24,7 @@ from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.elastic import shares
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.liveness import MOST_S, ListeningClock
-from bst_dist.cluster.processes import Share
+from bst_dist.cluster.processes import Share, StopSignals
 from bst_dist.cluster.verdict import Ended
 from bst_dist.faults.status import DONE, FAILED, RESUBMIT
 
@@ -224,10 +224,10 @@ def test_a_silent_host_is_lost_after_the_timeout():
 @pytest.mark.parametrize(("failure", "status"), [("rank", 137), ("host", FAILED)])
 def test_a_failure_after_a_stop_signal_ends_the_wait_although_there_is_no_grace_period(failure, status, capsys):
     """The other ranks cannot write their checkpoint without the one that is gone: waiting for it would never end."""
-    stage, stop_signals = Stage(), []
+    stage, stop_signals = Stage(), StopSignals()
     stage.controller.options, stage.controller.stop_signals = replace(OPTIONS, grace_s=math.inf), stop_signals
     fail = {"rank": lambda: stage.say("b", "ended", rank=1, status=-9), "host": lambda: stage.gone("b")}[failure]
-    stage.events = {10: lambda: stop_signals.append(15), 30: fail}
+    stage.events = {10: lambda: setattr(stop_signals, "first", 15), 30: fail}
     said: list[str] = []
     stage.events[60] = lambda: said.append(capsys.readouterr().err)  # while reports of other ranks are waited for
     ended = stage.run()

@@ -25,6 +25,7 @@ from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.elastic import shares
 from bst_dist.cluster.gateway import AgentGateway
 from bst_dist.cluster.hosts import Host, HostError
+from bst_dist.cluster.processes import StopSignals
 from bst_dist.cluster.verdict import Ended
 
 HOSTS = [Host("a", 1), Host("b", 2)]
@@ -49,7 +50,7 @@ class Job:
     """A job of three ranks; each writes its process id to a file and runs a line of Python."""
 
     def __init__(self, directory: Path, options: LaunchOptions = OPTIONS) -> None:
-        self.directory, self.stop_signals = directory, []
+        self.directory, self.stop_signals = directory, StopSignals()
         self.controller = Controller(HOSTS, options, self.stop_signals)
 
     def run(self, line: str) -> Ended:
@@ -130,7 +131,7 @@ def test_a_failed_rank_ends_the_other_ranks(job):
 
 
 def test_a_stop_signal_reaches_the_ranks_and_their_status_is_returned(job):
-    job.meanwhile(lambda: job.stop_signals.append(signal.SIGUSR1))
+    job.meanwhile(lambda: setattr(job.stop_signals, "first", signal.SIGUSR1))
     ended = job.run("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)")
     assert (ended.status, ended.stop_signal) == (75, signal.SIGUSR1)
 
@@ -141,12 +142,12 @@ def test_an_agent_that_is_told_to_stop_reports_the_signal(job):
     ended = job.run("time.sleep(600)")
     assert ended.status == 128 + signal.SIGTERM
     assert job.controller.told == {"b": signal.SIGUSR1}
-    assert job.stop_signals == []
+    assert job.stop_signals == StopSignals()
 
 
 def test_the_message_at_a_stop_signal_can_be_chosen(tmp_path, capfd):
     """In the check of all ranks nothing is saved."""
-    stop_signals = [signal.SIGUSR1]
+    stop_signals = StopSignals(signal.SIGUSR1)
     with Controller(HOSTS, OPTIONS, stop_signals) as controller:
         while len(controller.channels) < len(HOSTS):
             controller.listen(0.1)
@@ -156,7 +157,7 @@ def test_the_message_at_a_stop_signal_can_be_chosen(tmp_path, capfd):
 
 
 def test_a_second_stop_kills_the_ranks_at_once(job):
-    job.meanwhile(lambda: job.stop_signals.extend([15, 15]))
+    job.meanwhile(lambda: vars(job.stop_signals).update(first=15, at_once=True))
     ended = job.run("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)")
     assert ended.status == 128 + signal.SIGTERM
     job.require_nothing_left()
@@ -165,7 +166,7 @@ def test_a_second_stop_kills_the_ranks_at_once(job):
 def test_a_stop_signal_ends_the_wait_for_an_answer(job):
     with job.controller as controller:
         assert controller.call() == {}
-        job.stop_signals.append(signal.SIGTERM)
+        job.stop_signals.first = signal.SIGTERM
         controller.channels["a"].send = lambda *_, **__: None  # the request is lost, and would be waited for
         before = controller.liveness.listened_s
         assert controller.ask("clock", {"a": {}}) == {}

@@ -16,6 +16,7 @@ from bst_dist.checkpoint.directory import CHECKPOINTS
 from bst_dist.cli import main
 from bst_dist.cluster.controller import LaunchOptions
 from bst_dist.cluster.launch import _train
+from bst_dist.cluster.processes import StopSignals
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.supervise import Supervisor
 from bst_dist.cluster.verdict import Ended
@@ -83,7 +84,7 @@ def test_a_start_without_training_does_not_report_the_previous_one(tmp_path, cap
     supervisor = SimpleNamespace(
         job=SimpleNamespace(asked=SimpleNamespace(run_dir=tmp_path)),
         run=run,
-        stop_signals=[signal.SIGUSR1],
+        stop_signals=StopSignals(signal.SIGUSR1),
         restarts=Restarts(tmp_path, 0),
     )
     status = RESUBMIT if how == "stopped" else USER_ERROR

@@ -160,7 +160,7 @@ def test_an_ignored_sighup_stays_ignored():
         with processes.catch_stop_signals() as stop_signals:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.05)
-        assert stop_signals == []
+        assert stop_signals == processes.StopSignals()
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -24,6 +24,7 @@ from bst_dist.cluster.preflight import (
     unreachable,
 )
 from bst_dist.cluster.probe import memory_errors, old_ranks, probe, unmark
+from bst_dist.cluster.processes import StopSignals
 
 SOUND: dict[str, Any] = {
     "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"},
@@ -205,19 +206,19 @@ def ssh(tmp_path, monkeypatch) -> LaunchOptions:
 
 
 def test_hosts_that_ssh_cannot_log_in_to_are_named_with_its_error(ssh):
-    found = unreachable([Host("ok", 1), Host("down", 1)], ssh)
+    found = unreachable([Host("ok", 1), Host("down", 1)], ssh, StopSignals())
     assert found == {"down": "ssh: connect to host down: Connection refused"}
 
 
 def test_a_host_whose_login_hangs_is_named_after_a_time_limit(ssh, monkeypatch):
     monkeypatch.setattr("bst_dist.cluster.preflight.LOGIN_S", 0.25)
-    found = unreachable([Host("hung-1", 1), Host("hung-2", 1)], ssh)
+    found = unreachable([Host("hung-1", 1), Host("hung-2", 1)], ssh, StopSignals())
     assert found == {f"hung-{number}": "ssh: no answer within 0.25 s" for number in (1, 2)}
 
 
 def test_a_stop_signal_ends_the_wait_for_logins(ssh, monkeypatch):
     monkeypatch.setattr("bst_dist.cluster.preflight.LOGIN_S", 3600.0)
-    assert unreachable([Host("hung-1", 1)], ssh, [15]) == {}
+    assert unreachable([Host("hung-1", 1)], ssh, StopSignals(15)) == {}
 
 
 class Silent:
@@ -228,7 +229,7 @@ class Silent:
         self.asked: list[tuple[str, list[str]]] = []
         self.wrote: list[str] = []
         self.removes: list[str] = []
-        self.stop_signals: list[int] = []
+        self.stop_signals = StopSignals()
 
     def send(self, host: str, kind: str, **fields: Any) -> None:
         assert (kind, fields) == ("unmark", {"job": "job", "run_dir": "/shared/run"})
@@ -265,6 +266,6 @@ def test_a_stop_signal_leaves_no_mark(monkeypatch):
     """The first host has been asked to write it, and is not waited for."""
     stub = Silent("n0")
     ask = stub.ask
-    monkeypatch.setattr(stub, "ask", lambda *question: (stub.stop_signals.append(15), ask(*question))[1])
+    monkeypatch.setattr(stub, "ask", lambda *question: (setattr(stub.stop_signals, "first", 15), ask(*question))[1])
     examine(stub, NOTHING)
     assert stub.wrote == stub.removes == ["n0"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from bst_dist.cluster.controller import LaunchOptions
 from bst_dist.cluster.elastic import Shape
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.preflight import PreflightError
+from bst_dist.cluster.processes import StopSignals
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.supervise import Job, Supervisor
 from bst_dist.cluster.verdict import Ended
@@ -51,12 +51,13 @@ def rehearse(
     tmp_path: Path,
     status: int,
     accepted: list[str],
-    stop_signals: Sequence[int] = (),
+    stop_signal: int | None = None,
     told: dict[str, int] | None = None,
 ) -> list[str]:
     """Return the command that all ranks were told to run."""
     job = Job(None, None, {}, None, accepted)
     stub = Stub(status, told)
+    stop_signals = StopSignals(stop_signal)
     Supervisor(job, HOSTS, LaunchOptions("pdsh", tmp_path), Restarts(tmp_path, 0), stop_signals)._rehearse(stub)
     return stub.command
 
@@ -77,7 +78,7 @@ def test_an_accepted_check_does_not_prevent_the_start(tmp_path):
 
 def test_a_stop_signal_during_the_check_prevents_the_start(tmp_path):
     with pytest.raises(Stopped, match=r"told to stop \(SIGTERM\) while no rank of the run was running"):
-        rehearse(tmp_path, -15, ["sum"], stop_signals=[15])
+        rehearse(tmp_path, -15, ["sum"], stop_signal=15)
 
 
 @pytest.mark.parametrize("status", [-signal.SIGUSR1, -signal.SIGTERM, 0])
@@ -91,10 +92,14 @@ def test_a_signal_of_the_scheduler_to_agents_and_ranks_is_a_stop(tmp_path, statu
 
 
 @pytest.mark.parametrize("error", [PreflightError("not started: fix b"), HostError("b was lost")])
-@pytest.mark.parametrize("stop_signals", [[], [signal.SIGUSR1]])
-def test_a_signal_before_the_first_start_is_a_stop_whatever_it_interrupts(tmp_path, monkeypatch, error, stop_signals):
+@pytest.mark.parametrize("stop_signal", [None, signal.SIGUSR1])
+def test_a_signal_before_the_first_start_is_a_stop_whatever_it_interrupts(tmp_path, monkeypatch, error, stop_signal):
     supervisor = Supervisor(
-        Job(None, None, {}, None), HOSTS, LaunchOptions("pdsh", tmp_path), Restarts(tmp_path, 0), stop_signals
+        Job(None, None, {}, None),
+        HOSTS,
+        LaunchOptions("pdsh", tmp_path),
+        Restarts(tmp_path, 0),
+        StopSignals(stop_signal),
     )
 
     def interrupted(*_: object) -> None:
@@ -102,21 +107,21 @@ def test_a_signal_before_the_first_start_is_a_stop_whatever_it_interrupts(tmp_pa
 
     monkeypatch.setattr("bst_dist.cluster.preflight.require_reachable", interrupted)
     for started in (supervisor.run, supervisor.check):
-        with pytest.raises(Stopped if stop_signals else type(error)) as raised:
+        with pytest.raises(Stopped if stop_signal else type(error)) as raised:
             started()
-        assert raised.value.exit_status == (RESUBMIT if stop_signals else USER_ERROR)
+        assert raised.value.exit_status == (RESUBMIT if stop_signal else USER_ERROR)
 
 
 def test_a_signal_between_two_starts_is_a_stop(tmp_path, monkeypatch):
     """Not the failure before it: the run would have been started again."""
-    stop_signals: list[int] = []
+    stop_signals = StopSignals()
     monkeypatch.setattr("bst_dist.cluster.supervise.Controller", None)  # nothing is started
     supervisor = Supervisor(
         Job(None, None, {}, None), HOSTS, LaunchOptions("slurm", tmp_path), Restarts(tmp_path, 5), stop_signals
     )
     monkeypatch.setattr(supervisor, "_all_fit", lambda: nullcontext(Stub(0)))
     monkeypatch.setattr(supervisor, "_train", lambda *_: Ended(2, {0: -9}))
-    monkeypatch.setattr(supervisor, "_wait", lambda seconds: stop_signals.append(signal.SIGTERM))
+    monkeypatch.setattr(supervisor, "_wait", lambda seconds: setattr(stop_signals, "first", signal.SIGTERM))
     with pytest.raises(Stopped, match="no rank of the run was running"):
         supervisor.run()
 
@@ -124,7 +129,7 @@ def test_a_signal_between_two_starts_is_a_stop(tmp_path, monkeypatch):
 def test_a_lost_host_is_named_once(tmp_path, monkeypatch, capsys):
     """The controller names it when it notices."""
     job, options = Job(None, None, {}, None), LaunchOptions("pdsh", tmp_path)
-    supervisor = Supervisor(job, HOSTS, options, Restarts(tmp_path, 0), [])
+    supervisor = Supervisor(job, HOSTS, options, Restarts(tmp_path, 0), StopSignals())
     monkeypatch.setattr("bst_dist.cluster.supervise.choose", lambda *_: Shape(2, 1))
     monkeypatch.setattr("bst_dist.cluster.supervise._laid_out", lambda asked, *_: asked)
     monkeypatch.setattr("bst_dist.cluster.supervise.program", lambda asked: [])
@@ -141,7 +146,7 @@ def test_a_run_waits_for_hosts_that_are_not_ready_yet(tmp_path, monkeypatch):
     """A rank is killed; then no host is ready, then one is lost before its ranks start; the third restart succeeds."""
     (tmp_path / FILE).write_text(json.dumps({"kind": "train", "step": 7}) + "\n")
     job, options = Job(None, None, {}, None), LaunchOptions("pdsh", tmp_path)
-    supervisor = Supervisor(job, HOSTS, options, Restarts(tmp_path, 5), [])
+    supervisor = Supervisor(job, HOSTS, options, Restarts(tmp_path, 5), StopSignals())
     comes = iter([None, HostError("b was lost before its ranks could be started"), Ended(2, {0: 0, 1: 0})])
 
     def again(ended: Ended) -> Ended | None:

@@ -82,7 +82,7 @@ class Runner:
         """
         with catch_stop_signals() as stop_signals:
             try:
-                while not stop_signals and time.monotonic() < self.until:
+                while stop_signals.first is None and time.monotonic() < self.until:
                     self._collect()
                     self._fill()
                     watch(self.workers)
@@ -91,7 +91,7 @@ class Runner:
                     time.sleep(POLL_S)
             finally:
                 self._end()
-        if stop_signals:
+        if stop_signals.first is not None:
             raise KeyboardInterrupt
 
     def _fill(self) -> None:
