@@ -43,11 +43,12 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[tuple[int, Sequence[Any]]]:
         """Yield (step, this rank's micro-batches in order) without end."""
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> dict[str, Any]:
         """Return the loader's state for a checkpoint, after `step` steps of training."""
 
-    def check(self, state: dict[str, Any]) -> None:
-        """Raise UserError unless `state` belongs to the same data order."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue in the order that the run began with, from what `state_dict` returned. The first step that is read
+        does not change. Raises UserError when the data order of `state` is not this loader's."""
 
     def close(self) -> None:
         """Stop loading and free the resources."""
@@ -152,7 +153,7 @@ class LanguageModelling:
     def reading(self, mesh: Mesh, state: Mapping[str, Any], steps: int) -> str:
         loader = self.loader(mesh)
         if state:
-            loader.check(dict(state))
+            loader.load_state_dict(dict(state))
         return passes_message(loader, steps)
 
     def about(self) -> dict[str, Any]:

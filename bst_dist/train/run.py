@@ -152,7 +152,7 @@ class Run:
         trainer.start_from(position, guard_of(start, ranks, position, local))
         loader = start.objective.loader(start.mesh(ranks), position.step + position.skipped)
         if position.data:
-            loader.check(position.data)  # also makes the loader keep the order version that the run began with
+            loader.load_state_dict(position.data)
         evaluate = self._evaluate(writers)
         callbacks = self._callbacks(position, loader, writers, evaluate, evaluated)
         try:
@@ -184,7 +184,7 @@ class Run:
         recipe, ranks = self.recipe, self.ranks
 
         def data_state(step: int) -> dict[str, Any]:
-            return loader.state(step + position.skipped)
+            return loader.state_dict(step + position.skipped)
 
         # Checkpoints come after the evaluation: they store its loss (from `evaluated`) for checkpoint.keep_best.
         checkpoints = Checkpoints(

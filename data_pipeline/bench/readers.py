@@ -46,7 +46,7 @@ class Ours:
             config, open_corpora(config), share, block=512, seed=SEED, start_step=state["step"] if state else 0
         )
         if state:
-            self._loader.check(state)
+            self._loader.load_state_dict(state)
         self._step = state["step"] if state else 0
         self._sequences = sequences
 
@@ -56,7 +56,7 @@ class Ours:
             yield batches[0].input_ids
 
     def state(self) -> dict[str, Any]:
-        return self._loader.state(self._step)
+        return self._loader.state_dict(self._step)
 
 
 class OursAsStored(Ours):

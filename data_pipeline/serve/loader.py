@@ -85,7 +85,7 @@ class Loader:
         changes: Sequence[tuple[int, int]] = (),
         lengths: Sequence[tuple[int, int]] = (),
     ) -> None:
-        # Without changes to the same length: a resumed run does not have them either (`check`).
+        # Without changes to the same length: a resumed run does not have them either (`load_state_dict`).
         plan = BatchSizes(((0, share.length), *lengths))
         self._lengths = self._planned_lengths = BatchSizes.of(share.length).planned(0, plan)
         for _, length in self._lengths.changes:
@@ -127,7 +127,7 @@ class Loader:
         """
         return [part.tokens for stored in self._read_all(step) for part in stored]
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> dict[str, Any]:
         """Return what a checkpoint stores after `step` training steps.
 
         It is under 300 bytes of JSON, plus 12 for each change of the number of rows or of the length. A change of the
@@ -139,12 +139,13 @@ class Loader:
             lengths = {"lengths": changes, "begun": self._phases.at(step).plan.begun(step)}
         return self._order_at(step) | self._sizes.until(step).state() | lengths
 
-    def check(self, state: dict[str, Any]) -> None:
-        """Check a checkpoint's `state`, and continue in the version of the order that its run began with.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue in the order of `state`, which `state_dict` returned; `start_step` does not change.
 
-        Raises UserError, naming the differences, when its corpora or settings are not those of this loader. The
-        following may differ: the weights from its step on, corpora that had no weight before that step, the length, and
-        in shuffled mode the number of rows.
+        The version of the order, and the rows and lengths up to its step, become those of `state`. Raises UserError,
+        naming the differences, when its corpora or settings are not those of this loader. The following may differ: the
+        weights from its step on, corpora that had no weight before that step, the length, and in shuffled mode the
+        number of rows.
         """
         version = state["order"] if state.get("order") in ORDER_VERSIONS else self._order
         sizes, step, begun = BatchSizes.kept(state), state.get("step", 0), state.get("begun")
@@ -152,7 +153,7 @@ class Loader:
         self._lengths = kept.planned(step, self._planned_lengths)
         self._use_order(version, sizes.planned(step, self._planned))
         others = {name: value for name, value in state.items() if name not in ("lengths", "begun")}
-        check_state(self._order_at(step) | sizes.state(), others)
+        require_same_order(self._order_at(step) | sizes.state(), others)
         if self._lengths.since or begun is not None:
             before = self._make_order(version, self._sizes, kept)
             self._phases.require_same_layout(before.phases, begun, step)
@@ -350,7 +351,7 @@ class Stored(NamedTuple):
     """(b, l + 1) bool: which tokens are text; None when all are."""
 
 
-def check_state(own: dict[str, Any], state: dict[str, Any]) -> None:
+def require_same_order(own: dict[str, Any], state: dict[str, Any]) -> None:
     """Raise UserError, naming the differences, unless the loader's state in a checkpoint equals this loader's own."""
     differing = [name for name in own | state if own.get(name) != state.get(name)]
     if differing:

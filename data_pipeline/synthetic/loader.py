@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bst_base.errors import UserError
-from data_pipeline.serve.loader import check_state
+from data_pipeline.serve.loader import require_same_order
 from data_pipeline.serve.order.sizes import STREAMED, BatchSizes
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.share import Share
@@ -79,7 +79,7 @@ class SyntheticLoader:
         """Return this rank's micro-batches of a step. Calls are independent of each other."""
         return [self._batch(step, rows) for rows in self._share.micro_batches]
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> dict[str, Any]:
         """Return what a checkpoint stores after `step` training steps."""
         return self._order_at(step) | self._sizes.state()
 
@@ -95,13 +95,14 @@ class SyntheticLoader:
         }
         return order | ({"row_steps": self._steps} if self._steps > 1 else {})
 
-    def check(self, state: dict[str, Any]) -> None:
-        """Raise UserError, naming the differences, unless `state` has the same order as this loader.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue in the order of `state`, which `state_dict` returned; `start_step` does not change.
 
-        The number of rows may change from its step on, unless rows are read over several steps.
+        Raises UserError, naming the differences, unless it has the same order as this loader. The number of rows may
+        change from its step on, unless rows are read over several steps.
         """
         sizes, step = BatchSizes.kept(state), state.get("step", 0)
-        check_state(self._order_at(step) | sizes.state(), state)
+        require_same_order(self._order_at(step) | sizes.state(), state)
         self._sizes = sizes.then(step, self._share.rows)
         if self._steps > 1 and self._sizes.since:
             raise UserError(f"{self._share.rows} rows per step from step {step} on: {STREAMED}")

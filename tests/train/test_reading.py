@@ -168,7 +168,7 @@ def test_the_plan_shows_the_padding_of_isolated_documents(recipe_file, corpus, c
 def test_passes_after_a_batch_change_include_rows_already_read(recipe_file, corpus):
     recipe = load(Request(recipe_file(), [], None, False, None))
     objective = LanguageModelling(recipe, open_corpora(recipe.data), [], {})
-    state = objective.loader(Mesh(1, 0)).state(2)
+    state = objective.loader(Mesh(1, 0)).state_dict(2)
     more = recipe.model_copy(update={"train": recipe.train.model_copy(update={"sequences": 40})})
     told = LanguageModelling(more, objective.corpora, [], {}).reading(Mesh(1, 0), state, 6)
     assert told == f"by step 6: {passes_of(corpus, 1, 2 * 4 + 4 * 40, 32):.2f} passes over {corpus}"

@@ -14,7 +14,7 @@ import numpy as np
 
 from bst_base.errors import UserError
 from bst_dist.study.lra.examples import Examples
-from data_pipeline.serve.loader import check_state
+from data_pipeline.serve.loader import require_same_order
 from data_pipeline.serve.order.permutation import KEY_VERSION, Permutation
 from data_pipeline.serve.order.sizes import BatchSizes
 from data_pipeline.serve.share import Share
@@ -68,17 +68,18 @@ class LabelledLoader:
         """Return this rank's micro-batches of a step."""
         return [self._batch(step, rows) for rows in self._share.micro_batches]
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> dict[str, Any]:
         """Return the state for a checkpoint after `step` steps."""
         return self._order_at(step) | self._sizes.state()
 
-    def check(self, state: dict[str, Any]) -> None:
-        """Raise UserError, with the difference, unless `state` has the same order of examples as this loader.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue in the order of `state`, which `state_dict` returned; `start_step` does not change.
 
-        The number of rows per step may change: from the step of `state` on it is that of this loader.
+        Raises UserError, naming the differences, unless it has the same order of examples as this loader. The number of
+        rows per step may change: from the step of `state` on it is that of this loader.
         """
         sizes, step = BatchSizes.kept(state), state.get("step", 0)
-        check_state(self._order_at(step) | sizes.state(), state)
+        require_same_order(self._order_at(step) | sizes.state(), state)
         self._sizes = sizes.then(step, self._share.rows)
 
     def _order_at(self, step: int) -> dict[str, Any]:

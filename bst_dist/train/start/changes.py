@@ -5,8 +5,8 @@ on these may change as well:
 
 - the learning rate;
 - the batch size, unless rows are streamed;
-- length changes at later steps, and a mixture's corpora and weights at later steps (the loader's `check` rejects
-  changes of the past);
+- length changes at later steps, and a mixture's corpora and weights at later steps (the loader's `load_state_dict`
+  rejects changes of the past);
 - the number of steps and the schedule, if all steps so far would have had the same rate, or with --replan-schedule.
 
 A change is recorded in the ledger and the header. Any other change would make it a different run.

@@ -35,7 +35,7 @@ def begin_at(
     if position is None:
         position = _newest(start, snapshots, ranks, own=request.resume)
     if position is not None:
-        start.objective.loader(start.mesh(ranks)).check(position.data)
+        start.objective.loader(start.mesh(ranks)).load_state_dict(position.data)  # raises UserError for another order
         return position, local
     initial = start.recipe.initial_weights
     shown = ranks.from_first(shown_steps(start.run_dir) if ranks.first else None)

@@ -145,13 +145,13 @@ def test_run_resumes_on_the_earlier_corpus_but_not_on_the_grown_one(run, folder,
         return Loader(config, open_corpora(config), Share(length=64, rows=4, micro_rows=4), block=8, seed=0)
 
     run()
-    state, rows = loader("corpus").state(3), loader("corpus").tokens(3)
+    state, rows = loader("corpus").state_dict(3), loader("corpus").tokens(3)
     grow(folder)
     run("grown", continues=str(tmp_path / "corpus"))
-    loader("corpus").check(state)
+    loader("corpus").load_state_dict(state)
     assert np.array_equal(loader("corpus").tokens(3), rows)
     with pytest.raises(UserError, match=r"corpus: [0-9a-f]{64} then, [0-9a-f]{64} now"):
-        loader("grown").check(state)
+        loader("grown").load_state_dict(state)
 
 
 def test_new_documents_join_the_split_of_their_group_in_the_earlier_corpus() -> None:

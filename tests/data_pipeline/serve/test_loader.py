@@ -179,7 +179,7 @@ def test_masked_documents_are_the_joined_stream_with_document_starts(
         joined, masked = (
             loader(corpus, mode, documents, packing=packing, sp=sp, sp_rank=rank) for documents in ("joined", "masked")
         )
-        assert joined.state(step) == masked.state(step)
+        assert joined.state_dict(step) == masked.state_dict(step)
         for plain, batch in zip(joined.batches(step), masked.batches(step), strict=True):
             assert np.array_equal(plain.input_ids, batch.input_ids)
             assert np.array_equal(batch.starts, np.isin(batch.input_ids, corpus.begins))
@@ -297,15 +297,15 @@ def test_stored_tokens_contain_inputs_and_labels() -> None:
 
 def test_state_is_small_and_mismatch_error_names_the_setting() -> None:
     served = loader(Memory(LENGTHS))
-    state = json.loads(json.dumps(served.state(10**9)))
+    state = json.loads(json.dumps(served.state_dict(10**9)))
     assert len(json.dumps(state)) < 300
-    served.check(state)
+    served.load_state_dict(state)
     with pytest.raises(UserError, match="seed: 3 then, 4 now"):
-        loader(Memory(LENGTHS), seed=4).check(state)
+        loader(Memory(LENGTHS), seed=4).load_state_dict(state)
     with pytest.raises(UserError, match="order: 0 then, 3 now"):
-        served.check(state | {"order": 0})
+        served.load_state_dict(state | {"order": 0})
     with pytest.raises(UserError, match="mode: shuffled then, streaming now"):
-        loader(Memory(LENGTHS), "streaming").check(state)
+        loader(Memory(LENGTHS), "streaming").load_state_dict(state)
 
 
 @pytest.mark.parametrize("mode", ["shuffled", "streaming"])
@@ -313,18 +313,18 @@ def test_resumed_run_keeps_its_order_version(mode: str) -> None:
     """The state is as written by version 1, with its hash of the weights; the rows are pinned."""
     corpora, settings = [Memory([170] * 8), Memory([90] * 14)], {"rows": 10, "weights": [3, 2], "mode": mode}
     resumed, fresh = loader(corpora, **settings), loader(corpora, **settings)
-    state = fresh.state(7) | {
+    state = fresh.state_dict(7) | {
         "order": 1,
         "corpus": "45725791c47b32618cc57b88343e2bceec3b0a01b83bc97d144a2cbc11a20c3d",
         "weights": "4eae9429cedfaa73",
     }
-    resumed.check(state)
-    assert resumed.state(7) == state
+    resumed.load_state_dict(state)
+    assert resumed.state_dict(7) == state
     own = [batch.corpora[0] for batch in resumed.batches(7)]
     assert own == ([0] * 6 + [1] * 4 if mode == "streaming" else VERSION_1_ROWS)
     assert own != [batch.corpora[0] for batch in fresh.batches(7)]
     with pytest.raises(UserError, match="weights: "):
-        loader(corpora, **settings | {"weights": [2, 3]}).check(state)
+        loader(corpora, **settings | {"weights": [2, 3]}).load_state_dict(state)
 
 
 VERSION_1_ROWS = [1, 1, 0, 0, 0, 1, 0, 0, 1, 1]
@@ -334,10 +334,10 @@ VERSION_1_ROWS = [1, 1, 0, 0, 0, 1, 0, 0, 1, 1]
 def test_weights_may_change_only_after_the_current_step(mode: str) -> None:
     corpora = [Memory([170] * 8), Memory([90] * 14), Memory([80] * 14)]
     settings = {"rows": 10, "mode": mode}
-    state = loader(corpora[:2], **settings, weights=[7, 3]).state(50)
+    state = loader(corpora[:2], **settings, weights=[7, 3]).state_dict(50)
     changes = [{"step": 50, "weights": [1, 1, 4]}]
     other = loader(corpora, **settings, weights=[0.7, 0.3, 0], weight_changes=changes)
-    other.check(state)
+    other.load_state_dict(state)
     before = loader(corpora[:2], **settings, weights=[7, 3])
     for step in (0, 49):
         assert all(
@@ -345,9 +345,9 @@ def test_weights_may_change_only_after_the_current_step(mode: str) -> None:
             for a, b in zip(before.batches(step), other.batches(step), strict=True)
         )
     with pytest.raises(UserError, match="weights: "):
-        loader(corpora, **settings, weights=[0.7, 0.3, 0], weight_changes=[{"step": 49, "weights": [1, 1, 4]}]).check(
-            state
-        )
+        loader(
+            corpora, **settings, weights=[0.7, 0.3, 0], weight_changes=[{"step": 49, "weights": [1, 1, 4]}]
+        ).load_state_dict(state)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -361,16 +361,16 @@ def test_changed_batch_size_continues_with_the_next_row(
     corpora, mixed = [Memory([170] * 8), Memory([90] * 14)], {"documents": documents, "weights": [3, 2]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data_pipeline.serve.loader.ORDER_VERSION", order)
-        first, step, rows, state = 0, 0, 7, loader(corpora, rows=7, **mixed).state(0)
+        first, step, rows, state = 0, 0, 7, loader(corpora, rows=7, **mixed).state_dict(0)
         for later, count in batches:
             first, step, rows = first + later * rows, step + later, count
             resumed = loader(corpora, rows=count, **mixed)
-            resumed.check(json.loads(json.dumps(state | {"step": step})))
-            state = resumed.state(step)
+            resumed.load_state_dict(json.loads(json.dumps(state | {"step": step})))
+            state = resumed.state_dict(step)
         single = loader(corpora, rows=1, **mixed)
     ranks = [loader(corpora, rows=rows, dp=dp, dp_rank=rank, micro_rows=2, **mixed) for rank in range(dp)]
     for rank in ranks:
-        rank.check(state)
+        rank.load_state_dict(state)
     for late in range(3):
         found = [batch.input_ids[batch.rows != MASKED] for rank in ranks for batch in rank.batches(step + late)]
         expected = [single.batches(first + late * rows + place)[0].input_ids for place in range(rows)]
@@ -406,10 +406,10 @@ def test_planned_batch_sizes_do_not_depend_on_restarts_or_ranks(
     state = None
     for step in range(17):
         if step in stops:  # the run is resumed here, on other ranks, and the rest may be planned again
-            state = json.loads(json.dumps(ranks[0].state(step)))
+            state = json.loads(json.dumps(ranks[0].state_dict(step)))
             assert state["rows"] == rows_at[step]
             for rank in ranks:
-                rank.check(state)
+                rank.load_state_dict(state)
         found = [batch.input_ids[batch.rows != MASKED] for rank in ranks for batch in rank.batches(step)]
         expected = [single.batches(firsts[step] + place)[0].input_ids for place in range(rows_at[step])]
         assert np.array_equal(np.concatenate(found), np.concatenate(expected))
@@ -417,7 +417,7 @@ def test_planned_batch_sizes_do_not_depend_on_restarts_or_ranks(
     if changed and state is not None:
         step = state["step"]
         other = loader(corpora, rows=5, changes=[(step + 1, 2)], **mixed, weight_changes=weights)
-        other.check(state)
+        other.load_state_dict(state)
         for late, begin, count in [(0, firsts[step], 5), (1, firsts[step] + 5, 2), (2, firsts[step] + 7, 2)]:
             # Only before the weights change, or after: the two runs change them at different rows of the series.
             if step >= 6 or (step + late < 6 and begin + count <= firsts[6]):
@@ -428,9 +428,9 @@ def test_planned_batch_sizes_do_not_depend_on_restarts_or_ranks(
 
 
 def test_changing_the_number_of_streaming_rows_is_refused() -> None:
-    state = loader(Memory(LENGTHS), "streaming").state(5)
+    state = loader(Memory(LENGTHS), "streaming").state_dict(5)
     with pytest.raises(UserError, match="6 rows per step from step 5 on: each streaming row reads its own part"):
-        loader(Memory(LENGTHS), "streaming", rows=6).check(state)
+        loader(Memory(LENGTHS), "streaming", rows=6).load_state_dict(state)
 
 
 def test_passes_over_each_corpus_are_counted() -> None:
@@ -443,7 +443,7 @@ def test_passes_over_each_corpus_are_counted() -> None:
 
 @pytest.mark.parametrize("dp, sp", [(1, 1), (2, 2), (4, 1)])
 def test_state_does_not_depend_on_the_number_of_ranks(dp: int, sp: int) -> None:
-    assert loader(Memory(LENGTHS), dp=dp, sp=sp).state(5) == loader(Memory(LENGTHS)).state(5)
+    assert loader(Memory(LENGTHS), dp=dp, sp=sp).state_dict(5) == loader(Memory(LENGTHS)).state_dict(5)
 
 
 @pytest.mark.parametrize(

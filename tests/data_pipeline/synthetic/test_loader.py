@@ -40,18 +40,18 @@ def test_global_batch_does_not_depend_on_ranks_or_slices(dp, sp):
 
 
 def test_changed_batch_size_continues_with_the_next_row():
-    state = loader(rows=8).state(3)  # 24 rows are read
+    state = loader(rows=8).state_dict(3)  # 24 rows are read
     resumed = loader(rows=5)
-    resumed.check(state)
+    resumed.load_state_dict(state)
     singles = [loader(rows=1).batches(24 + row) for row in range(10)]
     for late in (0, 1):
         expected = np.concatenate([joined(single, "input_ids") for single in singles[5 * late : 5 * late + 5]])
         assert (joined(resumed.batches(3 + late), "input_ids") == expected).all()
     other = loader(rows=8)
-    other.check(resumed.state(4))
+    other.load_state_dict(resumed.state_dict(4))
     assert (joined(other.batches(4), "input_ids")[0] == joined(singles[5], "input_ids")[0]).all()
     with pytest.raises(UserError, match="each streaming row reads its own part"):
-        loader(rows=5, row_tokens=128).check(loader(rows=8, row_tokens=128).state(3))
+        loader(rows=5, row_tokens=128).load_state_dict(loader(rows=8, row_tokens=128).state_dict(3))
 
 
 def test_labels_are_next_tokens_and_are_masked_without_a_distance():
@@ -96,10 +96,10 @@ def test_micro_batches_do_not_change_the_rows():
     [({"seed": 2}, "seed: 1 then, 2 now"), ({"task": {"pairs": 2}}, "task: "), ({"length": 32}, "length: 64 then, 32")],
 )
 def test_checkpoint_of_another_series_is_refused(changes, message):
-    state = loader().state(4)
-    loader().check(state)
+    state = loader().state_dict(4)
+    loader().load_state_dict(state)
     with pytest.raises(UserError, match=message):
-        loader(**changes).check(state)
+        loader(**changes).load_state_dict(state)
 
 
 def test_row_is_continued_over_several_steps():
@@ -114,7 +114,7 @@ def test_row_is_continued_over_several_steps():
 
 def test_checkpoint_with_other_steps_per_row_is_refused():
     with pytest.raises(UserError, match="row_steps: 2 then, 4 now"):
-        loader(length=16, row_tokens=64).check(loader(length=16, row_tokens=32).state(4))
+        loader(length=16, row_tokens=64).load_state_dict(loader(length=16, row_tokens=32).state_dict(4))
 
 
 @pytest.mark.parametrize("sp", [1, 2])

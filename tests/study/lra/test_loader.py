@@ -61,7 +61,7 @@ def test_ranks_divide_the_global_batch_in_order(examples, world):
 
 def test_changed_batch_size_continues_with_the_next_example(examples):
     resumed = loader(examples, rows=5)
-    resumed.check(loader(examples).state(3))  # 24 rows are read
+    resumed.load_state_dict(loader(examples).state_dict(3))  # 24 rows are read
     single = [row for step in range(24, 29) for row in rows(loader(examples, rows=1).batches(step))]
     assert rows(resumed.batches(3)) == single
 
@@ -93,7 +93,7 @@ def test_long_texts_are_cropped_at_the_end():
 
 
 def test_checkpoint_of_another_order_is_refused(examples):
-    state = loader(examples).state(4)
-    loader(examples).check(state)
+    state = loader(examples).state_dict(4)
+    loader(examples).load_state_dict(state)
     with pytest.raises(UserError, match=r"another order .*seed: 1 then, 2 now"):
-        loader(examples, seed=2).check(state)
+        loader(examples, seed=2).load_state_dict(state)

@@ -103,9 +103,9 @@ def test_best_fit_order_is_pinned_and_cannot_resume_as_stream() -> None:
     served = loader(corpus, packing="best_fit")
     rows = [batch.input_ids for step in range(10) for batch in served.batches(step)]
     assert hashlib.sha256(np.concatenate(rows).astype("<i8").tobytes()).hexdigest()[:16] == "3f459ef2c76b59bf"
-    assert len(str(served.state(3))) < 330
+    assert len(str(served.state_dict(3))) < 330
     with pytest.raises(UserError, match="packing: best_fit then, None now"):
-        loader(corpus).check(served.state(3))
+        loader(corpus).load_state_dict(served.state_dict(3))
     again = loader(corpus, packing="best_fit", start_step=4)
     for (_, batches), step in zip(itertools.islice(again, 3), range(4, 7), strict=True):
         for found, expected in zip(batches, served.batches(step), strict=True):

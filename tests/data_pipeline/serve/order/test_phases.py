@@ -153,12 +153,12 @@ def test_a_resumed_run_reads_every_token_once_or_is_refused(
     read: dict[tuple[int, int], Counter] = {}
     for step in range(at):
         inputs_of(old, step, read)
-    state = json.loads(json.dumps(old.state(at)))
+    state = json.loads(json.dumps(old.state_dict(at)))
     weights = {"weights": [2.0, 1.0], "weight_changes": [{"step": at, "weights": [1.0, 1.0]}]}
     changes = [] if mode == "streaming" or rows == 3 else [(at, rows)]
     new = served(memories, (before[0], before[1] if same else sorted(after)), changes=changes, **weights, **settings_)
     try:
-        new.check(state)
+        new.load_state_dict(state)
     except UserError as error:
         assert "train.length_changes: at step" in str(error) and "initial_weights.run" in str(error)
         return
@@ -172,8 +172,8 @@ def test_rows_do_not_depend_on_resuming_or_sequence_parallelism(mode: str) -> No
     whole = served(memory, schedule, mode=mode, documents="masked", rows=4)
     for step in (4, 5, 6, 9, 12):
         again = served(memory, schedule, mode=mode, documents="masked", rows=4)
-        again.check(json.loads(json.dumps(whole.state(step))))
-        assert again.state(step) == whole.state(step)
+        again.load_state_dict(json.loads(json.dumps(whole.state_dict(step))))
+        assert again.state_dict(step) == whole.state_dict(step)
         rows = np.concatenate([batch.input_ids for batch in whole.batches(step)])
         assert np.array_equal(np.concatenate([batch.input_ids for batch in again.batches(step)]), rows)
         for sp, dp in ((2, 1), (1, 2), (2, 2)):
@@ -206,33 +206,33 @@ def test_length_change_inside_a_shuffled_window_is_refused() -> None:
     memory = Memory([LENGTH] * 300, [2] * 150)  # 50 windows of 6 sequences, 3 to a step
     plain = served(memory, (LENGTH, []))
     for at, allowed in ((7, 8), (8, 8)):
-        state = plain.state(at)
+        state = plain.state_dict(at)
         assert "begun" not in state and "lengths" not in state
         with_change = served(memory, (LENGTH, [(at, 64)]))
         if at == allowed:
-            with_change.check(state)
+            with_change.load_state_dict(state)
             continue
         with pytest.raises(UserError, match=rf"at step {at} a shuffle window is partly read.* from {allowed} on"):
-            with_change.check(state)
-    served(memory, (LENGTH, [(12, 64)])).check(plain.state(7))  # after the windows already begun
+            with_change.load_state_dict(state)
+    served(memory, (LENGTH, [(12, 64)])).load_state_dict(plain.state_dict(7))  # after the windows already begun
     planned = served(memory, (LENGTH, [(7, 64)]))
     with pytest.raises(UserError, match="at step 7"):
-        served(memory, (LENGTH, [])).check(planned.state(5) | {"begun": [[0, 9999]]} | {"step": 7})
+        served(memory, (LENGTH, [])).load_state_dict(planned.state_dict(5) | {"begun": [[0, 9999]]} | {"step": 7})
 
 
 def test_length_change_error_names_the_corpus_without_weight() -> None:
     memories = [Memory([LENGTH] * 300, [2] * 150) for _ in range(2)]
     ends = {"weights": [1.0, 1.0], "weight_changes": [{"step": 3, "weights": [1.0, 0.0]}]}
-    state = served(memories, (LENGTH, []), **ends).state(5)
+    state = served(memories, (LENGTH, []), **ends).state_dict(5)
     with pytest.raises(UserError, match=r"no step can .* while corpus 2 of data.corpus has no weight"):
-        served(memories, (LENGTH, [(5, 64)]), **ends).check(state)
+        served(memories, (LENGTH, [(5, 64)]), **ends).load_state_dict(state)
     again = ends | {"weight_changes": [*ends["weight_changes"], {"step": 5, "weights": [1.0, 1.0]}]}
     with pytest.raises(UserError, match=r"at a step from \d+ on, or start") as refusal:
-        served(memories, (LENGTH, [(5, 64)]), **again).check(state)
+        served(memories, (LENGTH, [(5, 64)]), **again).load_state_dict(state)
     first = int(str(refusal.value).split("at a step from ")[1].split()[0])
-    served(memories, (LENGTH, [(first, 64)]), **again).check(state)
+    served(memories, (LENGTH, [(first, 64)]), **again).load_state_dict(state)
     with pytest.raises(UserError, match=f"at a step from {first} on"):
-        served(memories, (LENGTH, [(first - 1, 64)]), **again).check(state)
+        served(memories, (LENGTH, [(first - 1, 64)]), **again).load_state_dict(state)
 
 
 def test_invalid_sequence_lengths_are_refused() -> None:
@@ -243,9 +243,9 @@ def test_invalid_sequence_lengths_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=said):
             served(memory, schedule)
-    state = served(memory, (32, [])).state(3)
+    state = served(memory, (32, [])).state_dict(3)
     with pytest.raises(UserError, match="older version of the data order"):
-        served(memory, (32, [(9, 64)])).check(state | {"order": 2})
+        served(memory, (32, [(9, 64)])).load_state_dict(state | {"order": 2})
 
 
 @pytest.mark.parametrize("mode", ["shuffled", "streaming"])
@@ -254,7 +254,7 @@ def test_a_change_to_the_same_length_changes_nothing(mode: str) -> None:
     plain, changed = (served(memory, (32, changes), mode=mode) for changes in ([(9, 16)], [(5, 32), (9, 16), (12, 16)]))
     for step in range(16):
         again = served(memory, (32, [(5, 32), (9, 16), (12, 16)]), mode=mode)
-        again.check(json.loads(json.dumps(changed.state(step))))
+        again.load_state_dict(json.loads(json.dumps(changed.state_dict(step))))
         for own in (changed, again):
             assert [batch.input_ids.tolist() for batch in own.batches(step + 3)] == [
                 batch.input_ids.tolist() for batch in plain.batches(step + 3)
@@ -268,7 +268,7 @@ def test_a_run_with_a_change_to_the_same_length_continues_without_it() -> None:
     old._lengths = BatchSizes(((0, 32), (5, 32)))
     old._use_order(old._order, old._planned)
     own = served(memory, (32, []))
-    own.check(json.loads(json.dumps(old.state(7))))
+    own.load_state_dict(json.loads(json.dumps(old.state_dict(7))))
     for step in (7, 8, 12):
         assert [batch.input_ids.tolist() for batch in own.batches(step)] == [
             batch.input_ids.tolist() for batch in old.batches(step)

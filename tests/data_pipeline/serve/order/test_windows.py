@@ -141,8 +141,8 @@ def test_small_corpus_is_read_in_the_order_of_version_2(monkeypatch: pytest.Monk
     for mode in ("shuffled", "streaming"):
         for documents in ("joined", "isolated"):
             new, old = (loader(Memory(lengths, [5, 4, 3]), mode, documents, seed=SEED) for _ in range(2))
-            old.check(old.state(0) | {"order": 2})
-            assert (old.state(4)["order"], new.state(4)["order"]) == (2, 3)
+            old.load_state_dict(old.state_dict(0) | {"order": 2})
+            assert (old.state_dict(4)["order"], new.state_dict(4)["order"]) == (2, 3)
             for step in range(40):
                 for found, expected in zip(new.batches(step), old.batches(step), strict=True):
                     assert np.array_equal(found.input_ids, expected.input_ids)
