@@ -32,6 +32,8 @@ def test_counts_of_files_and_opens_equal_arithmetic(found, ranks):
     cost = costs(one)
     save, same, half = cost["save"], cost["load, same layout"], cost["load, half the ranks"]
     assert (save["opens"], save["all_opens"]) == (4, 3 * ranks + 1)
+    # Two for the index, one for the directory, two waits for the files, the outcomes, the commit, a wait for removals.
+    assert save["collectives"] == 8
     # Three files for their digests and again for their content; the first rank reads the manifest for all ranks.
     assert (same["opens"], same["all_opens"]) == (8, 6 * ranks + 2)
     # Six files per rank for their digests, two of each kind for their content, and the per-rank files of two ranks.
