@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -21,6 +22,7 @@ from bst_dist.train.start.request import Request, load, resolve, resolve_togethe
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
+from data_pipeline.store.storage import UnreadableShardError
 
 HOST, SPLITS = socket.gethostname(), ("train", "validation")
 
@@ -82,17 +84,27 @@ def test_two_ranks_share_the_shards(asked, in_shards, monkeypatch):
     assert sorted(every) == sorted(looked_at(monkeypatch, lambda: resolve(recipe, asked, 2)))
 
 
-@pytest.mark.parametrize("kind", [UserError, StorageError])
-def test_an_error_of_one_rank_is_raised_on_all_with_its_host(asked, monkeypatch, kind):
+SHARD = "/data/train-000002.tar"
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (UserError(f"{SHARD}: the shard is missing"), UserError, f"{SHARD}: the shard is missing"),
+        (UnreadableShardError(f"{SHARD}: cannot be read"), StorageError, f"{SHARD}: cannot be read"),
+        (OSError(errno.EIO, "bad disk", SHARD), StorageError, f"{HOST} cannot read {SHARD}: bad disk"),
+    ],
+)
+def test_an_error_of_one_rank_is_raised_on_all_with_its_host(monkeypatch, raised, kind, said):
     def fail(recipe, asked, world, checked):
         if checked.start == 2:
-            raise kind("train-000002.tar: the shard is missing")
+            raise raised
         return "start"
 
-    assert errors_of(monkeypatch, fail) == [(kind, f"rank 2 on {HOST}: train-000002.tar: the shard is missing")] * 4
+    assert errors_of(monkeypatch, fail) == [(kind, f"rank 2 on {HOST}: {said}")] * 4
 
 
-def test_an_error_of_all_ranks_names_none(asked, monkeypatch):
+def test_an_error_of_all_ranks_names_none(monkeypatch):
     def fail(*_):
         raise request.ConfigError("recipe.yaml: unknown key")
 
