@@ -22,7 +22,7 @@ from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.located import Rows
 from data_pipeline.serve.order.mixture import whole_weights
 from data_pipeline.serve.order.plan import ORDER_VERSION
-from data_pipeline.serve.order.sizes import BatchSizes
+from data_pipeline.serve.order.sizes import BatchSizes, StepValues
 from data_pipeline.serve.order.stream import inputs
 from data_pipeline.serve.order.versions import ORDER_VERSIONS, Order, make_order
 from data_pipeline.serve.prefetch import Prefetcher
@@ -86,8 +86,8 @@ class Loader:
         lengths: Sequence[tuple[int, int]] = (),
     ) -> None:
         # Without changes to the same length: a resumed run does not have them either (`load_state_dict`).
-        plan = BatchSizes(((0, share.length), *lengths))
-        self._lengths = self._planned_lengths = BatchSizes.of(share.length).planned(0, plan)
+        plan = StepValues(((0, share.length), *lengths))
+        self._lengths = self._planned_lengths = StepValues.of(share.length).planned(0, plan)
         for _, length in self._lengths.changes:
             _check_sizes(replace(share, length=length), block)
         self.config, self._corpora, self._share = config, list(corpora), share
@@ -148,8 +148,8 @@ class Loader:
         number of rows.
         """
         version = state["order"] if state.get("order") in ORDER_VERSIONS else self._order
-        sizes, step, begun = BatchSizes.kept(state), state.get("step", 0), state.get("begun")
-        kept = BatchSizes(tuple(map(tuple, state.get("lengths", [(0, self._planned_lengths.at(0))]))))
+        sizes, step, begun = BatchSizes.from_state(state), state.get("step", 0), state.get("begun")
+        kept = StepValues(tuple(map(tuple, state.get("lengths", [(0, self._planned_lengths.at(0))]))))
         self._lengths = kept.planned(step, self._planned_lengths)
         self._use_order(version, sizes.planned(step, self._planned))
         others = {name: value for name, value in state.items() if name not in ("lengths", "begun")}
@@ -202,7 +202,7 @@ class Loader:
             sequences.append(-(-inputs(total, self._block) // self._share.length))
         return sequences
 
-    def _make_order(self, version: int, sizes: BatchSizes, lengths: BatchSizes) -> Order:
+    def _make_order(self, version: int, sizes: BatchSizes, lengths: StepValues) -> Order:
         return make_order(
             version,
             self.config,

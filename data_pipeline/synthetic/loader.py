@@ -101,7 +101,7 @@ class SyntheticLoader:
         Raises UserError, naming the differences, unless it has the same order as this loader. The number of rows may
         change from its step on, unless rows are read over several steps.
         """
-        sizes, step = BatchSizes.kept(state), state.get("step", 0)
+        sizes, step = BatchSizes.from_state(state), state.get("step", 0)
         require_same_order(self._order_at(step) | sizes.state(), state)
         self._sizes = sizes.then(step, self._share.rows)
         if self._steps > 1 and self._sizes.since:

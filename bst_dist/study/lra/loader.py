@@ -78,7 +78,7 @@ class LabelledLoader:
         Raises UserError, naming the differences, unless it has the same order of examples as this loader. The number of
         rows per step may change: from the step of `state` on it is that of this loader.
         """
-        sizes, step = BatchSizes.kept(state), state.get("step", 0)
+        sizes, step = BatchSizes.from_state(state), state.get("step", 0)
         require_same_order(self._order_at(step) | sizes.state(), state)
         self._sizes = sizes.then(step, self._share.rows)
 

@@ -13,7 +13,7 @@ from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.order.first_order import LaneStreaming, QuotaMixture
 from data_pipeline.serve.order.phases import Cuts, Phase, PhasePlan, Phases, Place
 from data_pipeline.serve.order.plan import ORDER_VERSION, Part, Plan, Shuffled, Streaming, dealt, shuffled
-from data_pipeline.serve.order.sizes import STREAMED, BatchSizes
+from data_pipeline.serve.order.sizes import STREAMED, BatchSizes, StepValues
 from data_pipeline.serve.order.stream import Pieces, TokenStream, inputs
 from data_pipeline.serve.order.window_stream import WindowCache, WindowStream
 from data_pipeline.serve.order.windows import Windows, WindowShuffled
@@ -44,7 +44,7 @@ def make_order(
     corpora: Sequence[Corpus],
     *,
     sizes: BatchSizes,
-    lengths: BatchSizes,
+    lengths: StepValues,
     seed: int,
     block: int | None,
 ) -> Order:
@@ -58,7 +58,7 @@ def make_order(
     Raises UserError in streaming mode when the number of rows changes, and in an older version of the order when the
     length changes.
     """
-    rows = sizes.rows
+    rows = sizes.last
     if config.mode == "streaming" and sizes.since:
         raise UserError(f"{rows} rows per step from step {sizes.since} on: {STREAMED}")
     if version == ORDER_VERSION:
@@ -72,7 +72,7 @@ def make_order(
     def stream(corpus: int, epoch: int) -> TokenStream:
         return TokenStream(corpora[corpus].lengths, block, ("documents", seed, corpus, epoch))
 
-    cuts = _first_cuts(corpora, lengths.rows, block)
+    cuts = _first_cuts(corpora, lengths.last, block)
     plan = _older(version, config, cuts.sequences.tolist(), sizes, seed)
     return Order(Phases([Phase(0, cuts, np.zeros(len(corpora), np.int64), plan)]), stream)
 
@@ -81,12 +81,12 @@ def _older(version: int, config: DataConfig, sequences: Sequence[int], sizes: Ba
     """Return the plan of version 1 or 2."""
     segments, streams = config.segments(), config.mode == "streaming"
     if version == 1 and streams:
-        return LaneStreaming(sequences, segments, sizes.rows)
+        return LaneStreaming(sequences, segments, sizes.last)
     if version == 1:
         mixture = QuotaMixture([(sizes.first(step), weights) for step, weights in segments], seed)
         return Shuffled(sequences, mixture, sizes, seed)
     if streams:
-        return Streaming(sequences, segments, sizes.rows, seed)
+        return Streaming(sequences, segments, sizes.last, seed)
     return shuffled(sequences, segments, sizes, seed)
 
 
@@ -94,7 +94,7 @@ def _in_windows(
     config: DataConfig,
     corpora: Sequence[Corpus],
     sizes: BatchSizes,
-    lengths: BatchSizes,
+    lengths: StepValues,
     seed: int,
     block: int | None,
 ) -> Order:
@@ -124,7 +124,7 @@ def _phases(
     config: DataConfig,
     cuts: Cuts,
     sizes: BatchSizes,
-    lengths: BatchSizes,
+    lengths: StepValues,
     seed: int,
     passes: Callable[[int, int], Windows],
 ) -> Phases:
@@ -138,7 +138,7 @@ def _phases(
             before = found[-1].plan.consumed(start)
         if mixture is None:
             part = Part(number, start, until, before, cuts.offsets - before)
-            plan: PhasePlan = Streaming(cuts.sequences.tolist(), segments, sizes.rows, seed, part)
+            plan: PhasePlan = Streaming(cuts.sequences.tolist(), segments, sizes.last, seed, part)
         else:
             read = None if until is None else mixture.counts(sizes.first(until)) - before
             plan = WindowShuffled(mixture, sizes, seed, passes, cuts, before, read)

@@ -16,7 +16,7 @@ from bst_base.errors import UserError
 from data_pipeline.serve.loader import Loader
 from data_pipeline.serve.order import windows as windows_module
 from data_pipeline.serve.order.permutation import Permutation
-from data_pipeline.serve.order.sizes import BatchSizes
+from data_pipeline.serve.order.sizes import StepValues
 from tests.data_pipeline.serve.memory import Memory, loader
 from tests.data_pipeline.serve.order.test_windows import BLOCK, DOCUMENT, LENGTH, SEED, corpora, spelled_out
 
@@ -265,7 +265,7 @@ def test_a_run_with_a_change_to_the_same_length_continues_without_it() -> None:
     """Versions before cut the stream at such a change. Their checkpoints name it, so that a resumed run has the cut."""
     memory = Memory([70, 300, 9, 40, 800, 33] * 6)
     old = served(memory, (32, []))
-    old._lengths = BatchSizes(((0, 32), (5, 32)))
+    old._lengths = StepValues(((0, 32), (5, 32)))
     old._use_order(old._order, old._planned)
     own = served(memory, (32, []))
     own.load_state_dict(json.loads(json.dumps(old.state_dict(7))))

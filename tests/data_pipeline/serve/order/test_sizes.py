@@ -22,8 +22,8 @@ def test_each_step_starts_where_the_previous_one_ended(changes: list[tuple[int, 
         begins.append(begins[-1] + own)
     assert [sizes.first(at) for at in range(31)] == begins
     assert sizes.firsts(range(3, 9)).tolist() == begins[3:9]
-    assert BatchSizes.kept(json.loads(json.dumps(sizes.state()))) == sizes
-    assert sizes.rows == own
+    assert BatchSizes.from_state(json.loads(json.dumps(sizes.state()))) == sizes
+    assert sizes.last == own
 
 
 def test_unchanged_number_of_rows_is_not_recorded_as_change() -> None:
