@@ -8,11 +8,20 @@ the tokens of its documents, each document rounded up to the block.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 BLOCKS = tuple(1 << power for power in range(3, 16))
 """8 to 32,768 tokens. For any other block, the indexes are read."""
+
+
+class ShardSizes(NamedTuple):
+    """The sizes of the S shards of a split, as the order needs them."""
+
+    documents: np.ndarray  # (S,) int64
+    tokens: np.ndarray  # (S,) int64
+    extents: np.ndarray  # (S,) int64: stream positions they take up; more than the tokens if documents are padded
 
 
 def file_of(split: str) -> str:

@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 
 from bst_base.errors import UserError
-from data_pipeline.format.extents import extents, from_bytes
+from data_pipeline.format.extents import ShardSizes, extents, from_bytes
 from data_pipeline.format.manifest import MANIFEST, Manifest
 from data_pipeline.format.packed import packed_name
 from data_pipeline.format.shards import ShardError
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer
 from data_pipeline.serve.layout import Found, Layout, OpenShards
-from data_pipeline.serve.order.windows import ShardSizes
 from data_pipeline.serve.shard_reader import ShardReader
 from data_pipeline.store.base import Storage, StorageConfig, read_whole
 from data_pipeline.store.cache import CachedStorage

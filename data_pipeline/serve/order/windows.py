@@ -12,10 +12,10 @@ All of this follows from the shard sizes in the manifest and from the key. No in
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.format.extents import ShardSizes
 from data_pipeline.serve.order.permutation import Permutation
 from data_pipeline.serve.order.phases import Cuts
 from data_pipeline.serve.order.plan import Positions, Shuffled
@@ -25,14 +25,6 @@ WINDOW_TOKENS = 1 << 30
 """Approximate tokens of a window. A document counts as at least `_DOCUMENT` tokens, since even a short one costs
 memory."""
 _DOCUMENT = 1 << 11  # limits a window to about half a million documents: 8 MB of order and ends on each rank
-
-
-class ShardSizes(NamedTuple):
-    """The sizes of the S shards of a split, as the order needs them."""
-
-    documents: np.ndarray  # (S,) int64
-    tokens: np.ndarray  # (S,) int64
-    extents: np.ndarray  # (S,) int64: stream positions they take up; more than the tokens if documents are padded
 
 
 class Windows:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.format.extents import ShardSizes
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader
-from data_pipeline.serve.order.windows import ShardSizes
 from data_pipeline.serve.share import Share
 
 

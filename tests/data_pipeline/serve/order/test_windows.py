@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.format.extents import ShardSizes
 from data_pipeline.serve import rows as rows_module
 from data_pipeline.serve.order import windows as windows_module
 from data_pipeline.serve.order.permutation import Permutation
 from data_pipeline.serve.order.window_stream import WindowCache, WindowStream
-from data_pipeline.serve.order.windows import ShardSizes, Windows
+from data_pipeline.serve.order.windows import Windows
 from tests.data_pipeline.serve.memory import Memory, loader
 
 DOCUMENT = 2048  # a document counts as at least this many tokens
