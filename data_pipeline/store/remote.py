@@ -58,17 +58,45 @@ class NoRangesError(StoreConfigError):
     """The server sends whole files when a byte range is asked for."""
 
 
-class RemoteStorage:
-    """The files under an fsspec address; see `base.Storage`."""
+class _NotLocal:
+    """What the storages of files that are not on a local disk share: reads that can be interrupted, and no cache."""
 
     remote = True
 
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self._stop = threading.Event()
+
+    def mapped(self, name: str) -> None:
+        """See `Storage`."""
+
+    def local_path(self, name: str) -> Path | None:
+        """See `Storage`."""
+        return None
+
+    def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
+        """See `Storage`. Nothing is cached here."""
+
+    def interrupt(self, stop: bool) -> None:
+        """See `Storage`."""
+        if stop:
+            self._stop.set()
+        else:
+            self._stop.clear()
+
+    def _check_interrupted(self, what: str) -> None:
+        if self._stop.is_set() or STOP_REQUESTED.is_set():
+            raise Stopped(f"{what}: reading was interrupted")
+
+
+class RemoteStorage(_NotLocal):
+    """The files under an fsspec address; see `base.Storage`."""
+
     def __init__(self, url: str, config: StorageConfig) -> None:
-        self.where = redacted(url).partition("?")[0].rstrip("/")
+        super().__init__(redacted(url).partition("?")[0].rstrip("/"))
         self.file = ""
         """The name of the file, if `files` has found that the address is that of one file; else empty."""
         self._config = config
-        self._stop = threading.Event()
         full, self._hidden = filled(url)
         full, mark, query = full.partition("?")
         self._query = mark + query  # the signature of the address is sent with each file
@@ -137,32 +165,11 @@ class RemoteStorage:
                 return
             yield part
 
-    def mapped(self, name: str) -> None:
-        """See `Storage`."""
-
-    def local_path(self, name: str) -> Path | None:
-        """See `Storage`."""
-        return None
-
-    def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
-        """See `Storage`. Nothing is cached here."""
-
-    def interrupt(self, stop: bool) -> None:
-        """See `Storage`."""
-        if stop:
-            self._stop.set()
-        else:
-            self._stop.clear()
-
     def _pause(self, name: str, seconds: float) -> None:
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             self._stop.wait(min(left, _POLL_S))
-            self._check_interrupted(name)
-
-    def _check_interrupted(self, name: str) -> None:
-        if self._stop.is_set() or STOP_REQUESTED.is_set():
-            raise Stopped(f"{self.where}/{name}: reading was interrupted")
+            self._check_interrupted(f"{self.where}/{name}")
 
     def renew(self, name: str, attempt: int) -> bool:
         """See `Storage`. Every read fetches the bytes again, so the next one may be good."""
@@ -206,7 +213,7 @@ class RemoteStorage:
                 if fetching.done():  # the TimeoutError comes from the request, not from this wait
                     raise
             try:
-                self._check_interrupted(name)
+                self._check_interrupted(f"{self.where}/{name}")
                 if time.monotonic() - begin > self._config.deadline_s:
                     raise TimeoutError(f"not done in {self._config.deadline_s:g} s (storage.deadline_s)")
             except (Stopped, TimeoutError):
@@ -288,16 +295,15 @@ def _found_file(name: str, info: dict[str, Any]) -> FoundFile:
     return FoundFile(name, None if size is None else int(size), str(next((each for each in said if each), "")))
 
 
-class PipeStorage:
+class PipeStorage(_NotLocal):
     """Files from the output of a shell command, in which ``{}`` is replaced by the file's name.
 
     The command does the retries. A command that writes nothing for `timeout_s` is killed, with all its child processes.
     """
 
-    remote = True
-
     def __init__(self, command: str, timeout_s: float) -> None:
-        self.where, self._timeout_s, self._stop = f"pipe:{command}", timeout_s, threading.Event()
+        super().__init__(f"pipe:{command}")
+        self._timeout_s = timeout_s
         self._command = command if "{}" in command else f"{command}/{{}}"
 
     def whole(self, name: str) -> bytes:
@@ -324,8 +330,7 @@ class PipeStorage:
         """Return the next output of the command; empty at its end."""
         end = time.monotonic() + self._timeout_s
         while not select.select([descriptor], [], [], _POLL_S)[0]:
-            if self._stop.is_set() or STOP_REQUESTED.is_set():
-                raise Stopped(f"pipe:{command}: reading was interrupted")
+            self._check_interrupted(f"pipe:{command}")
             if time.monotonic() > end:
                 raise StorageError(f"pipe:{command}: wrote nothing for {self._timeout_s:g} s (storage.timeout_s)")
         return os.read(descriptor, _CHUNK)
@@ -333,23 +338,6 @@ class PipeStorage:
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `Storage`. It is never called, since these files are always cached."""
         raise NotImplementedError
-
-    def mapped(self, name: str) -> None:
-        """See `Storage`."""
-
-    def local_path(self, name: str) -> Path | None:
-        """See `Storage`."""
-        return None
-
-    def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
-        """See `Storage`. Nothing is cached here."""
-
-    def interrupt(self, stop: bool) -> None:
-        """See `Storage`."""
-        if stop:
-            self._stop.set()
-        else:
-            self._stop.clear()
 
     def renew(self, name: str, attempt: int) -> bool:
         """See `Storage`. The command does the retries."""
