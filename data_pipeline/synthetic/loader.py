@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from bst_base.errors import UserError
-from data_pipeline.serve.loader import require_same_order
-from data_pipeline.serve.order.sizes import STREAMED, BatchSizes
+from data_pipeline.serve.computed import ComputedLoader
+from data_pipeline.serve.order.sizes import STREAMED
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import Slices
@@ -40,7 +40,7 @@ class SyntheticBatch:
     starts: None = None
 
 
-class SyntheticLoader:
+class SyntheticLoader(ComputedLoader[SyntheticBatch | Slices]):
     """Serves the slices of one rank, step after step.
 
     Args:
@@ -62,9 +62,8 @@ class SyntheticLoader:
         start_step: int = 0,
         row_tokens: int | None = None,
     ) -> None:
-        self.config, self._split, self._share = config, split, share
-        self._seed, self._start_step = seed, start_step
-        self._sizes = BatchSizes.of(share.rows)
+        super().__init__(share, start_step)
+        self.config, self._split, self._seed = config, split, seed
         self._steps = (row_tokens or share.length) // share.length
         """The number of steps over which a row is read."""
         self._prefetcher: Prefetcher | None = None
@@ -74,14 +73,6 @@ class SyntheticLoader:
         self.close()
         self._prefetcher = Prefetcher(self.batches, self._start_step, self.config.prefetch)
         return iter(self._prefetcher)
-
-    def batches(self, step: int) -> list[SyntheticBatch | Slices]:
-        """Return this rank's micro-batches of a step. Calls are independent of each other."""
-        return [self._batch(step, rows) for rows in self._share.micro_batches]
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """Return what a checkpoint stores after `step` training steps."""
-        return self._order_at(step) | self._sizes.state()
 
     def _order_at(self, step: int) -> dict[str, Any]:
         task = hashlib.sha256(self.config.synthetic.model_dump_json().encode()).hexdigest()[:16]
@@ -96,16 +87,10 @@ class SyntheticLoader:
         return order | ({"row_steps": self._steps} if self._steps > 1 else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue in the order of `state`, which `state_dict` returned; `start_step` does not change.
-
-        Raises UserError, naming the differences, unless it has the same order as this loader. The number of rows may
-        change from its step on, unless rows are read over several steps.
-        """
-        sizes, step = BatchSizes.from_state(state), state.get("step", 0)
-        require_same_order(self._order_at(step) | sizes.state(), state)
-        self._sizes = sizes.then(step, self._share.rows)
+        """See `ComputedLoader`. The number of rows cannot change if rows are read over several steps."""
+        super().load_state_dict(state)
         if self._steps > 1 and self._sizes.since:
-            raise UserError(f"{self._share.rows} rows per step from step {step} on: {STREAMED}")
+            raise UserError(f"{self._share.rows} rows per step from step {self._sizes.since} on: {STREAMED}")
 
     def close(self) -> None:
         """Stop the prefetch thread. A second call does nothing."""

@@ -14,9 +14,8 @@ import numpy as np
 
 from bst_base.errors import UserError
 from bst_dist.study.lra.examples import Examples
-from data_pipeline.serve.loader import require_same_order
+from data_pipeline.serve.computed import ComputedLoader
 from data_pipeline.serve.order.permutation import KEY_VERSION, Permutation
-from data_pipeline.serve.order.sizes import BatchSizes
 from data_pipeline.serve.share import Share
 from data_pipeline.serve.spread import MASKED
 
@@ -36,7 +35,7 @@ class Labelled:
     starts: None = None
 
 
-class LabelledLoader:
+class LabelledLoader(ComputedLoader[Labelled]):
     """Iterates over the micro-batches of one rank.
 
     Args:
@@ -54,8 +53,8 @@ class LabelledLoader:
                 f"{examples.where}: the longest example has {examples.longest:,} symbols and train.sequence_length "
                 f"holds {share.length:,}: raise train.sequence_length, or prepare shorter examples"
             )
-        self.examples, self._share, self._seed, self._start_step = examples, share, seed, start_step
-        self._sizes = BatchSizes.of(share.rows)
+        super().__init__(share, start_step)
+        self.examples, self._seed = examples, seed
 
     def __iter__(self) -> Iterator[tuple[int, list[Labelled]]]:
         """Yield (step, this rank's micro-batches in order), from `start_step` on, without end."""
@@ -63,24 +62,6 @@ class LabelledLoader:
         while True:
             yield step, self.batches(step)
             step += 1
-
-    def batches(self, step: int) -> list[Labelled]:
-        """Return this rank's micro-batches of a step."""
-        return [self._batch(step, rows) for rows in self._share.micro_batches]
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """Return the state for a checkpoint after `step` steps."""
-        return self._order_at(step) | self._sizes.state()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue in the order of `state`, which `state_dict` returned; `start_step` does not change.
-
-        Raises UserError, naming the differences, unless it has the same order of examples as this loader. The number of
-        rows per step may change: from the step of `state` on it is that of this loader.
-        """
-        sizes, step = BatchSizes.from_state(state), state.get("step", 0)
-        require_same_order(self._order_at(step) | sizes.state(), state)
-        self._sizes = sizes.then(step, self._share.rows)
 
     def _order_at(self, step: int) -> dict[str, Any]:
         return {
