@@ -231,12 +231,8 @@ class Loader:
         reader = RowReader(
             self._corpora,
             order,
+            share,
             block=self._block,
-            sequence_length=share.length,
-            begins=share.begins,
-            length=share.tokens,
-            first=share.own.start,
-            count=len(share.own),
             on_bad_shard=self.config.on_bad_shard,
             since=start,
             until=end,

@@ -16,6 +16,7 @@ from data_pipeline.serve.order.stream import Pieces
 from data_pipeline.serve.order.versions import Order
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.runs import MappedRuns
+from data_pipeline.serve.share import Share
 from data_pipeline.store.base import REQUESTS
 from data_pipeline.store.heap import limit_arenas
 from data_pipeline.store.mapped import Collector
@@ -28,14 +29,12 @@ _KEPT_BYTES = 32 << 20  # maximum bytes of these rows over all slices that the r
 
 
 class RowReader:
-    """Locates and reads the slices of the rows ``first..first + count`` of every step. Several threads may use it.
+    """Locates and reads the slices of one rank's rows in every step. Several threads may use it.
 
     Args:
         corpora, order: what is read.
+        share: the rank's rows, and its part of each slice of them.
         block: W for isolated documents; None otherwise.
-        sequence_length: L, tokens of a row.
-        begins, length: the parts of each row: where each part begins in its row, and the tokens of one part.
-        first, count: the rank's rows.
         since, until: the steps that may be asked for; until None: without end.
         start: the step that is probably asked for first. The steps after it come next.
         on_bad_shard: as in `config.DataConfig`.
@@ -45,13 +44,9 @@ class RowReader:
         self,
         corpora: Sequence[Corpus],
         order: Order,
+        share: Share,
         *,
         block: int | None,
-        sequence_length: int,
-        begins: Sequence[int],
-        length: int,
-        first: int,
-        count: int,
         on_bad_shard: Literal["stop", "skip"],
         since: int = 0,
         until: int | None = None,
@@ -60,8 +55,7 @@ class RowReader:
         self.bad: list[str] = []
         """Messages about the data that was left out because it is damaged or missing, one for each place."""
         self._corpora, self._plan, self._block = corpora, order.phases, block
-        self._sequence_length, self._begins, self._length = sequence_length, begins, length
-        self._first, self._count, self._skip = first, count, on_bad_shard == "skip"
+        self._share, self._length, self._skip = share, share.tokens, on_bad_shard == "skip"
         self._dtype = corpora[0].manifest.token_dtype
         self._pad_id = corpora[0].manifest.tokenizer.pad_id
         # Over a network the reads of several steps are sent together: latency takes much longer than the transfer.
@@ -69,14 +63,14 @@ class RowReader:
         if self._pool:
             limit_arenas()
         self._since, self._until, self._start = since, until, max(since, start)
-        row_bytes = (length + 1) * self._dtype.itemsize
-        most = min(_TOGETHER_BYTES // row_bytes, _KEPT_BYTES // (row_bytes * len(begins)))
+        row_bytes, parts = (self._length + 1) * self._dtype.itemsize, len(share.begins)
+        most = min(_TOGETHER_BYTES // row_bytes, _KEPT_BYTES // (row_bytes * parts))
         of_a_pass = int(order.phases.at(since).cuts.sequences.sum())
         self._rows_together = max(1, min(_FEW if self._pool else max(_FEW, min(_TOGETHER, of_a_pass)), most))
-        self._group_steps = max(1, self._rows_together // max(1, count))
+        self._group_steps = max(1, self._rows_together // max(1, len(share.own)))
         self._collector = Collector()
-        self._group = lru_cache(maxsize=2 * len(begins))(self._locate)
-        self._tokens = lru_cache(maxsize=len(begins))(self._read_group)
+        self._group = lru_cache(maxsize=2 * parts)(self._locate)
+        self._tokens = lru_cache(maxsize=parts)(self._read_group)
         self._stream = order.stream
 
     def read(self, step: int, start: int, stop: int, part: int = 0) -> tuple[Rows, np.ndarray, np.ndarray | None]:
@@ -88,7 +82,7 @@ class RowReader:
         if step < self._since:
             raise ValueError(f"step {step}: steps before {self._since} had other rows")
         group = self._steps_with(step)
-        before = (step - group.start) * self._count
+        before = (step - group.start) * len(self._share.own)
         begin, end = before + start, before + stop
         rows = self._group(group, part).part(begin, end)
         found = None if self._pool else self._tokens(group, part)
@@ -100,7 +94,7 @@ class RowReader:
 
     def unread(self, step: int, start: int, stop: int) -> Rows:
         """Return the same rows without their runs of tokens. No index is read for it."""
-        rows = range(self._first + start, self._first + stop)
+        rows = self._share.own[start:stop]
         corpora, epochs, _, continues = self._plan.assign(range(step, step + 1), rows)
         return Rows.none(len(rows))._replace(corpora=corpora, epochs=epochs, continues=continues)
 
@@ -182,8 +176,8 @@ class RowReader:
 
     def _locate(self, steps: range, part: int) -> Rows:
         """Locate one part of all of the rank's rows in a group of steps."""
-        corpora, epochs, sequences, continues = self._plan.assign(steps, range(self._first, self._first + self._count))
-        starts, cuts = sequences * self._sequence_length + self._begins[part], self._plan.at(steps.start).cuts
+        corpora, epochs, sequences, continues = self._plan.assign(steps, self._share.own)
+        starts, cuts = sequences * self._share.length + self._share.begins[part], self._plan.at(steps.start).cuts
         parts = []
         for corpus, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True))):
             rows, base = np.flatnonzero((corpora == corpus) & (epochs == epoch)), cuts.base(corpus, epoch)
