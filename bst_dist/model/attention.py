@@ -10,7 +10,7 @@ self-attention, dh head width, W block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -115,31 +115,27 @@ class SlidingAttention(nn.Module):
         """`starts`: where documents begin; a document sees nothing before it. `qkv`: the parts that `maps` makes of
         `u`; None: made here."""
         q, k, v = self.project(u, past, qkv)
-        documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
-        return self.attend(q, k, v, past, documents, self.tiles(q, k, past, documents)).flatten(-2)
+        documents = self.documents(starts, past, q.shape[1], k.shape[1])
+        return self.attend(q, k, v, past, documents, self.tiles(q, k.shape[1], past, documents)).flatten(-2)
 
     def share(self, qkv: Sequence[Tensor], past: Past, starts: Starts | None) -> tuple[Tensor, PartialAttention]:
         """Return queries without positions, (B, l, H, dh), and the window's share of a softmax over more keys."""
         plain, k, v = self.by_heads(qkv)
         plain = unit(plain, self.scale)
         q, k, v = self.with_window(plain, k, v, past)
-        documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
-        tiles = self.tiles(q, k, past, documents)
+        documents = self.documents(starts, past, q.shape[1], k.shape[1])
+        tiles = self.tiles(q, k.shape[1], past, documents)
         return plain, sliding_share(q, k, v, self.window, self.by_distance(self.distances, past), documents, tiles)
 
-    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
-        """Return what `forward` asks `past` for with `Past.once`, for a whole sequence.
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
+        """Ask `past` for what `forward` asks for with `Past.once`, for a whole sequence.
 
         A compiled layer gets it as an input of its graph. `like`: (B, l, D), in the dtype of the products.
         """
-        length, documents, asked = like.shape[1], None, []
-        if starts is not None:
-            asked.append(self._documents(starts, past, length, length))
-            documents = past.once(*asked[0])
-        asked.append(self._positions(like))
-        if trains_with_flex(like):
-            asked.append(self._tiles(length, length, like.device, documents))
-        return {name: past.once(name, make) for name, make in asked}
+        length = like.shape[1]
+        documents = self.documents(starts, past, length, length)
+        self.positions(like, past)
+        self.tiles(like, length, past, documents)
 
     def project(self, u: Tensor, past: Past, qkv: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, l, H, dh), and keys and values (B, p + l, G, dh), including those of the window's past."""
@@ -166,7 +162,7 @@ class SlidingAttention(nn.Module):
         """Return queries and keys with RoPE applied; unchanged if the layer does not use RoPE."""
         if self.config.position != "rope":
             return q, k
-        by = past.once(*self._angles(k.shape[1], k))  # only differences matter, so any common origin will do
+        by = self._angles(k, past)  # only differences matter, so any common origin will do
         return rotate(q, by.last(q.shape[1])), rotate(k, by)
 
     def attend(
@@ -189,38 +185,46 @@ class SlidingAttention(nn.Module):
 
     def by_distance(self, distances: int, past: Past) -> Tensor | None:
         """Return T5's bias, (H, distances); None if the layer uses RoPE."""
-        return None if self.bias is None else self.bias(past.once(*self._buckets(distances)))
+        return None if self.bias is None else self.bias(self._buckets(distances, past))
 
-    def tiles(self, q: Tensor, k: Tensor, past: Past, documents: Documents | None) -> tuple[Tensor, ...] | None:
-        """Return the tiles that FlexAttention visits, equal in all layers with one window; None if it is not used."""
-        return past.once(*self._tiles(q.shape[1], k.shape[1], q.device, documents)) if trains_with_flex(q) else None
+    # What all layers with the same settings share: each value is made once per call.
 
-    # The arguments of `Past.once`: each method returns a name and a function that makes the value.
-
-    def _documents(self, starts: Starts, past: Past, length: int, keys: int) -> tuple[str, Callable[[], Documents]]:
-        name = f"documents: {length}, {keys}, {self.window.size}"
+    def documents(self, starts: Starts | None, past: Past, length: int, keys: int) -> Documents | None:
+        """Return the document of each of the keys; None if no document begins."""
+        if starts is None:
+            return None
+        name, size = f"documents: {length}, {keys}, {self.window.size}", self.window.size
         if isinstance(starts, Borders):  # several documents may begin in the window before the slice
-            return name, lambda: documents_further_back(starts, past, length, keys, self.window.size)
-        return name, lambda: documents_of(starts, length, keys, self.window.size)
+            return past.once(name, lambda: documents_further_back(starts, past, length, keys, size))
+        return past.once(name, lambda: documents_of(starts, length, keys, size))
 
-    def _positions(self, like: Tensor) -> tuple[str, Callable[[], Angles]] | tuple[str, Callable[[], Tensor]]:
-        """Those of a whole sequence: RoPE's angles, or the buckets of T5's bias."""
-        return self._buckets(self.distances) if self.bias is not None else self._angles(like.shape[1], like)
+    def positions(self, like: Tensor, past: Past) -> Angles | Tensor:
+        """Return RoPE's angles for a whole sequence, or the buckets of T5's bias."""
+        return self._angles(like, past) if self.bias is None else self._buckets(self.distances, past)
 
-    def _angles(self, keys: int, like: Tensor) -> tuple[str, Callable[[], Angles]]:
-        base, half = self.config.rope_base, self.half
-        return f"angles: {base}, {half}, {keys}, {like.dtype}", lambda: angles(base, half, 0, keys, like)
+    def _angles(self, keys: Tensor, past: Past) -> Angles:
+        """Return the angles of (B, p + l, ...) in the dtype of `keys`."""
+        base, half, count = self.config.rope_base, self.half, keys.shape[1]
+        name = f"angles: {base}, {half}, {count}, {keys.dtype}"
+        return past.once(name, lambda: angles(base, half, 0, count, keys))
 
-    def _buckets(self, distances: int) -> tuple[str, Callable[[], Tensor]]:
+    def _buckets(self, distances: int, past: Past) -> Tensor:
         buckets, furthest = self.config.buckets, self.config.max_distance
-        return f"buckets: {buckets}, {furthest}, {distances}", lambda: self.bias.buckets(distances)
+        return past.once(f"buckets: {buckets}, {furthest}, {distances}", lambda: self.bias.buckets(distances))
 
-    def _tiles(
-        self, length: int, keys: int, device: torch.device, documents: Documents | None
-    ) -> tuple[str, Callable[[], tuple[Tensor, ...]]]:
+    def tiles(
+        self, q: Tensor, keys: int, past: Past, documents: Documents | None, part: str = ""
+    ) -> tuple[Tensor, ...] | None:
+        """Return the tiles that FlexAttention visits for queries (B, l, ...); None if it is not used.
+
+        `part`: says which part of the slice the queries and keys are, if not all of it.
+        """
+        if not trains_with_flex(q):
+            return None
         begin, window = None if documents is None else documents.begin, self.window
-        name = f"tiles: {length}, {keys}, {window.size}, {window.include_self}, {begin is not None}"
-        return name, lambda: visited_tiles(Band(length, keys, window), device, begin)
+        length, device = q.shape[1], q.device
+        name = f"tiles: {length}, {keys}, {window.size}, {window.include_self}, {begin is not None}{part}"
+        return past.once(name, lambda: visited_tiles(Band(length, keys, window), device, begin))
 
 
 def trains_with_flex(q: Tensor) -> bool:

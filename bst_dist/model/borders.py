@@ -114,12 +114,7 @@ class Columns(NamedTuple):
 
 def columns(starts: Borders, chunk: int, past: Past) -> Columns:
     """Return the columns, made once per call for all layers with this chunk."""
-    return past.once(*columns_asked(starts, chunk))
-
-
-def columns_asked(starts: Borders, chunk: int) -> tuple:
-    """Return the arguments of `Past.once` for the columns: a name and a function."""
-    return f"columns: {chunk}", lambda: starts.columns(chunk)
+    return past.once(f"columns: {chunk}", lambda: starts.columns(chunk))
 
 
 def places_of(begins: np.ndarray) -> np.ndarray:

@@ -149,19 +149,16 @@ class CrossAttention(nn.Module):
     def _of_documents(self, q: Tensor, k: Tensor, v: Tensor, past: Past, starts: Borders) -> Tensor:
         """Attend from each token to the states of its block that belong to its own document."""
         if self.causal:
-            documents = past.once(*documents_in_blocks_asked(starts, self.block))
-            asks = attention.trains_with_flex(q)
-            tiles = past.once(*tiles_in_blocks_asked(q, self.block, documents)) if asks else None
+            documents, tiles = documents_in_blocks(q, self.block, past, starts)
             return attention.sliding_attention(q, k, v, Window(self.block), None, documents, tiles)
         begun = starts.cut_off(self.block)[..., None, None]  # a document began in this block
         first, ends = (_whole_blocks(q, k[:, own], v[:, own]).reshape(q.shape) for own in FIRST_AND_ENDS)
         return torch.where(begun, first, ends)
 
-    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
         """See `SlidingAttention.prepare`."""
-        if not self.causal or not isinstance(starts, Borders):
-            return {}
-        return prepared_in_blocks(like, self.block, past, starts)
+        if self.causal and isinstance(starts, Borders):
+            documents_in_blocks(like, self.block, past, starts)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from each token to its block's states up to its own; k, v (B, p + l, H, dh), p within the block."""
@@ -175,9 +172,13 @@ class CrossAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0).transpose(1, 2)
 
 
-def documents_in_blocks_asked(starts: Borders, block: int) -> tuple:
-    """Return the arguments of `Past.once` for documents cut at block ends: a name and a function. With these documents,
-    causal attention to context states is sliding attention."""
+def documents_in_blocks(
+    q: Tensor, block: int, past: Past, starts: Borders
+) -> tuple[Documents, tuple[Tensor, ...] | None]:
+    """Return documents cut at block ends, and the tiles that FlexAttention visits with them; None if it is not used.
+
+    With these documents, causal attention to context states is sliding attention.
+    """
 
     def make() -> Documents:
         begins = starts.begins.unflatten(1, (-1, block)).clone()
@@ -185,22 +186,13 @@ def documents_in_blocks_asked(starts: Borders, block: int) -> tuple:
         number = begins.flatten(1).cumsum(1, dtype=torch.int32)
         return documents_by(number, min(block, number.shape[1]) + 1, number.shape[1])
 
-    return f"documents in blocks: {block}", make
-
-
-def tiles_in_blocks_asked(like: Tensor, block: int, documents: Documents) -> tuple:
-    """Return the arguments of `Past.once` for the tiles that FlexAttention visits with these documents."""
-    length, device = like.shape[1], like.device
+    documents = past.once(f"documents in blocks: {block}", make)
+    if not attention.trains_with_flex(q):
+        return documents, None
+    length, device = q.shape[1], q.device
     band = Band(length, length, Window(block))
-    return f"tiles in blocks: {length}, {block}", lambda: visited_tiles(band, device, documents.begin)
-
-
-def prepared_in_blocks(like: Tensor, block: int, past: Past, starts: Borders) -> dict[str, object]:
-    """Return both, for `prepare`."""
-    asked = [documents_in_blocks_asked(starts, block)]
-    if attention.trains_with_flex(like):
-        asked.append(tiles_in_blocks_asked(like, block, past.once(*asked[0])))
-    return {name: past.once(name, make) for name, make in asked}
+    name = f"tiles in blocks: {length}, {block}"
+    return documents, past.once(name, lambda: visited_tiles(band, device, documents.begin))
 
 
 def _whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

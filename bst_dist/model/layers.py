@@ -27,7 +27,7 @@ from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import CrossAttention
 from bst_dist.model.products import fused_linears, relu_of, whole
 from bst_dist.model.roles import Linear
-from bst_dist.parallel.sequence.past import Past
+from bst_dist.parallel.sequence.past import Past, RecordedPast
 
 
 class SlidingMixer(nn.Module):
@@ -150,11 +150,11 @@ class Layer(nn.Module):
 
     def prepare(self, x: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
         """Return the values that the layer asks `past` for with `Past.once`, for a slice that is a whole sequence."""
-        like, found = x[..., :0].to(product_dtype(x)), {}
+        like, recorded = x[..., :0].to(product_dtype(x)), RecordedPast(past)
         for module in self.mixer.modules():
             if hasattr(module, "prepare"):
-                found |= module.prepare(like, past, starts)
-        return found
+                module.prepare(like, recorded, starts)
+        return recorded.recorded
 
     def initialize(self, depth: int) -> None:
         """Draw linear maps from N(0, 1/fan-in); maps into the residual stream are smaller by a factor sqrt(2 depth)."""

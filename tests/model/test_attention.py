@@ -22,7 +22,7 @@ from bst_dist.model.attention import (
 from bst_dist.model.config import AttentionConfig, LayerConfig
 from bst_dist.model.tiles import QUERY_TILE, sliding_tiles
 from bst_dist.model.window import Window
-from bst_dist.parallel.sequence.past import EarlierCall, Past
+from bst_dist.parallel.sequence.past import EarlierCall, Past, RecordedPast
 
 
 def query_by_query(q, k, v, window, bias, include_self, documents=None):
@@ -166,17 +166,24 @@ def test_a_layer_equals_query_by_query_attention_on_its_projections(position):
     torch.testing.assert_close(layer(u, Past()), expected, rtol=1e-5, atol=1e-6)
 
 
+def prepare(layer, u, starts):
+    """Return the values that the layer prepares."""
+    past = RecordedPast(Past())
+    layer.prepare(u, past, starts)
+    return past.recorded
+
+
 @pytest.mark.parametrize("position", ["t5", "rope"])
 def test_prepare_computes_all_shared_values_of_a_layer(position):
     layer = SlidingAttention(LayerConfig(width=16, heads=2, ffn=16, block=8, attention={"position": position}), 8)
     u, starts = torch.randn(1, 40, 16), torch.tensor([[False, True, False, True, True]])
     past = Past()
     layer(u, past, starts)
-    prepared = layer.prepare(u, Past(), starts)
+    prepared = prepare(layer, u, starts)
     assert set(prepared) == set(past.shared)
     for name, asked in past.shared.items():
         torch.testing.assert_close(prepared[name], asked)
-    assert set(layer.prepare(u, Past(), None)) == {name for name in prepared if not name.startswith("documents")}
+    assert set(prepare(layer, u, None)) == {name for name in prepared if not name.startswith("documents")}
 
 
 @given(st.integers(1, 900), st.integers(0, 40), st.integers(1, 300))

@@ -50,8 +50,8 @@ class TokenAttention(SlidingAttention):
         q, k = unit(q, self.scale), unit(k)
         near, values = (x[:, -self.window.size - u.shape[1] :] for x in (k, v))
         q, near = self.rotated(q, near, past)
-        documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], near.shape[1]))
-        out = self.attend(q, near, values, past, documents, self.tiles(q, near, past, documents))
+        documents = self.documents(starts, past, q.shape[1], near.shape[1])
+        out = self.attend(q, near, values, past, documents, self.tiles(q, near.shape[1], past, documents))
         return out.flatten(-2), for_heads(k, self.heads), for_heads(v, self.heads)
 
 

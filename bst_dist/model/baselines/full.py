@@ -5,7 +5,7 @@ Shapes: B rows, l tokens, p positions before them, H heads, dh head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,10 @@ class FullAttention(SlidingAttention):
             k, v = for_heads(k, self.heads), for_heads(v, self.heads)
         if self.bias is None and starts is None and self.config.include_self and not on_flex:
             return _fused(q, k, v).flatten(-2)
-        documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
+        documents = self.documents(starts, past, q.shape[1], k.shape[1])
         if on_flex:
             bias = self.by_distance(self.distances, past)
-            tiles = self.tiles(q, k, past, documents)
+            tiles = self.tiles(q, k.shape[1], past, documents)
             return sliding_attention(q, k, v, self.window, bias, documents, tiles).flatten(-2)
         if documents is not None:
             q, k = separate_documents(q, k, documents)
@@ -65,8 +65,11 @@ class FullAttention(SlidingAttention):
         mask = self._mask(min(QUERY_TILE, q.shape[1]), past)
         return tiled_attention(q, k, v, mask, tiles, empty_rows=not self.config.include_self).flatten(-2)
 
-    def _documents(self, starts: Starts, past: Past, length: int, keys: int) -> tuple[str, Callable[[], Documents]]:
-        return f"documents: {length}, {keys}, all", lambda: documents_further_back(starts, past, length, keys, keys)
+    def documents(self, starts: Starts | None, past: Past, length: int, keys: int) -> Documents | None:
+        if starts is None:
+            return None
+        name = f"documents: {length}, {keys}, all"
+        return past.once(name, lambda: documents_further_back(starts, past, length, keys, keys))
 
     @property
     def distances(self) -> int:

@@ -14,7 +14,6 @@ Shapes: B rows, l tokens, Ds SSM width, S states, nb blocks of W tokens, H heads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +31,7 @@ from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import (
     FIRST_AND_ENDS,
     build_context,
-    documents_in_blocks_asked,
-    prepared_in_blocks,
-    tiles_in_blocks_asked,
+    documents_in_blocks,
 )
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.flex_mask import Band, visited_tiles
@@ -77,38 +74,38 @@ class StateShare(nn.Module):
             return self._of_documents(q, k, v, past, starts)
         if self.filters:
             return of_whole_blocks(q, k, v)
-        tiles = past.once(*self._tiles(q, k.shape[1])) if trains_with_flex(q) else None
-        return within_blocks(q, k, v, self.block, tiles)
+        return within_blocks(q, k, v, self.block, self._tiles(q, k.shape[1], past))
 
     def _of_documents(self, q: Tensor, k: Tensor, v: Tensor, past: Past, starts: Borders) -> PartialAttention:
         """Attend from each token to the states of its block that belong to its own document."""
         if not self.filters:
-            documents = past.once(*documents_in_blocks_asked(starts, self.block))
-            tiles = past.once(*tiles_in_blocks_asked(q, self.block, documents)) if trains_with_flex(q) else None
+            documents, tiles = documents_in_blocks(q, self.block, past, starts)
             return attention.sliding_share(q, k, v, Window(self.block), None, documents, tiles)
         begun = starts.cut_off(self.block).unsqueeze(-1)  # a document began in this block
         first, ends = (of_whole_blocks(q, k[:, own], v[:, own]) for own in FIRST_AND_ENDS)
         out = torch.where(begun.unsqueeze(-1), first.out, ends.out)
         return PartialAttention(out, torch.where(begun, first.sums, ends.sums))
 
-    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
         """See `SlidingAttention.prepare`."""
         if self.filters:
-            return {}
+            return
         if isinstance(starts, Borders):
-            return prepared_in_blocks(like, self.block, past, starts)
-        asked = [self._tiles(like, like.shape[1])] if trains_with_flex(like) else []
-        return {name: past.once(name, make) for name, make in asked}
+            documents_in_blocks(like, self.block, past, starts)
+        else:
+            self._tiles(like, like.shape[1], past)
 
-    def _tiles(self, like: Tensor, keys: int) -> tuple[str, Callable[[], tuple[Tensor, ...]]]:
-        """Return the arguments of `Past.once` for the tiles that FlexAttention visits if each block is a document."""
-        length, device = like.shape[1], like.device
+    def _tiles(self, q: Tensor, keys: int, past: Past) -> tuple[Tensor, ...] | None:
+        """Return the tiles that FlexAttention visits if each block is a document; None if it is not used."""
+        if not trains_with_flex(q):
+            return None
+        length, device = q.shape[1], q.device
 
         def make() -> tuple[Tensor, ...]:
             begin = block_begins(keys, self.block, device)[keys - length :].unsqueeze(0)
             return visited_tiles(Band(length, keys, Window(self.block)), device, begin)
 
-        return f"tiles of blocks: {length}, {keys}, {self.block}", make
+        return past.once(f"tiles of blocks: {length}, {keys}, {self.block}", make)
 
 
 def of_whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> PartialAttention:

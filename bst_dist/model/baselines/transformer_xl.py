@@ -9,7 +9,7 @@ Shapes: B rows, l tokens, p positions before them, H heads, dh head width, W blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ from bst_dist.model.attention import (
     SlidingAttention,
     documents_by,
     documents_further_back,
-    trains_with_flex,
 )
 from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
@@ -35,29 +34,23 @@ class SegmentAttention(SlidingAttention):
         """`starts`: where documents begin; a document sees nothing before it."""
         q, k, v = self.project(u, past)
         length, out = q.shape[1], []
-        documents = None if starts is None else past.once(*self._documents(starts, past, length, k.shape[1]))
+        documents = self.documents(starts, past, length, k.shape[1])
         for segment in self._segments(length, k.shape[1] - length, past.position):
             own = q[:, segment.first : segment.last]
             keys, values = (segment.seen(x) for x in (k, v))
-            mine = None if documents is None else past.once(*_documents_of(segment, documents))
-            tiles = past.once(*self._tiles_of(segment, mine, own)) if trains_with_flex(own) else None
+            mine = _documents_of(segment, documents, past)
+            tiles = self._tiles_of(segment, own, past, mine)
             out.append(self.attend(own, keys, values, past, mine, tiles))
         return torch.cat(out, dim=1).flatten(-2)
 
-    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
         """See `SlidingAttention.prepare`."""
-        length, documents, asked = like.shape[1], None, [self._positions(like)]
-        if starts is not None:
-            asked.append(self._documents(starts, past, length, length))
-            documents = past.once(*asked[-1])
+        length = like.shape[1]
+        self.positions(like, past)
+        documents = self.documents(starts, past, length, length)
         for segment in self._segments(length, 0, past.position):
-            own, mine = like[:, segment.first : segment.last], None
-            if documents is not None:
-                asked.append(_documents_of(segment, documents))
-                mine = past.once(*asked[-1])
-            if trains_with_flex(own):
-                asked.append(self._tiles_of(segment, mine, own))
-        return {name: past.once(name, make) for name, make in asked}
+            own = like[:, segment.first : segment.last]
+            self._tiles_of(segment, own, past, _documents_of(segment, documents, past))
 
     def _segments(self, length: int, before: int, position: int) -> Iterator[Segment]:
         first = 0
@@ -66,17 +59,16 @@ class SegmentAttention(SlidingAttention):
             yield Segment(first, last, max(0, before + first - self.window.size), before + last)
             first = last
 
-    # The arguments of `Past.once`.
-
-    def _documents(self, starts: Starts, past: Past, length: int, keys: int) -> tuple[str, Callable[[], Documents]]:
-        name = f"documents further back: {length}, {keys}, {self.window.size}"
-        return name, lambda: documents_further_back(starts, past, length, keys, self.window.size)
+    def documents(self, starts: Starts | None, past: Past, length: int, keys: int) -> Documents | None:
+        if starts is None:
+            return None
+        name, size = f"documents further back: {length}, {keys}, {self.window.size}", self.window.size
+        return past.once(name, lambda: documents_further_back(starts, past, length, keys, size))
 
     def _tiles_of(
-        self, segment: Segment, documents: Documents | None, own: Tensor
-    ) -> tuple[str, Callable[[], tuple[Tensor, ...]]]:
-        name, make = self._tiles(own.shape[1], segment.end - segment.begin, own.device, documents)
-        return f"{name}, {segment}", make
+        self, segment: Segment, own: Tensor, past: Past, documents: Documents | None
+    ) -> tuple[Tensor, ...] | None:
+        return self.tiles(own, segment.end - segment.begin, past, documents, part=f", {segment}")
 
 
 class Segment(NamedTuple):
@@ -94,14 +86,16 @@ class Segment(NamedTuple):
         return torch.cat((x[:, self.begin : own].detach(), x[:, own : self.end]), dim=1)
 
 
-def _documents_of(segment: Segment, documents: Documents) -> tuple[str, Callable[[], Documents]]:
-    """Return the arguments of `Past.once` for the documents of the keys that a segment sees."""
+def _documents_of(segment: Segment, documents: Documents | None, past: Past) -> Documents | None:
+    """Return the documents of the keys that a segment sees."""
+    if documents is None:
+        return None
 
     def make() -> Documents:
         number = documents.number[:, segment.begin : segment.end]
         return documents_by(number, documents.kinds, segment.last - segment.first)
 
-    return f"documents of {segment}", make
+    return past.once(f"documents of {segment}", make)
 
 
 class TransformerXLMixer(nn.Module):

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bst_dist.model.borders import Borders, Starts, columns, columns_asked
+from bst_dist.model.borders import Borders, Starts, columns
 from bst_dist.model.config import DPLRConfig
 from bst_dist.model.roles import Role
 from bst_dist.model.ssm.convolution import causal_matrix
@@ -129,12 +129,10 @@ class S4DPLR(nn.Module):
         """(B, L, Ds) -> (B, m, T, Ds)."""
         return z.to(self.skip.dtype).unflatten(1, (-1, math.gcd(self.chunk, z.shape[1])))
 
-    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
         """See `SlidingAttention.prepare`."""
-        if self.own_dynamics or not isinstance(starts, Borders):
-            return {}
-        name, make = columns_asked(starts, math.gcd(self.chunk, like.shape[1]))
-        return {name: past.once(name, make)}
+        if not self.own_dynamics and isinstance(starts, Borders):
+            columns(starts, math.gcd(self.chunk, like.shape[1]), past)
 
     def _states(
         self,

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bst_dist.model.borders import Borders, Starts, columns, columns_asked
+from bst_dist.model.borders import Borders, Starts, columns
 from bst_dist.model.config import SSMConfig
 from bst_dist.model.products import contiguous_gradient, contiguous_operand
 from bst_dist.model.roles import Role
@@ -123,12 +123,10 @@ class S4D(nn.Module):
         y = contiguous_gradient(y + entering @ self._out_of_state(powers).mT).view(*u.shape[:2], -1, chunk)
         return by_document.collected(y.permute(1, 3, 2, 0)).view(batch, length, -1, width)
 
-    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
         """See `SlidingAttention.prepare`."""
-        if self.own_dynamics or not isinstance(starts, Borders):
-            return {}
-        name, make = columns_asked(starts, _chunk(like.shape[1], self.chunk))
-        return {name: past.once(name, make)}
+        if not self.own_dynamics and isinstance(starts, Borders):
+            columns(starts, _chunk(like.shape[1], self.chunk), past)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)

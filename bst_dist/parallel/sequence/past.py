@@ -133,6 +133,20 @@ class Past:
         return self
 
 
+class RecordedPast(Past):
+    """An empty past that also records what it is asked for with `once`."""
+
+    def __init__(self, past: Past):
+        """`past`: where the values are shared."""
+        super().__init__()
+        self.shared = past.shared
+        self.recorded: dict[str, object] = {}
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        self.recorded[name] = value = super().once(name, make)
+        return value
+
+
 class EarlierCall(Past):
     """What an earlier call left, without gradient. Collects in `after` what this call leaves.
 
