@@ -201,13 +201,13 @@ class Snapshots:
         manifest = self._manifest_of(checkpoint)
         if not of_trunk:
             self._require_same(checkpoint, manifest)
-        read_together(self.ranks, lambda arrived: self._fill(checkpoint, manifest, arrived))
+        read_together(self.ranks, lambda arrived: self.fill(checkpoint, manifest, arrived))
         return self._resume(manifest, cache(partial(_own, checkpoint)))
 
     def load_local(self, copy: LocalCopy) -> Position:
         """Load this rank's local copy, taken under the same layout, and return its position."""
         self._require_same(copy.path, copy.manifest)
-        averaged = AVERAGED in copy.manifest["kinds"]  # else the average starts as the weights, as in `_fill`
+        averaged = AVERAGED in copy.manifest["kinds"]  # else the average starts as the weights, as in `fill`
 
         def named(parameter: str, tensor: str) -> str:
             return copied_name(parameter, WEIGHT if tensor == AVERAGE and not averaged else tensor)
@@ -271,7 +271,7 @@ class Snapshots:
                     f"{own.get(name, 'not set')!r}"
                 )
 
-    def _fill(self, checkpoint: Path, manifest: dict[str, Any], arrived: Callable[[], None] = lambda: None) -> None:
+    def fill(self, checkpoint: Path, manifest: dict[str, Any], arrived: Callable[[], None] = lambda: None) -> None:
         """Fill this rank's tensors: from its own files under the same layout, else from all files that have parts."""
         own = self.ranks.rank if Layout(**manifest["layout"]) == self.identity.layout else None
 

@@ -228,11 +228,11 @@ class Activations:
 
     def _head(self, tokens: int) -> Part:
         with self._stage(zero3=False) as live:
-            one = {"depth": 1, "mixer": "sliding", "placement": "all"}
+            # Any number of tokens is whole blocks of one token.
+            one = {"depth": 1, "mixer": "sliding", "placement": "all", "block": 1}
             model = LanguageModel(self.model.model_copy(update=one))
             model.layers[0] = stand_in = _StandIn()
             model.fused_loss = self.fused_loss
-            model._check_slice = lambda *_: None  # without layers any number of tokens is allowed
             ids = torch.zeros(1, tokens, dtype=torch.long)
             shape = (1, tokens, self.model.width)
 

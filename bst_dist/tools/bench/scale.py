@@ -193,7 +193,7 @@ def _alone(folder: Path, ranks: int, stage: int, shapes: dict[str, tuple[int, ..
     manifest = {name: value for name, value in read_manifest(path).items() if name != but}
     snapshots, state = _snapshots(folder, _Alone(ranks), stage, shapes, filled=False)
     with Counting(Counts()) as counts:
-        snapshots._fill(path, manifest)
+        snapshots.fill(path, manifest)
     if not state.is_right():
         raise RuntimeError("the last rank has read something else than was written")
     opens = len(counts.opens)
@@ -211,7 +211,7 @@ class _Alone:
 
 def _reports(ranks: int) -> Cost:
     """Measure one performance report: the second, when the ranks already know the names of their numbers."""
-    phases = ("data", "forward", "backward", "optimizer", "communication", "evaluate", "checkpoint", "report")
+    phases = ("start", "data", "forward", "backward", "optimizer", "communication", "evaluate", "checkpoint", "report")
     kinds = ("all-reduce", "all-gather", "reduce-scatter", "ssm states", "keys and values", "edges")
 
     def on_rank(rank: SimulatedRank) -> Counts:
@@ -219,8 +219,11 @@ def _reports(ranks: int) -> Cost:
         performance = Performance(1, rank, [], None)
         step = StepReport(1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
         for number in (1, 2):
-            rank.phases._seconds.update(dict.fromkeys(phases, 0.1))
-            rank.phases._sent.update(dict.fromkeys(kinds, 1e6))
+            for phase in phases:
+                rank.phases.enter(phase)
+            for kind in kinds:
+                with rank.phases.exchanging(kind, 1e6):
+                    pass
             rank.counts.collectives = rank.counts.received_bytes = 0
             with Counting(Counts()) as counts:
                 performance.after_step(replace(step, step=number), last=False)
