@@ -255,7 +255,7 @@ def on_ranks() -> Callable[..., list[Any]]:
     choose_accelerator()
     import torch._dynamo  # noqa: F401
 
-    import bst_dist.parallel.loading  # noqa: F401 (else every forked rank imports both: seconds)
+    import bst_dist.parallel.deepspeed_import  # noqa: F401 (else every forked rank imports both: seconds)
 
     def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         context, port = multiprocessing.get_context("fork"), free_port()

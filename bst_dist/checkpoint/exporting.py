@@ -12,8 +12,8 @@ import torch
 from bst_dist.checkpoint.shards import Piece, Shards, write_header, write_values
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.meta_device import weightless
 from bst_dist.model.roles import single_precision
-from bst_dist.model.weightless import weightless
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AT_A_TIME = 2.0**30

@@ -56,7 +56,7 @@ from bst_dist.cluster.supervise import Job, Supervisor, say
 from bst_dist.config import Recipe, deepspeed_file, spread_of
 from bst_dist.faults.status import RESUBMIT
 from bst_dist.model.lm import LanguageModel
-from bst_dist.model.weightless import weightless
+from bst_dist.model.meta_device import weightless
 from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments

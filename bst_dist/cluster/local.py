@@ -44,7 +44,7 @@ from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import LocalRanks, Share, catch_stop_signals
 from bst_dist.cluster.verdict import STOP, Ended
 from bst_dist.config import Recipe
-from bst_dist.model.weightless import weightless
+from bst_dist.model.meta_device import weightless
 from bst_dist.parallel.ranks import choose_accelerator, require_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments

@@ -35,7 +35,7 @@ from bst_dist.hub.modeling import BSTConfig, BSTForCausalLM
 from bst_dist.hub.repository import fetched
 from bst_dist.hub.tokenization import CORPUS_FILE, FILE
 from bst_dist.model.lm import LanguageModel
-from bst_dist.model.weightless import weightless
+from bst_dist.model.meta_device import weightless
 from bst_dist.train.rundir import RECIPE
 from bst_dist.version import versions
 from data_pipeline.format.tokenizer import IdsOnly, Tokenizer, read_tokenizer

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import AttentionConfig, LayerConfig
+from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.model.flex import flex_sliding_attention, uses_flex_tiles
 from bst_dist.model.flex_mask import Band, visited_tiles
 from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
-from bst_dist.model.products import fused_linears
+from bst_dist.model.l2_norm import unit
+from bst_dist.model.matmul import fused_linears
 from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention_and_sums
-from bst_dist.model.unit import unit
 from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import Past
 

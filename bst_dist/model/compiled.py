@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bst_dist.model import flex
-from bst_dist.model.borders import Borders, Starts
+from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.parallel.sequence.past import Past
 
 OPTIONS = {"combo_kernels": True, "epilogue_fusion": False}

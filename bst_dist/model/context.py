@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from bst_dist.model import attention
 from bst_dist.model.attention import Documents, documents_by, product_dtype
-from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.model.flex_mask import Band, visited_tiles
-from bst_dist.model.products import cast_by_channel
+from bst_dist.model.l2_norm import unit
+from bst_dist.model.matmul import cast_by_channel
 from bst_dist.model.roles import Linear, Role, Stack
 from bst_dist.model.ssm.kernels import build_kernel
-from bst_dist.model.unit import unit
 from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import Past
 

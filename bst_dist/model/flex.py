@@ -37,7 +37,7 @@ GRAPHS = 16
 """Limit on the graphs of FlexAttention, with and without gradients, and separately on those of layers; one more fails.
 
 Compiled layers need the most, ten: two kinds of layers, each with micro-batches of two sizes; with masked documents,
-the kind with an SSM has four graphs for each size (`borders.SHARES`)."""
+the kind with an SSM has four graphs for each size (`document_mask.SHARES`)."""
 
 BACKEND = "inductor"
 """The compiler backend for FlexAttention. Tests on a CPU replace it."""

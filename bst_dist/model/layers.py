@@ -22,10 +22,10 @@ from bst_dist.model.baselines.joint import JointMixer
 from bst_dist.model.baselines.mamba2 import Mamba2Mixer
 from bst_dist.model.baselines.pure_ssm import PureSSMMixer
 from bst_dist.model.baselines.transformer_xl import TransformerXLMixer
-from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import CrossAttention
-from bst_dist.model.products import fused_linears, relu_of, whole
+from bst_dist.model.document_mask import Starts
+from bst_dist.model.matmul import fused_linears, relu_of, whole
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.sequence.past import Past, RecordedPast
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig, ModelConfig
+from bst_dist.model.document_mask import Starts
 from bst_dist.model.layers import Layer
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.past import Past

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import ModelConfig
+from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.model.layers import Layer
 from bst_dist.model.loss import OutputHead, linear_cross_entropy
 from bst_dist.model.masking import masking_problem

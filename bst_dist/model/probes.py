@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.baselines.gated_deltanet import DeltaRule
-from bst_dist.model.borders import Borders
 from bst_dist.model.context import CrossAttention
+from bst_dist.model.document_mask import Borders
+from bst_dist.model.l2_norm import unit
 from bst_dist.model.layers import BSTMixer, NoCrossMixer
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.roles import Role, roles_of
@@ -26,7 +27,6 @@ from bst_dist.model.ssm.dplr import S4DPLR
 from bst_dist.model.ssm.s4d import S4D
 from bst_dist.model.ssm.selective import Selective
 from bst_dist.model.ssm.unstructured import LongFilter
-from bst_dist.model.unit import unit
 
 BLOCKS_LOOKED_AT = 4
 """The entropy is measured on this many last blocks of one row, so scores are never stored for more."""

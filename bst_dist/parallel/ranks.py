@@ -19,10 +19,10 @@ from bst_base.launched import require_single_process
 from bst_base.sizes import spans
 from bst_dist.parallel.communication import record_deepspeed
 from bst_dist.parallel.devices import cpu_refusal, local_rank
-from bst_dist.parallel.gathering import agreed_port, gathered
 from bst_dist.parallel.interface import choose_gloo_interface
 from bst_dist.parallel.numa import bind_to_device_node, pci_address
 from bst_dist.parallel.phases import Phases
+from bst_dist.parallel.rendezvous import agreed_port, gathered
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class Ranks:
         require_accelerator()
         # The accelerator must be chosen before DeepSpeed is imported, because it looks for one at import.
         choose_accelerator()
-        from bst_dist.parallel.loading import deepspeed
+        from bst_dist.parallel.deepspeed_import import deepspeed
 
         accelerator = deepspeed.accelerator.get_accelerator()
         if accelerator.device_name() == "cpu":

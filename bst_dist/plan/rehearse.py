@@ -10,8 +10,8 @@ from collections import Counter
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import FilterConfig, ModelConfig
+from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.neighbour import LeftNeighbour, SequenceParallelError
 from bst_dist.parallel.sequence.past import EarlierCall

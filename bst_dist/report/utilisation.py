@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.selective import keeps
-from bst_dist.model import products
+from bst_dist.model import matmul
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.flex import uses_flex_tiles
 from bst_dist.model.layers import Layer
@@ -96,7 +96,7 @@ def _kept_products(config: ModelConfig, mixer: str, compiled: bool) -> float:
     One block of tokens goes through a layer of tensors without storage. So a product counts as often as it runs, once
     per token or per state, and maps that a compiled layer merges count as one product.
     """
-    as_in_training = patch.object(products, "is_compiling", lambda: compiled)
+    as_in_training = patch.object(matmul, "is_compiling", lambda: compiled)
     with FakeTensorMode(), torch.no_grad(), as_in_training:
         layer, x = Layer(mixer, config), torch.zeros(1, config.block, config.width)
         with _KeptProducts() as counted:

@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     _name_the_rank()
     try:
         with uncollected():
-            from bst_dist.parallel.gathering import GatheringError
             from bst_dist.parallel.ranks import Ranks
+            from bst_dist.parallel.rendezvous import GatheringError
             from bst_dist.train.run import train
             from bst_dist.train.start.request import load
 

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from bst_base.errors import UserError
-from bst_dist.parallel.loading import deepspeed
+from bst_dist.parallel.deepspeed_import import deepspeed
 
 DeepSpeedZeroConfig = deepspeed.runtime.zero.config.DeepSpeedZeroConfig
 

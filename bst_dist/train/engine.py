@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bst_dist.checkpoint.fragments import placed
 from bst_dist.model.roles import products_only
-from bst_dist.parallel.loading import deepspeed
+from bst_dist.parallel.deepspeed_import import deepspeed
 from bst_dist.train import deepspeed_json
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.muon import Muon

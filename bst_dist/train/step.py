@@ -21,7 +21,7 @@ from bst_dist.checkpoint.snapshot import Position
 from bst_dist.faults.config import GuardConfig
 from bst_dist.faults.guard import Guard, RollBack
 from bst_dist.faults.ledger import Ledger
-from bst_dist.model.borders import Borders, places_of
+from bst_dist.model.document_mask import Borders, places_of
 from bst_dist.parallel.sequence.neighbour import past_of_slice
 from bst_dist.parallel.sequence.slices import go_backward
 from bst_dist.report.metrics import MixedReport, SkippedReport, StepReport, bits_per_byte

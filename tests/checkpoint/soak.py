@@ -266,7 +266,7 @@ def compare(soak: Soak) -> int:
 def endure(soak: Soak, say: Any = print) -> None:
     """Run the whole soak test. Raise AssertionError if a check fails."""
     choose_accelerator()
-    import bst_dist.parallel.loading  # noqa: F401 (else imported by every engine: seconds)
+    import bst_dist.parallel.deepspeed_import  # noqa: F401 (else imported by every engine: seconds)
     from bst_dist.train import building
 
     building.peak_flops = lambda *_: 1e12  # not measured again at every start

@@ -20,8 +20,8 @@ from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.policy import policy as checkpointing
 from bst_dist.config import load_recipe
 from bst_dist.model import attention, flex
-from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import ModelConfig
+from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.past import Past
 from bst_dist.plan.memory.activations import Activations

@@ -22,7 +22,7 @@ from bst_dist.activation import policy as activation
 from bst_dist.activation import selective
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, load_recipe
-from bst_dist.model import attention, flex, products
+from bst_dist.model import attention, flex, matmul
 from bst_dist.parallel.sequence.past import Past
 from bst_dist.train.building import compiles, fuses_loss
 from bst_dist.verify.batches import _batch
@@ -202,14 +202,14 @@ def test_a_deepspeed_step_has_the_gradients_of_uncompiled_layers(stage, policy, 
 
         with monkeypatch.context() as patch:
             patch.setattr(steps, "seeded_model", build)
-            patch.setattr(products, "is_compiling", as_compiled)
+            patch.setattr(matmul, "is_compiling", as_compiled)
             return steps.distributed_step(recipe, ranks, None)
 
     def compare(ranks) -> tuple[int, float, float, bool, float]:
         by_map = compute(ranks, False, lambda: False)
         same_products = compute(ranks, False, lambda: True)
         counter.clear()
-        compiled = compute(ranks, True, products.is_compiling)
+        compiled = compute(ranks, True, matmul.is_compiling)
         monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
         exact = reference.one_process(recipe, "fp64", 2)
         return (

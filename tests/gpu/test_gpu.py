@@ -19,8 +19,8 @@ import torch.nn.attention.flex_attention as torch_flex
 from bst_dist.model import attention as attention_module
 from bst_dist.model import flex
 from bst_dist.model.attention import documents_of, sliding_attention
-from bst_dist.model.borders import Borders
 from bst_dist.model.config import ModelConfig
+from bst_dist.model.document_mask import Borders
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.window import Window

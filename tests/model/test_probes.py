@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bst_dist.model.borders import Borders
+from bst_dist.model.document_mask import Borders
 from bst_dist.model.probes import ContextProbe, kernels, relative_entropy, time_scales
 from bst_dist.parallel.sequence.past import Past
 

@@ -83,7 +83,7 @@ def _as_process(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) ->
 )
 def test_deepspeed_uses_the_only_visible_device_of_a_process(monkeypatch, environment):
     """DeepSpeed uses LOCAL_RANK as the device number, in the process group and in its engine."""
-    from bst_dist.parallel.loading import deepspeed
+    from bst_dist.parallel.deepspeed_import import deepspeed
 
     accelerator, comm, engine = _OneDevice(), deepspeed.comm.comm, deepspeed.runtime.engine
     backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm.torch` as an attribute is torch itself

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bst_dist.parallel.loading import deepspeed
+from bst_dist.parallel.deepspeed_import import deepspeed
 from bst_dist.parallel.matrices.exchange import Exchange
 from bst_dist.parallel.matrices.orthogonal import flops, orthogonalised
 from bst_dist.parallel.matrices.owners import Matrix, owners

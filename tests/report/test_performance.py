@@ -268,7 +268,7 @@ def test_selective_recomputes_the_flops_counted_by_torch(name, merged, monkeypat
     Also with the maps of one input in one product, as in a compiled layer: the product may be wider than its input.
     """
     config = of(name)
-    monkeypatch.setattr("bst_dist.model.products.is_compiling", lambda: merged)
+    monkeypatch.setattr("bst_dist.model.matmul.is_compiling", lambda: merged)
     more = counted(config, SELECTIVE) - counted(config, ActivationCheckpointingConfig())
     again = recomputed_flops_per_token(config, 64, SELECTIVE, "fused-tiles", compiled=merged)
     assert more / 128 == pytest.approx(again, rel=0.01)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bst_dist.activation.selective import keeps
 from bst_dist.model import compiled, flex
-from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.model.layers import Layer
 from bst_dist.model.loss import linear_cross_entropy
 from bst_dist.model.window import Window

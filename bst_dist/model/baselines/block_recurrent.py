@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from bst_dist.model.attention import SlidingAttention, for_heads
 from bst_dist.model.config import LayerConfig
-from bst_dist.model.products import fused_linears
+from bst_dist.model.l2_norm import unit
+from bst_dist.model.matmul import fused_linears
 from bst_dist.model.roles import Linear
-from bst_dist.model.unit import unit
 from bst_dist.parallel.sequence.past import Past
 
 

@@ -21,8 +21,8 @@ from bst_dist.model.attention import (
     separate_documents,
     sliding_attention,
 )
-from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.document_mask import Starts
 from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
 from bst_dist.parallel.sequence.past import Past

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig, within_block
+from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.selective import CausalConvolution, Decays, Reach
 from bst_dist.parallel.sequence.past import Past

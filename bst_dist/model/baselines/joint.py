@@ -26,16 +26,16 @@ from bst_dist.model.attention import (
     one_softmax,
     trains_with_flex,
 )
-from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import (
     FIRST_AND_ENDS,
     build_context,
     documents_in_blocks,
 )
+from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.flex_mask import Band, visited_tiles
-from bst_dist.model.products import fused_linears, whole
+from bst_dist.model.matmul import fused_linears, whole
 from bst_dist.model.roles import Linear
 from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import Past

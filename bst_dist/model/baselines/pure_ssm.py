@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.document_mask import Starts
 from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.kernels import build_kernel
 from bst_dist.parallel.sequence.past import Past

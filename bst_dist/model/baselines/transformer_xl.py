@@ -21,8 +21,8 @@ from bst_dist.model.attention import (
     documents_by,
     documents_further_back,
 )
-from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.document_mask import Starts
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.sequence.past import Past
 

@@ -20,8 +20,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bst_dist.model.borders import Borders, Starts, columns
 from bst_dist.model.config import DPLRConfig
+from bst_dist.model.document_mask import Borders, Starts, columns
 from bst_dist.model.roles import Role
 from bst_dist.model.ssm.convolution import causal_matrix
 from bst_dist.parallel.sequence.past import Past

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bst_dist.model.products import computed_once
+from bst_dist.model.matmul import computed_once
 
 
 class Pair(NamedTuple):

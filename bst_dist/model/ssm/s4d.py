@@ -18,9 +18,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bst_dist.model.borders import Borders, Starts, columns
 from bst_dist.model.config import SSMConfig
-from bst_dist.model.products import contiguous_gradient, contiguous_operand
+from bst_dist.model.document_mask import Borders, Starts, columns
+from bst_dist.model.matmul import contiguous_gradient, contiguous_operand
 from bst_dist.model.roles import Role
 from bst_dist.model.ssm.convolution import causal_matrix
 from bst_dist.model.ssm.pairs import Pair

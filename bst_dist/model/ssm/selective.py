@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import SSDConfig
+from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.model.roles import Linear, Role
 from bst_dist.parallel.sequence.past import Past
 

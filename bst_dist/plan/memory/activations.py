@@ -268,7 +268,7 @@ class Activations:
             stack.enter_context(self._fused())
             if zero3:  # DeepSpeed replaces torch's linear for the whole process
                 choose_accelerator()
-                from bst_dist.parallel.loading import deepspeed
+                from bst_dist.parallel.deepspeed_import import deepspeed
 
                 wrap = deepspeed.runtime.zero.linear.zero3_linear_wrap
                 stack.enter_context(patch.object(nn.functional, "linear", wrap))

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy
 
 from bst_dist.activation import selective
-from bst_dist.model import products
-from bst_dist.model.borders import Borders, Starts
+from bst_dist.model import matmul
+from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.parallel.sequence.past import Past
 from bst_dist.plan.memory.fused import OPERATOR
 from bst_dist.plan.memory.live import computes
@@ -64,7 +64,7 @@ def joint_graph(layer: nn.Module, x: Tensor, starts: Starts | None, autocast: Ab
             raise _Traced
 
         as_compiled = torch._functorch.config.patch(backward_pass_autocast="off")  # `flex.limited`
-        products_as_compiled = patch.object(products, "is_compiling", lambda: True)  # normally true only under Dynamo
+        products_as_compiled = patch.object(matmul, "is_compiling", lambda: True)  # normally true only under Dynamo
         with as_compiled, products_as_compiled, suppress(_Traced):
             aot_function(call, fw_compiler=lambda graph, _: graph, partition_fn=take)(*tensors)
     return found[0] if len(found[0].module.graph.nodes) <= MOST_NODES else None

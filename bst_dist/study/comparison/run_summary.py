@@ -16,7 +16,7 @@ from bst_base.settings import read_settings
 from bst_dist.checkpoint.directory import WEIGHTS, committed, open_shards
 from bst_dist.config import flat
 from bst_dist.model.lm import LanguageModel
-from bst_dist.model.weightless import weightless
+from bst_dist.model.meta_device import weightless
 from bst_dist.report.saved import REPORTS
 from bst_dist.study.comparison.training_status import TrainingStatus, training_status
 from bst_dist.study.runs.results import Result, read_result

@@ -18,7 +18,7 @@ import numpy as np
 from bst_base.settings import ConfigError, parse
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.model.weightless import weightless
+from bst_dist.model.meta_device import weightless
 from bst_dist.plan.flops import forward_flops, train_flops_per_token
 from bst_dist.study.sweep.config import ShapeConfig
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bst_dist.model.attention import SlidingAttention, angles, documents_of, rotate, sliding_attention
+from bst_dist.model.l2_norm import unit
 from bst_dist.model.layers import Layer
 from bst_dist.model.ssm.s4d import S4D
-from bst_dist.model.unit import unit
 from bst_dist.parallel.sequence.group import SequenceGroup
 from bst_dist.parallel.sequence.past import Past
 from bst_dist.parallel.sequence.transpose import to_channels, to_tokens

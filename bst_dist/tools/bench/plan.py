@@ -202,7 +202,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
     from bst_dist.parallel.ranks import choose_accelerator
 
     choose_accelerator()
-    from bst_dist.parallel.loading import deepspeed  # noqa: F401  # ranks are forked from here, and start at once
+    from bst_dist.parallel.deepspeed_import import deepspeed  # noqa: F401  # ranks are forked from here, and start at once
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:

@@ -8,7 +8,7 @@ import sys
 
 from bst_base.memory import available_memory
 from bst_base.sizes import readable_size
-from bst_dist.model.weightless import weightless
+from bst_dist.model.meta_device import weightless
 from bst_dist.parallel.devices import local_rank
 from bst_dist.plan.memory.zero import WORD
 from bst_dist.train.start.request import Start

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from bst_dist.model.borders import Borders
 from bst_dist.model.config import ModelConfig
+from bst_dist.model.document_mask import Borders
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.sequence.group import SequenceGroup

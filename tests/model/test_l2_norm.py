@@ -2,7 +2,7 @@
 
 import torch
 
-from bst_dist.model.unit import unit
+from bst_dist.model.l2_norm import unit
 
 
 def normalised(x, scale):

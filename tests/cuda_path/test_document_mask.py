@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from bst_dist.activation import policy as activation
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model import attention, flex
-from bst_dist.model.borders import Borders
+from bst_dist.model.document_mask import Borders
 from tests.cuda_path.models import LENGTH, VOCABULARY, build, tokens
 
 BEGINS = torch.zeros(2, LENGTH, dtype=torch.bool)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bst_dist.model.attention import Angles, angles, rotate
-from bst_dist.model.products import contiguous_gradient, contiguous_operand, fused_linears, relu_of, whole
+from bst_dist.model.matmul import contiguous_gradient, contiguous_operand, fused_linears, relu_of, whole
 from bst_dist.model.roles import Linear
 
 

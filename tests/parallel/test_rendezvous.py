@@ -22,15 +22,15 @@ PROGRAM = """
 import sys
 from bst_dist.faults import signals
 notice = signals.listen()
-from bst_dist.parallel import gathering
-gathering.FIRST_WORD_S, gathering.NEXT_WORD_S = 0.2, 0.5
+from bst_dist.parallel import rendezvous
+rendezvous.FIRST_WORD_S, rendezvous.NEXT_WORD_S = 0.2, 0.5
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    with notice.ending_at_once(), gathering.gathered(limit_s={limit_s}):
+    with notice.ending_at_once(), rendezvous.gathered(limit_s={limit_s}):
         print("together", flush=True)
         sys.stdin.read()  # rank 0 holds what the others look at
-except gathering.GatheringError as error:
+except rendezvous.GatheringError as error:
     print(error, flush=True)
     sys.exit(3)
 """

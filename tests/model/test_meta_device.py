@@ -10,7 +10,7 @@ import torch
 
 from bst_dist.model.config import MIXER_SECTIONS, ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.model.weightless import weightless
+from bst_dist.model.meta_device import weightless
 
 
 @pytest.mark.parametrize("mixer", MIXER_SECTIONS)
@@ -37,7 +37,7 @@ def test_weightless_does_not_load_the_compiler_but_it_works_afterwards():
         """
 import sys
 import torch
-from bst_dist.model.weightless import weightless
+from bst_dist.model.meta_device import weightless
 
 def counted():
     return torch.arange(3, dtype=torch.float64, device="meta") * 2
@@ -57,7 +57,7 @@ def test_the_compiler_can_be_imported_within_weightless():
     run(
         """
 import sys
-from bst_dist.model.weightless import weightless
+from bst_dist.model.meta_device import weightless
 
 with weightless():
     import torch._dynamo.eval_frame

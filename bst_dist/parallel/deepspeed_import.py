@@ -1,7 +1,7 @@
 """DeepSpeed, imported without parts that no run here uses and that take longer to load than all others.
 
-Use `from bst_dist.parallel.loading import deepspeed` instead of `import deepspeed`. With DeepSpeed 0.19.8 and torch
-2.13, it does not load:
+Use `from bst_dist.parallel.deepspeed_import import deepspeed` instead of `import deepspeed`. With DeepSpeed 0.19.8 and
+torch 2.13, it does not load:
 
 - MLflow, if it is installed, and with it pandas, scipy and a web server. `import deepspeed` imports DeepSpeed's
   autotuner, which imports MLflow.

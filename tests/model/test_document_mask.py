@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bst_dist.model.borders import Borders, room
 from bst_dist.model.config import ModelConfig
+from bst_dist.model.document_mask import Borders, room
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.masking import masking_problem
 from bst_dist.parallel.sequence.past import EarlierCall
