@@ -35,18 +35,28 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
     Raises StorageError when the disk is full. The unfinished file is removed on any error.
     """
-    partial = _partial(path)
     with full_disk_explained(path):
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            sync_directory(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with unsynced_file(path) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(path.parent)
+
+
+@contextmanager
+def unsynced_file(path: Path) -> Iterator[IO[bytes]]:
+    """Like `atomic_file`, but not synced: complete when the process is killed, not when the machine fails.
+
+    Raises OSError when the disk is full.
+    """
+    partial = _partial(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,17 +17,16 @@ import io
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from bst_base.files import path_in_errors
+from bst_base.files import path_in_errors, unsynced_file
 from bst_dist.checkpoint.copying import Copied
-from bst_dist.checkpoint.directory import PARTIAL, CheckpointError
+from bst_dist.checkpoint.directory import CheckpointError
 from bst_dist.checkpoint.durable import Hashing
 from bst_dist.checkpoint.shards import Headers, Shards, write
 
@@ -59,19 +58,6 @@ class Key:
         return found and cls(int(found[2]), int(found[1]), int(found[3]))
 
 
-@contextmanager
-def appearing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that is renamed to `path` when the context succeeds, and removed otherwise."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with path_in_errors(partial), partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def copied_name(parameter: str, tensor: str) -> str:
     """Return the name of a parameter's weight, moment or average in a copy, where all are in one file."""
     return f"{tensor}/{parameter}"
@@ -83,7 +69,7 @@ def write_copy(path: Path, copied: Sequence[Copied], own: dict[str, Any], manife
     torch.save(own, memory)
     text = json.dumps(manifest).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(path) as file:
+    with path_in_errors(path), unsynced_file(path) as file:
         hashing = Hashing(file)
         write(hashing, [one.stored(copied_name) for one in copied], [one.runs for one in copied])
         hashing.write(memory.getbuffer())

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from bst_dist.checkpoint.local_copy import CHUNK, appearing
+from bst_base.files import path_in_errors, unsynced_file
+from bst_dist.checkpoint.local_copy import CHUNK
 from bst_dist.parallel.ranks import Ranks
 
 
@@ -151,7 +152,8 @@ def _room(path: Path, size: int) -> Iterator[Tensor]:
         if size:
             try:
                 path.parent.mkdir(exist_ok=True)
-                file = stack.enter_context(appearing(path))
+                stack.enter_context(path_in_errors(path))
+                file = stack.enter_context(unsynced_file(path))
                 os.posix_fallocate(file.fileno(), 0, size)  # else writing a page without space kills the process
                 received = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
             except OSError as raised:
