@@ -158,7 +158,7 @@ def _observation(line: int, row: dict[str, str], asked: dict[str, str | None], t
         name=f"line {line}",
         architecture=row[asked["group"]] if asked["group"] else "",
         arm="",
-        block=str(line),
+        stratum=str(line),
         run=row[asked["run"]] if asked["run"] else str(line),
         seed=0,
         width=numbers.get("width", 1.0),

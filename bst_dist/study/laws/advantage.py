@@ -30,13 +30,13 @@ from bst_dist.study.laws.zones import Zone, zones
 from bst_dist.study.statistics import Estimate, mean
 
 QUIET = 0.1
-"""At equal time, the largest `Observation.slowed` of any run that still allows a verdict."""
+"""At equal time, the largest `Observation.step_time_excess` of any run that still allows a verdict."""
 
 
 class HeldOutGap(NamedTuple):
     """A held-out pair: its measured gap, and the gap that the other pairs predict."""
 
-    block: str
+    stratum: str
     depth: float
     flops: float
     observed: float
@@ -115,15 +115,15 @@ def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis
 def disturbed(observed: Sequence[Observation]) -> str:
     """Return why times of these runs allow no verdict; an empty string if the machine was quiet during all of them."""
     done = [o for o in observed if o.usable]
-    worst = max(done, key=lambda o: o.slowed if math.isfinite(o.slowed) else math.inf, default=None)
+    worst = max(done, key=lambda o: o.step_time_excess if math.isfinite(o.step_time_excess) else math.inf, default=None)
     if worst is None:
         return ""
-    if not math.isfinite(worst.slowed):
+    if not math.isfinite(worst.step_time_excess):
         return f"whether the machine was quiet is not known of {worst.name}"
-    if worst.slowed > QUIET:
+    if worst.step_time_excess > QUIET:
         return (
-            f"the machine was not quiet: a median step of {worst.name} took {worst.slowed:.0%} longer than its "
-            f"fastest tenth, and {QUIET:.0%} is allowed for a verdict at equal time"
+            f"the machine was not quiet: a median step of {worst.name} took {worst.step_time_excess:.0%} longer than "
+            f"its fastest tenth, and {QUIET:.0%} is allowed for a verdict at equal time"
         )
     return ""
 
@@ -150,7 +150,7 @@ def _advantage(
     by_zone: list[Zone],
 ) -> Advantage:
     ours = [o for o in observed if not o.held_out]
-    by_block, blocks = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_block")
+    by_block, strata = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_block")
     by_document, _ = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_document")
     documents = by_document.mean(0) if by_document.size else np.empty(0)
     return Advantage(
@@ -166,7 +166,7 @@ def _advantage(
         },
         interaction(gaps),
         crossing(gaps),
-        [clustered_mean(column, blocks) for column in by_block.T],
+        [clustered_mean(column, strata) for column in by_block.T],
         by_zone,
         mean(documents, "documents") if len(documents) > 1 else None,
         int((documents > 0).sum()),
@@ -188,7 +188,7 @@ def _held_out(observed: Sequence[Observation], gaps: Gaps, baseline: str, axis: 
     except UserError:
         return []
     return [
-        HeldOutGap(str(out.block[i]), float(out.depth[i]), float(out.flops[i]), float(out.gap[i]), expected[i])
+        HeldOutGap(str(out.stratum[i]), float(out.depth[i]), float(out.flops[i]), float(out.gap[i]), expected[i])
         for i in range(len(out))
     ]
 
@@ -202,7 +202,10 @@ def adjusted(observed: Sequence[Observation], gaps: Gaps, baseline: str, factor:
     own = [
         o
         for o in observed
-        if o.arm == gaps.arm and o.usable and o.block in set(gaps.block) and o.architecture in (gaps.variant, baseline)
+        if o.arm == gaps.arm
+        and o.usable
+        and o.stratum in set(gaps.stratum)
+        and o.architecture in (gaps.variant, baseline)
     ]
     logs = {name: np.log([getattr(o, name) for o in own]) for name in ("flops", "parameters", "depth")}
     variant = np.array([float(o.architecture == gaps.variant) for o in own])
@@ -211,7 +214,7 @@ def adjusted(observed: Sequence[Observation], gaps: Gaps, baseline: str, factor:
     kept = [v - v.mean() for v in logs.values() if np.ptp(v) > 1e-9]
     columns = np.column_stack([np.ones(len(own)), variant, *kept, *products])
     try:
-        found = regress(columns, np.log([o.loss for o in own]), np.array([o.block for o in own]))
+        found = regress(columns, np.log([o.loss for o in own]), np.array([o.stratum for o in own]))
     except RegressionError:
         return None
     weights = np.zeros(columns.shape[1])

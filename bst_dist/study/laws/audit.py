@@ -43,7 +43,7 @@ def audit(observed: Sequence[Observation]) -> list[Corner]:
     """Return all corners where other rates were planned. With one seed or fewer than three rates they are undecided."""
     corners: dict[tuple[str, str], list[Observation]] = {}
     for o in (o for o in observed if not o.held_out):
-        corners.setdefault((o.architecture, o.block.rpartition("-s")[0]), []).append(o)
+        corners.setdefault((o.architecture, o.stratum.rpartition("-s")[0]), []).append(o)
     found = {
         key: [o for o in audited if o.usable]
         for key, own in corners.items()

@@ -1,8 +1,8 @@
 """The advantage of an architecture over the baseline for each pair of runs, at equal compute or at equal time.
 
-A pair is a run of the variant and a run of the baseline in the same block: same arm, size, depth and seed, so the same
-order of data. The baseline's loss at the variant's compute is interpolated, in logarithms, between the lengths of the
-baseline's curve. A sweep is designed so that the points coincide and the interpolation changes nothing.
+A pair is a run of the variant and a run of the baseline in the same stratum: same arm, size, depth and seed, so the
+same order of data. The baseline's loss at the variant's compute is interpolated, in logarithms, between the lengths of
+the baseline's curve. A sweep is designed so that the points coincide and the interpolation changes nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Gaps:
     flops: Vector
     depth: Vector
     tokens_per_parameter: Vector
-    block: Vector
+    stratum: Vector
     """The pair of runs that each gap belongs to. Gaps of one pair are not independent."""
     left_out: tuple[str, ...] = ()
     """Measurements without a pair, each with the reason; those that are not done yet as their number."""
@@ -52,7 +52,7 @@ class Gaps:
     @property
     def pairs(self) -> int:
         """Number of independent pairs of runs."""
-        return len(np.unique(self.block))
+        return len(np.unique(self.stratum))
 
     def take(self, index: Vector) -> Gaps:
         """Return the gaps selected by a mask or by indices."""
@@ -65,10 +65,10 @@ def pair(observed: Sequence[Observation], variant: str, baseline: str, arm: str,
     own = [o for o in observed if o.arm == arm]
     curves: dict[str, list[Observation]] = {}
     for o in (o for o in own if o.architecture == baseline):
-        curves.setdefault(o.block, []).append(o)
+        curves.setdefault(o.stratum, []).append(o)
     found, left_out = [], []
-    for o in sorted((o for o in own if o.architecture == variant), key=lambda o: (o.block, o.flops)):
-        every = curves.get(o.block, [])
+    for o in sorted((o for o in own if o.architecture == variant), key=lambda o: (o.stratum, o.flops)):
+        every = curves.get(o.stratum, [])
         curve = sorted((c for c in every if c.usable), key=lambda c: getattr(c, axis))
         if (problem := _problem(o, every, baseline)) is not None:
             left_out.append(problem)
@@ -87,7 +87,7 @@ def pair(observed: Sequence[Observation], variant: str, baseline: str, arm: str,
         flops=np.array([o.flops for o, *_ in found]),
         depth=np.array([float(o.depth) for o, *_ in found]),
         tokens_per_parameter=np.array([o.tokens / o.parameters for o, *_ in found]),
-        block=np.array([o.block for o, *_ in found]),
+        stratum=np.array([o.stratum for o, *_ in found]),
         left_out=tuple(_lines(left_out, variant)),
     )
 
@@ -103,20 +103,20 @@ class _Unpaired(NamedTuple):
     """Whether it may still get a pair: a run is waiting or running."""
 
 
-def _problem(o: Observation, of_block: Sequence[Observation], baseline: str) -> _Unpaired | None:
-    """Return why a measurement has no pair; None if it may have one. `of_block`: the baseline's in its block."""
+def _problem(o: Observation, of_stratum: Sequence[Observation], baseline: str) -> _Unpaired | None:
+    """Return why a measurement has no pair; None if it may have one. `of_stratum`: the baseline's in its stratum."""
     later = ("waiting", "running")
     if o.status != "done":
         return _Unpaired(o.name, o.status, o.reason, o.status in later)
     if not o.usable:
         return _Unpaired(o.name, f"its loss is {o.loss}")
-    partner = next((c for c in of_block if c.length == o.length and not c.usable), None)
+    partner = next((c for c in of_stratum if c.length == o.length and not c.usable), None)
     if partner is not None and partner.status != "done":
-        why = f"the run of {baseline} in the same block is not done ({partner.status})"
+        why = f"the run of {baseline} in the same stratum is not done ({partner.status})"
         return _Unpaired(o.name, why, partner.reason, partner.status in later)
-    curve = [c for c in of_block if c.usable]
+    curve = [c for c in of_stratum if c.usable]
     if not curve:
-        return _Unpaired(o.name, f"{baseline} has no finished run in its block")
+        return _Unpaired(o.name, f"{baseline} has no finished run in its stratum")
     if not all(_same_text(o, c) for c in curve):
         return _Unpaired(o.name, f"trained on other text than the run of {baseline}")
     return None
@@ -146,22 +146,22 @@ def _counted(left_out: Sequence[_Unpaired]) -> str:
 def gaps_by(
     observed: Sequence[Observation], variant: str, baseline: str, arm: str, part: Literal["by_block", "by_document"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return gaps by position or document, one row per pair of runs with the same planned length, and the rows' blocks.
+    """Return gaps by position or document, one row per pair of runs with the same planned length, and the rows' strata.
 
     Both are empty if the pairs differ in their number of positions or documents.
     """
     own = [o for o in observed if o.arm == arm and o.usable and getattr(o, part)]
-    base = {(o.block, o.length): o for o in own if o.architecture == baseline}
-    rows, blocks = [], []
+    base = {(o.stratum, o.length): o for o in own if o.architecture == baseline}
+    rows, strata = [], []
     for o in own:
-        partner = base.get((o.block, o.length))
+        partner = base.get((o.stratum, o.length))
         if o.architecture == variant and partner is not None and _same_text(o, partner):
             mine, theirs = getattr(o, part), getattr(partner, part)
             if len(theirs) != len(mine) or (rows and len(rows[0]) != len(theirs)):
                 return np.empty((0, 0)), np.empty(0)
             rows.append(np.log(np.divide(theirs, mine)))
-            blocks.append(o.block)
-    return (np.array(rows), np.array(blocks)) if rows else (np.empty((0, 0)), np.empty(0))
+            strata.append(o.stratum)
+    return (np.array(rows), np.array(strata)) if rows else (np.empty((0, 0)), np.empty(0))
 
 
 def _read_off(curve: list[Observation], axis: Axis, point: Observation) -> tuple[float, float] | None:

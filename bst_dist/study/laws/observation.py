@@ -20,8 +20,8 @@ class Observation:
     architecture: str
     arm: str
     """Name of the settings under which the grid was run. A verdict uses the runs of one arm."""
-    block: str
-    """Arm, size, depth and seed: the two runs of a pair have the same block."""
+    stratum: str
+    """Arm, size, depth and seed: the two runs of a pair have the same stratum."""
     run: str
     """Observations of one run, or of a trunk and its branches, have the same value because they are not independent."""
     seed: int
@@ -45,7 +45,7 @@ class Observation:
     """Whether it is only predicted, neither fitted nor compared."""
     rate_factor: float = 1.0
     """The learning rate divided by the rate of the sweep's rule. Only the audit uses values other than 1."""
-    slowed: float = math.nan
+    step_time_excess: float = math.nan
     """Median step time / 10 % quantile of the step times - 1. It is large if other programs used the machine. NaN if
     unknown."""
     status: str = "done"

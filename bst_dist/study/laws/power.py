@@ -70,16 +70,16 @@ class Simulation:
         for gaps in self.every:
             mine: dict[str, np.ndarray] = {}
             columns = []
-            for block, length in zip(gaps.block, gaps.tokens_per_parameter, strict=True):
-                key = (str(block), round(math.log(length), 1))
-                # All variants of a block are compared with the same run of the baseline, so they share its noise.
-                if block not in level:
-                    level[block] = generator.normal(0, common, studies)
+            for stratum, length in zip(gaps.stratum, gaps.tokens_per_parameter, strict=True):
+                key = (str(stratum), round(math.log(length), 1))
+                # All variants of a stratum are compared with the same run of the baseline, so they share its noise.
+                if stratum not in level:
+                    level[stratum] = generator.normal(0, common, studies)
                 if key not in base:
-                    base[key] = level[block] + generator.normal(0, own, studies)
-                if block not in mine:
-                    mine[block] = generator.normal(0, common, studies)
-                columns.append(base[key] - mine[block] - generator.normal(0, own, studies))
+                    base[key] = level[stratum] + generator.normal(0, own, studies)
+                if stratum not in mine:
+                    mine[stratum] = generator.normal(0, common, studies)
+                columns.append(base[key] - mine[stratum] - generator.normal(0, own, studies))
             self.noise.append(np.stack(columns, axis=1))
 
         self.null_measurements = [self.rule.measure(case, self.noise[case.place]) for case in self.rule.cases]
@@ -186,5 +186,5 @@ def repeated(gaps: Gaps, times: int) -> Gaps:
     arrays = {
         name: np.concatenate([value] * times) for name, value in vars(gaps).items() if isinstance(value, np.ndarray)
     }
-    arrays["block"] = np.concatenate([np.char.add(gaps.block.astype(str), f" #{k}") for k in range(times)])
+    arrays["stratum"] = np.concatenate([np.char.add(gaps.stratum.astype(str), f" #{k}") for k in range(times)])
     return replace(gaps, **arrays)

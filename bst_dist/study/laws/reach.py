@@ -32,15 +32,15 @@ class Reach:
 
 
 def compare_reach(observed: Sequence[Observation], variant: str, baseline: str, arm: str) -> Reach | None:
-    """Compare over all pairs of runs of one block and length; return None if too few have losses by position."""
-    gaps, blocks = gaps_by(observed, variant, baseline, arm, "by_block")
+    """Compare over all pairs of runs of one stratum and length; return None if too few have losses by position."""
+    gaps, strata = gaps_by(observed, variant, baseline, arm, "by_block")
     if gaps.shape[1] < 2:
         return None
     late = gaps[:, -1] - gaps[:, 0]
     if not np.isfinite(late).all():  # no validation sequence is long enough to have a label in the last block
         return None
     try:
-        difference = regress(np.ones((len(late), 1)), late, blocks).estimate(0)
+        difference = regress(np.ones((len(late), 1)), late, strata).estimate(0)
     except RegressionError:
         return None
     return Reach(difference, equality(difference, MARGIN))

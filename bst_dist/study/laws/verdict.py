@@ -146,7 +146,7 @@ class Rule:
         matrix, varying = columns(gaps)
         alone = []
         for factor in (name for name in UNITS if name in varying):
-            test = CoefficientTest(matrix, gaps.block, 1 + varying.index(factor), draws)
+            test = CoefficientTest(matrix, gaps.stratum, 1 + varying.index(factor), draws)
             if test.rests_on is not None:
                 alone.append(f"the change over {UNITS[factor].name} rests on one pair of runs: {test.rests_on}")
                 continue
@@ -231,7 +231,7 @@ def tail(value: np.ndarray, error: np.ndarray, degrees: float) -> np.ndarray:
 
 def mean_gap(gaps: Gaps) -> Estimate:
     """Return the mean advantage over all pairs, in ln of the loss; one pair alone has no standard error."""
-    return clustered_mean(gaps.gap, gaps.block)
+    return clustered_mean(gaps.gap, gaps.stratum)
 
 
 def mean_gain(gaps: Gaps) -> Estimate:
@@ -247,7 +247,7 @@ def interaction(gaps: Gaps) -> Estimate | None:
         return None
     product = np.prod([matrix[:, 1 + names.index(name)] for name in ("flops", "depth")], axis=0)
     try:
-        found = regress(np.column_stack((matrix, product)), gaps.gap, gaps.block)
+        found = regress(np.column_stack((matrix, product)), gaps.gap, gaps.stratum)
     except RegressionError:
         return None
     weights = np.zeros(matrix.shape[1] + 1)
@@ -271,7 +271,7 @@ def crossing(gaps: Gaps) -> Crossing | None:
         return None
     place = 1 + names.index("flops")
     try:
-        found = regress(matrix, gaps.gap, gaps.block)
+        found = regress(matrix, gaps.gap, gaps.stratum)
     except RegressionError:
         return None
     if any(found.estimate(index).standard_error is None for index in (0, place)):
@@ -293,7 +293,7 @@ def crossing(gaps: Gaps) -> Crossing | None:
 def predict_gap(gaps: Gaps, at: Gaps) -> list[Estimate]:
     """Return the gaps that the regression on `gaps` predicts for `at`; errors include the scatter of single pairs."""
     matrix, names = columns(gaps)
-    found = regress(matrix, gaps.gap, gaps.block)
+    found = regress(matrix, gaps.gap, gaps.stratum)
     scatter = np.std(gaps.gap - matrix @ found.values, ddof=matrix.shape[1])
     centres = {name: np.log(getattr(gaps, name)).mean() for name in names}
     predicted = []
@@ -315,7 +315,7 @@ def contrast(gaps: Gaps, other: Gaps) -> dict[str, Estimate]:
     for one in (gaps, other):
         matrix, names = columns(one)
         try:
-            fitted = regress(matrix, one.gap, one.block)
+            fitted = regress(matrix, one.gap, one.stratum)
         except RegressionError:
             return found
         parts.append(

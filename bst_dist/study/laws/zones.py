@@ -91,7 +91,7 @@ def _over_depth(gaps: Gaps) -> Estimate | None:
     weights = np.zeros(matrix.shape[1])
     weights[1 + names.index("depth")] = np.log(2)
     try:
-        change = regress(matrix, gaps.gap, gaps.block).estimate(weights)
+        change = regress(matrix, gaps.gap, gaps.stratum).estimate(weights)
     except RegressionError:
         return None
     return None if change.standard_error is None else change

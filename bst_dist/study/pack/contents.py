@@ -77,14 +77,14 @@ def read_pack(folder: Path) -> Pack:
 
 def described(runs: Sequence[Run], recipes: dict[str, dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
     """Return the entries of `Pack.runs`; `recipes` is run name -> the recipe for the other machine."""
-    base = {run.cell.block: run.counts.parameters for run in runs if run.cell.architecture == baseline}
+    base = {run.cell.stratum: run.counts.parameters for run in runs if run.cell.architecture == baseline}
     return [
         {
             "recipe": recipes[run.name],
             "trunk": run.trunk,
             "own_flops": run.own_flops,
             "architecture": run.cell.architecture,
-            "known": None if run.multiple is None else known_columns(run, base[run.cell.block]),
+            "known": None if run.multiple is None else known_columns(run, base[run.cell.stratum]),
         }
         for run in runs
     ]

@@ -189,7 +189,7 @@ def held_out(found: Comparison) -> Iterator[Block]:
     rows = [
         [
             name,
-            out.block,
+            out.stratum,
             power(out.flops),
             percent(out.observed),
             percent(out.expected.value),
@@ -201,7 +201,7 @@ def held_out(found: Comparison) -> Iterator[Block]:
     ]
     if rows:
         yield Paragraph("The held-out size: the advantage of each pair, and the prediction from the other sizes.")
-        yield Sheet(("variant", "block", "FLOPs", "advantage", "predicted", "95 % interval", "inside"), rows)
+        yield Sheet(("variant", "stratum", "FLOPs", "advantage", "predicted", "95 % interval", "inside"), rows)
 
 
 def _inside(out: HeldOutGap) -> str:

@@ -115,8 +115,8 @@ def place_figure(found: Comparison) -> Figure | None:
 
 
 def _measured(axes: Axes, gaps: Gaps, depth: float, values: np.ndarray, look: dict[str, Any]) -> None:
-    for block in np.unique(gaps.block[gaps.depth == depth]):
-        own = np.flatnonzero(gaps.block == block)
+    for stratum in np.unique(gaps.stratum[gaps.depth == depth]):
+        own = np.flatnonzero(gaps.stratum == stratum)
         own = own[np.argsort(values[own])]
         axes.plot(values[own], 100 * gaps.gap[own], **{**look, "linewidth": 0.4}, markersize=2.5, alpha=0.4)
 
@@ -128,7 +128,7 @@ def _band(axes: Axes, one: Advantage, depth: float, colour: str) -> None:
     along = np.geomspace(gaps.flops[own].min(), gaps.flops[own].max(), 20)
     estimates = _regression(gaps, depth, along)
     if any(e.standard_error is None for e in estimates):
-        pairs = [gaps.gap[own & (gaps.block == b)].mean() for b in np.unique(gaps.block[own])]
+        pairs = [gaps.gap[own & (gaps.stratum == b)].mean() for b in np.unique(gaps.stratum[own])]
         estimate = mean(pairs)
         axes.errorbar(
             np.exp(np.log(gaps.flops[own]).mean()),
@@ -157,7 +157,7 @@ def _regression(gaps: Gaps, depth: float, along: np.ndarray) -> list[Estimate]:
     """
     matrix, names = columns(gaps)
     try:
-        found = regress(matrix, gaps.gap, gaps.block)
+        found = regress(matrix, gaps.gap, gaps.stratum)
     except RegressionError:
         return [Estimate(np.nan, None)] * len(along)
     means = {"depth": np.log(depth), "tokens_per_parameter": np.log(gaps.tokens_per_parameter).mean()}

@@ -24,22 +24,22 @@ def collect(runs: list[Run], state: State, baseline: str, documents: int = 0) ->
 
     If `documents` > 0, finished runs are also scored on this many first tokens of each validation document.
     """
-    base = {run.cell.block: run.counts.parameters for run in runs if run.cell.architecture == baseline}
+    base = {run.cell.stratum: run.counts.parameters for run in runs if run.cell.architecture == baseline}
     return [
-        row_of(known_columns(run, base.get(run.cell.block, math.nan)), run, state, documents)
+        row_of(known_columns(run, base.get(run.cell.stratum, math.nan)), run, state, documents)
         for run in runs
         if run.multiple is not None
     ]
 
 
 def known_columns(run: Run, base: float = math.nan) -> dict[str, Any]:
-    """Return the columns that are known before the run is trained; `base` is N of the baseline in its block."""
+    """Return the columns that are known before the run is trained; `base` is N of the baseline in its stratum."""
     counts, cell = run.counts, run.cell
     return {
         "run": run.name,
         "trunk": run.trunk or run.name,
         **asdict(cell),
-        "block": cell.block,
+        "stratum": cell.stratum,
         "width": run.recipe.model.width,
         "learning_rate": run.recipe.optimizer.learning_rate,
         "tokens_per_parameter": run.multiple,
@@ -81,7 +81,7 @@ def _measured(run: Job, parameters: float, state: State) -> dict[str, Any]:
         "bits_per_byte": result.final["bits_per_byte"],
         "loss_by_block": result.final["loss_by_block"],
         "time_s": result.time_s() + (shared.time_s() if shared else 0.0),
-        "slowed": _slowed(_step_s(shared) if shared else [], _step_s(result)),
+        "step_time_excess": _step_time_excess(_step_s(shared) if shared else [], _step_s(result)),
         "micro_sequences": read_recipe(directory).train.micro_sequences,
         "corpora": result.corpora,
         "versions": result.versions,
@@ -92,8 +92,11 @@ def _step_s(result: Result) -> list[float]:
     return [line["step_time_s"] for line in result.warm]
 
 
-def _slowed(shared: list[float], own: list[float]) -> float:
-    """Return the column `slowed`: only both parts together show that one of them was slower from end to end."""
+def _step_time_excess(shared: list[float], own: list[float]) -> float:
+    """Return the column `step_time_excess`.
+
+    Only both parts together show that one of them was slower from end to end.
+    """
     parts = (step_s for step_s in (shared, own, shared + own) if step_s)
     return max(float(np.median(step_s) / np.quantile(step_s, 0.1) - 1) for step_s in parts)
 

@@ -115,7 +115,7 @@ class SweepConfig(StudyConfig):
     tokens_per_parameter: list[float] = Field(min_length=1)
     """Run lengths in tokens per parameter: the compute of a run is 6 N^2 times this."""
     order: Literal["largest", "cheapest"] = "largest"
-    """Which blocks to train first. largest: keeps all workers busy to the end; cheapest: the smallest and shallowest
+    """Which strata to train first. largest: keeps all workers busy to the end; cheapest: the smallest and shallowest
     first, for a machine that may be taken away before the sweep ends. You may change it at any time."""
     hold_out: list[float] = Field(default_factory=list)
     """Sizes to train but leave out of fits and comparisons. The report compares them with their prediction."""

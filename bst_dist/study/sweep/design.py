@@ -1,8 +1,9 @@
 """The design of a sweep: its runs. Each is a complete recipe, in a directory whose name ends in the recipe's hash.
 
-Every architecture is run on every block (arm, size, depth, seed), with the same order of the data, for the same compute
-C = 6 N^2 m at each length m. So an architecture that needs more FLOPs per token trains on fewer tokens. The lengths of
-a block share one trunk with a constant learning rate. For each length a branch leaves the trunk and decays the rate.
+Every architecture is run on every stratum (arm, size, depth, seed), with the same order of the data, for the same
+compute C = 6 N^2 m at each length m. So an architecture that needs more FLOPs per token trains on fewer tokens. The
+lengths of a stratum share one trunk with a constant learning rate. For each length a branch leaves the trunk and decays
+the rate.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ class Cell:
     rate_factor: float = 1.0
 
     @property
-    def block(self) -> str:
-        """Arm, size, depth and seed. The runs of a pair have the same block and differ in the architecture."""
+    def stratum(self) -> str:
+        """Arm, size, depth and seed. The runs of a pair have the same stratum and differ in the architecture."""
         return f"{self.arm}-n{self.size:.3g}-d{self.depth}-s{self.seed}"
 
     @property
     def label(self) -> str:
         """The first part of the names of its runs."""
         audit = f"-lr{self.rate_factor:g}" if self.role == "audit" else ""
-        return f"{self.architecture}-{self.block}{audit}".replace("+", "")
+        return f"{self.architecture}-{self.stratum}{audit}".replace("+", "")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Plan:
 def make_plan(sweep: SweepConfig) -> Plan:
     """Design the grid, refuse it if it is unsound, and fit it into the budget.
 
-    A written plan keeps its dropped blocks: a speed measured later does not change a sweep that has begun.
+    A written plan keeps its dropped strata: a speed measured later does not change a sweep that has begun.
     """
     designer = Designer(sweep)
     runs = designer.runs(designer.cells())
@@ -65,13 +65,13 @@ def make_plan(sweep: SweepConfig) -> Plan:
         runs, dropped, total = fitted.runs, fitted.dropped, fitted.spent
     else:
         dropped = held["dropped"]
-        runs = [run for run in runs if run.cell.block not in dropped]
+        runs = [run for run in runs if run.cell.stratum not in dropped]
         total = sum(map(spent, runs))
     return Plan(sweep, runs, dropped, total, limit, unit)
 
 
 def write_plan(plan: Plan) -> None:
-    """Write the dropped blocks. They stay fixed as long as the sweep's settings stay the same."""
+    """Write the dropped strata. They stay fixed as long as the sweep's settings stay the same."""
     write_json(plan.sweep.root / PLAN, {"settings": _identity(plan.sweep), "dropped": plan.dropped})
 
 

@@ -25,7 +25,7 @@ def standard_errors(runs: Sequence[Run], noise: NoiseConfig, baseline: str, arm:
     matrix, names = columns(gaps)
     if gaps.pairs <= matrix.shape[1] or np.linalg.matrix_rank(matrix) < matrix.shape[1]:
         raise RegressionError(f"{gaps.pairs} pairs of runs are too few for {matrix.shape[1]} coefficients")
-    shared = (gaps.block[:, None] == gaps.block) * (1 - noise.within) + np.eye(len(gaps)) * noise.within
+    shared = (gaps.stratum[:, None] == gaps.stratum) * (1 - noise.within) + np.eye(len(gaps)) * noise.within
     weights = np.linalg.inv(matrix.T @ matrix) @ matrix.T
     errors = np.sqrt(np.diag(weights @ (2 * noise.seed**2 * shared) @ weights.T))
     return {n: float(errors[1 + i]) * math.log(UNITS[n].factor) for i, n in enumerate(names) if n in UNITS}
@@ -69,37 +69,37 @@ class Fitted:
 
     runs: list[Run]
     dropped: list[str]
-    """Dropped blocks, in the order in which they were dropped."""
+    """Dropped strata, in the order in which they were dropped."""
     spent: float
 
 
 def fit_budget(
     runs: list[Run], spent: Cost, limit: float, noise: NoiseConfig, baseline: str, arm: str, unit: str = "FLOPs"
 ) -> Fitted:
-    """Drop blocks, with all their architectures, until the rest fits the budget.
+    """Drop strata, with all their architectures, until the rest fits the budget.
 
-    The choice is greedy: the block that adds least to the standard errors of the changes, relative to its cost. A block
-    without which the grid would be unsound stays. `unit`: of the costs, for the message. Raises UserError if no further
-    block can be dropped.
+    The choice is greedy: the stratum that adds least to the standard errors of the changes, relative to its cost. A
+    stratum without which the grid would be unsound stays. `unit`: of the costs, for the message. Raises UserError if no
+    further stratum can be dropped.
     """
     dropped: list[str] = []
     prices: dict[str, float] = {}
     for run in runs:
-        prices[run.cell.block] = prices.get(run.cell.block, 0.0) + spent(run)
+        prices[run.cell.stratum] = prices.get(run.cell.stratum, 0.0) + spent(run)
     while (total := sum(map(spent, runs))) > limit:
         choices = []
-        for block in dict.fromkeys(run.cell.block for run in runs):
-            rest = [run for run in runs if run.cell.block != block]
+        for stratum in dict.fromkeys(run.cell.stratum for run in runs):
+            rest = [run for run in runs if run.cell.stratum != stratum]
             lost = _precision_loss(runs, rest, noise, baseline, arm)
             if lost is not None:
-                choices.append((lost / prices[block], block))
+                choices.append((lost / prices[stratum], stratum))
         if not choices:
             raise UserError(
                 f"the smallest grid that can answer costs {total:.3g} {unit}, the budget is {limit:.3g} {unit}: raise "
                 "the budget, or remove a size, a length or an architecture"
             )
         worst = min(choices)[1]
-        runs, dropped = [run for run in runs if run.cell.block != worst], [*dropped, worst]
+        runs, dropped = [run for run in runs if run.cell.stratum != worst], [*dropped, worst]
     return Fitted(runs, dropped, total)
 
 

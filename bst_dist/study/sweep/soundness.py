@@ -40,11 +40,11 @@ def require_sound(runs: Sequence[Run], baseline: str, arm: str) -> None:
 def planned_gaps(runs: Sequence[Run], baseline: str, arm: str) -> list[Gaps]:
     """Return the pairs that a grid will have, one entry per variant, with gaps of 0."""
     own = [run for run in of_grid(list(runs)) if run.cell.arm == arm]
-    base = {(run.cell.block, run.multiple): run for run in own if run.cell.architecture == baseline}
+    base = {(run.cell.stratum, run.multiple): run for run in own if run.cell.architecture == baseline}
     found = []
     for name in dict.fromkeys(run.cell.architecture for run in own if run.cell.architecture != baseline):
-        mine = [run for run in own if run.cell.architecture == name and (run.cell.block, run.multiple) in base]
-        pairs = [(run, base[run.cell.block, run.multiple]) for run in mine]
+        mine = [run for run in own if run.cell.architecture == name and (run.cell.stratum, run.multiple) in base]
+        pairs = [(run, base[run.cell.stratum, run.multiple]) for run in mine]
         zero = np.zeros(len(mine))
         found.append(
             Gaps(
@@ -56,7 +56,7 @@ def planned_gaps(runs: Sequence[Run], baseline: str, arm: str) -> list[Gaps]:
                 flops=np.array([run.flops for run in mine]),
                 depth=np.array([float(run.cell.depth) for run in mine]),
                 tokens_per_parameter=np.array([run.tokens / run.counts.parameters for run in mine]),
-                block=np.array([run.cell.block for run in mine]),
+                stratum=np.array([run.cell.stratum for run in mine]),
             )
         )
     return found

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
@@ -45,12 +45,12 @@ class Row(Config):
     """The learning rate divided by the rate of the sweep's rule."""
     tokens_per_parameter: float
     """The requested length; the compute of the run is 6 size^2 times this."""
-    block: str
-    """Arm, size, depth and seed; the runs of a pair have the same block."""
+    stratum: str
+    """Arm, size, depth and seed; the runs of a pair have the same stratum."""
     parameters: float
     """N of the laws and comparisons: training FLOPs per token / 6, as `plan.flops` counts them."""
     ln_n_over_baseline: Measured = math.nan
-    """ln N - ln N of the baseline in the same block; 0 for the baseline itself."""
+    """ln N - ln N of the baseline in the same stratum; 0 for the baseline itself."""
     parameters_total: int
     parameters_non_embedding: int
     """All parameters except those of embedding and head."""
@@ -73,7 +73,7 @@ class Row(Config):
     time_s: Measured = math.nan
     """Time of all steps, including those of the shared trunk, without starts, compilation, checkpoints and evaluations.
     The first steps of each start, which compile, count as long as its median step."""
-    slowed: Measured = math.nan
+    step_time_excess: Measured = math.nan
     """Median step time / 10 % quantile of the step times - 1: the largest of its own steps, of those shared with the
     trunk, and of both together. Above 0.1 the machine had other work, and there is no verdict at equal time."""
     micro_sequences: int = 0
@@ -85,6 +85,8 @@ class Row(Config):
 
 
 ROWS = TypeAdapter(list[Row])
+RENAMED = {"block": "stratum", "slowed": "step_time_excess"}
+"""Columns of older tables -> their names now."""
 OPTIONAL = {name for name, column in Row.model_fields.items() if not column.is_required()}
 
 
@@ -114,13 +116,12 @@ def read(path: Path) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".csv":
+            cells = [renamed(row) for row in csv.DictReader(io.StringIO(text))]
             return ROWS.validate_python(
-                [
-                    {k: v or None for k, v in row.items() if v or k not in OPTIONAL}
-                    for row in csv.DictReader(io.StringIO(text))
-                ]
+                [{k: v or None for k, v in row.items() if v or k not in OPTIONAL} for row in cells]
             )
-        return ROWS.validate_python(json.loads(text))
+        rows = json.loads(text)
+        return ROWS.validate_python([renamed(row) for row in rows] if isinstance(rows, list) else rows)
     except FileNotFoundError:
         raise TableError(f"{path}: no such file: `bst sweep collect` writes it") from None
     except ValidationError as error:
@@ -130,6 +131,11 @@ def read(path: Path) -> list[Row]:
         raise TableError(f"{path}: not readable as JSON: {error}") from None
 
 
+def renamed(row: Any) -> Any:
+    """Return the row of a table with the present names of its columns; anything but a row as it is."""
+    return {RENAMED.get(name, name): value for name, value in row.items()} if isinstance(row, dict) else row
+
+
 def observations(rows: list[Row]) -> list[Observation]:
     """Return the planned measurements, finished or not, as observations for the laws and the verdict."""
     return [
@@ -137,7 +143,7 @@ def observations(rows: list[Row]) -> list[Observation]:
             name=row.run,
             architecture=row.architecture,
             arm=row.arm,
-            block=row.block,
+            stratum=row.stratum,
             run=row.trunk,
             seed=row.seed,
             width=float(row.width),
@@ -153,7 +159,7 @@ def observations(rows: list[Row]) -> list[Observation]:
             by_document=row.loss_by_document,
             held_out=row.role == "hold-out",
             rate_factor=row.rate_factor,
-            slowed=row.slowed,
+            step_time_excess=row.step_time_excess,
             status=row.status,
             reason=row.reason,
             corpora=row.corpora,

@@ -30,11 +30,11 @@ def _sweep(law, noise=0.0, seed=0, group="bst", sizes=(2e7, 6e7, 2e8, 6e8)):
 
 def _observation(architecture, size, depth, seed, length, loss, arm="all", parameters=None, **changes):
     n = parameters or size
-    block = f"{arm} {size:.0f} {depth}-s{seed}"
+    stratum = f"{arm} {size:.0f} {depth}-s{seed}"
     known = {
-        "name": f"{architecture} {block} {length}",
-        "run": f"{architecture} {block}",
-        "block": block,
+        "name": f"{architecture} {stratum} {length}",
+        "run": f"{architecture} {stratum}",
+        "stratum": stratum,
         "width": 64.0,
         "non_embedding": n,
         "tokens": size * size * length / n,

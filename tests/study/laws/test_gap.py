@@ -18,7 +18,7 @@ def test_gap_and_depth_slope_are_exact_without_noise(study):
     found = pair(study(0, mean=0.02, per_depth=0.01, noise=0))
     assert found.gap == pytest.approx(0.02 + 0.01 * np.log(found.depth / 4), abs=1e-12)
     matrix, names = verdict.columns(found)
-    fitted = regress(matrix, found.gap, found.block)
+    fitted = regress(matrix, found.gap, found.stratum)
     assert dict(zip(names, fitted.values[1:], strict=True))["depth"] == pytest.approx(0.01)
 
 

@@ -19,18 +19,20 @@ def design(variants=1, seeds=2):
         for k in range(seeds)
         for m in (5.0, 20.0)
     ]
-    flops, depth, length, block = (np.array(column) for column in zip(*places, strict=True))
+    flops, depth, length, stratum = (np.array(column) for column in zip(*places, strict=True))
     zero = np.zeros(len(places))
-    return [Gaps(f"v{v}", "all", zero, zero, zero, flops, depth.astype(float), length, block) for v in range(variants)]
+    return [
+        Gaps(f"v{v}", "all", zero, zero, zero, flops, depth.astype(float), length, stratum) for v in range(variants)
+    ]
 
 
 def studies(every, noise, number, seed, change=0.0):
     """Return, for each variant, the gaps of `number` simulated studies, (number, n); each run has its own noise."""
     generator = np.random.default_rng(seed)
-    blocks, place = np.unique(every[0].block, return_inverse=True)
+    strata, place = np.unique(every[0].stratum, return_inverse=True)
     losses = []
     for _ in range(len(every) + 1):
-        level = generator.normal(0, noise.seed * np.sqrt(1 - noise.within), (number, len(blocks)))
+        level = generator.normal(0, noise.seed * np.sqrt(1 - noise.within), (number, len(strata)))
         losses.append(level[:, place] + generator.normal(0, noise.seed * np.sqrt(noise.within), (number, len(place))))
     gaps = [losses[0] - loss for loss in losses[1:]]
     gaps[0] = gaps[0] + change * np.log2(every[0].depth)

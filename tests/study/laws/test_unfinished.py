@@ -83,7 +83,7 @@ def test_diverged_and_failed_runs_are_named_and_their_pairs_left_out(study):
     assert "bst all 100000 8-s0 5.0: diverged: the loss is nan" in found.left_out
     assert sum("diverged" in line for line in found.left_out) == 9
     # The baseline's curve has longer and shorter runs there, but the pair is left out and not interpolated.
-    not_done = "the run of sliding in the same block is not done"
+    not_done = "the run of sliding in the same stratum is not done"
     assert f"bst all 100000 2-s1 10.0: {not_done} (failed): a node was lost" in found.left_out
     assert "9 runs of bst: waiting" in found.left_out
     assert f"1 run of bst: {not_done} (running)" in found.left_out
@@ -106,9 +106,9 @@ def test_comparison_before_any_run_is_done_names_every_variant(study, axis):
 
 
 def test_unfinished_runs_do_not_change_whether_the_machine_was_quiet(study):
-    rows = [replace(o, slowed=0.01) for o in study(3, noise=0.001)]
+    rows = [replace(o, step_time_excess=0.01) for o in study(3, noise=0.001)]
     rows = [
-        replace(o, slowed=np.nan) if o.status != "done" else o
+        replace(o, step_time_excess=np.nan) if o.status != "done" else o
         for o in lost(rows, lambda o: o.name == "bst all 100000 2-s0 5.0")
     ]
     assert compare(rows, "sliding", "all", "time_s").variants["bst"].changes
@@ -190,7 +190,7 @@ def lone_pair(study):
     observed = study(3, seeds=2, held_out=(1e6,)) + study(4, seeds=2, arm="far")
     observed = [replace(o, by_block=(o.loss,) * 10) for o in observed]
     return lost(
-        observed, lambda o: o.arm == "all" and o.depth == 8 and not o.held_out and not o.block.endswith("200000 8-s1")
+        observed, lambda o: o.arm == "all" and o.depth == 8 and not o.held_out and not o.stratum.endswith("200000 8-s1")
     )
 
 
@@ -224,7 +224,7 @@ def test_the_report_shows_no_interval_that_rests_on_one_pair(lone_pair):
 
 
 def test_two_pairs_at_a_depth_give_a_verdict_again(lone_pair, study):
-    second = [o for o in study(3, seeds=2) if o.depth == 8 and o.block.endswith("200000 8-s0")]
+    second = [o for o in study(3, seeds=2) if o.depth == 8 and o.stratum.endswith("200000 8-s0")]
     kept = [o for o in lone_pair if o.name not in {s.name for s in second}]
     found = compare([*kept, *second], "sliding", "all")
     assert [change.factor for change in found.variants["bst"].changes] == ["flops", "depth"]

@@ -121,13 +121,13 @@ def test_variant_with_too_few_pairs_does_not_affect_other_verdicts(study):
 def test_verdict_at_equal_time_needs_an_undisturbed_machine(study):
     rows = study(3, mean=0.01, per_depth=0.02, noise=0.001)
 
-    def compared(slowed):
-        timed = [replace(o, slowed=slowed if place == 7 else 0.02) for place, o in enumerate(rows)]
+    def compared(step_time_excess):
+        timed = [replace(o, step_time_excess=step_time_excess if place == 7 else 0.02) for place, o in enumerate(rows)]
         return compare(timed, "sliding", "all", "time_s")
 
     assert {c.factor for c in compared(0.09).variants["bst"].changes} == {"flops", "depth"}
-    for slowed, why in ((0.4, "took 40% longer than its fastest tenth"), (np.nan, "is not known")):
-        found = compared(slowed)
+    for step_time_excess, why in ((0.4, "took 40% longer than its fastest tenth"), (np.nan, "is not known")):
+        found = compared(step_time_excess)
         assert found.variants["bst"].changes == []
         assert why in found.missing["bst"]
         assert rows[7].name in found.missing["bst"]
@@ -159,7 +159,7 @@ def test_crossing_interval_is_fiellers_interval(study, seed):
     gaps = gaps_of(study(seed, mean=0.01, per_flops=0.02, noise=0.002))
     found = verdict.crossing(gaps)
     matrix, names = verdict.columns(gaps)
-    fitted = verdict.regress(matrix, gaps.gap, gaps.block)
+    fitted = verdict.regress(matrix, gaps.gap, gaps.stratum)
     weights = np.zeros(len(names) + 1)
     for bound in (found.low, found.high):
         weights[0], weights[1 + names.index("flops")] = 1, np.log(bound) - np.log(gaps.flops).mean()

@@ -39,18 +39,18 @@ from bst_dist.study.sweep.soundness import planned_gaps
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_blocks_are_ordered_by_information_gain_per_cost(sweep, planned):
+def test_strata_are_ordered_by_information_gain_per_cost(sweep, planned):
     """Compared with least squares on pseudo-observations, with one more per coefficient for the prior."""
     config, runs = planned(sweep, depths=[2, 4], arms={"near": {}}, sizes=[5e4, 8e4])
     gaps = planned_gaps(runs, "sliding", "near")[0]
-    of_block = {b: [r for r in runs if r.cell.block == b] for b in dict.fromkeys(r.cell.block for r in runs)}
-    price = {b: sum(r.own_flops for r in own) for b, own in of_block.items()}
+    of_stratum = {b: [r for r in runs if r.cell.stratum == b] for b in dict.fromkeys(r.cell.stratum for r in runs)}
+    price = {b: sum(r.own_flops for r in own) for b, own in of_stratum.items()}
     logs = np.log(np.stack([gaps.flops, gaps.depth, gaps.tokens_per_parameter], 1))
     design = np.column_stack([np.ones(len(logs)), logs - logs.mean(0)])
 
-    def unknown(blocks):
-        some = np.isin(gaps.block, blocks)
-        same = gaps.block[some][:, None] == gaps.block[some]
+    def unknown(strata):
+        some = np.isin(gaps.stratum, strata)
+        same = gaps.stratum[some][:, None] == gaps.stratum[some]
         noise = 2 * 0.007**2 * (0.7 * same + 0.3 * np.eye(some.sum()))
         whiten = np.linalg.inv(np.linalg.cholesky(noise)) if some.any() else np.zeros((0, 0))
         rows = np.concatenate([whiten @ design[some], np.diag([1 / UNKNOWN, *[1 / PRIOR] * 3])])
@@ -60,12 +60,12 @@ def test_blocks_are_ordered_by_information_gain_per_cost(sweep, planned):
 
     order = in_order_of_value(runs, lambda run: run.own_flops, config.noise, "sliding")
     assert sorted(run.name for run in order) == sorted(run.name for run in runs)
-    blocks = list(dict.fromkeys(run.cell.block for run in order))
-    assert [run.cell.block for run in order] == [b for b in blocks for _ in of_block[b]]  # no block is split
-    for index, block in enumerate(blocks):
-        gains = {b: (unknown(blocks[:index]) - unknown([*blocks[:index], b])) / price[b] for b in blocks[index:]}
-        assert gains[block] == pytest.approx(max(gains.values()), rel=1e-6)
-    depths = [of_block[block][0].cell.depth for block in blocks]
+    strata = list(dict.fromkeys(run.cell.stratum for run in order))
+    assert [run.cell.stratum for run in order] == [b for b in strata for _ in of_stratum[b]]  # no stratum is split
+    for index, stratum in enumerate(strata):
+        gains = {b: (unknown(strata[:index]) - unknown([*strata[:index], b])) / price[b] for b in strata[index:]}
+        assert gains[stratum] == pytest.approx(max(gains.values()), rel=1e-6)
+    depths = [of_stratum[stratum][0].cell.depth for stratum in strata]
     assert set(depths[:4]) == {2, 4}  # both are needed to estimate the effect of depth
 
 

@@ -142,21 +142,28 @@ def test_rows_count_the_steps_shared_with_the_trunk(sweep):
 
 
 def test_a_disturbed_trunk_counts_as_a_disturbed_machine(sweep):
-    """The trunk is most of the time of a row, so its steps up to the branch are in `slowed` too."""
+    """The trunk is most of the time of a row, so its steps up to the branch are in `step_time_excess` too."""
     rows, _ = sweep(only=f"bst-all-{ONE}")
-    assert [row.slowed for row in rows] == [0.0, 0.0]
+    assert [row.step_time_excess for row in rows] == [0.0, 0.0]
     steps = {run.multiple: run.recipe.branch.step for run in sweep.runs if run.name in {row.run for row in rows}}
     metrics = sweep.state.directory(rows[0].trunk) / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
 
-    def slowed(slow):
+    def step_time_excess(slow):
         changed = [{**x, "step_time_s": 2.0 if x["kind"] == "train" and slow(x["step"]) else 1.0} for x in lines]
         metrics.write_text("".join(json.dumps(line) + "\n" for line in changed))
-        return [row.slowed for row in collect(sweep.runs, sweep.state, "sliding") if row.run in {r.run for r in rows}]
+        return [
+            row.step_time_excess
+            for row in collect(sweep.runs, sweep.state, "sliding")
+            if row.run in {r.run for r in rows}
+        ]
 
-    assert slowed(lambda step: step > 0.9 * steps[0.1]) == [0.0, 1.0]  # most steps of the longer branch's trunk
-    assert slowed(lambda step: step > 0.4 * steps[0.1]) == [1.0, 1.0]
-    assert min(slowed(lambda step: True)) > QUIET  # only beside the branch's own steps, of which two are warm
+    assert step_time_excess(lambda step: step > 0.9 * steps[0.1]) == [
+        0.0,
+        1.0,
+    ]  # most steps of the longer branch's trunk
+    assert step_time_excess(lambda step: step > 0.4 * steps[0.1]) == [1.0, 1.0]
+    assert min(step_time_excess(lambda step: True)) > QUIET  # only beside the branch's own steps, of which two are warm
 
 
 def test_rows_contain_the_hashes_of_the_corpora(sweep):
@@ -343,10 +350,26 @@ def test_table_reads_back_equal_and_wrong_columns_are_named(sweep, tmp_path):
     table.write(waiting, path)
     assert [row.model_dump_json() for row in table.read(path)] == [row.model_dump_json() for row in waiting]
     data = [json.loads(row.model_dump_json()) for row in rows]
+    old = [{{"stratum": "block", "step_time_excess": "slowed"}.get(k, k): v for k, v in row.items()} for row in data]
+    path.write_text(json.dumps(old))
+    assert [row.model_dump_json() for row in table.read(path)] == [row.model_dump_json() for row in rows]
     data[1]["depth"] = "deep"
     path.write_text(json.dumps(data))
     with pytest.raises(table.TableError, match="row 1, column depth"):
         table.read(path)
+
+
+def test_the_published_table_is_read():
+    """Its columns have names of then: `block` for the stratum."""
+    rows = table.read(Path(__file__).parents[3] / "docs/study/table.csv")
+    first = rows[0]
+    assert (len(rows), first.stratum, first.arm, first.seed) == (
+        len((Path(__file__).parents[3] / "docs/study/table.csv").read_text().splitlines()) - 1,
+        "all-n1.95e+05-d8-s0",
+        "all",
+        0,
+    )
+    assert {o.stratum for o in table.observations(rows)} == {row.stratum for row in rows}
 
 
 def test_report_is_self_contained_and_names_every_run(sweep, tmp_path):
@@ -406,7 +429,7 @@ def test_killed_and_restarted_sweep_gives_the_same_table(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert _bst("sweep", "run", *command("cut"), "--workers", "2").wait() == 0
-    found, timed = [], ("time_s", "slowed", "versions")
+    found, timed = [], ("time_s", "step_time_excess", "versions")
     for name in ("whole", "cut"):
         assert _bst("sweep", "collect", *command(name)).wait() == 0
         rows = json.loads((tmp_path / name / "table.json").read_text())

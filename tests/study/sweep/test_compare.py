@@ -66,7 +66,7 @@ def test_compare_warns_of_unfinished_and_failed_runs(sweep, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "3 measurements have not finished. A verdict read before they finish is wrong more often" in said
     assert "1 run of sliding in arm near failed; its pairs are left out." in said
-    assert "left out: 3 runs of bst-sh: the run of sliding in the same block is not done (waiting)" in said
+    assert "left out: 3 runs of bst-sh: the run of sliding in the same stratum is not done (waiting)" in said
 
 
 def test_report_of_a_diverged_variant_names_it_and_counts_its_runs(sweep, tmp_path):

@@ -361,11 +361,11 @@ def test_budget_removes_whole_blocks_and_keeps_the_design_sound(designer):
     assert sum(map(spent, runs)) > limit
     fitted = price.fit_budget(runs, spent, limit, sweep.noise, "sliding", "near")
     assert fitted.spent <= limit
-    assert {run.cell.block for run in fitted.runs}.isdisjoint(fitted.dropped)
-    by_block = {}
+    assert {run.cell.stratum for run in fitted.runs}.isdisjoint(fitted.dropped)
+    by_stratum = {}
     for run in fitted.runs:
-        by_block.setdefault(run.cell.block, set()).add(run.cell.architecture)
-    assert all(architectures == {"sliding", "bst"} for architectures in by_block.values())
+        by_stratum.setdefault(run.cell.stratum, set()).add(run.cell.architecture)
+    assert all(architectures == {"sliding", "bst"} for architectures in by_stratum.values())
     sound(fitted.runs)
 
 
@@ -407,11 +407,11 @@ def test_predicted_standard_errors_equal_those_of_simulated_sweeps(designer):
     predicted = price.standard_errors(runs_of(made), made.sweep.noise, "sliding", "near")
     gaps = planned_gaps(runs_of(made), "sliding", "near")[0]
     matrix, names = columns(gaps)
-    blocks, number = np.unique(gaps.block, return_inverse=True)
+    strata, number = np.unique(gaps.stratum, return_inverse=True)
     generator = np.random.default_rng(0)
     slopes = []
     for _ in range(3000):
-        level = generator.normal(0, math.sqrt(0.7), len(blocks))[number]
+        level = generator.normal(0, math.sqrt(0.7), len(strata))[number]
         noise = math.sqrt(2) * 0.007 * (level + generator.normal(0, math.sqrt(0.3), len(gaps)))
         slopes.append(np.linalg.lstsq(matrix, noise, rcond=None)[0])
     simulated = dict(zip(names, np.std(slopes, axis=0)[1:], strict=True))

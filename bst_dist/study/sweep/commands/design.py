@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ]
     print_table(Sheet(names, rows), title)
     power = show_power(plan)
-    for block in plan.dropped:
-        say(f"dropped to fit the budget: {block}")
+    for stratum in plan.dropped:
+        say(f"dropped to fit the budget: {stratum}")
     return {
         "runs": len(plan.runs),
         "measurements": len(plan.measured),

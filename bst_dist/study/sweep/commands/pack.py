@@ -5,7 +5,7 @@
     bst sweep collect launch/sweeps/gpu.yaml --from packs/gpu/results
 
 The folder holds the code, the corpora and, as wheels, what training needs besides torch and numpy. Runs are ordered by
-value: each next block of the grid is the one that narrows the two changes of the verdict most for its time, so any
+value: each next stratum of the grid is the one that narrows the two changes of the verdict most for its time, so any
 amount of time is used well. run.sh trains for the given minutes, several runs side by side on each GPU; when started
 again, it continues. It leaves a table, the metrics and a log in at most eight files of at most 16 MB. From `--minutes`,
 the total time, this command predicts how far the sweep will get.
@@ -48,18 +48,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rehearse(plan.sweep, plan.runs)
     folder = args.output or Path("packs") / plan.sweep.name
     pack = make(plan.sweep, plan.runs, folder, args.minutes, args.python, int(args.most_mb * 1e6))
-    blocks = list(dict.fromkeys(run["known"]["block"] for run in pack.runs[: pack.expected] if run["known"]))
+    strata = list(dict.fromkeys(run["known"]["stratum"] for run in pack.runs[: pack.expected] if run["known"]))
     say(
         f"{folder}: {size_of(folder) / 1e6:.1f} MB; {len(pack.runs)} runs, of which {pack.expected} are expected in "
         f"{args.minutes:g} minutes at {plan.sweep.budget.flops_per_s:.3g} FLOP/s, in this order:"
     )
-    for block in blocks:
-        say(f"  {block}")
+    for stratum in strata:
+        say(f"  {stratum}")
     say("on the other machine: ./run.sh --minutes 9 --out results, as often as there is time")
     return {
         "folder": str(folder),
         "bytes": size_of(folder),
         "runs": len(pack.runs),
         "expected": pack.expected,
-        "blocks": blocks,
+        "strata": strata,
     }

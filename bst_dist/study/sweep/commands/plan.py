@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rows.append([*names, str(sum(p.runs for p in own)), f"{sum(p.cost for p in own):.3g}"])
         print_table(Sheet((*keys, "runs", plan.unit), rows), f"{sweep.name}, {title}")
     power = show_power(plan)
-    for block in plan.dropped:
-        say(f"dropped to fit the budget: {block}")
+    for stratum in plan.dropped:
+        say(f"dropped to fit the budget: {stratum}")
     limit = "no limit" if plan.limit == float("inf") else f"a budget of {plan.limit:.4g}"
     flops = sum(run.own_flops for run in plan.runs)
     say(f"{len(plan.runs)} runs, {plan.spent:.4g} {plan.unit} of {limit}; {flops:.3g} FLOPs")
