@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bst_dist.cli import main
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.train.run import train
 from bst_dist.train.start import host_memory
@@ -48,6 +49,14 @@ def test_one_rank_of_a_host_warns(environment, needed, monkeypatch, capsys):
     monkeypatch.setattr(host_memory, "available_memory", lambda: 16 * GB)
     warn_of_shortage(START)
     assert capsys.readouterr().err == ""
+
+
+def test_bst_train_check_has_a_line_for_too_little_memory(recipe_file, tmp_path, monkeypatch, capsys):
+    command = ["train", str(recipe_file()), "--check", "--ranks", "2", "--run-dir", str(tmp_path / "run")]
+    for available, lines in ((1, 1), (None, 0)):
+        monkeypatch.setattr("bst_dist.cluster.local.available_memory", lambda available=available: available)
+        assert main(command) == 0
+        assert capsys.readouterr().out.count("\nmemory 2 ranks need ") == lines
 
 
 @pytest.mark.ranks
