@@ -45,20 +45,24 @@ class Agent:
 
     def __init__(self, channel: Channel, lost_after_s: float, grace_s: float, first: Sequence[Message] = ()) -> None:
         """`first`: messages that arrived together with the welcome."""
-        self.first = first
+        self._first = first
         self.channel, self.lost_after_s, self.grace_s = channel, lost_after_s, grace_s
         self.ranks: LocalRanks | None = None
-        self.reported: set[int] = set()
-        self.released = False
-        self.alone = False
-        self.told = False
-        self.beaten = 0.0
-        self.said_dropped = 0
-        self.question: int | None = None
+        self._reported: set[int] = set()
+        """Ranks whose end the launching process knows of."""
+        self._released = False
+        self._left_alone = False
+        """Whether the ranks were stopped because the launching process was silent."""
+        self._stop_reported = False
+        """Whether the launching process knows that this one was told to stop."""
+        self._last_beat = 0.0
+        self._dropped_reported = 0
+        """Number of dropped pieces of output that the launching process knows of."""
+        self._question: int | None = None
         """Number of the question that is being answered."""
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(channel, selectors.EVENT_READ, self._listen)
-        self.duties: dict[str, Callable[[Message], None]] = {
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(channel, selectors.EVENT_READ, self._listen)
+        self._handlers: dict[str, Callable[[Message], None]] = {
             "beat": lambda _: None,  # receiving it has already updated `channel.heard`
             "clock": lambda _: self._answer("clock", seconds=time.time()),
             "probe": lambda wanted: self._answer("probe", **probe(**wanted)),
@@ -74,9 +78,9 @@ class Agent:
         """Handle messages until released, or until the connection and all ranks have ended."""
         with catch_stop_signals() as stop_signals:
             try:
-                self._do(self.first)
-                while not self.released:
-                    looked, found = look(self.selector, TICK_S)
+                self._do(self._first)
+                while not self._released:
+                    looked, found = look(self._selector, TICK_S)
                     for key, _ in found:
                         key.data()
                     self.channel.flush()
@@ -94,8 +98,8 @@ class Agent:
 
     def _obey(self, stop_signal: int) -> None:
         """Stop the ranks, and any that are started later, because this process was told to stop; report it once."""
-        if not self.told:
-            self.told = True
+        if not self._stop_reported:
+            self._stop_reported = True
             self.channel.send("told", signal=stop_signal)
         self._stop_ranks(self.grace_s)
 
@@ -106,8 +110,8 @@ class Agent:
         count as silence.
         """
         silent = looked - self.channel.heard
-        if silent > self.lost_after_s and not self.alone and self.ranks is not None and self.ranks.running:
-            self.alone = True
+        if silent > self.lost_after_s and not self._left_alone and self.ranks is not None and self.ranks.running:
+            self._left_alone = True
             self.channel.send("alone", silent_s=silent, at=time.monotonic())
             self._stop_ranks(min(self.grace_s, self.lost_after_s))
 
@@ -116,9 +120,9 @@ class Agent:
 
     def _do(self, messages: Sequence[Message]) -> None:
         for message in messages:
-            kind, self.question = message.pop("kind"), message.pop("question", None)
+            kind, self._question = message.pop("kind"), message.pop("question", None)
             try:
-                self.duties[kind](message)
+                self._handlers[kind](message)
             except Closed:
                 raise
             except Exception as error:  # report any error, or the user would only see "connection closed"
@@ -126,7 +130,7 @@ class Agent:
 
     def _answer(self, kind: str, **fields: Any) -> None:
         """Answer the message that is being handled, with the number of its question."""
-        self.channel.send(kind, question=self.question, **fields)
+        self.channel.send(kind, question=self._question, **fields)
 
     def _unmark(self, where: Message) -> None:
         unmark(**where)
@@ -135,13 +139,13 @@ class Agent:
     def _start(self, job: Message) -> None:
         share = Share(**job["share"])
         environment = {**without_own_task(os.environ), **job["environment"]}
-        self.reported.clear()
-        self.alone = False
+        self._reported.clear()
+        self._left_alone = False
         self.ranks = LocalRanks(job["command"], share, environment, Path(job["directory"]), piped=True)
         for rank, process in self.ranks.processes.items():
             for name, pipe in (("out", process.stdout), ("err", process.stderr)):
                 os.set_blocking(pipe.fileno(), False)
-                self.selector.register(pipe, selectors.EVENT_READ, partial(self._relay, pipe, rank, name, [b""]))
+                self._selector.register(pipe, selectors.EVENT_READ, partial(self._relay, pipe, rank, name, [b""]))
 
     def _stop_ranks(self, grace_s: float, by_user: bool = False) -> None:
         """Ask the ranks to stop; `by_user`: a user's request, which is passed on as a signal if it is repeated."""
@@ -157,7 +161,7 @@ class Agent:
         self._answer("killed")
 
     def _leave(self, _: Message) -> None:
-        self.released = True
+        self._released = True
 
     def _relay(self, pipe: IO[bytes], rank: int, name: str, pending: list[bytes]) -> None:
         """Send the whole lines in a rank's output, and at its end also an incomplete line.
@@ -167,7 +171,7 @@ class Agent:
         data = pipe.read(1 << 16)
         *lines, pending[0] = (pending[0] + (data or b"")).split(b"\n")
         if not data:
-            self.selector.unregister(pipe)
+            self._selector.unregister(pipe)
             lines, pending[0] = [*lines, *filter(None, pending)], b""
         if lines:
             text = b"\n".join(lines).decode(errors="replace")
@@ -175,24 +179,24 @@ class Agent:
 
     def _report_ended(self) -> None:
         ended = self.ranks.poll() if self.ranks is not None else {}
-        for rank in ended.keys() - self.reported:
+        for rank in ended.keys() - self._reported:
             process = self.ranks.processes[rank]
-            open_still = any(pipe in self.selector.get_map() for pipe in (process.stdout, process.stderr))
+            open_still = any(pipe in self._selector.get_map() for pipe in (process.stdout, process.stderr))
             if open_still and time.monotonic() - self.ranks.ended_at[rank] < LAST_WORDS_S:
                 continue  # send its output first, unless it hangs in the kernel and never closes its pipes
-            self.reported.add(rank)
+            self._reported.add(rank)
             self.channel.send("ended", rank=rank, status=ended[rank], at=self.ranks.ended_at[rank])
-        if self.ranks is not None and (killed := self.ranks.cut_short - self.reported):
-            self.reported |= killed
+        if self.ranks is not None and (killed := self.ranks.cut_short - self._reported):
+            self._reported |= killed
             self.channel.send("cut short", ranks=sorted(killed))
 
     def _beat(self) -> None:
-        if time.monotonic() - self.beaten < BEAT_S:
+        if time.monotonic() - self._last_beat < BEAT_S:
             return
-        self.beaten = time.monotonic()
-        self.channel.send("beat", at=self.beaten)
-        if (missed := self.channel.dropped - self.said_dropped) and not self.channel.waiting:
-            self.said_dropped = self.channel.dropped
+        self._last_beat = time.monotonic()
+        self.channel.send("beat", at=self._last_beat)
+        if (missed := self.channel.dropped - self._dropped_reported) and not self.channel.waiting:
+            self._dropped_reported = self.channel.dropped
             text = f"[{missed} pieces of output of {socket.gethostname()} were lost: they were not read in time]"
             self.channel.send("said", rank=None, stream="err", text=text)
 
