@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.errors import StorageError
+from bst_dist.checkpoint.attempt import Outcome, attempt
 from bst_dist.checkpoint.directory import Finding, committed, examine, read_manifest, step_of
 from bst_dist.parallel.ranks import Ranks
 
@@ -46,7 +47,7 @@ def confirmed_damage(ranks: Ranks, checkpoint: Path, kind: str = "") -> list[Fin
     `kind`: check only files of this kind, for example WEIGHTS. Raises StorageError on all ranks when a rank cannot read
     a file, or when two ranks disagree about one.
     """
-    manifest, _ = ranks.from_first(_tried(lambda: read_manifest(checkpoint)) if ranks.first else None)
+    manifest, _ = ranks.from_first(attempt(lambda: read_manifest(checkpoint)) if ranks.first else None)
     # Without a manifest from rank 0, every rank tries to read it and reports the problem.
     first = read_together(
         ranks,
@@ -78,7 +79,7 @@ def manifest_of(ranks: Ranks, checkpoint: Path) -> dict[str, Any]:
 
 def of_first(ranks: Ranks, work: Callable[[], Any]) -> Any:
     """Run `work` on rank 0 and return its result on every rank; its exception is raised on all ranks."""
-    value, error = ranks.from_first(_tried(work) if ranks.first else None)
+    value, error = ranks.from_first(attempt(work) if ranks.first else None)
     if error is not None:
         raise error
     return value
@@ -86,7 +87,7 @@ def of_first(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 def gathered(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
     """Run `work` on every rank and return all results; an exception on one rank is raised on all ranks."""
-    return _values(ranks.gather(_tried(work)))
+    return _values(ranks.gather(attempt(work)))
 
 
 def read_together(ranks: Ranks, work: Callable[[Callable[[], None]], Any]) -> list[Any]:
@@ -105,25 +106,17 @@ def read_together(ranks: Ranks, work: Callable[[Callable[[], None]], Any]) -> li
             ranks.gather(None)
             since = time.monotonic()
 
-    own = _tried(lambda: work(arrived))
+    own = attempt(lambda: work(arrived))
     while None in (everyone := ranks.gather(own)):
         pass
     return _values(everyone)
 
 
-def _values(everyone: Sequence[tuple[Any, Exception | None]]) -> list[Any]:
+def _values(everyone: Sequence[Outcome[Any]]) -> list[Any]:
     for _, raised in everyone:
         if raised is not None:
             raise raised
     return [value for value, _ in everyone]
-
-
-def _tried(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """Run `work`; return (result, None) or (None, exception)."""
-    try:
-        return work(), None
-    except Exception as error:
-        return None, error
 
 
 def _again(first: Sequence[Sequence[Finding]], hosts: Sequence[str]) -> list[tuple[str, int]]:

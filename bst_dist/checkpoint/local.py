@@ -27,6 +27,7 @@ from typing import Any
 from bst_base.errors import StorageError
 from bst_base.files import atomic_file
 from bst_dist.checkpoint.agreement import of_first
+from bst_dist.checkpoint.attempt import attempt
 from bst_dist.checkpoint.callbacks import Evaluated
 from bst_dist.checkpoint.config import LOCAL_COPIES_KEPT
 from bst_dist.checkpoint.copying import Copied, HostCopy
@@ -73,7 +74,8 @@ class LocalCopies:
         """
         held = self.snapshots.state.held()
         own = LOCAL_COPIES_KEPT * 4 * sum(fragment.elements(self.snapshots.kinds) for fragment in held)
-        seen = self.ranks.gather((*_tried(lambda: Node.here(self.root)), own))
+        node, error = attempt(lambda: Node.here(self.root))
+        seen = self.ranks.gather((node, _message(error), own))
         self._turn_off([why for _, why, _ in seen if why])
         if not self.on:
             return
@@ -95,8 +97,8 @@ class LocalCopies:
         )
         if not self.on:
             return
-        neighbours, why = _tried(lambda: Neighbours(self.ranks.rank, places))
-        self._turn_off([said for said in self.ranks.gather(why) if said])
+        neighbours, error = attempt(lambda: Neighbours(self.ranks.rank, places))
+        self._turn_off([why for why in self.ranks.gather(_message(error)) if why])
         if self.on:
             self._needed, self._kept_by, self._neighbours = max(needed.values()), kept_by, neighbours
             self._copy, self._thread = HostCopy(self.ranks.device), ThreadPoolExecutor(1, "local-copy")
@@ -219,9 +221,9 @@ class LocalCopies:
             with suppress(OSError):  # the writers of these files report such errors
                 ledger.sync(self.run_dir)
         path, kept_for = key.path(self.root, self.ranks.rank), self._neighbours.kept
-        _, why = _tried(lambda: write_copy(path, copied, own, manifest))
-        _, unsent = _tried(lambda: self._neighbours.exchange(path, key.path(self.root, kept_for or 0)))
-        return why or unsent
+        unwritten = attempt(lambda: write_copy(path, copied, own, manifest)).error
+        unsent = attempt(lambda: self._neighbours.exchange(path, key.path(self.root, kept_for or 0))).error
+        return _message(unwritten or unsent)
 
     def settle(self) -> None:
         """Wait until all ranks have written and sent the last copy; when one failed, turn the copies off."""
@@ -312,11 +314,8 @@ def _names(run_dir: Path, wanted: bool, resume: bool) -> tuple[str, str | None]:
     return name(token), before and name(before)
 
 
-def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Run `work`; return (result, None) or (None, error message)."""
-    try:
-        return work(), None
-    except OSError as error:
-        return None, str(StorageError.of(error, doing="write"))
-    except Exception as error:  # for example torch's errors in an exchange; the run can continue without copies
-        return None, f"{socket.gethostname()}: {error!r}"
+def _message(error: Exception | None) -> str | None:
+    """Return the message of an error, of any kind: the run can continue without copies. None when there is none."""
+    if isinstance(error, OSError):
+        return str(StorageError.of(error, doing="write"))
+    return error and f"{socket.gethostname()}: {error!r}"  # for example torch's errors in an exchange

@@ -26,6 +26,7 @@ import torch
 from bst_base.errors import StorageError, UserError
 from bst_base.files import path_in_errors, sync_directory
 from bst_base.sizes import shortage
+from bst_dist.checkpoint.attempt import attempt
 from bst_dist.checkpoint.copying import Copied, HostCopy
 from bst_dist.checkpoint.directory import (
     CHECKPOINTS,
@@ -186,7 +187,7 @@ class Saver:
             raise StorageError(f"no checkpoint could be written: {why}")
         if self.background:
             self._copy.reserve(sum(fragment.elements(self.kinds) for fragment in fragments))
-        said = self.ranks.gather(_tried(lambda: _write_and_read(partial / str(self.ranks.rank))))
+        said = self.ranks.gather(_message(attempt(lambda: _write_and_read(partial / str(self.ranks.rank))).error))
         if self.ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
         for rank, why in enumerate(said):
@@ -294,7 +295,7 @@ class Saver:
         }
 
         def settle() -> str | None:
-            failed = why or _tried(lambda: self._commit_if_held(pending))
+            failed = why or _message(attempt(lambda: self._commit_if_held(pending)).error)
             if failed:
                 shutil.rmtree(pending.partial, ignore_errors=True)
             return failed
@@ -342,22 +343,17 @@ def _write_and_read(path: Path) -> None:
 
 def _outcome(written: Future[dict[str, FileRecord]]) -> tuple[dict[str, FileRecord], str | None]:
     """Wait for a thread; return the records of the files it wrote, and the error message (None if it succeeded)."""
-    records: dict[str, FileRecord] = {}
-    why = _tried(lambda: records.update(written.result()))
-    return records, why
+    records, error = attempt(written.result)
+    return records or {}, _message(error)
 
 
-def _tried(work: Callable[[], object]) -> str | None:
-    """Return the error message of `work`, or the full traceback of an unexpected exception; None if it succeeded."""
-    try:
-        work()
-    except OSError as error:
+def _message(error: Exception | None) -> str | None:
+    """Return the message of an error, or the full traceback of an unexpected one; None when there is none."""
+    if isinstance(error, OSError):
         return str(StorageError.of(error, doing="write"))
-    except UserError as error:
-        return str(error)
-    except Exception:
-        return traceback.format_exc()
-    return None
+    if error is None or isinstance(error, UserError):
+        return error and str(error)
+    return "".join(traceback.format_exception(error))
 
 
 def _commit(pending: _Pending, final: Path) -> None:
