@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from bst_base.host import die_with_parent
 from bst_base.stopping import STOP_REQUESTED
-from bst_dist.faults.disks import Disks, unanswering
+from bst_dist.faults.disks import TOLD_TO_STOP, Disks, unanswering
 from bst_dist.faults.ending import end
 from bst_dist.faults.status import RESUBMIT, UNREADABLE
 
@@ -113,7 +113,7 @@ def end_when_stuck(notice: Notice, disks: Disks) -> None:
         notice.heard.wait()
         while not notice.again:
             time.sleep(STUCK_TICK_S)
-        disks.watch("told to stop")
+        disks.watch(TOLD_TO_STOP)
         while not (silent := disks.silent()):
             time.sleep(STUCK_TICK_S)
         end(

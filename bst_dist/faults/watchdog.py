@@ -32,7 +32,7 @@ from pathlib import Path
 from torch.distributed import DistStoreError
 
 from bst_dist.faults.config import WatchdogConfig
-from bst_dist.faults.disks import Disks
+from bst_dist.faults.disks import STILL, Disks
 from bst_dist.faults.ending import end as end_process
 from bst_dist.faults.heartbeats import Board, Heartbeat, judge, key_of, read, silence, written
 from bst_dist.faults.stacks import RECORDER, STACKS, write_stacks
@@ -104,12 +104,12 @@ class Watchdog:
             still_s = time.monotonic() - self._still_since
             if self._place() != seen:
                 seen, self._still_since = self._place(), time.monotonic()
-                self._disks.watch("still", wanted=False)
+                self._disks.watch(STILL, wanted=False)
             elif still_s > self.limit_s:
                 self._look_into_it(seen, still_s)
                 self._still_since = time.monotonic()  # slow, but not hanging
             elif still_s > self.limit_s / 2:
-                self._disks.watch("still")
+                self._disks.watch(STILL)
 
     def _look_into_it(self, seen: tuple[int, int], still_s: float) -> None:
         """End this rank if the job hangs; return if it does not, or if the watchdog is closed."""
