@@ -46,7 +46,7 @@ class EnvironmentFileError(UserError):
     """An invalid file of environment variables, or one that was named and does not exist."""
 
 
-def handed_on(environment: Mapping[str, str], directories: Sequence[Path] | None = None) -> dict[str, str]:
+def collect_environment(environment: Mapping[str, str], directories: Sequence[Path] | None = None) -> dict[str, str]:
     """Return the variables that the ranks get: those in the files, overridden by those in `environment` to pass on.
 
     Call it before anything changes the environment: changes for this process (for example to import DeepSpeed without
@@ -89,7 +89,7 @@ def _variables(path: Path, environment: Mapping[str, str]) -> Iterator[tuple[str
         yield name.strip(), Template(" ".join(words)).safe_substitute(environment)
 
 
-def kept_back(environment: Mapping[str, str]) -> list[str]:
+def explain_not_passed_on(environment: Mapping[str, str]) -> list[str]:
     """Return a message for each variable that users might expect on the hosts but that is not passed on."""
     return [
         f"{name}={environment[name]} applies to this machine only and is not passed on; write devices=0,1 after a "
@@ -99,7 +99,7 @@ def kept_back(environment: Mapping[str, str]) -> list[str]:
     ]
 
 
-def shown(environment: Mapping[str, str]) -> str:
+def format_environment(environment: Mapping[str, str]) -> str:
     """Return the variables as text in alphabetical order, with secrets hidden, also those in addresses."""
     hidden = {name: "..." if _secret(name) else redacted(value) for name, value in environment.items()}
     return " ".join(f"{name}={value}" for name, value in sorted(hidden.items()))

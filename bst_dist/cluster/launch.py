@@ -44,7 +44,7 @@ from bst_base.shipped import RECIPES, find
 from bst_base.stopping import Stopped
 from bst_dist.cluster.controller import LaunchOptions, agent_command
 from bst_dist.cluster.elastic import idle, shares, usable
-from bst_dist.cluster.environment import handed_on, kept_back, shown
+from bst_dist.cluster.environment import collect_environment, explain_not_passed_on, format_environment
 from bst_dist.cluster.hosts import Host, HostError, read_hostfile, slurm_hosts
 from bst_dist.cluster.launchers import LAUNCHERS, OVER_SSH, require
 from bst_dist.cluster.local import add_grace, correct_stop_signal, default_ranks, outcome_since, program
@@ -143,8 +143,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @unhurried_output()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Check the hosts, run the job with restarts, and return its outcome; `passed` is true for exit status 0."""
-    environment, own = handed_on(os.environ), dict(os.environ)
-    for line in kept_back(os.environ) if args.launcher in OVER_SSH else ():
+    environment, own = collect_environment(os.environ), dict(os.environ)
+    for line in explain_not_passed_on(os.environ) if args.launcher in OVER_SSH else ():
         say(line)
     choose_accelerator()  # for this process: the agents get the environment as it was
     asked = request(args)
@@ -222,7 +222,7 @@ def _show(job: Job, hosts: Sequence[Host], options: LaunchOptions) -> dict[str, 
     lines = {
         "agents": shlex.join(LAUNCHERS[options.launcher](hosts, options.directory, agent)),
         "ranks": shlex.join(program(asked)),
-        "environment": shown(job.environment),
+        "environment": format_environment(job.environment),
     }
     world = usable(recipe, sum(host.slots for host in hosts))
     placed = shares(hosts, world, "ADDRESS", 0)

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from bst_dist.cli import main
-from bst_dist.cluster.environment import NAMES, PREFIXES, EnvironmentFileError, handed_on, kept_back, read_file, shown
+from bst_dist.cluster.environment import (
+    NAMES,
+    PREFIXES,
+    EnvironmentFileError,
+    collect_environment,
+    explain_not_passed_on,
+    format_environment,
+    read_file,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,10 +42,10 @@ def test_only_variables_that_concern_the_ranks_are_passed_on(tmp_path):
     }
     devices = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
     other = {"HOME": "/root", "RANK": "3", "SLURM_PROCID": "1", **dict.fromkeys(devices, "0")}
-    assert handed_on(concerns | other, [tmp_path]) == concerns
-    told = kept_back(concerns | other)
+    assert collect_environment(concerns | other, [tmp_path]) == concerns
+    told = explain_not_passed_on(concerns | other)
     assert [line.split(" applies to this machine only")[0] for line in told] == [f"{name}=0" for name in devices]
-    assert kept_back(concerns) == []
+    assert explain_not_passed_on(concerns) == []
 
 
 @pytest.mark.parametrize("path", ["docs/operations.md", "launch/cluster/environment.sh", "bst_dist/cluster/launch.py"])
@@ -85,16 +93,16 @@ def test_the_value_in_an_invalid_line_is_not_shown(tmp_path, line):
 
 def test_set_variables_take_precedence_over_the_file(tmp_path):
     (tmp_path / "other").write_text("NCCL_DEBUG=INFO\nMY_OWN=1\n")
-    found = handed_on({"NCCL_DEBUG": "WARN", "DS_ENV_FILE": "other"}, [tmp_path])
+    found = collect_environment({"NCCL_DEBUG": "WARN", "DS_ENV_FILE": "other"}, [tmp_path])
     assert found == {"NCCL_DEBUG": "WARN", "MY_OWN": "1", "DS_ENV_FILE": "other"}
 
 
 def test_a_file_that_was_named_and_is_missing_is_reported(tmp_path):
     given, tried = {"DS_ENV_FILE": "other"}, f"{tmp_path}/other, {tmp_path}/b/other"
     with pytest.raises(EnvironmentFileError, match=f"DS_ENV_FILE=other: no such file: {tried}"):
-        handed_on(given, [tmp_path, tmp_path / "b"])
+        collect_environment(given, [tmp_path, tmp_path / "b"])
     (tmp_path / "other").write_text("A=1\n")
-    assert handed_on(given, [tmp_path, tmp_path / "b"]) == {"A": "1", **given}
+    assert collect_environment(given, [tmp_path, tmp_path / "b"]) == {"A": "1", **given}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +117,7 @@ def test_a_file_that_was_named_and_is_missing_is_reported(tmp_path):
     ],
 )
 def test_secrets_are_not_shown(name):
-    assert shown({name: "abc", "A": "1"}) in (f"A=1 {name}=...", f"{name}=... A=1")
+    assert format_environment({name: "abc", "A": "1"}) in (f"A=1 {name}=...", f"{name}=... A=1")
 
 
 def test_a_password_in_the_address_of_a_tracking_server_is_not_shown(recipe, tmp_path, monkeypatch, capsys):
