@@ -132,7 +132,7 @@ def examine(controller: Controller, needs: Needs, accepted: Collection[str] = ()
         one.clock_offset_s = offsets.get(one.host.name, math.nan)
         if one.host.name in controller.gone:
             one.problems.append(controller.gone[one.host.name])
-    judge(checked, controller.job, needs, accepted)
+    record_problems(checked, controller.job, needs, accepted)
     return checked
 
 
@@ -156,7 +156,7 @@ def _answers(controller: Controller, needs: Needs) -> dict[str, Message]:
     return answers | others
 
 
-def judge(checked: Sequence[Checked], job: str, needs: Needs, accepted: Collection[str] = ()) -> None:
+def record_problems(checked: Sequence[Checked], job: str, needs: Needs, accepted: Collection[str] = ()) -> None:
     """Record the problems and warnings of each host, comparing it with the majority of hosts."""
     common = _common([one.answer for one in checked if one.answer])
     for one in checked:

@@ -131,7 +131,7 @@ def read(text: str | None) -> Heartbeat | None:
     return None
 
 
-def judge(before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None]) -> list[str] | None:
+def find_blocking_ranks(before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None]) -> list[str] | None:
     """Return messages that name the ranks that block the job; None when a rank has made progress.
 
     `before`, `after`: the heartbeats of all ranks, read twice with some time in between.

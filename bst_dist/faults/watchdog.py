@@ -34,7 +34,7 @@ from torch.distributed import DistStoreError
 from bst_dist.faults.config import WatchdogConfig
 from bst_dist.faults.disks import STILL, Disks
 from bst_dist.faults.ending import end as end_process
-from bst_dist.faults.heartbeats import Board, Heartbeat, judge, key_of, read, silence, written
+from bst_dist.faults.heartbeats import Board, Heartbeat, find_blocking_ranks, key_of, read, silence, written
 from bst_dist.faults.stacks import RECORDER, STACKS, write_stacks
 from bst_dist.faults.status import HUNG
 from bst_dist.parallel.phases import Phases
@@ -132,7 +132,7 @@ class Watchdog:
         after = self._read_anew()
         if before is None or after is None:
             return "the ranks' rendezvous store does not answer: is the process or the host that holds it frozen?"
-        lines = judge(before.beats, after.beats)
+        lines = find_blocking_ranks(before.beats, after.beats)
         if lines is None:
             return None
         verdict = "\n  ".join(lines)

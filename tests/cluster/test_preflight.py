@@ -18,7 +18,7 @@ from bst_dist.cluster.preflight import (
     Needs,
     PreflightError,
     examine,
-    judge,
+    record_problems,
     require,
     show,
     unreachable,
@@ -53,7 +53,7 @@ def checked_hosts(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.
         Checked(Host(f"n{i}", 8), answer=answer, clock_offset_s=clock)
         for i, (answer, clock) in enumerate(zip(answers, clocks, strict=True))
     ]
-    judge(checked, "job", Needs([], Path("/shared/run"), 10**9, 125 * 10**6), accepted)
+    record_problems(checked, "job", Needs([], Path("/shared/run"), 10**9, 125 * 10**6), accepted)
     return checked
 
 
@@ -157,7 +157,7 @@ def test_memory_errors_are_read_from_nvidia_smi(tmp_path, monkeypatch, script, f
 
 def test_a_host_without_answer_is_refused():
     checked = [Checked(Host("n0", 1), answer=copy.deepcopy(SOUND), clock_offset_s=0.0), Checked(Host("n1", 1))]
-    judge(checked, "job", NOTHING)
+    record_problems(checked, "job", NOTHING)
     assert checked[0].problems == []
     assert checked[1].problems
     assert math.isnan(checked[1].clock_offset_s)

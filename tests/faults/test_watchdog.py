@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from bst_dist.faults.config import WatchdogConfig
 from bst_dist.faults.disks import Disks
-from bst_dist.faults.heartbeats import Heartbeat, LocalBoard, StoreBoard, judge, key_of, read, written
+from bst_dist.faults.heartbeats import Heartbeat, LocalBoard, StoreBoard, find_blocking_ranks, key_of, read, written
 from bst_dist.faults.stacks import RECORDER, STACKS
 from bst_dist.faults.status import HUNG
 from bst_dist.faults.watchdog import LONGEST_SILENCE_S, Watchdog
@@ -37,16 +37,16 @@ def later(beats: list[Heartbeat]) -> list[Heartbeat]:
 
 def test_a_rank_whose_heartbeat_does_not_change_is_silent():
     beats = [beat(0), beat(1), beat(2)]
-    lines = judge(beats, [beats[0], *later(beats[1:])])
+    lines = find_blocking_ranks(beats, [beats[0], *later(beats[1:])])
     assert lines[0].startswith("rank 0 on node-0 (pid 100): silent")
     assert "2 of 3 ranks wait" in lines[1]
-    assert judge([beats[0], None], [later(beats[:1])[0], None])[0] == "rank 1: silent"
+    assert find_blocking_ranks([beats[0], None], [later(beats[:1])[0], None])[0] == "rank 1: silent"
 
 
 def test_ranks_behind_the_others_are_named():
     in_data, in_exchange = beat(1, entered=4, exchanges=8, phase="data"), beat(2, exchanges=7)
     beats = [beat(0), in_data, in_exchange, beat(3)]
-    lines = judge(beats, later(beats))
+    lines = find_blocking_ranks(beats, later(beats))
     assert [line.partition(":")[0] for line in lines[:2]] == [
         "rank 1 on node-1 (pid 101)",
         "rank 2 on node-2 (pid 102)",
@@ -65,29 +65,29 @@ def test_ranks_that_entered_phases_as_often_as_their_data_needs_are_not_behind()
         beat(2, entered=1000, exchanges=500),
         beat(3, entered=1002, exchanges=499, phase="data"),
     ]
-    lines = judge(beats, later(beats))
+    lines = find_blocking_ranks(beats, later(beats))
     assert [line.partition(" on ")[0] for line in lines] == ["rank 3", lines[1].partition(" on ")[0]]
     assert lines[1].startswith("3 of 4 ranks wait")
     healthy = [replace(one, exchanges=500) for one in beats]
-    assert "does the network let them through" in judge(healthy, later(healthy))[0]
+    assert "does the network let them through" in find_blocking_ranks(healthy, later(healthy))[0]
 
 
 def test_the_network_is_suspected_when_all_ranks_are_at_one_place():
     beats = [beat(0), beat(1)]
-    assert "does the network let them through" in judge(beats, later(beats))[0]
-    assert judge(beats[:1], later(beats[:1])) == [f"{beats[0].name()}: for 75 s in {beats[0].describe()}"]
+    assert "does the network let them through" in find_blocking_ranks(beats, later(beats))[0]
+    assert find_blocking_ranks(beats[:1], later(beats[:1])) == [f"{beats[0].name()}: for 75 s in {beats[0].describe()}"]
 
 
 def test_directories_that_do_not_answer_are_named_once_with_their_hosts():
     beats = [replace(beat(rank), disks={"/runs/a": 40.0 + rank}) for rank in range(6)]
-    assert judge(beats, later(beats))[-1] == (
+    assert find_blocking_ranks(beats, later(beats))[-1] == (
         "the file system hangs: /runs/a has not answered for 45 s on node-0, node-1, node-2, node-3 and 2 more hosts"
     )
 
 
 def test_a_rank_that_moves_between_two_readings_is_not_hanging():
     beats = [beat(0), beat(1)]
-    assert judge(beats, [*later(beats[:1]), beat(1, beats=2, exchanges=10)]) is None
+    assert find_blocking_ranks(beats, [*later(beats[:1]), beat(1, beats=2, exchanges=10)]) is None
 
 
 def test_the_watchdog_limit_is_shorter_than_the_collective_timeout():
