@@ -119,12 +119,12 @@ def key_of(rank: int) -> str:
     return f"rank/{rank}"
 
 
-def written(beat: Heartbeat) -> str:
+def to_json(beat: Heartbeat) -> str:
     """Return a heartbeat as JSON."""
     return json.dumps(asdict(beat))
 
 
-def read(text: str | None) -> Heartbeat | None:
+def from_json(text: str | None) -> Heartbeat | None:
     """Parse a heartbeat; return None when there is none or it is invalid."""
     with suppress(ValueError, TypeError):
         return Heartbeat(**json.loads(text or "null"))

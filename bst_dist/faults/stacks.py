@@ -19,7 +19,7 @@ def write_stacks(folder: Path, rank: int) -> None:
     with (folder / f"rank-{rank:05d}.txt").open("w", encoding="utf-8") as file:
         file.write(f"rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n\n")
         file.write(stacks_of_threads())
-    (folder / RECORDER / f"rank_{rank}").write_bytes(recorded())
+    (folder / RECORDER / f"rank_{rank}").write_bytes(dump_flight_recorder())
 
 
 def stacks_of_threads() -> str:
@@ -44,7 +44,7 @@ def _stack(name: str, ident: int, frame: FrameType | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def recorded() -> bytes:
+def dump_flight_recorder() -> bytes:
     """Return torch's flight recorder: the last collectives of this rank, pickled; empty if torch has none."""
     # Imported here: not every build of torch has it, and commands that only read a run directory need no torch.
     from torch._C import _distributed_c10d

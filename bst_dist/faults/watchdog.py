@@ -34,7 +34,7 @@ from torch.distributed import DistStoreError
 from bst_dist.faults.config import WatchdogConfig
 from bst_dist.faults.disks import STILL, Disks
 from bst_dist.faults.ending import end as end_process
-from bst_dist.faults.heartbeats import Board, Heartbeat, find_blocking_ranks, key_of, read, silence, written
+from bst_dist.faults.heartbeats import Board, Heartbeat, find_blocking_ranks, from_json, key_of, silence, to_json
 from bst_dist.faults.stacks import RECORDER, STACKS, write_stacks
 from bst_dist.faults.status import HUNG
 from bst_dist.parallel.phases import Phases
@@ -175,10 +175,10 @@ class Watchdog:
         while not self._closed.is_set():
             beats += 1
             with suppress(DistStoreError, RuntimeError):  # rank 0 is gone; `_judge` and `_follow` detect that
-                self._board.put(key_of(self.rank), written(self._beat(beats)))
+                self._board.put(key_of(self.rank), to_json(self._beat(beats)))
                 if self._wanted.is_set() or beats == 1:
                     *found, verdict = self._board.get([*keys, VERDICT])
-                    self._reading = Reading(self._reading.number + 1, [*map(read, found)], verdict)
+                    self._reading = Reading(self._reading.number + 1, [*map(from_json, found)], verdict)
             self._closed.wait(self.beat_s / (4 if self._wanted.is_set() else 1))
 
     def _beat(self, beats: int) -> Heartbeat:

@@ -17,7 +17,15 @@ from torch.distributed import PrefixStore, TCPStore
 
 from bst_dist.faults.config import WatchdogConfig
 from bst_dist.faults.disks import Disks
-from bst_dist.faults.heartbeats import Heartbeat, LocalBoard, StoreBoard, find_blocking_ranks, key_of, read, written
+from bst_dist.faults.heartbeats import (
+    Heartbeat,
+    LocalBoard,
+    StoreBoard,
+    find_blocking_ranks,
+    from_json,
+    key_of,
+    to_json,
+)
 from bst_dist.faults.stacks import RECORDER, STACKS
 from bst_dist.faults.status import HUNG
 from bst_dist.faults.watchdog import LONGEST_SILENCE_S, Watchdog
@@ -102,11 +110,11 @@ def test_all_ranks_read_a_shared_board_and_missing_entries_are_none():
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
     other = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
     one, two = (StoreBoard(PrefixStore("x", each)) for each in (store, other))
-    one.put(key_of(0), written(beat(0)))
+    one.put(key_of(0), to_json(beat(0)))
     assert two.get([key_of(0), key_of(1)])[1] is None
-    two.put(key_of(1), written(beat(1)))
-    assert [*map(read, one.get([key_of(0), key_of(1)]))] == [beat(0), beat(1)]
-    assert read("{") is None
+    two.put(key_of(1), to_json(beat(1)))
+    assert [*map(from_json, one.get([key_of(0), key_of(1)]))] == [beat(0), beat(1)]
+    assert from_json("{") is None
 
 
 class Ends:
@@ -164,7 +172,7 @@ def test_watchdogs_of_several_ranks_agree_on_the_rank_that_is_behind_and_leave_s
 def test_a_frozen_rank_is_named_by_rank_0_and_a_frozen_rank_0_by_the_others(tmp_path):
     for frozen in (0, 1):
         ends, board, phases = Ends(2), LocalBoard(), Phases()
-        board.put(key_of(frozen), written(beat(frozen)))  # its last heartbeat
+        board.put(key_of(frozen), to_json(beat(frozen)))  # its last heartbeat
         with watch(tmp_path, 1 - frozen, phases, board, ends):
             assert ends.ended[1 - frozen].wait(60)
         assert f"rank {frozen} on node-{frozen} (pid 10{frozen}): silent" in ends.said[1 - frozen]
@@ -173,8 +181,8 @@ def test_a_frozen_rank_is_named_by_rank_0_and_a_frozen_rank_0_by_the_others(tmp_
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_hanging_board_does_not_prevent_the_exit(tmp_path, rank):
     ends, board = Ends(2), Deaf()
-    board.put(key_of(0), written(beat(0)))
-    board.put(key_of(1), written(beat(1)))
+    board.put(key_of(0), to_json(beat(0)))
+    board.put(key_of(1), to_json(beat(1)))
     with watch(tmp_path, rank, Phases(), board, ends):
         time.sleep(0.3)
         board.frozen.set()
