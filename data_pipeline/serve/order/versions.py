@@ -10,7 +10,7 @@ import numpy as np
 
 from bst_base.errors import UserError
 from data_pipeline.serve.config import DataConfig
-from data_pipeline.serve.order.first_order import LaneStreaming, QuotaMixture
+from data_pipeline.serve.order.order_v1 import LaneStreaming, QuotaMixture
 from data_pipeline.serve.order.phases import Cuts, Phase, PhasePlan, Phases, Place
 from data_pipeline.serve.order.plan import ORDER_VERSION, Part, Plan, Shuffled, Streaming, dealt, shuffled
 from data_pipeline.serve.order.sizes import STREAMED, BatchSizes, StepValues

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bst_base.errors import UserError
-from data_pipeline.serve.order.first_order import LaneStreaming, quotas
+from data_pipeline.serve.order.order_v1 import LaneStreaming, quotas
 from data_pipeline.serve.order.plan import Plan, Streaming, shuffled
 from data_pipeline.serve.order.sizes import BatchSizes
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bst_base.errors import UserError
-from data_pipeline.serve.order.first_order import BLOCK, QuotaMixture, quotas
+from data_pipeline.serve.order.order_v1 import BLOCK, QuotaMixture, quotas
 
 WEIGHTS = st.lists(st.integers(1, 50).map(lambda w: w / 10), min_size=1, max_size=5)
 
