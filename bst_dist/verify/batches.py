@@ -10,7 +10,7 @@ import numpy as np
 from bst_dist.config import Recipe
 from bst_dist.parallel.mesh import Mesh
 from data_pipeline.serve.batch import Batch
-from data_pipeline.serve.located import Rows
+from data_pipeline.serve.located_rows import LocatedRows
 from data_pipeline.serve.slices import MicroBatch
 
 
@@ -56,6 +56,6 @@ def _batch(
         rows=np.arange(rows.start, rows.stop),
         corpora=np.zeros(count, np.int64),
         epochs=np.zeros(count, np.int64),
-        located=Rows.none(count),
+        located=LocatedRows.none(count),
         begin=tokens.start,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.serve.located import Rows
+from data_pipeline.serve.located_rows import LocatedRows
 from data_pipeline.serve.order.stream import Pieces
 
 
@@ -24,7 +24,7 @@ class Batch:
     rows: np.ndarray  # (b,) int64: global row numbers; -1 for masked rows, which fill up a micro-batch (`spread`)
     corpora: np.ndarray  # (b,) int64: which corpus of the mixture the row reads
     epochs: np.ndarray  # (b,) int64: which pass over that corpus
-    located: Rows  # where the tokens were read from, including the label of the last input
+    located: LocatedRows  # where the tokens were read from, including the label of the last input
     begin: int  # the position of the slice's first token in its row
 
     @property
@@ -72,7 +72,7 @@ class Cuts:
         return cls(pieces.row, pieces.slot + begin, count, pieces.document, pieces.offset)
 
 
-def label_mask(real: np.ndarray | None, shape: tuple[int, int], rows: Rows, separate: bool) -> np.ndarray:
+def label_mask(real: np.ndarray | None, shape: tuple[int, int], rows: LocatedRows, separate: bool) -> np.ndarray:
     """Return (b, l) bool: which inputs have a label that counts in the loss.
 
     Args:

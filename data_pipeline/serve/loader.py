@@ -19,7 +19,7 @@ from bst_base.errors import UserError
 from bst_base.stopping import STOP_REQUESTED
 from data_pipeline.serve.batch import Batch, block_starts, label_mask, token_starts
 from data_pipeline.serve.config import DataConfig
-from data_pipeline.serve.located import Rows
+from data_pipeline.serve.located_rows import LocatedRows
 from data_pipeline.serve.order.mixture import whole_weights
 from data_pipeline.serve.order.plan import ORDER_VERSION
 from data_pipeline.serve.order.sizes import BatchSizes, StepValues
@@ -282,7 +282,7 @@ class Loader:
             masked = int((numbers == MASKED).sum())
         own = range(len(numbers) - masked)
         if not own:
-            located, (tokens, real) = Rows.none(), reader.none(0)
+            located, (tokens, real) = LocatedRows.none(), reader.none(0)
         else:
             place = int(numbers[0]) - serving.share.own.start  # the reader counts rows from the rank's first row
             if blank:
@@ -319,7 +319,7 @@ class Loader:
             begin=begin,
         )
 
-    def _starts(self, shape: tuple[int, int], rows: Rows) -> np.ndarray | None:
+    def _starts(self, shape: tuple[int, int], rows: LocatedRows) -> np.ndarray | None:
         if self.config.documents == "masked":
             return token_starts(shape, rows.pieces)
         return None if self._block is None else block_starts(shape, rows.pieces, self._block)
@@ -340,7 +340,7 @@ class Stored(NamedTuple):
     """(b,) int64: the rows' global numbers; `MASKED` for rows that only fill the micro-batch."""
     begin: int
     """The position of the slice's first token in its row."""
-    rows: Rows
+    rows: LocatedRows
     tokens: np.ndarray
     """(b, l + 1) in the corpus's dtype, including the label of the last input."""
     real: np.ndarray | None

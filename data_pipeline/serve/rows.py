@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from data_pipeline.format.shards import CRC_BLOCK, ShardError
-from data_pipeline.serve.located import Rows
+from data_pipeline.serve.located_rows import LocatedRows
 from data_pipeline.serve.order.stream import Pieces
 from data_pipeline.serve.order.versions import Order
 from data_pipeline.serve.reader import Corpus
@@ -73,7 +73,9 @@ class RowReader:
         self._tokens = lru_cache(maxsize=parts)(self._read_group)
         self._stream = order.stream
 
-    def read(self, step: int, start: int, stop: int, part: int = 0) -> tuple[Rows, np.ndarray, np.ndarray | None]:
+    def read(
+        self, step: int, start: int, stop: int, part: int = 0
+    ) -> tuple[LocatedRows, np.ndarray, np.ndarray | None]:
         """Read one part of the rank's rows ``start..stop`` in a step, counted from the rank's first row.
 
         Returns the located rows, their tokens (b, l + 1) in the corpus's dtype, and which of them are text: (b, l + 1)
@@ -92,11 +94,11 @@ class RowReader:
         real = None if whole else _covered(rows, (end - begin, self._length + 1))
         return rows, tokens[begin:end], None if real is None or real.all() else real
 
-    def unread(self, step: int, start: int, stop: int) -> Rows:
+    def unread(self, step: int, start: int, stop: int) -> LocatedRows:
         """Return the same rows without their runs of tokens. No index is read for it."""
         rows = self._share.own[start:stop]
         corpora, epochs, _, continues = self._plan.assign(range(step, step + 1), rows)
-        return Rows.none(len(rows))._replace(corpora=corpora, epochs=epochs, continues=continues)
+        return LocatedRows.none(len(rows))._replace(corpora=corpora, epochs=epochs, continues=continues)
 
     def none(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of rows that read nothing, and a mask which says that none of them is text."""
@@ -135,7 +137,7 @@ class RowReader:
             return None
         return tokens, bool(pieces.length.sum() == tokens.size)
 
-    def _empty(self, rows: Rows) -> tuple[np.ndarray, bool]:
+    def _empty(self, rows: LocatedRows) -> tuple[np.ndarray, bool]:
         """Return an array for the tokens (b, l + 1) of rows, and whether runs fill all of it.
 
         If not, it is filled with padding.
@@ -146,7 +148,7 @@ class RowReader:
             tokens.fill(self._pad_id)
         return tokens, whole
 
-    def _read_by_runs(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
+    def _read_by_runs(self, rows: LocatedRows) -> tuple[np.ndarray, np.ndarray | None]:
         """Read each run on its own; return tokens (b, l + 1), and which of them are text.
 
         It is used over a network, with many reads in parallel, and for damaged data, which it names or leaves out.
@@ -166,7 +168,7 @@ class RowReader:
             return tokens, self._read_what_is_good(rows, tokens)
         return tokens, None if whole else _covered(rows, tokens.shape)
 
-    def _runs(self, rows: Rows) -> Iterator[tuple[Corpus, int, int, int, int]]:
+    def _runs(self, rows: LocatedRows) -> Iterator[tuple[Corpus, int, int, int, int]]:
         """Yield (corpus, document, offset in the document, first byte, end byte in the rows' tokens) of each run."""
         row, slot, length, document, offset = rows.pieces
         corpora = [self._corpora[corpus] for corpus in rows.corpora[row].tolist()]
@@ -174,7 +176,7 @@ class RowReader:
         stop = begin + length * self._dtype.itemsize
         return zip(corpora, document.tolist(), offset.tolist(), begin.tolist(), stop.tolist(), strict=True)
 
-    def _locate(self, steps: range, part: int) -> Rows:
+    def _locate(self, steps: range, part: int) -> LocatedRows:
         """Locate one part of all of the rank's rows in a group of steps."""
         corpora, epochs, sequences, continues = self._plan.assign(steps, self._share.own)
         starts, cuts = sequences * self._share.length + self._share.begins[part], self._plan.at(steps.start).cuts
@@ -187,9 +189,9 @@ class RowReader:
             # A run that begins at the label of the last input is another document, so it is no label and is not read.
             pieces = pieces.select((pieces.slot < self._length) | (pieces.offset > 0))
         bounds = np.searchsorted(pieces.row, np.arange(len(starts) + 1)).tolist()
-        return Rows(corpora, epochs, continues, pieces, bounds)
+        return LocatedRows(corpora, epochs, continues, pieces, bounds)
 
-    def _read_what_is_good(self, rows: Rows, tokens: np.ndarray) -> np.ndarray:
+    def _read_what_is_good(self, rows: LocatedRows, tokens: np.ndarray) -> np.ndarray:
         """Fill `tokens` with the readable tokens, and with padding elsewhere; return which are text, (b, l + 1) bool.
 
         It reads block by block, so the tokens that are left out do not depend on how the rows were cut.
@@ -214,7 +216,7 @@ class RowReader:
             _log.warning("left out of the loss: %s", message)
 
 
-def _covered(rows: Rows, shape: tuple[int, int]) -> np.ndarray:
+def _covered(rows: LocatedRows, shape: tuple[int, int]) -> np.ndarray:
     """Return (b, l + 1) bool: which tokens are covered by a run."""
     row, slot, length, _, _ = rows.pieces
     change = np.zeros(shape[0] * shape[1] + 1, np.int8)

@@ -9,7 +9,7 @@ import numpy as np
 from data_pipeline.serve.order.stream import Pieces
 
 
-class Rows(NamedTuple):
+class LocatedRows(NamedTuple):
     """Consecutive rows of some steps: what they read, and where it lies."""
 
     corpora: np.ndarray  # (rows,) int64
@@ -25,20 +25,22 @@ class Rows(NamedTuple):
         row, *others = (column[self.bounds[0] : self.bounds[-1]] for column in self.located)
         return Pieces(row - self.first, *others)
 
-    def part(self, start: int, stop: int) -> Rows:
+    def part(self, start: int, stop: int) -> LocatedRows:
         """Return the rows ``start..stop`` of these."""
         corpora, epochs, continues, located, bounds, first = self
         own = slice(start, stop)
-        return Rows(corpora[own], epochs[own], continues[own], located, bounds[start : stop + 1], first + start)
+        return LocatedRows(corpora[own], epochs[own], continues[own], located, bounds[start : stop + 1], first + start)
 
-    def masked(self, count: int) -> Rows:
+    def masked(self, count: int) -> LocatedRows:
         """Return these rows, followed by `count` rows that read nothing."""
         nothing, continues = np.zeros(count, np.int64), np.ones(count, bool)
         columns = zip(self[:3], (nothing, nothing, continues), strict=True)
-        return Rows(*map(np.concatenate, columns), self.located, self.bounds + self.bounds[-1:] * count, self.first)
+        return LocatedRows(
+            *map(np.concatenate, columns), self.located, self.bounds + self.bounds[-1:] * count, self.first
+        )
 
     @staticmethod
-    def none(count: int = 0) -> Rows:
+    def none(count: int = 0) -> LocatedRows:
         """Return `count` rows that read nothing."""
         nothing, none = np.zeros(0, np.int64), np.zeros(0, bool)
-        return Rows(nothing, nothing, none, Pieces(*[nothing] * 5), [0]).masked(count)
+        return LocatedRows(nothing, nothing, none, Pieces(*[nothing] * 5), [0]).masked(count)
