@@ -253,11 +253,11 @@ def _stretch(sequences: Sequence[int], weights: Sequence[float], rows: int) -> i
     return min(longest)
 
 
-def dealt(segments: Segments, sizes: BatchSizes, seed: int) -> Mixture:
+def make_mixture(segments: Segments, sizes: BatchSizes, seed: int) -> Mixture:
     """Return the mixture that deals the positions of the shuffled order to corpora, since version 2."""
     return Mixture([(sizes.first(step), weights) for step, weights in segments], seed)
 
 
-def shuffled(sequences: Sequence[int], segments: Segments, sizes: BatchSizes, seed: int) -> Shuffled:
+def make_shuffled(sequences: Sequence[int], segments: Segments, sizes: BatchSizes, seed: int) -> Shuffled:
     """Return the shuffled order of version 2."""
-    return Shuffled(sequences, dealt(segments, sizes, seed), sizes, seed)
+    return Shuffled(sequences, make_mixture(segments, sizes, seed), sizes, seed)

@@ -12,7 +12,7 @@ from bst_base.errors import UserError
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.order.order_v1 import LaneStreaming, QuotaMixture
 from data_pipeline.serve.order.phases import Cuts, Phase, PhasePlan, Phases, Place
-from data_pipeline.serve.order.plan import ORDER_VERSION, Part, Plan, Shuffled, Streaming, dealt, shuffled
+from data_pipeline.serve.order.plan import ORDER_VERSION, Part, Plan, Shuffled, Streaming, make_mixture, make_shuffled
 from data_pipeline.serve.order.sizes import STREAMED, BatchSizes, StepValues
 from data_pipeline.serve.order.stream import Pieces, TokenStream, inputs
 from data_pipeline.serve.order.window_stream import WindowCache, WindowStream
@@ -87,7 +87,7 @@ def _older(version: int, config: DataConfig, sequences: Sequence[int], sizes: Ba
         return Shuffled(sequences, mixture, sizes, seed)
     if streams:
         return Streaming(sequences, segments, sizes.last, seed)
-    return shuffled(sequences, segments, sizes, seed)
+    return make_shuffled(sequences, segments, sizes, seed)
 
 
 def _in_windows(
@@ -130,7 +130,7 @@ def _phases(
 ) -> Phases:
     """Build one phase after the other: where each begins follows from those before it."""
     segments, before, found = config.segments(), np.zeros(len(cuts.inputs), np.int64), []
-    mixture = None if config.mode == "streaming" else dealt(segments, sizes, seed)
+    mixture = None if config.mode == "streaming" else make_mixture(segments, sizes, seed)
     ends = [start for start, _ in lengths.changes[1:]] + [None]
     for number, ((start, length), until) in enumerate(zip(lengths.changes, ends, strict=True)):
         if number:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bst_base.errors import UserError
 from data_pipeline.serve.order.order_v1 import LaneStreaming, quotas
-from data_pipeline.serve.order.plan import Plan, Streaming, shuffled
+from data_pipeline.serve.order.plan import Plan, Streaming, make_shuffled
 from data_pipeline.serve.order.sizes import BatchSizes
 
 
@@ -177,7 +177,7 @@ def test_lanes_assign_rows_according_to_the_weights(drawn: Any, step: int) -> No
     sequences=st.lists(st.integers(50, 1000), min_size=1, max_size=3), rows=st.integers(1, 64), seed=st.integers(0, 9)
 )
 def test_shuffled_reads_each_sequence_once_a_pass(sequences: list[int], rows: int, seed: int) -> None:
-    plan = shuffled(sequences, [(0, [1.0] * len(sequences))], BatchSizes.of(rows), seed)
+    plan = make_shuffled(sequences, [(0, [1.0] * len(sequences))], BatchSizes.of(rows), seed)
     read = [each[:3] for step in assignments(plan, rows, 3000 // rows) for each in step]
     assert max(Counter(read).values()) == 1
     for corpus, total in enumerate(sequences):
@@ -186,7 +186,7 @@ def test_shuffled_reads_each_sequence_once_a_pass(sequences: list[int], rows: in
 
 
 def test_one_step_can_contain_two_passes() -> None:
-    plan = shuffled([5], [(0, [1.0])], BatchSizes.of(3), seed=0)
+    plan = make_shuffled([5], [(0, [1.0])], BatchSizes.of(3), seed=0)
     assert [[each.epoch for each in step] for step in assignments(plan, 3, 4)] == [
         [0, 0, 0],
         [0, 0, 1],
@@ -197,7 +197,7 @@ def test_one_step_can_contain_two_passes() -> None:
 
 def test_assignment_of_some_rows_equals_part_of_the_whole() -> None:
     for plan in (
-        shuffled([50, 70], [(0, [1, 2])], BatchSizes.of(8), 1),
+        make_shuffled([50, 70], [(0, [1, 2])], BatchSizes.of(8), 1),
         Streaming([50, 70], [(0, [1, 2])], 8, 1),
         LaneStreaming([50, 70], [(0, [1, 2])], 8),
     ):
