@@ -167,8 +167,11 @@ class BSTForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: return logits of this many last columns, or of these columns; 0: of all columns. A column of
                 padding has the logits of the nearest token of its row.
 
-        Raise ValueError if hidden states or attentions are asked for, or dynamics were cast to 16 bits.
+        Raise ValueError if hidden states or attentions are asked for, dynamics were cast to 16 bits, or labels are
+        given together with `logits_to_keep`: the models of transformers fail there too, with an error about sizes.
         """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels: the loss needs the logits of all columns: leave logits_to_keep out")
         self._require_possible(kwargs)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -176,7 +179,7 @@ class BSTForCausalLM(PreTrainedModel, GenerationMixin):
         with self._precision():
             if use_cache or past_key_values is not None:
                 past_key_values = past_key_values or BSTCache(len(input_ids))
-                last = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
+                last = isinstance(logits_to_keep, int) and logits_to_keep == 1
                 hidden = self._read(runs, past_key_values, last)
             else:
                 hidden = self._at_once(runs)

@@ -159,6 +159,15 @@ def test_a_mask_other_than_padding_is_refused(loaded, mask):
         loaded()[0](torch.ones(1, 4, dtype=torch.long), attention_mask=torch.tensor(mask))
 
 
+@pytest.mark.parametrize("kept", [1, 4, torch.tensor([0, 2])], ids=["last", "some", "columns"])
+def test_labels_with_the_logits_of_some_columns_are_refused(loaded, kept):
+    model, tokenizer, _ = loaded()
+    given = tokenizer("for x = 12 return", return_tensors="pt")
+    with pytest.raises(ValueError, match=r"labels: .* leave logits_to_keep out"):
+        model(**given, labels=given.input_ids, logits_to_keep=kept)
+    assert model(**given, labels=given.input_ids, logits_to_keep=0).loss > 0
+
+
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
 @pytest.mark.parametrize("said_by", ["call", "config"])
 def test_outputs_that_the_model_does_not_have_are_refused(loaded, name, said_by):
