@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bst_dist.hub.fast_tokenizer import fast_tokenizer
 from data_pipeline.format.tokenizer import TokenizerConfig, adopt_tokenizer, extended
+from tests.hub.tokenizing import require_same_ids
 
 SPACE = "\u2581"
 WORDS = [f"word{i} =  other{i * 7 % 97} + {i}\n    return x{i} don't\n\n" for i in range(300)]
@@ -74,11 +75,7 @@ def both(request, tmp_path_factory):
 
 @given(text=TEXT)
 def test_every_text_has_our_ids_and_is_decoded_back(both, text):
-    theirs, ours = both
-    ids = ours.encode(text).tolist()
-    assert theirs.encode(text, add_special_tokens=False) == ids
-    assert theirs(text).input_ids == [ours.eos_id, *ids]
-    assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
+    require_same_ids(*both, text)
 
 
 def test_pieces_with_spaces_are_used(both):

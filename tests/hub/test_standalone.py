@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from bst_dist.hub.fast_tokenizer import fast_tokenizer, is_bpe
 from bst_dist.model.layers import MIXERS
 from data_pipeline.format.tokenizer import TokenizerConfig, parse_tokenizer, train_tokenizer
+from tests.hub.tokenizing import require_same_ids
 
 ALONE = """
 import sys
@@ -103,11 +104,7 @@ TEXT = st.lists(
 @settings(deadline=None)
 @given(text=TEXT)
 def test_every_text_has_our_ids_and_is_decoded_back(both, text):
-    theirs, ours = both
-    ids = ours.encode(text).tolist()
-    assert theirs.encode(text, add_special_tokens=False) == ids
-    assert theirs(text).input_ids == [ours.eos_id, *ids]
-    assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
+    require_same_ids(*both, text)
 
 
 def test_long_lines_are_tokenized_like_ours(both):
