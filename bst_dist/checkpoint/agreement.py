@@ -28,7 +28,7 @@ def common_checkpoints(ranks: Ranks, run_dir: Path) -> list[Path]:
 
     Raises StorageError on all ranks unless all see the same checkpoints.
     """
-    seen = gathered(ranks, lambda: committed(run_dir))
+    seen = gather_or_raise(ranks, lambda: committed(run_dir))
     hosts = ranks.gather(socket.gethostname())
     most = max(seen, key=len)
     for rank, paths in enumerate(seen):
@@ -85,13 +85,13 @@ def of_first(ranks: Ranks, work: Callable[[], Any]) -> Any:
     return value
 
 
-def gathered(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
+def gather_or_raise(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
     """Run `work` on every rank and return all results; an exception on one rank is raised on all ranks."""
     return _values(ranks.gather(attempt(work)))
 
 
 def read_together(ranks: Ranks, work: Callable[[Callable[[], None]], Any]) -> list[Any]:
-    """Do `gathered` for work that reads from the storage, however long this takes.
+    """Do `gather_or_raise` for work that reads from the storage, however long this takes.
 
     `work` calls its argument whenever a part of the data has arrived. The rank then takes part in an exchange if the
     last one was some seconds ago, and ranks that have finished exchange until all have. So the watchdog sees all ranks

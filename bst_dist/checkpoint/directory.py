@@ -239,12 +239,12 @@ def _compare(path: Path, record: dict[str, Any], digests: bool, arrived: Callabl
     with path.open("rb") as file:
         if (there := os.fstat(file.fileno()).st_size) != record["bytes"]:
             return f"size mismatch ({there} bytes instead of {record['bytes']}) in"
-        if digests and hashlib.file_digest(_Followed(file, arrived), "sha256").hexdigest() != record["sha256"]:
+        if digests and hashlib.file_digest(_ProgressFile(file, arrived), "sha256").hexdigest() != record["sha256"]:
             return "checksum mismatch in"
     return None
 
 
-class _Followed:
+class _ProgressFile:
     """A file for `hashlib.file_digest` that calls `arrived` after each part that was read."""
 
     def __init__(self, file: IO[bytes], arrived: Callable[[], None]) -> None:

@@ -168,7 +168,7 @@ class Indexed:
         return Stored(Piece(name, division.shape, *division.run(holder)), path, start + 4 * elements)
 
 
-def agreed(
+def build_index(
     ranks: Ranks,
     shapes: Mapping[str, tuple[int, ...]],
     pieces: Iterable[Piece],

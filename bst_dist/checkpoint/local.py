@@ -33,7 +33,7 @@ from bst_dist.checkpoint.config import LOCAL_COPIES_KEPT
 from bst_dist.checkpoint.copying import Copied, HostCopy
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy
-from bst_dist.checkpoint.local_search import Found, brought, gathered
+from bst_dist.checkpoint.local_search import Found, fetch_copies, list_copies
 from bst_dist.checkpoint.neighbours import Neighbours, Node, keepers
 from bst_dist.checkpoint.saving import Failed, Saved
 from bst_dist.checkpoint.snapshot import Position, Snapshots
@@ -124,7 +124,7 @@ class LocalCopies:
         if not self.on:
             return None
         reached = self.snapshots.reached()
-        found = gathered(self.ranks, self.root, self._heads)
+        found = list_copies(self.ranks, self.root, self._heads)
         newer = [key for key in sorted(found, reverse=True) if (key.skipped, key.step) >= reached]
         newer, saved = of_first(
             self.ranks,
@@ -132,7 +132,7 @@ class LocalCopies:
         )
         for place, key in enumerate(newer):
             why = refusal or found[key].missing(self.snapshots.identity.layout)
-            taken, why = ([], why) if why else brought(self.ranks, self.root, self._heads, found[key])
+            taken, why = ([], why) if why else fetch_copies(self.ranks, self.root, self._heads, found[key])
             if why:
                 self.ranks.print_first(f"local copies of step {key.step} are not used: {why}")
                 continue
@@ -149,7 +149,7 @@ class LocalCopies:
         """Bring each rank's copy to its own node; return whether all are there, undamaged and of this layout."""
         if found.missing(self.snapshots.identity.layout):
             return False
-        return brought(self.ranks, self.root, self._heads, found)[1] is None
+        return fetch_copies(self.ranks, self.root, self._heads, found)[1] is None
 
     def _load(self, key: Key) -> Position:
         return self.snapshots.load_local(LocalCopy(key.path(self.root, self.ranks.rank)))

@@ -35,7 +35,7 @@ class Found:
         return f"no node has the copy of rank {lost[0]}{more}" if lost else None
 
 
-def gathered(ranks: Ranks, root: Path, heads: Sequence[int]) -> dict[Key, Found]:
+def list_copies(ranks: Ranks, root: Path, heads: Sequence[int]) -> dict[Key, Found]:
     """Return all copies under `root` on all nodes; all ranks call it. `heads`: for each rank the first of its node."""
     found: dict[Key, Found] = {}
     for head, listed in enumerate(ranks.gather(_listed(root) if ranks.rank == heads[ranks.rank] else [])):
@@ -55,7 +55,7 @@ def _listed(root: Path) -> list[tuple[Key, int, dict[str, int]]]:
     return listed
 
 
-def brought(ranks: Ranks, root: Path, heads: Sequence[int], found: Found) -> tuple[list[int], str | None]:
+def fetch_copies(ranks: Ranks, root: Path, heads: Sequence[int], found: Found) -> tuple[list[int], str | None]:
     """Send every rank its copy if its own node lacks it, and check all copies.
 
     Returns the ranks whose copy came from another node, and an error message or None. All ranks call it.

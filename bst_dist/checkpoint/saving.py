@@ -45,7 +45,7 @@ from bst_dist.checkpoint.directory import (
 )
 from bst_dist.checkpoint.durable import FileRecord, Files
 from bst_dist.checkpoint.fragments import Fragment
-from bst_dist.checkpoint.index import Index, agreed
+from bst_dist.checkpoint.index import Index, build_index
 from bst_dist.checkpoint.retention import files_held, remove_leftovers, replace, settle_replaced
 from bst_dist.checkpoint.shards import write
 from bst_dist.faults import ledger
@@ -222,7 +222,7 @@ class Saver:
         fragments = self.state.owned()
         if self._index is None:
             pieces = (fragment.piece for fragment in fragments)
-            self._index = agreed(self.ranks, self.state.shapes(), pieces, self.state.moments())
+            self._index = build_index(self.ranks, self.state.shapes(), pieces, self.state.moments())
         order = {name: place for place, name in enumerate(self._index.divisions)}
         return sorted(fragments, key=lambda fragment: order[fragment.piece.name]), self._index
 

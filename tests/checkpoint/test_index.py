@@ -25,7 +25,7 @@ from bst_dist.checkpoint.directory import (
     read_manifest,
 )
 from bst_dist.checkpoint.fragments import Fragment
-from bst_dist.checkpoint.index import Division, Index, agreed, equal_part
+from bst_dist.checkpoint.index import Division, Index, build_index, equal_part
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.shards import Piece
 from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
@@ -179,9 +179,13 @@ def test_manifest_size_is_linear_in_parameters_plus_ranks(tmp_path):
     shapes = {f"layer {number}": (64, 3) for number in range(200)}
     spreads = []
     for ranks in (8, 64):
-        index, _ = World(ranks).run(lambda rank, ranks=ranks: agreed(rank, shapes, pieces(shapes, rank.rank, ranks, 3)))
+        index, _ = World(ranks).run(
+            lambda rank, ranks=ranks: build_index(rank, shapes, pieces(shapes, rank.rank, ranks, 3))
+        )
         spreads.append(len(json.dumps(index[0].described())))
-        cut, _ = World(ranks).run(lambda rank, ranks=ranks: agreed(rank, shapes, pieces(shapes, rank.rank, ranks, 1)))
+        cut, _ = World(ranks).run(
+            lambda rank, ranks=ranks: build_index(rank, shapes, pieces(shapes, rank.rank, ranks, 1))
+        )
         assert len(json.dumps(cut[0].described())) < 70 * (len(shapes) + ranks)
     assert abs(spreads[1] - spreads[0]) <= 1  # depends only on the number of ranks
 
@@ -194,9 +198,9 @@ def pieces(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int, stage: int
 def test_pieces_that_do_not_cover_a_parameter_are_refused():
     runs = [Piece("a", (10,), 0, 4), Piece("a", (10,), 5, 5)]
     with pytest.raises(RuntimeError, match="a: rank 1 holds its elements from 5 on, the ranks before it only up to 4"):
-        World(2).run(lambda ranks: agreed(ranks, {"a": (10,)}, [runs[ranks.rank]]))
+        World(2).run(lambda ranks: build_index(ranks, {"a": (10,)}, [runs[ranks.rank]]))
     with pytest.raises(RuntimeError, match="a: the ranks hold 4 of its 10 elements"):
-        World(2).run(lambda ranks: agreed(ranks, {"a": (10,)}, runs[:1] if ranks.first else []))
+        World(2).run(lambda ranks: build_index(ranks, {"a": (10,)}, runs[:1] if ranks.first else []))
 
 
 def test_holders_are_the_ranks_with_overlapping_elements():

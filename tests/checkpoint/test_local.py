@@ -31,7 +31,7 @@ from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.local import LocalCopies
 from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy
-from bst_dist.checkpoint.local_search import Found, brought
+from bst_dist.checkpoint.local_search import Found, fetch_copies
 from bst_dist.checkpoint.neighbours import Neighbours, keepers
 from bst_dist.checkpoint.shards import Piece
 from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
@@ -96,12 +96,12 @@ def lend(ranks: Any, roots: list[Path]) -> tuple[tuple[list[int], str | None], s
         write(key.path(root, rank))
     ranks.barrier()
     found = Found(key, Layout(3, 1, 1), {0: [0], 1: [0], 2: [2]})
-    taken = brought(ranks, root, [0, 1, 2], found)
+    taken = fetch_copies(ranks, root, [0, 1, 2], found)
     assert LocalCopy(key.path(root, ranks.rank)).intact()
     if ranks.rank == 1:  # it cannot be read any more
         flip(key.path(root, 1), 40)
     found.holders[1] = [1]
-    return taken, brought(ranks, root, [0, 1, 2], found)[1], ranks.phases.exchanges
+    return taken, fetch_copies(ranks, root, [0, 1, 2], found)[1], ranks.phases.exchanges
 
 
 @pytest.mark.ranks
