@@ -30,8 +30,8 @@ from bst_dist.checkpoint.agreement import of_first
 from bst_dist.checkpoint.attempt import attempt
 from bst_dist.checkpoint.callbacks import Evaluated
 from bst_dist.checkpoint.config import LOCAL_COPIES_KEPT
-from bst_dist.checkpoint.copying import Copied, HostCopy
 from bst_dist.checkpoint.directory import committed, step_of
+from bst_dist.checkpoint.host_copy import Copied, HostCopy
 from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy
 from bst_dist.checkpoint.local_search import Found, fetch_copies, list_copies
 from bst_dist.checkpoint.neighbours import Neighbours, Node, keepers

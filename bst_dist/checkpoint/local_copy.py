@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from bst_base.files import path_in_errors, unsynced_file
-from bst_dist.checkpoint.copying import Copied
 from bst_dist.checkpoint.directory import CheckpointError
 from bst_dist.checkpoint.durable import Hashing
+from bst_dist.checkpoint.host_copy import Copied
 from bst_dist.checkpoint.shards import Headers, Shards, write
 
 END = struct.Struct("<QQ32s")

@@ -27,7 +27,6 @@ from bst_base.errors import StorageError, UserError
 from bst_base.files import path_in_errors, sync_directory
 from bst_base.sizes import shortage
 from bst_dist.checkpoint.attempt import attempt
-from bst_dist.checkpoint.copying import Copied, HostCopy
 from bst_dist.checkpoint.directory import (
     CHECKPOINTS,
     INDEX,
@@ -45,6 +44,7 @@ from bst_dist.checkpoint.directory import (
 )
 from bst_dist.checkpoint.durable import FileRecord, Files
 from bst_dist.checkpoint.fragments import Fragment
+from bst_dist.checkpoint.host_copy import Copied, HostCopy
 from bst_dist.checkpoint.index import Index, build_index
 from bst_dist.checkpoint.retention import files_held, remove_leftovers, replace, settle_replaced
 from bst_dist.checkpoint.shards import write

@@ -25,9 +25,9 @@ from bst_base.settings import dump, parse
 from bst_dist.checkpoint import local, local_copy, neighbours
 from bst_dist.checkpoint.callbacks import Evaluated
 from bst_dist.checkpoint.config import CheckpointConfig
-from bst_dist.checkpoint.copying import Copied
 from bst_dist.checkpoint.directory import CheckpointError, committed, step_of
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
+from bst_dist.checkpoint.host_copy import Copied
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.local import LocalCopies
 from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy

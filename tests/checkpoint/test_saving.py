@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bst_base.errors import StorageError
-from bst_dist.checkpoint import copying, durable, retention, saving
+from bst_dist.checkpoint import durable, host_copy, retention, saving
 from bst_dist.checkpoint.callbacks import Checkpoints, Evaluated
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
@@ -554,14 +554,14 @@ def test_a_written_checkpoint_resets_the_failure_count(tmp_path, monkeypatch):
 
 def test_copy_blocks_are_little_larger_than_the_copied_data():
     for count in (1, 1 << 18, 7_000_000, 3 * (1 << 28) + 5, 21_000_000_000):
-        sizes = copying.block_sizes(count)
+        sizes = host_copy.block_sizes(count)
         assert count <= sum(sizes) < count + (1 << 18)
         assert all(size & (size - 1) == 0 and size <= 1 << 28 for size in sizes)
-    assert copying.block_sizes(-3) == []
+    assert host_copy.block_sizes(-3) == []
 
 
 def test_a_copy_in_several_blocks_is_written_correctly(tmp_path, monkeypatch):
-    monkeypatch.setattr(copying, "block_sizes", lambda count: [64] * -(-count // 64))
+    monkeypatch.setattr(host_copy, "block_sizes", lambda count: [64] * -(-count // 64))
     state = Tensors(numel=150)
     assert isinstance(save(snapshots(tmp_path, state), state, 1), Saved)
     assert resume(tmp_path, 150) == 1

@@ -257,7 +257,7 @@ LEFT_OUT = {
     r"bst train .*--(nodes|ranks [48])": "needs more hosts or cores: tests/cluster, tests/checkpoint/test_elastic.py",
     r"bst bench ": "measures, for minutes to hours",
     r"bst train runs/demo": "continues a run that others read: tests/train/start/test_bad_input.py, test_changes.py",
-    r"bst ckpt (push|pull) ": "needs an object store: tests/checkpoint/test_copies.py",
+    r"bst ckpt (push|pull) ": "needs an object store: tests/checkpoint/test_object_copy.py",
     r"bst train .*branch.run": "leaves from a checkpoint of a real run: tests/train/start/test_branch.py",
     r"bst train .*initial_weights": "of the demo's own last step: tests/train/start/test_initial_weights.py",
     r"bst data prepare (/|.*/data/(books|latex|linux|mathematics)|.*output=/)": "fetches packages, writes elsewhere",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from bst_dist.checkpoint.copying import HostCopy
+from bst_dist.checkpoint.host_copy import HostCopy
 from bst_dist.checkpoint.local import LocalCopies
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.accelerators import accelerator

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.json_lines import read_lines
-from bst_dist.checkpoint.copies import RunCopy, contains
+from bst_dist.checkpoint.object_copy import RunCopy, contains
 from bst_dist.checkpoint.retention import readable
 from bst_dist.faults import ledger
 from bst_dist.train.rundir import ENVIRONMENT, OUTCOME, RECIPE, read_starts

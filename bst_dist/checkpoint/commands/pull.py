@@ -18,8 +18,8 @@ from bst_base.errors import UserError
 from bst_base.sizes import readable_size
 from bst_dist.checkpoint.commands.common import add_step
 from bst_dist.checkpoint.commands.copied_run import other_run
-from bst_dist.checkpoint.copies import RunCopy, contains
 from bst_dist.checkpoint.directory import CheckpointError, find, is_full, read_manifest, size
+from bst_dist.checkpoint.object_copy import RunCopy, contains
 from bst_dist.train.rundir import RECIPE
 
 

@@ -23,8 +23,8 @@ from bst_base.errors import StorageError, UserError
 from bst_base.sizes import readable_size
 from bst_dist.checkpoint.commands.common import add_run, add_step, select
 from bst_dist.checkpoint.commands.copied_run import abandoned, ended, other_run
-from bst_dist.checkpoint.copies import RunCopy
 from bst_dist.checkpoint.directory import CheckpointError, committed, is_full, read_manifest, step_of
+from bst_dist.checkpoint.object_copy import RunCopy
 from bst_dist.checkpoint.retention import CheckpointEntry, readable
 from bst_dist.train.rundir import read_outcome, read_recipe
 

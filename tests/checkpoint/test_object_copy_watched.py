@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bst_base.errors import StorageError
-from bst_dist.checkpoint.copies import RunCopy
 from bst_dist.checkpoint.directory import damage, directory
+from bst_dist.checkpoint.object_copy import RunCopy
 from tests.checkpoint.pushing import push
 
 
@@ -95,7 +95,7 @@ def test_push_continues_with_the_newest_if_a_checkpoint_is_removed_while_it_is_r
             shutil.rmtree(checkpoint)
         return damage(checkpoint)
 
-    monkeypatch.setattr("bst_dist.checkpoint.copies.damage", removed)
+    monkeypatch.setattr("bst_dist.checkpoint.object_copy.damage", removed)
     assert push(older, url) == 0
     assert RunCopy(url).steps() == [5]
     assert "checkpoint 4 was removed by the run" in capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_push_continues_with_the_newest_if_a_checkpoint_is_removed(older, url, m
             shutil.rmtree(directory(older, 4))
         return put(self, path, name)
 
-    monkeypatch.setattr("bst_dist.checkpoint.copies._TRANSFERS", 1)
+    monkeypatch.setattr("bst_dist.checkpoint.object_copy._TRANSFERS", 1)
     monkeypatch.setattr(RunCopy, "_put", removed)
     assert push(older, url) == 0
     assert RunCopy(url).steps() == [5]

@@ -12,8 +12,8 @@ import s3fs
 from fsspec.implementations.local import LocalFileSystem
 
 from bst_base.errors import StorageError, UserError
-from bst_dist.checkpoint.copies import RunCopy
 from bst_dist.checkpoint.directory import MANIFEST, damage, directory, manifest_content, read_manifest
+from bst_dist.checkpoint.object_copy import RunCopy
 from bst_dist.cli import main
 from tests.checkpoint.damage import flip
 from tests.checkpoint.pushing import contents, earlier, only_weights, pull, push

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bst_base.errors import StorageError
-from bst_dist.checkpoint.copies import RunCopy
 from bst_dist.checkpoint.directory import damage, directory, is_full, read_manifest
+from bst_dist.checkpoint.object_copy import RunCopy
 from bst_dist.checkpoint.retention import CheckpointEntry, abandon, keep_only_weights, remove_leftovers
 from bst_dist.faults.ledger import Entry
 from tests.checkpoint.pushing import contents, only_weights, pull, push, taken
@@ -76,7 +76,7 @@ def test_a_checkpoint_that_changes_while_it_is_sent_is_sent_again(older, url, mo
             taken(older, 4, skipped=3)
         return put(self, path, name)
 
-    monkeypatch.setattr("bst_dist.checkpoint.copies._TRANSFERS", 1)
+    monkeypatch.setattr("bst_dist.checkpoint.object_copy._TRANSFERS", 1)
     monkeypatch.setattr(RunCopy, "_put", changes)
     assert push(older, url) == 0
     store = Path(url.removeprefix("file://"))
