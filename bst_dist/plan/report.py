@@ -111,26 +111,6 @@ def show_sizes(console: Console, planner: Planner, found: list[Size]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    lines = []
-    for size in found:
-        fitting = [way for way in size.by_place.values() if way.fits] or [size.by_place["device"]]
-        way = min(fitting, key=lambda one: one.speed.total)
-        cells = [
-            _cell(size.by_place[place], (size, place) == chosen) if place in size.by_place else "" for place in PLACES
-        ]
-        lines.append(
-            [
-                f"{size.tokens:,}" if size.slices > 1 else "at once",
-                f"{size.slices:,}",
-                f"{size.edges_bytes / GB:,.2f}",
-                *cells,
-                _stage(way),
-                way.work.checkpointing.describe(),
-                f"{sum(way.traffic.values()) / GB:,.1f}",
-                f"{way.speed.total:,.2f}",
-                f"{way.speed.rerun:,.2f}",
-            ]
-        )
     columns = (
         "slice",
         "slices",
@@ -142,11 +122,29 @@ def show_sizes(console: Console, planner: Planner, found: list[Size]) -> None:
         "step s",
         "rerun s",
     )
-    print_table(Sheet(columns, lines))
+    print_table(Sheet(columns, [_size_row(size, chosen) for size in found]))
     if chosen is None:
         console.print("no size fits: more GPUs, or a smaller model", highlight=False)
     else:
         console.print(f"best: {' '.join(overrides(chosen[0].by_place[chosen[1]]))}", highlight=False, soft_wrap=True)
+
+
+def _size_row(size: Size, chosen: tuple[Size, str] | None) -> list[Cell]:
+    """Return the row of a slice size, with the figures of its fastest plan that fits."""
+    fitting = [way for way in size.by_place.values() if way.fits] or [size.by_place["device"]]
+    way = min(fitting, key=lambda one: one.speed.total)
+    cells = [_cell(size.by_place[place], (size, place) == chosen) if place in size.by_place else "" for place in PLACES]
+    return [
+        f"{size.tokens:,}" if size.slices > 1 else "at once",
+        f"{size.slices:,}",
+        f"{size.edges_bytes / GB:,.2f}",
+        *cells,
+        _stage(way),
+        way.work.checkpointing.describe(),
+        f"{sum(way.traffic.values()) / GB:,.1f}",
+        f"{way.speed.total:,.2f}",
+        f"{way.speed.rerun:,.2f}",
+    ]
 
 
 def _stage(way: Candidate) -> str:

@@ -146,6 +146,13 @@ def _print(console: Console, report: dict[str, Any]) -> None:
         if (lengths := n.get("document_tokens"))
     ]
     print_table(Sheet(("tokens per document", *quantiles), rows))
+    _print_lengths(console, report)
+    _print_left_out(console, report)
+    _print_overlap(console, report)
+
+
+def _print_lengths(console: Console, report: dict[str, Any]) -> None:
+    """Print the histogram of lengths, and what lengths cost: padding at the block, documents cut by sequences."""
     histogram = report["length_histogram"]
     say("documents by length in tokens:", console)
     most = max(histogram["documents"])
@@ -164,12 +171,20 @@ def _print(console: Console, report: dict[str, Any]) -> None:
             f"{shares}; joined, and nothing is padded in both",
             console,
         )
+
+
+def _print_left_out(console: Console, report: dict[str, Any]) -> None:
+    """Print the duplicates, the documents left out and the licences."""
     removed = report["duplicates_removed"]
     left = f", {report['duplicates_left']} left" if "duplicates_left" in report else ""
     say(f"duplicates: {removed['exact']} exact and {removed['near']} near ones removed{left}", console)
     left_out = ", ".join(f"{count} {reason}" for reason, count in report["left_out"].items())
     say(f"left out: {left_out or 'nothing'}", console)
     say(f"licences: {most_frequent(report['licences'], _LICENCES)}", console)
+
+
+def _print_overlap(console: Console, report: dict[str, Any]) -> None:
+    """Print how much of the other splits is in train too."""
     for split, n in report.get("overlap_with_train", {}).items():
         if split != "run_tokens":
             share = n["found"] / max(n["runs"], 1)

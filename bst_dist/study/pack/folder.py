@@ -35,16 +35,7 @@ def make(
     """Write the folder atomically; raises UserError if the sweep cannot be packed or the folder would be too large."""
     if folder.exists():
         raise UserError(f"{folder} exists: remove it, or give another --output")
-    if sweep.budget.flops_per_s is None:
-        raise UserError(
-            "set budget.flops_per_s (training FLOP/s of one device, summed over the runs that train on it side by "
-            "side): the order of the runs is computed from it"
-        )
-    if any(run.recipe.initial_weights for run in runs):
-        raise UserError("initial_weights: the weights of another run are not packed")
-    several = next((run for run in runs if (run.recipe.ranks or 1) > 1), None)
-    if several:
-        raise UserError(f"runs of {several.recipe.ranks} ranks are not packed: give ranks: 1 in the base recipe")
+    _require_packable(sweep, runs)
 
     def price_s(run: Run) -> float:  # start times overlap, because several runs share the device
         return run.own_flops / sweep.budget.flops_per_s + sweep.budget.start_s / SIDE_BY_SIDE
@@ -66,13 +57,32 @@ def make(
         )
         pack.write(new)
         _write_commands(new, pythons, minutes)
-        if (size := size_of(new)) > most_bytes:
-            text = (new / start.DATA).stat().st_size
-            raise UserError(
-                f"the folder would have {size / 1e6:.1f} MB, of which {text / 1e6:.1f} MB are the corpus, compressed; "
-                f"{most_bytes / 1e6:.0f} MB are allowed (--most-mb): prepare a smaller corpus"
-            )
+        _require_size(new, most_bytes)
     return pack
+
+
+def _require_packable(sweep: SweepConfig, runs: Sequence[Run]) -> None:
+    """Raise UserError for a sweep that cannot be packed."""
+    if sweep.budget.flops_per_s is None:
+        raise UserError(
+            "set budget.flops_per_s (training FLOP/s of one device, summed over the runs that train on it side by "
+            "side): the order of the runs is computed from it"
+        )
+    if any(run.recipe.initial_weights for run in runs):
+        raise UserError("initial_weights: the weights of another run are not packed")
+    several = next((run for run in runs if (run.recipe.ranks or 1) > 1), None)
+    if several:
+        raise UserError(f"runs of {several.recipe.ranks} ranks are not packed: give ranks: 1 in the base recipe")
+
+
+def _require_size(folder: Path, most_bytes: int) -> None:
+    """Raise UserError if the folder is larger than allowed."""
+    if (size := size_of(folder)) > most_bytes:
+        text = (folder / start.DATA).stat().st_size
+        raise UserError(
+            f"the folder would have {size / 1e6:.1f} MB, of which {text / 1e6:.1f} MB are the corpus, compressed; "
+            f"{most_bytes / 1e6:.0f} MB are allowed (--most-mb): prepare a smaller corpus"
+        )
 
 
 def size_of(folder: Path) -> int:

@@ -104,6 +104,16 @@ def tables(found: Comparison) -> Iterator[Block]:
         ),
         [_mean_row(name, one) for name, one in found.variants.items()],
     )
+    yield from _changes(found)
+    lines = [line for name, one in found.variants.items() for line in _more(name, found, one)]
+    if lines:
+        yield Items(lines)
+    yield from _zones(found)
+    yield from _contrasts(found)
+
+
+def _changes(found: Comparison) -> Iterator[Block]:
+    """Yield the table of how the advantage changes with compute and with depth, with the verdicts."""
     changes = [_change_row(change) for one in found.variants.values() for change in one.changes]
     if changes:
         names = (
@@ -123,10 +133,10 @@ def tables(found: Comparison) -> Iterator[Block]:
             f"Changes within ±{percent(MARGIN, 1, sign=False)} of the loss per doubling of depth or "
             "tenfold of compute count as equivalent to no change."
         )
-    lines = [line for name, one in found.variants.items() for line in _more(name, found, one)]
-    if lines:
-        yield Items(lines)
-    yield from _zones(found)
+
+
+def _contrasts(found: Comparison) -> Iterator[Block]:
+    """Yield the table of the differences between the other arms and the arm of the verdict."""
     rows = [
         [name, arm, what, percent(e.value), _interval(e)]
         for name, one in found.variants.items()

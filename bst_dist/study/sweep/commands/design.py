@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,7 +32,23 @@ KEYS = {"power_at_margin": "at_margin", "minimum_detectable_change": "smallest_s
 def run(args: argparse.Namespace) -> dict[str, Any]:
     plan, _ = open_plan(args)
     rehearse(plan.sweep, plan.runs)
-    shapes, base = shapes_of(plan), plan.sweep.baseline
+    shapes = shapes_of(plan)
+    show_shapes(plan, shapes)
+    power = show_power(plan)
+    for stratum in plan.dropped:
+        say(f"dropped to fit the budget: {stratum}")
+    return {
+        "runs": len(plan.runs),
+        "measurements": len(plan.measured),
+        "dropped": plan.dropped,
+        "shapes": [asdict(shape) for shape in shapes],
+        **power,
+    }
+
+
+def show_shapes(plan: Plan, shapes: Sequence[Shape]) -> None:
+    """Print the model shapes of a plan."""
+    base = plan.sweep.baseline
     title = f"{plan.sweep.name}: {len(plan.runs)} runs, {len(plan.measured)} of them measurements"
     names = (
         "architecture",
@@ -64,16 +81,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for s in shapes
     ]
     print_table(Sheet(names, rows), title)
-    power = show_power(plan)
-    for stratum in plan.dropped:
-        say(f"dropped to fit the budget: {stratum}")
-    return {
-        "runs": len(plan.runs),
-        "measurements": len(plan.measured),
-        "dropped": plan.dropped,
-        "shapes": [asdict(shape) for shape in shapes],
-        **power,
-    }
 
 
 @dataclass(frozen=True)
