@@ -25,12 +25,12 @@ from bst_dist.model.compiled import why_not_compilable
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.neighbour import SequenceParallelError
 from bst_dist.plan.flops import forward_flops
-from bst_dist.plan.launches import host_seconds
+from bst_dist.plan.kernel_launches import host_seconds
 from bst_dist.plan.memory.activations import activations_of
 from bst_dist.plan.memory.parts import Slice
 from bst_dist.plan.memory.peak import Memory, Work, memory
 from bst_dist.plan.memory.zero import Sizes, Strategy, muon_share
-from bst_dist.plan.speed import Cluster, Moved, Speed, share_rerun, speed
+from bst_dist.plan.speed import Cluster, Moved, StepTime, share_rerun, speed
 from bst_dist.plan.traffic import sequence_traffic, zero_traffic
 from data_pipeline.serve.spread import Spread
 
@@ -63,7 +63,7 @@ class Candidate:
     """Bytes of gradients and weights that a rank sends per step, by kind."""
     between: dict[str, int]
     """Bytes that a rank sends per step to the ranks that share its sequence, by kind."""
-    speed: Speed
+    speed: StepTime
     limit: float
     """Bytes of a device's memory."""
     spread: Spread

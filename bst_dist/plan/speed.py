@@ -69,7 +69,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Speed:
+class StepTime:
     """Seconds of one step, by cause."""
 
     compute: float
@@ -99,7 +99,7 @@ class Speed:
         """Return the seconds by name."""
         return {name: value for name, value in vars(self).items() if name != "flops"}
 
-    def times(self, factor: float) -> Speed:
+    def times(self, factor: float) -> StepTime:
         """Return a copy with all seconds multiplied by a factor."""
         return replace(self, **{name: factor * value for name, value in self.parts().items()})
 
@@ -130,7 +130,7 @@ def speed(
     between: dict[str, int],
     cluster: Cluster,
     bf16: bool,
-) -> Speed:
+) -> StepTime:
     """Return the modelled seconds of one step.
 
     Args:
@@ -153,7 +153,7 @@ def speed(
         hideable = late - sum(waits.get(kind, 0.0) for kind in after)
         late = max(hideable - hidden, 0.0) + late - hideable
     memory = to_memory / (device.memory_gbs * 1e9 * MEMORY_EFFICIENCY)
-    return Speed(
+    return StepTime(
         compute=3 * forward,
         rerun=rerun,
         memory=memory,

@@ -27,9 +27,9 @@ from bst_dist.study.laws.observation import Observation
 from bst_dist.study.laws.scaling import fit_laws
 from bst_dist.study.report import laws
 from bst_dist.study.report.figures import loss_figure
+from bst_dist.study.report.formatting import plain
 from bst_dist.study.report.style import save_afterwards
 from bst_dist.study.report.terminal import show
-from bst_dist.study.report.words import plain
 
 NUMBERS = ("n", "d", "flops", "loss", "width", "depth")
 

@@ -35,7 +35,7 @@ from bst_dist.parallel.sequence.rehearsal import Rehearsal
 from bst_dist.parallel.sequence.slices import Edge
 from bst_dist.plan.memory.fused import fused_attention, fused_share, fused_tile
 from bst_dist.plan.memory.live import LiveBytes
-from bst_dist.plan.memory.moved import MovedBytes
+from bst_dist.plan.memory.memory_traffic import MovedBytes
 from bst_dist.plan.memory.parts import Part, Slice
 from bst_dist.plan.memory.rows import rows_to_trace
 from bst_dist.plan.memory.zero import WORD, Sizes

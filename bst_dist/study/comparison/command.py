@@ -34,7 +34,7 @@ from bst_dist.study.comparison.equality import equality
 from bst_dist.study.comparison.pairs import Differences
 from bst_dist.study.comparison.run_summary import LAST_STEPS, Figures, RunSummary, Scored, summarise
 from bst_dist.study.comparison.training_status import TrainingStatus
-from bst_dist.study.runs.results import named
+from bst_dist.study.runs.results import shortest_names
 from bst_dist.study.statistics import Estimate, entries
 
 ABREAST = 4
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if len(args.runs) != 2 or args.plot:
             raise UserError("--equal takes two runs, and nothing else")
         return _equal(*args.runs)
-    runs = {name: summarise(path) for name, path in named(args.runs).items()}
+    runs = {name: summarise(path) for name, path in shortest_names(args.runs).items()}
     if len(runs) < 2:
         raise UserError("give the directories of two runs or more")
     found = compare(runs)

@@ -26,7 +26,7 @@ from bst_base.errors import UserError
 from bst_base.terminal import say
 from bst_dist.report.metrics import FILE
 from bst_dist.study.report.style import GREY, INCHES, looks, save
-from bst_dist.study.runs.results import Result, named, read_result
+from bst_dist.study.runs.results import Result, read_result, shortest_names
 
 SMALL = {
     "learning_rate": "learning rate",
@@ -121,7 +121,7 @@ def _finish(loss: Axes, small: dict[str, Axes]) -> None:
 
 def read_runs(directories: list[Path]) -> dict[str, Result]:
     """Read the metrics of runs, by name; raises UserError for a run without training steps."""
-    found = {name: read_result(path) for name, path in named(directories).items()}
+    found = {name: read_result(path) for name, path in shortest_names(directories).items()}
     for run in found.values():
         if not run.train:
             raise UserError(f"{run.directory}: nothing to draw: {FILE} is missing there or holds no training step")

@@ -8,7 +8,7 @@ from typing import Any
 from bst_base.settings import ConfigError
 from bst_dist.config import recipe_settings
 from bst_dist.study.experiment.config import ExperimentConfig
-from bst_dist.study.runs.recipes import Job, digest, named, with_settings
+from bst_dist.study.runs.recipes import Job, digest, name_by_hash, with_settings
 from data_pipeline.serve.loader import open_corpora
 from data_pipeline.synthetic.config import SyntheticConfig
 
@@ -61,7 +61,7 @@ def _trial(base: dict[str, Any], experiment: ExperimentConfig, condition: str, a
         raise ConfigError(f"{where}: {error}") from None
     data["seed"] = seed
     label = "".join(c if c.isalnum() or c in "._-" else "-" for c in arm)
-    return Trial(named(f"{label}-s{seed}", data, where), None, condition, arm, seed)
+    return Trial(name_by_hash(f"{label}-s{seed}", data, where), None, condition, arm, seed)
 
 
 def _require_comparable(found: list[Trial], experiment: ExperimentConfig) -> None:

@@ -13,7 +13,7 @@ from bst_dist.study.laws.fit import Fit, FitError, fit
 from bst_dist.study.laws.joint import MARGIN, e_difference, fit_shared
 from bst_dist.study.laws.law import FORMS, FormName, Law, Points
 from bst_dist.study.laws.observation import Observation, grid, points
-from bst_dist.study.laws.reach import Reach, compare_reach
+from bst_dist.study.laws.receptive_field import ReceptiveField, compare_receptive_fields
 from bst_dist.study.laws.regression import RegressionError
 from bst_dist.study.laws.uncertainty import Interval, LackOfFit
 from bst_dist.study.statistics import Equality, Estimate, equality, quantile
@@ -108,7 +108,7 @@ class Laws:
     points: int
     runs: int
     architectures: dict[str, ArchitectureLaws]
-    reach: dict[str, Reach]
+    reach: dict[str, ReceptiveField]
     shared: SharedE
 
 
@@ -121,9 +121,9 @@ def fit_laws(observed: Sequence[Observation], baseline: str | None, arm: str, dr
         name: _laws_of([o for o in at_rate if o.architecture == name], draws)
         for name in dict.fromkeys(o.architecture for o in ours)
     }
-    reach: dict[str, Reach] = {}
+    reach: dict[str, ReceptiveField] = {}
     for name in laws if baseline else ():
-        if name != baseline and (found := compare_reach(ours, name, str(baseline), arm)) is not None:
+        if name != baseline and (found := compare_receptive_fields(ours, name, str(baseline), arm)) is not None:
             reach[name] = found
     shared = _shared(every, baseline, [name for name, r in reach.items() if r.answer == "equal"], draws)
     return Laws(len(every), len(np.unique(every.run)), laws, reach, shared)

@@ -9,7 +9,7 @@ from bst_base.terminal import Sheet
 from bst_dist.study.laws.advantage import Advantage, Comparison, HeldOutGap
 from bst_dist.study.laws.verdict import MARGIN, Change
 from bst_dist.study.report.document import Block, Items, Paragraph
-from bst_dist.study.report.words import number, percent, percent_interval, power, span
+from bst_dist.study.report.formatting import number, percent, percent_interval, power, span
 from bst_dist.study.statistics import Estimate
 
 EQUAL = {"flops": "training FLOPs", "time_s": "training time"}

@@ -9,7 +9,7 @@ from bst_base.terminal import Sheet
 from bst_dist.study.laws.scaling import ArchitectureLaws, Fitted, Laws, Optimum, Prediction
 from bst_dist.study.laws.uncertainty import UNKNOWNS, Interval
 from bst_dist.study.report.document import Block, Heading, Items, Paragraph
-from bst_dist.study.report.words import number, percent_interval, power, span
+from bst_dist.study.report.formatting import number, percent_interval, power, span
 from bst_dist.study.statistics import Estimate
 
 EXPONENTS = ("E", "A", "alpha", "G", "gamma", "B", "beta", "kappa")

@@ -69,7 +69,7 @@ def with_settings(data: dict[str, Any], settings: Settings) -> dict[str, Any]:
     return data
 
 
-def named(label: str, data: dict[str, Any], where: str | None = None) -> Recipe:
+def name_by_hash(label: str, data: dict[str, Any], where: str | None = None) -> Recipe:
     """Return the recipe, named by the label and its hash.
 
     Raises ConfigError for any error in it. The message begins with `where` (default: the label).

@@ -151,7 +151,7 @@ def _each(found: Counter[str]) -> str:
     return " and ".join(f"{version} ({count} run{'s' * (count > 1)})" for version, count in found.most_common())
 
 
-def named(directories: Sequence[Path]) -> dict[str, Path]:
+def shortest_names(directories: Sequence[Path]) -> dict[str, Path]:
     """Return name -> directory, without duplicates. The name is the shortest path suffix that is unique."""
     paths = {path.resolve(): path for path in reversed(directories)}
     depth = 1

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from bst_base.files import write_json
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.ssm.kernels import KERNELS
-from bst_dist.study.report.words import plain
+from bst_dist.study.report.formatting import plain
 from bst_dist.study.statistics import Equality, Estimate, equality, mean
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.optimizer import build_for

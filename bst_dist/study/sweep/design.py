@@ -20,7 +20,7 @@ from bst_dist.config import Recipe, recipe_settings
 from bst_dist.model.config import MIXER_SECTIONS
 from bst_dist.model.layers import MIXERS
 from bst_dist.study.runs.config import Settings
-from bst_dist.study.runs.recipes import Job, digest, named, with_settings
+from bst_dist.study.runs.recipes import Job, digest, name_by_hash, with_settings
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.shape import Counts, Model, count, solve_together
 from data_pipeline.serve.config import DataConfig
@@ -196,7 +196,7 @@ class Designer:
         data["train"]["steps"] = max(leaves.values())
         data["schedule"]["decay_fraction"] = 0.0
         data["checkpoint"] = {**data.get("checkpoint", {}), "at": sorted(set(leaves.values())), "keep_last": 1}
-        return Run(named(f"{cell.label}-trunk", data), None, cell, counts, None)
+        return Run(name_by_hash(f"{cell.label}-trunk", data), None, cell, counts, None)
 
     def _finished(
         self, cell: Cell, data: dict[str, Any], counts: Counts, steps: int, multiple: float, trunk: str | None
@@ -207,7 +207,7 @@ class Designer:
         left = steps - data["branch"]["step"] if trunk else max(1, round(self.sweep.rules.decay_fraction * steps))
         data["schedule"]["decay_fraction"] = left / steps
         data["checkpoint"] = {**data.get("checkpoint", {}), "keep_last": 1}
-        return Run(named(f"{cell.label}-m{multiple:g}", data), trunk, cell, counts, multiple)
+        return Run(name_by_hash(f"{cell.label}-m{multiple:g}", data), trunk, cell, counts, multiple)
 
     def base_of(self, cell: Cell) -> dict[str, Any]:
         """Return the base recipe with the cell's settings and the rules for its size."""

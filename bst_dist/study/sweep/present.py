@@ -19,8 +19,8 @@ from bst_dist.study.laws.verdict import RULE
 from bst_dist.study.report import advantage, laws
 from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Picture
 from bst_dist.study.report.figures import gap_figure, loss_figure, place_figure
+from bst_dist.study.report.formatting import number, percent, power
 from bst_dist.study.report.style import STYLE
-from bst_dist.study.report.words import number, percent, power
 from bst_dist.study.runs.results import trained_with
 from bst_dist.study.sweep.caveats import caveats, counted
 from bst_dist.study.sweep.config import SweepConfig

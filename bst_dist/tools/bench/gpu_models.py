@@ -19,7 +19,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.plan.accelerators import Accelerator, accelerator, of_device
 from bst_dist.plan.flops import forward_flops, train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
-from bst_dist.plan.launches import host_seconds
+from bst_dist.plan.kernel_launches import host_seconds
 from bst_dist.plan.memory.activations import Activations
 from bst_dist.plan.memory.parts import Slice
 from bst_dist.plan.memory.peak import Work

@@ -16,8 +16,8 @@ from bst_dist.study.laws.advantage import compare
 from bst_dist.study.laws.audit import audit
 from bst_dist.study.report import advantage
 from bst_dist.study.report.document import Paragraph
+from bst_dist.study.report.formatting import plain
 from bst_dist.study.report.terminal import show
-from bst_dist.study.report.words import plain
 from bst_dist.study.sweep.caveats import caveats, counted
 from bst_dist.study.sweep.commands.common import add_sweep, open_table
 from bst_dist.study.sweep.table import observations

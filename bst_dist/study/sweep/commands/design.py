@@ -18,7 +18,7 @@ from typing import Any
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.laws.power import Power
 from bst_dist.study.laws.verdict import MARGIN, UNITS
-from bst_dist.study.report.words import number, percent, plain
+from bst_dist.study.report.formatting import number, percent, plain
 from bst_dist.study.sweep.commands.common import add_sweep, open_plan
 from bst_dist.study.sweep.plan import Plan
 from bst_dist.study.sweep.price import shape_key

@@ -15,8 +15,8 @@ from typing import Any
 from bst_base.arguments import at_least
 from bst_dist.study.laws.scaling import fit_laws
 from bst_dist.study.report import laws
+from bst_dist.study.report.formatting import plain
 from bst_dist.study.report.terminal import show
-from bst_dist.study.report.words import plain
 from bst_dist.study.sweep.commands.common import add_sweep, open_table
 from bst_dist.study.sweep.table import observations
 

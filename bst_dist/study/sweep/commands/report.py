@@ -15,7 +15,7 @@ from bst_base.arguments import at_least
 from bst_base.outputs import write_afterwards
 from bst_base.terminal import say
 from bst_dist.study.report import document
-from bst_dist.study.report.words import plain
+from bst_dist.study.report.formatting import plain
 from bst_dist.study.sweep import present
 from bst_dist.study.sweep.commands.common import add_sweep, open_table
 from bst_dist.study.sweep.coordinates import read_check

@@ -20,7 +20,7 @@ MARGIN = 0.005
 
 
 @dataclass(frozen=True)
-class Reach:
+class ReceptiveField:
     """Whether an architecture has as long a receptive field as the baseline."""
 
     difference: Estimate
@@ -31,7 +31,9 @@ class Reach:
     """"equal": the difference is shown to be less than the margin, 0.5 % of the loss."""
 
 
-def compare_reach(observed: Sequence[Observation], variant: str, baseline: str, arm: str) -> Reach | None:
+def compare_receptive_fields(
+    observed: Sequence[Observation], variant: str, baseline: str, arm: str
+) -> ReceptiveField | None:
     """Compare over all pairs of runs of one stratum and length; return None if too few have losses by position."""
     gaps, strata = gaps_by(observed, variant, baseline, arm, "by_block")
     if gaps.shape[1] < 2:
@@ -43,4 +45,4 @@ def compare_reach(observed: Sequence[Observation], variant: str, baseline: str, 
         difference = regress(np.ones((len(late), 1)), late, strata).estimate(0)
     except RegressionError:
         return None
-    return Reach(difference, equality(difference, MARGIN))
+    return ReceptiveField(difference, equality(difference, MARGIN))

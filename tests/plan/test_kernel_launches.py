@@ -8,7 +8,7 @@ from bst_base.settings import parse
 from bst_dist.config import Recipe
 from bst_dist.plan import search
 from bst_dist.plan.accelerators import accelerator
-from bst_dist.plan.launches import COMPILED_FEWER, LAUNCH_S, operations
+from bst_dist.plan.kernel_launches import COMPILED_FEWER, LAUNCH_S, operations
 from bst_dist.plan.memory.live import LiveBytes
 from bst_dist.plan.memory.peak import memory
 from bst_dist.plan.search import Planner

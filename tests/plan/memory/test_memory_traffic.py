@@ -3,7 +3,7 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bst_dist.plan.memory.moved import MovedBytes
+from bst_dist.plan.memory.memory_traffic import MovedBytes
 
 
 def test_operations_read_their_inputs_and_write_their_outputs():
