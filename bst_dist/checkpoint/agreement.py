@@ -29,7 +29,7 @@ def common_checkpoints(ranks: Ranks, run_dir: Path) -> list[Path]:
     Raises StorageError on all ranks unless all see the same checkpoints.
     """
     seen = gather_or_raise(ranks, lambda: committed(run_dir))
-    hosts = ranks.gather(socket.gethostname())
+    hosts = ranks.all_gather_object(socket.gethostname())
     most = max(seen, key=len)
     for rank, paths in enumerate(seen):
         if paths != most:
@@ -47,7 +47,7 @@ def confirmed_damage(ranks: Ranks, checkpoint: Path, kind: str = "") -> list[Fin
     `kind`: check only files of this kind, for example WEIGHTS. Raises StorageError on all ranks when a rank cannot read
     a file, or when two ranks disagree about one.
     """
-    manifest, _ = ranks.from_first(attempt(lambda: read_manifest(checkpoint)) if ranks.first else None)
+    manifest, _ = ranks.broadcast_object(attempt(lambda: read_manifest(checkpoint)) if ranks.first else None)
     # Without a manifest from rank 0, every rank tries to read it and reports the problem.
     first = read_together(
         ranks,
@@ -55,7 +55,7 @@ def confirmed_damage(ranks: Ranks, checkpoint: Path, kind: str = "") -> list[Fin
     )
     if not any(first):
         return []
-    hosts = ranks.gather(socket.gethostname())
+    hosts = ranks.all_gather_object(socket.gethostname())
     again = _again(first, hosts)
     own = [name for name, by in again if by == ranks.rank]
     second = read_together(ranks, lambda arrived: examine(checkpoint, only=own, arrived=arrived) if own else [])
@@ -79,7 +79,7 @@ def manifest_of(ranks: Ranks, checkpoint: Path) -> dict[str, Any]:
 
 def of_first(ranks: Ranks, work: Callable[[], Any]) -> Any:
     """Run `work` on rank 0 and return its result on every rank; its exception is raised on all ranks."""
-    value, error = ranks.from_first(attempt(work) if ranks.first else None)
+    value, error = ranks.broadcast_object(attempt(work) if ranks.first else None)
     if error is not None:
         raise error
     return value
@@ -87,7 +87,7 @@ def of_first(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 def gather_or_raise(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
     """Run `work` on every rank and return all results; an exception on one rank is raised on all ranks."""
-    return _values(ranks.gather(attempt(work)))
+    return _values(ranks.all_gather_object(attempt(work)))
 
 
 def read_together(ranks: Ranks, work: Callable[[Callable[[], None]], Any]) -> list[Any]:
@@ -103,11 +103,11 @@ def read_together(ranks: Ranks, work: Callable[[Callable[[], None]], Any]) -> li
     def arrived() -> None:
         nonlocal since
         if time.monotonic() - since > SLICE_S:
-            ranks.gather(None)
+            ranks.all_gather_object(None)
             since = time.monotonic()
 
     own = attempt(lambda: work(arrived))
-    while None in (everyone := ranks.gather(own)):
+    while None in (everyone := ranks.all_gather_object(own)):
         pass
     return _values(everyone)
 

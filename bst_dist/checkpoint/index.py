@@ -182,9 +182,12 @@ def build_index(
     """
     own = {piece.name: (piece.begin, piece.count) for piece in pieces}
     parts = {name: equal_part(math.prod(shape), ranks.rank, ranks.world) for name, shape in shapes.items()}
-    alike = ranks.sum([(name not in own) if not part[1] else own.get(name) == part for name, part in parts.items()])
+    alike = ranks.all_reduce_numbers(
+        [(name not in own) if not part[1] else own.get(name) == part for name, part in parts.items()]
+    )
     cut = [name for name, count in zip(shapes, alike, strict=True) if count < ranks.world]
-    everyone = ranks.gather([(place, *own[name]) for place, name in enumerate(cut) if name in own]) if cut else []
+    mine = [(place, *own[name]) for place, name in enumerate(cut) if name in own]
+    everyone = ranks.all_gather_object(mine) if cut else []
     runs: dict[str, list[tuple[int, int, int]]] = {name: [] for name in cut}
     for rank, theirs in enumerate(everyone):
         for place, begin, count in theirs:

@@ -75,7 +75,7 @@ class LocalCopies:
         held = self.snapshots.state.held()
         own = LOCAL_COPIES_KEPT * 4 * sum(fragment.elements(self.snapshots.kinds) for fragment in held)
         node, error = attempt(lambda: Node.here(self.root))
-        seen = self.ranks.gather((node, _message(error), own))
+        seen = self.ranks.all_gather_object((node, _message(error), own))
         self._turn_off([why for _, why, _ in seen if why])
         if not self.on:
             return
@@ -98,7 +98,7 @@ class LocalCopies:
         if not self.on:
             return
         neighbours, error = attempt(lambda: Neighbours(self.ranks.rank, places))
-        self._turn_off([why for why in self.ranks.gather(_message(error)) if why])
+        self._turn_off([why for why in self.ranks.all_gather_object(_message(error)) if why])
         if self.on:
             self._needed, self._kept_by, self._neighbours = max(needed.values()), kept_by, neighbours
             self._copy, self._thread = HostCopy(self.ranks.device), ThreadPoolExecutor(1, "local-copy")
@@ -231,9 +231,9 @@ class LocalCopies:
             return
         (key, work), self._writing = self._writing, None
         why = work.result()
-        (failed,) = self.ranks.sum([why is not None])
+        (failed,) = self.ranks.all_reduce_numbers([why is not None])
         if failed:
-            self._turn_off([said for said in self.ranks.gather(why) if said])
+            self._turn_off([said for said in self.ranks.all_gather_object(why) if said])
         else:
             self._held.append(key)
 

@@ -38,7 +38,7 @@ class Found:
 def list_copies(ranks: Ranks, root: Path, heads: Sequence[int]) -> dict[Key, Found]:
     """Return all copies under `root` on all nodes; all ranks call it. `heads`: for each rank the first of its node."""
     found: dict[Key, Found] = {}
-    for head, listed in enumerate(ranks.gather(_listed(root) if ranks.rank == heads[ranks.rank] else [])):
+    for head, listed in enumerate(ranks.all_gather_object(_listed(root) if ranks.rank == heads[ranks.rank] else [])):
         for key, rank, layout in listed:
             found.setdefault(key, Found(key, Layout(**layout))).holders.setdefault(rank, []).append(head)
     return found

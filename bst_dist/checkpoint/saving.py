@@ -148,7 +148,7 @@ class Saver:
         fragments, index = self._owned()
         needed = _needed(index, kinds)
         self._wait_for_removals()  # the directory being removed may free the space that is needed
-        why = self.ranks.from_first(self._prepare(partial, needed) if self.ranks.first else None)
+        why = self.ranks.broadcast_object(self._prepare(partial, needed) if self.ranks.first else None)
         if why:
             return Failed(manifest["step"], why)
         if self.background:
@@ -182,12 +182,14 @@ class Saver:
         fragments, index = self._owned()
         needed = _needed(index, self.kinds)
         partial = self.run_dir / CHECKPOINTS / f"step-rehearsal.{self.lease.epoch}{PARTIAL}"
-        why = self.ranks.from_first(self._prepare(partial, needed) if self.ranks.first else None)
+        why = self.ranks.broadcast_object(self._prepare(partial, needed) if self.ranks.first else None)
         if why:
             raise StorageError(f"no checkpoint could be written: {why}")
         if self.background:
             self._copy.reserve(sum(fragment.elements(self.kinds) for fragment in fragments))
-        said = self.ranks.gather(_message(attempt(lambda: _write_and_read(partial / str(self.ranks.rank))).error))
+        said = self.ranks.all_gather_object(
+            _message(attempt(lambda: _write_and_read(partial / str(self.ranks.rank))).error)
+        )
         if self.ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
         for rank, why in enumerate(said):
@@ -198,7 +200,7 @@ class Saver:
         """Advance the pending checkpoint without waiting; return its outcome once rank 0 has committed, else None."""
         if self._pending is None:
             return None
-        (through,) = self.ranks.sum([self._pending.through()])
+        (through,) = self.ranks.all_reduce_numbers([self._pending.through()])
         if through < self.ranks.world:
             return None
         if self._pending.settled:
@@ -268,7 +270,7 @@ class Saver:
             seen = progress()
             while wait([work], SLICE_S).not_done and progress() == seen:
                 pass
-            (unfinished,) = self.ranks.sum([not work.done()])
+            (unfinished,) = self.ranks.all_reduce_numbers([not work.done()])
 
     def _write(
         self, files: Files, copied: list[Copied], own: dict[str, Any], kinds: Sequence[str]
@@ -288,7 +290,7 @@ class Saver:
 
     def _settle(self, pending: _Pending) -> None:
         """Let rank 0's thread commit the checkpoint, or remove it when a rank could not write its files."""
-        everyone = self.ranks.gather(_outcome(pending.written))
+        everyone = self.ranks.all_gather_object(_outcome(pending.written))
         why = next((f"rank {rank}: {said}" for rank, (_, said) in enumerate(everyone) if said), None)
         pending.contents = {
             name: {**record, "rank": rank} for rank, (own, _) in enumerate(everyone) for name, record in own.items()
@@ -310,7 +312,7 @@ class Saver:
     def _conclude(self, pending: _Pending) -> Saved | Failed:
         """Wait for the commit, and return its outcome on all ranks; rank 0's thread then removes old checkpoints."""
         self._pending = None
-        why = self.ranks.from_first(pending.settled.result())
+        why = self.ranks.broadcast_object(pending.settled.result())
         if why is not None:
             return Failed(pending.manifest["step"], why)
         self._tidying = self._thread.submit(self.tidy if self.ranks.first else lambda: None)

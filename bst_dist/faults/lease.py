@@ -37,7 +37,7 @@ class Broadcast(Protocol):
 
     first: bool
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
 
 
@@ -127,7 +127,7 @@ def shared_lease(ranks: Broadcast, run_dir: Path) -> Iterator[SharedLease]:
             refusal = StorageError.of(error, doing="write")
         except UserError as error:
             refusal = error
-    epoch, refusal = ranks.from_first((lease and lease.epoch, refusal))
+    epoch, refusal = ranks.broadcast_object((lease and lease.epoch, refusal))
     if refusal is not None:
         raise refusal
     try:

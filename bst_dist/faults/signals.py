@@ -175,7 +175,7 @@ class Stop:
     def poll(self) -> bool:
         """Sum the requests over all ranks and return the decision; for code without another sum. All ranks call it."""
         if not self.stopping:
-            self.update(*self.ranks.sum([self.local_request]))
+            self.update(*self.ranks.all_reduce_numbers([self.local_request]))
         return self.stopping
 
 

@@ -130,14 +130,14 @@ class Ranks:
         """Number of threads that torch computes with."""
         return torch.get_num_threads()
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_numbers(self, values: Sequence[float]) -> list[float]:
         """Return the sums over all ranks, in float64, so that counts of tokens and bytes stay exact."""
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
         with self.phases.exchanging("sum of numbers"):
             distributed.all_reduce(totals)
             return totals.tolist()
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Sum a tensor over all ranks, in place and without waiting for the device."""
         with self.phases.exchanging("sum of numbers"):
             distributed.all_reduce(values)
@@ -146,7 +146,7 @@ class Ranks:
     def all_gather_numbers(self, values: Sequence[float]) -> Tensor:
         """Return every rank's `values` on every rank, (ranks, n) float64 on the host. All ranks give equally many.
 
-        It is one collective of numbers, far cheaper than `gather`, which pickles.
+        It is one collective of numbers, far cheaper than `all_gather_object`, which pickles.
         """
         own = torch.tensor(values, dtype=torch.float64, device=self.device)
         found = torch.empty(self.world * len(values), dtype=torch.float64, device=self.device)
@@ -154,14 +154,14 @@ class Ranks:
             distributed.all_gather_into_tensor(found, own)
             return found.view(self.world, -1).cpu()
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Return every rank's value, ordered by rank, on every rank."""
         values: list[Any] = [None] * self.world
         with self.phases.exchanging("gather of objects"):
             distributed.all_gather_object(values, value)
         return values
 
-    def from_first(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Return rank 0's value on every rank."""
         values = [value]
         with self.phases.exchanging("broadcast of an object"):

@@ -92,7 +92,7 @@ class NamedNumbers:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.hosts = ranks.gather(socket.gethostname())
+        self.hosts = ranks.all_gather_object(socket.gethostname())
         self._names: list[str] = []
 
     def exchange(self, own: dict[str, float]) -> tuple[list[str], Tensor]:
@@ -105,7 +105,7 @@ class NamedNumbers:
             table = self.ranks.all_gather_numbers([_digest(known), *row, *[0.0] * (width - len(row))])
             if known is not None and bool((table[:, 0] == table[0, 0]).all()):
                 return self._names, table[:, 1 : 1 + len(self._names)]
-            everyone = self.ranks.gather(new)
+            everyone = self.ranks.all_gather_object(new)
             self._names = list(dict.fromkeys([*self._names, *(name for theirs in everyone for name in theirs)]))
             new = []
 

@@ -108,7 +108,7 @@ class Probes:
         if not layers:
             return {}
         found = {}
-        totals = self.ranks.sum(torch.cat([self._context.sums[layer] for layer in layers]).tolist())
+        totals = self.ranks.all_reduce_numbers(torch.cat([self._context.sums[layer] for layer in layers]).tolist())
         for place, layer in enumerate(layers):
             own, cross, entropy, tokens = totals[4 * place : 4 * place + 4]
             found[f"context share/{_name(layer)}"] = sqrt(cross) / max(sqrt(own) + sqrt(cross), 1e-30)

@@ -171,7 +171,7 @@ class DistanceEvaluation(Evaluation):
             found.add(distance, inputs["loss_mask"], losses.correct, losses.per_token)
         if self.stop.stopping:
             return None
-        sums = self.ranks.sum(found.sums.flatten().tolist())
+        sums = self.ranks.all_reduce_numbers(found.sums.flatten().tolist())
         report = found.report(self.task, self.longest, sums)
         return DistanceReport(
             step=step,

@@ -67,7 +67,7 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
     context = Context(engine, ranks, start.objective.token_bytes().to(ranks.device), stop, sharing)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     ranks.barrier()  # ranks that share a device must measure its peak at the same time
-    (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
+    (peak,) = ranks.all_reduce_numbers([peak_flops(ranks.device, dtype)])
 
     @cache
     def utilisation(length: int) -> Utilisation:

@@ -76,7 +76,9 @@ class Evaluation:
             tokens += int(part.loss_mask.sum())
         if self.stop.stopping:
             return None
-        nats, text_bytes, tokens, *of_blocks = self.ranks.sum([*sums.tolist(), tokens, *by_block.flatten().tolist()])
+        nats, text_bytes, tokens, *of_blocks = self.ranks.all_reduce_numbers(
+            [*sums.tolist(), tokens, *by_block.flatten().tolist()]
+        )
         return EvalReport(
             step=step,
             split="validation",

@@ -129,7 +129,7 @@ class Run:
         """
         steps = self.recipe.train.steps + position.skipped
         reading = self.start.objective.reading(self.start.mesh(self.ranks), position.data, steps)
-        hosts = sorted(set(self.ranks.gather(socket.gethostname())))
+        hosts = sorted(set(self.ranks.all_gather_object(socket.gethostname())))
         if self.ranks.first:
             objective = self.start.objective
             about = {"ranks": self.ranks.world, "hosts": hosts, "device": device_name(self.ranks.device)}
@@ -156,7 +156,7 @@ class Run:
         evaluate = self._evaluate(writers)
         callbacks = self._callbacks(position, loader, writers, evaluate, evaluated)
         try:
-            if ranks.from_first(ranks.first and evaluate.missed(start.reported(), position.step)):
+            if ranks.broadcast_object(ranks.first and evaluate.missed(start.reported(), position.step)):
                 evaluate.evaluate_and_report(position.step)
             if position.step < start.until and not self.stop.poll():
                 self._take_steps(loader, callbacks)
@@ -240,12 +240,12 @@ class Run:
     def _end(self) -> int:
         """Write outcome.json and return the exit status, which is the same on all ranks."""
         ranks = self.ranks
-        outcome = ranks.from_first(
+        outcome = ranks.broadcast_object(
             outcome_of(self.start.reported(), self.recipe.train.steps, self.start.objective.evaluates)
             if ranks.first
             else None
         )
-        told = [signal for signal in ranks.gather(self.stop.notice.signal) if signal is not None]
+        told = [signal for signal in ranks.all_gather_object(self.stop.notice.signal) if signal is not None]
         stopped = self.stop.stopping and not outcome["finished"]
         if stopped:
             outcome |= {"stopped": told[0].name}

@@ -187,7 +187,7 @@ class _Gradients:
         self.trainer, self.step = trainer, step
         count = sum(int(part.loss_mask.sum()) for batch in batches for part in slices_of(batch))
         own = (self._number(count), self._number(isinstance(batches, Blank)))
-        self.counts = trainer.ranks.add_up(torch.cat(own))
+        self.counts = trainer.ranks.all_reduce(torch.cat(own))
         """(2,): valid labels, and ranks without data; over all ranks."""
         self.tokens, self.missing = self.counts.split(1)
         self.sums = torch.zeros(2, dtype=torch.float64, device=trainer.ranks.device)
@@ -202,7 +202,7 @@ class _Gradients:
         """Sum all losses of the step over ranks; make the scale infinite when the loss is bad or data is missing."""
         trainer = self.trainer
         own = (self.sums, self.squares, self._number(trainer.context.stop.local_request), self.parts.flatten())
-        sums = trainer.ranks.add_up(torch.cat(own))
+        sums = trainer.ranks.all_reduce(torch.cat(own))
         self._sums = torch.cat((sums, self.counts))
         loss = sums[:1] / self.tokens.clamp(min=1)
         good = loss.isfinite() & (loss <= trainer.guard.limit) & (self.missing == 0)
@@ -284,7 +284,7 @@ class _MicroBatch:
             for part, length in zip(self.slices, self.lengths, strict=True)
         ]
         if trainer.context.sharing or trainer.engine.stage == 3:
-            return [not count for count in trainer.ranks.sum([float(not begins) for begins in own])]
+            return [not count for count in trainer.ranks.all_reduce_numbers([float(not begins) for begins in own])]
         return [bool(begins) for begins in own]
 
 

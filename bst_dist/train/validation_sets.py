@@ -53,7 +53,7 @@ class CorpusEvaluation(Evaluation):
             of_rows.index_add_(0, row.to(device), both)
         if self.stop.stopping:
             return None
-        nats, text_bytes, *parts = self.ranks.sum([*sums.tolist(), *of_rows.flatten().tolist()])
+        nats, text_bytes, *parts = self.ranks.all_reduce_numbers([*sums.tolist(), *of_rows.flatten().tolist()])
         sequences = torch.tensor(parts, dtype=torch.float64).view(-1, 2)
         tokens = float(sequences[:, 1].sum())
         return CorpusReport(

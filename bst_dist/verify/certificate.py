@@ -60,9 +60,9 @@ def certify(grid: Grid, ranks: Ranks) -> Iterator[Line]:
     for combination in grid.combinations:
         key = (combination.model, combination.precision)
         if key not in limits:
-            limits[key] = ranks.from_first(_limits(grid, combination) if ranks.first else None)
+            limits[key] = ranks.broadcast_object(_limits(grid, combination) if ranks.first else None)
         step = distributed_step(combination.apply(grid.small, grid.world), ranks, groups[combination.sp])
-        findings = ranks.gather(judge(step, limits[key]))
+        findings = ranks.all_gather_object(judge(step, limits[key]))
         worst = max(range(len(findings)), key=lambda rank: findings[rank].severity)
         agree = max(found.severity for found in findings) <= 2 * min(found.severity for found in findings) + 1
         cause = "" if findings[worst].passed else likely_cause(combination, grid.world, findings[worst], agree)

@@ -18,11 +18,11 @@ class Alone:
     def print_first(self, text: str) -> None:
         self.said.append(text)
 
-    def sum(self, values: list[float]) -> list[float]:
+    def all_reduce_numbers(self, values: list[float]) -> list[float]:
         return [float(value) for value in values]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return [value]
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         return value

@@ -70,9 +70,9 @@ def write(run_dir: Path, model: LanguageModel, step: int, full: bool) -> None:
         world=1,
         first=True,
         device=torch.device("cpu"),
-        sum=lambda values: values,
-        gather=lambda value: [value],
-        from_first=lambda value: value,
+        all_reduce_numbers=lambda values: values,
+        all_gather_object=lambda value: [value],
+        broadcast_object=lambda value: value,
     )
     groups = {"matrices": {"lr": 0.1}}
     identity = Identity("digest", groups, 0, Layout(1, 1, 2), Rows(2, 1, Mesh(1, 0)))

@@ -40,7 +40,7 @@ class Together(Alone):
         self.rank, self.world, self.first, self.phases = rank, len(table), rank == 0, Phases()
         self._meeting, self._table = meeting, table
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         with self.phases.exchanging("gather"):
             self._table[self.rank] = value
             self._meeting.wait(60)
@@ -48,11 +48,11 @@ class Together(Alone):
             self._meeting.wait(60)
             return found
 
-    def sum(self, values: list[float]) -> list[float]:
-        return [float(sum(column)) for column in zip(*self.gather(values), strict=True)]
+    def all_reduce_numbers(self, values: list[float]) -> list[float]:
+        return [float(sum(column)) for column in zip(*self.all_gather_object(values), strict=True)]
 
-    def from_first(self, value: Any) -> Any:
-        return self.gather(value)[0]
+    def broadcast_object(self, value: Any) -> Any:
+        return self.all_gather_object(value)[0]
 
 
 class Part:

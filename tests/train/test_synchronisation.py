@@ -162,7 +162,7 @@ def test_a_gpu_step_does_not_synchronise_before_the_update(name: str, documents:
         pytest.skip("refuses masked documents")
     with torch.device("meta"), Waits() as waits:
         engine = FakeEngine(model.to("meta"), waits)
-        ranks = SimpleNamespace(device=torch.device("meta"), world=1, phases=Phases(), add_up=lambda x: x)
+        ranks = SimpleNamespace(device=torch.device("meta"), world=1, phases=Phases(), all_reduce=lambda x: x)
         config = TrainConfig(steps=1, sequence_length=LENGTH, sequences=2 * ROWS, micro_sequences=ROWS)
         token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
         context = Context(engine, ranks, token_bytes, Stop(ranks))

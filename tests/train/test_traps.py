@@ -200,7 +200,7 @@ def test_gradient_clipping_uses_the_global_norm_in_every_stage(recipe_file, tmp_
             engine.accumulate(engine.forward(ids, ids).total / 32, last=True)
             before = engine.update()
             moments = [state["exp_avg"] for state in engine.deepspeed.optimizer.state.values() if "exp_avg" in state]
-            (total,) = ranks.sum([float(sum(m.double().pow(2).sum() for m in moments))])
+            (total,) = ranks.all_reduce_numbers([float(sum(m.double().pow(2).sum() for m in moments))])
             found.append((before, (total / (ranks.world if stage == 0 else 1)) ** 0.5))
             engine.deepspeed.destroy()
         return found

@@ -109,7 +109,7 @@ class AccuracyEvaluation(Evaluation):
             examples += int(batch.loss_mask.sum())
         if self.stop.stopping:
             return None
-        nats, correct, examples = self.ranks.sum([*sums.tolist(), examples])
+        nats, correct, examples = self.ranks.all_reduce_numbers([*sums.tolist(), examples])
         count = max(1.0, examples)
         return AccuracyReport(
             step,

@@ -136,7 +136,7 @@ class SimulatedRank:
         self.heard: list[bytes | list[bytes]] = []
         """Pickled results of the last rank's collectives, which `Again` replays to repeat its work alone."""
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_numbers(self, values: Sequence[float]) -> list[float]:
         self.counts.collectives += 1
         found = self._world.meet(
             self.rank, list(map(float, values)), lambda all_: list(map(sum, zip(*all_, strict=True)))
@@ -149,7 +149,7 @@ class SimulatedRank:
         own = list(map(float, values))
         return self._world.meet(self.rank, own, lambda all_: torch.tensor(all_, dtype=torch.float64)).clone()
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         self.counts.collectives += 1
         blobs, values = self._world.meet(
             self.rank, pickle.dumps(value), lambda all_: (all_, list(map(pickle.loads, all_)))
@@ -157,7 +157,7 @@ class SimulatedRank:
         self.counts.received_bytes += self.world * max(map(len, blobs))
         return self._heard(blobs) if self.rank in (0, self.world - 1) else values
 
-    def from_first(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         self.counts.collectives += 1
         blob, shared = self._world.meet(
             self.rank, pickle.dumps(value) if self.first else b"", lambda all_: (all_[0], pickle.loads(all_[0]))
@@ -185,13 +185,13 @@ class Again:
         self.phases = Phases()
         self._heard = iter(before.heard)
 
-    def sum(self, _: Sequence[float]) -> list[float]:
+    def all_reduce_numbers(self, _: Sequence[float]) -> list[float]:
         return unpickled(next(self._heard))
 
-    def gather(self, _: T) -> list[T]:
+    def all_gather_object(self, _: T) -> list[T]:
         return unpickled(next(self._heard))
 
-    def from_first(self, _: T) -> T:
+    def broadcast_object(self, _: T) -> T:
         return unpickled(next(self._heard))
 
     def barrier(self) -> None:

@@ -137,13 +137,13 @@ def resolve_together(recipe: Recipe, request: Request, ranks: Ranks) -> Start:
         if error.filename is None:  # a socket or a process, not a file that this host cannot read
             raise
         found = StorageError.of(error)
-    messages = ranks.gather(None if found is None else str(found))
+    messages = ranks.all_gather_object(None if found is None else str(found))
     if start is not None and not any(messages):
         return start
     if found is not None and len(set(messages)) == 1:
         raise found
     unreadable = found is not None and found.exit_status == StorageError.exit_status
-    kinds = ranks.gather((StorageError if unreadable else UserError, socket.gethostname()))
+    kinds = ranks.all_gather_object((StorageError if unreadable else UserError, socket.gethostname()))
     rank = next(rank for rank, message in enumerate(messages) if message is not None)
     kind, host = kinds[rank]
     raise kind(f"rank {rank} on {host}: {messages[rank]}") from found

@@ -30,7 +30,7 @@ def begin_at(
     loaded. Raises CheckpointError on all ranks when steps were taken and none of their checkpoints is valid.
     """
     # Asked before damaged checkpoints are renamed, so the answer is that of `build_engine`.
-    loaded = ranks.from_first(loads_initial(start, request.from_zero) if ranks.first else None)
+    loaded = ranks.broadcast_object(loads_initial(start, request.from_zero) if ranks.first else None)
     position, local = _from_copies(start, copies, ranks) if request.resume else (None, None)
     if position is None:
         position = _newest(start, snapshots, ranks, own=request.resume)
@@ -38,7 +38,7 @@ def begin_at(
         start.objective.loader(start.mesh(ranks)).load_state_dict(position.data)  # raises UserError for another order
         return position, local
     initial = start.recipe.initial_weights
-    shown = ranks.from_first(shown_steps(start.run_dir) if ranks.first else None)
+    shown = ranks.broadcast_object(shown_steps(start.run_dir) if ranks.first else None)
     if (shown and not request.from_zero) or (initial and not loaded):
         raise CheckpointError(
             f"{start.run_dir}: {shown or 'it had a checkpoint'}, and none of its checkpoints is valid; restore one, or "
@@ -100,7 +100,7 @@ def guard_of(start: Start, ranks: Ranks, position: Position, local: str | None =
     if ranks.first:
         losses = [line["loss_nats"] for line in start.reported() if line["kind"] == "train"]
         seen = ledger.read(start.run_dir, position.step, position.skipped), losses[-start.recipe.guard.spike_window :]
-    entries, losses = ranks.from_first(seen)
+    entries, losses = ranks.broadcast_object(seen)
     book = ledger.Ledger(entries, start.run_dir / ledger.FILE if ranks.first else None)
     cause = "; ".join(changed_at(start, position))
     if cause and cause != next((entry.cause for entry in reversed(entries) if entry.action == ledger.CHANGE), None):

@@ -63,7 +63,7 @@ def test_measuring_some_ranks_gives_the_counts_of_all(found, tmp_path, monkeypat
 def test_working_ranks_represent_the_idle_ranks_before_them():
     world = World(8, at_work=3)
     assert world.at_work == [0, 4, 7]
-    found, _ = world.run(lambda rank: (rank.rank, rank.gather(rank.rank)))
+    found, _ = world.run(lambda rank: (rank.rank, rank.all_gather_object(rank.rank)))
     assert [rank for rank, _ in found] == [0, 4, 4, 4, 4, 7, 7, 7]
     assert all(heard == [0, 4, 4, 4, 4, 7, 7, 7] for _, heard in found)
 
