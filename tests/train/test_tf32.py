@@ -30,7 +30,7 @@ def while_training(monkeypatch, precision: str) -> bool:
 
     recipe = SimpleNamespace(deterministic=False, train=SimpleNamespace(precision=precision))
     monkeypatch.setattr(run, "load", lambda request: recipe)
-    monkeypatch.setattr(run, "resolve", begin)
+    monkeypatch.setattr(run, "resolve_together", begin)
     with pytest.raises(_Here):
         run.train(SimpleNamespace(), SimpleNamespace(world=1))
     return found[0]

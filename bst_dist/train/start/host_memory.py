@@ -38,11 +38,11 @@ def warn_of_shortage(start: Start) -> None:
     """Print a warning on the first rank of a host that has too little memory to build the model.
 
     It is no error, because some file systems' caches (ZFS) do not count as available. Without a variable in
-    RANKS_OF_HOST one rank is assumed.
+    RANKS_OF_HOST the need is unknown, and nothing is printed.
     """
-    if local_rank(os.environ):
+    ranks = next((int(os.environ[name]) for name in RANKS_OF_HOST if os.environ.get(name, "").isdigit()), None)
+    if ranks is None or local_rank(os.environ):
         return
-    ranks = next((int(os.environ[name]) for name in RANKS_OF_HOST if os.environ.get(name, "").isdigit()), 1)
     with weightless():
         parameters = sum(parameter.numel() for parameter in start.objective.model().parameters())
     if message := shortage(parameters, ranks, available_memory()):

@@ -29,7 +29,8 @@ def test_enough_or_unknown_memory_is_no_shortage(available):
     [
         ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}, "8 ranks need 16.0 GB"),
         ({"LOCAL_RANK": "0", "LOCAL_SIZE": "4"}, "4 ranks need 8.0 GB"),
-        ({"SLURM_LOCALID": "0"}, "1 rank needs 2.0 GB"),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "1 rank needs 2.0 GB"),
+        ({"SLURM_LOCALID": "0"}, None),
         ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}, None),
     ],
 )
@@ -62,6 +63,7 @@ def test_bst_train_check_has_a_line_for_too_little_memory(recipe_file, tmp_path,
 @pytest.mark.ranks
 def test_a_start_warns_before_it_builds_the_model(recipe_file, tmp_path, on_ranks, unmeasured, monkeypatch, capfd):
     monkeypatch.setattr(host_memory, "available_memory", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
 
     def on_rank(ranks: Ranks) -> int:
         return train(Request(recipe_file(), [], tmp_path / "run", False, 1), ranks)
