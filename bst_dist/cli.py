@@ -15,6 +15,7 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from bst_base.arguments import output
@@ -219,19 +220,32 @@ def _status(argv: list[str]) -> int:
         parser = parser_of(name)
         args = parser.parse_intermixed_args(argv[len(name.split()) :])  # overrides may be anywhere
         refuse_alone(parser, args)
-        report = module.run(args)
-        unwritten = _write_outputs(args, name, report)
     except EXPECTED as error:
         return _told(name, error)
     except KeyboardInterrupt:
         return 130
+    return _run(module.run, name, args)
+
+
+def _run(command: Callable[[argparse.Namespace], dict[str, Any] | None], name: str, args: argparse.Namespace) -> int:
+    """Run a command and write its files, if it fails those of the part that it has finished; return the status."""
+    try:
+        report = command(args)
+    except EXPECTED as error:
+        status = _told(name, error)
+        _write_outputs(args, name, None)
+        return status
+    except KeyboardInterrupt:
+        _write_outputs(args, name, None)
+        return 130
+    unwritten = _write_outputs(args, name, report)
     if report is not None and report.get("passed") is False:
         return int(report.get("exit_status", 1))
     return unwritten
 
 
 def _write_outputs(args: argparse.Namespace, name: str, report: dict[str, Any] | None) -> int:
-    """Write the report, then the files that are made from it, each whatever happens to the others.
+    """Write the report, then the files that are made from it; one of EXPECTED does not keep the others from it.
 
     Return 0, or the exit status of the last that could not be written.
     """

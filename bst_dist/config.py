@@ -296,7 +296,7 @@ FREE = (
     "data.examples",
 )
 """Settings in the sections of NUMBERS that may change all the same. The path of a corpus may change too: the loader's
-`check` compares the corpus's digest with the one in the checkpoint."""
+`load_state_dict` compares the corpus's digest with the one in the checkpoint."""
 
 
 def load_recipe(given: str | Path, overrides: Iterable[str] = (), base: Path | None = None) -> Recipe:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bst_base.errors import UserError
 from bst_base.outputs import write_afterwards
 from bst_dist import cli
 from bst_dist.usage import HelpFormatter, nearest
@@ -153,6 +154,19 @@ def test_a_report_that_cannot_be_written_loses_no_figure(tmp_path, capsys, monke
     monkeypatch.setattr(cli, "write_report", no_space)
     assert cli.main(["baselines", "corpus", "--json", str(tmp_path / "report.json")]) == 74
     assert drawn == ["figure"]
+
+
+@pytest.mark.parametrize(("error", "expected"), [(UserError("a shard is missing"), 2), (KeyboardInterrupt(), 130)])
+def test_a_command_that_fails_later_keeps_the_figures_of_finished_parts(error, expected, monkeypatch):
+    drawn = []
+
+    def work(args):
+        write_afterwards(args, lambda: drawn.append("the first corpus"))
+        raise error
+
+    measuring(monkeypatch, work)
+    assert cli.main(["baselines", "corpus"]) == expected
+    assert drawn == ["the first corpus"]
 
 
 @pytest.mark.parametrize("reader", ["a full disk", "a closed pipe", "an encoding without ±"])

@@ -188,7 +188,9 @@ def replace(checkpoint: Path, newer: Path) -> None:
     Both renames are durable when this returns. If only the first one happens, the older checkpoint still counts.
     """
     if os.path.lexists(checkpoint):
-        checkpoint.rename(_replaced(checkpoint))
+        if os.path.lexists(older := _replaced(checkpoint)):  # `settle_replaced` has failed before
+            _rename(older, DELETED)
+        checkpoint.rename(older)
     newer.rename(checkpoint)
     sync_directory(checkpoint.parent)
 
@@ -198,14 +200,22 @@ def settle_replaced(run_dir: Path) -> None:
 
     Call it only while no checkpoint is being committed. A failure is logged.
     """
-    for path in leftovers(run_dir, (REPLACED,)):
+    for path in superseded(run_dir):
         with _logged(path):
-            checkpoint = path.with_name(path.name.removesuffix(REPLACED))
-            if os.path.lexists(checkpoint):
-                _rename(path, DELETED)
-            else:
-                path.rename(checkpoint)
-                sync_directory(path.parent)
+            _rename(path, DELETED)
+    for path in leftovers(run_dir, (REPLACED,)):
+        with _logged(path, "renamed"):
+            path.rename(_newer(path))
+            sync_directory(path.parent)
+
+
+def superseded(run_dir: Path) -> list[Path]:
+    """Return the REPLACED checkpoints that do not count any more: the newer ones have their names."""
+    return [path for path in leftovers(run_dir, (REPLACED,)) if os.path.lexists(_newer(path))]
+
+
+def _newer(replaced: Path) -> Path:
+    return replaced.with_name(replaced.name.removesuffix(REPLACED))
 
 
 def _replaced(checkpoint: Path) -> Path:
@@ -221,13 +231,13 @@ def remove(leftover: Path) -> None:
 
 
 @contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    """Log the error for which a checkpoint could not be removed, and continue."""
+def _logged(path: Path, done: str = "removed") -> Iterator[None]:
+    """Log the error for which a checkpoint could not be `done`, and continue."""
     try:
         yield
     except (OSError, UserError) as error:
         why = getattr(error, "strerror", None) or error
-        _log.warning("%s: could not be removed: %s; tried again at the next checkpoint", path, why)
+        _log.warning("%s: could not be %s: %s; tried again at the next checkpoint", path, done, why)
 
 
 def abandon(run_dir: Path, step: int) -> None:

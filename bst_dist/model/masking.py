@@ -1,4 +1,4 @@
-"""Which models can separate documents that begin at any token (`borders`). It uses the settings, not the layers."""
+"""Which models can separate documents that begin at any token (`document_mask`), by their settings."""
 
 from __future__ import annotations
 

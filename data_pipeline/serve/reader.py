@@ -249,7 +249,7 @@ class Corpus:
         return self._reader(shard).document_info(number - self._firsts[shard])
 
     def interrupt(self, stop: bool) -> None:
-        """Interrupt reads: while `stop` is true, reads that wait for a network raise StorageError."""
+        """Interrupt reads: while `stop` is true, reads that wait for a network raise Stopped."""
         self.storage.interrupt(stop)
 
     def check_shards(self, checked: slice) -> None:

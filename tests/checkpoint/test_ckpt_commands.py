@@ -171,6 +171,18 @@ def test_gc_removes_a_step_whose_earlier_removal_was_interrupted(run_dir):
     assert sorted(path.name for path in half.parent.iterdir()) == [half.name, "step-00000030"]  # the half one is recent
 
 
+def test_ls_and_gc_see_what_a_newer_checkpoint_has_replaced(run_dir, tmp_path):
+    """The run was killed after the newer checkpoint got its name, and before the older one was removed."""
+    older = directory(run_dir, 30).with_name("step-00000030.replaced")
+    shutil.copytree(directory(run_dir, 30), older)
+    for path in (older, *older.iterdir()):
+        os.utime(path, (0, 0))
+    assert ckpt("ls", run_dir, report=tmp_path / "r.json")[1]["leavings"] == [older.name]
+    assert older.name in ckpt("gc", run_dir, "--delete", report=tmp_path / "r.json")[1]["removals"]
+    assert not older.exists()
+    assert steps(run_dir) == [30]
+
+
 def test_of_a_linked_checkpoint_gc_removes_only_the_link(run_dir, tmp_path):
     archive = tmp_path / "archive"
     directory(run_dir, 20).rename(archive)

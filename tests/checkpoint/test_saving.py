@@ -424,6 +424,9 @@ def test_a_replaced_checkpoint_does_not_count_beside_the_newer_one(tmp_path):
     save(run, state, 1)
     shutil.copytree(directory(tmp_path, 1), tmp_path / "checkpoints" / "step-00000001.replaced")
     assert committed(tmp_path) == [directory(tmp_path, 1)]
+    assert retention.superseded(tmp_path) == [tmp_path / "checkpoints" / "step-00000001.replaced"]
+    retention.replace(directory(tmp_path, 1), shutil.copytree(directory(tmp_path, 1), tmp_path / "newer"))
+    assert committed(tmp_path) == [directory(tmp_path, 1)]
     retention.abandon(tmp_path, 0)
     assert committed(tmp_path) == []
     retention.remove_leftovers(tmp_path)

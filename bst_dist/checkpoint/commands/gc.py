@@ -30,6 +30,7 @@ from bst_dist.checkpoint.retention import (
     readable,
     reasons,
     remove,
+    superseded,
 )
 from bst_dist.config import load_recipe
 from bst_dist.train.rundir import RECIPE, read_recipe
@@ -89,7 +90,7 @@ def plan(run_dir: Path, config: CheckpointConfig, constant_until: int | None = N
                 yield Removal(path, str(findings[0]), _bytes(path))
         for path in leftovers(run_dir, (DAMAGED,)):
             yield Removal(path, "found damaged when the run was resumed", _bytes(path))
-    for path in leftovers(run_dir, (PARTIAL, DELETED)):
+    for path in [*leftovers(run_dir, (PARTIAL, DELETED)), *superseded(run_dir)]:
         if time.time() - max(file.lstat().st_mtime for file in (path, *_files(path))) > RECENT_S:
             yield Removal(path, "left behind by an interrupted write or removal", _bytes(path))
 

@@ -19,7 +19,7 @@ from bst_base.sizes import readable_size
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.checkpoint.commands.common import add_run
 from bst_dist.checkpoint.directory import DAMAGED, DELETED, PARTIAL, committed, damage, size, step_of
-from bst_dist.checkpoint.retention import CheckpointEntry, leftovers, readable, reasons
+from bst_dist.checkpoint.retention import CheckpointEntry, leftovers, readable, reasons, superseded
 from bst_dist.train.rundir import read_recipe
 from bst_dist.train.schedule import constant_until
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sound = [one for one in held.values() if not damage(one.path, digests=False)]
     kept = reasons(sound, recipe.checkpoint, constant_until(recipe.schedule, recipe.train.steps))
     rows = [_row(path, held.get(path), kept) for path in committed(args.run)]
-    left = leftovers(args.run, (PARTIAL, DELETED, DAMAGED))
+    left = [*leftovers(args.run, (PARTIAL, DELETED, DAMAGED)), *superseded(args.run)]
     _print(args.run, rows, left)
     return {"run": str(args.run), "checkpoints": rows, "leavings": [path.name for path in left]}
 

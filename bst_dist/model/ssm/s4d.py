@@ -108,7 +108,7 @@ class S4D(nn.Module):
         return y.view(width, batch, m, -1, chunk).permute(1, 2, 4, 3, 0).reshape(batch, length, -1, width)
 
     def _with_borders(self, z: Tensor, past: Past, starts: Borders) -> Tensor:
-        """Do the same when documents begin at any token (`borders`)."""
+        """Do the same when documents begin at any token (`document_mask`)."""
         batch, length, width = z.shape
         z = z.to(self.skip.dtype)
         u, chunk, m = self._chunks(z.masked_fill(~starts.last(_chunk(length, self.chunk)).unsqueeze(-1), 0))

@@ -26,7 +26,7 @@ class Plan:
     runs: list[Run]
     """In training order; each trunk before its branches."""
     dropped: list[str]
-    """Blocks dropped to fit the budget."""
+    """Strata dropped to fit the budget."""
     spent: float
     limit: float
     unit: str

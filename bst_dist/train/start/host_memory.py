@@ -43,7 +43,8 @@ def warn_of_shortage(start: Start) -> None:
     ranks = next((int(os.environ[name]) for name in RANKS_OF_HOST if os.environ.get(name, "").isdigit()), None)
     if ranks is None or local_rank(os.environ):
         return
+    available = available_memory()  # before the other ranks of the host begin to build
     with weightless():
         parameters = sum(parameter.numel() for parameter in start.objective.model().parameters())
-    if message := shortage(parameters, ranks, available_memory()):
+    if message := shortage(parameters, ranks, available):
         print(f"bst train: {socket.gethostname()}: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The checks before training: `bst train` runs them before it starts ranks, and every rank runs them again."""
+"""The checks before training: `bst train` runs them before it starts ranks, and the ranks run them again together."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bst_base.errors import StorageError, UserError
 from bst_base.json_lines import read_lines
 from bst_base.settings import ConfigError
 from bst_base.shipped import RECIPES, names
+from bst_base.stopping import Stopped
 from bst_dist.config import Recipe, deepspeed_file, load_recipe, spread_of
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.ranks import Ranks
@@ -125,8 +126,8 @@ def _require_reached(recipe: Recipe, where: str, given: bool) -> None:
 def resolve_together(recipe: Recipe, request: Request, ranks: Ranks) -> Start:
     """Do the same as `resolve` on all ranks of a run, which share the check of the shards' sizes.
 
-    When one rank finds an error, raises it as UserError on all ranks. They name that rank and its host, unless all have
-    found the same.
+    When one rank finds an error, raises it on all ranks, as UserError, StorageError or Stopped. They name that rank and
+    its host, unless all have found the same. Stopped is only raised when no rank has found anything else.
     """
     start, found = None, None
     try:
@@ -137,16 +138,22 @@ def resolve_together(recipe: Recipe, request: Request, ranks: Ranks) -> Start:
         if error.filename is None:  # a socket or a process, not a file that this host cannot read
             raise
         found = StorageError.of(error)
-    messages = ranks.all_gather_object(None if found is None else str(found))
-    if start is not None and not any(messages):
+    everyone = ranks.all_gather_object(None if found is None else (_kind(found), str(found), socket.gethostname()))
+    if start is not None and not any(everyone):
         return start
-    if found is not None and len(set(messages)) == 1:
+    if found is not None and len({seen and seen[1] for seen in everyone}) == 1:
         raise found
-    unreadable = found is not None and found.exit_status == StorageError.exit_status
-    kinds = ranks.all_gather_object((StorageError if unreadable else UserError, socket.gethostname()))
-    rank = next(rank for rank, message in enumerate(messages) if message is not None)
-    kind, host = kinds[rank]
-    raise kind(f"rank {rank} on {host}: {messages[rank]}") from found
+    errors = {rank: seen for rank, seen in enumerate(everyone) if seen is not None}
+    rank = next((rank for rank, (kind, *_) in errors.items() if kind is not Stopped), min(errors))
+    kind, message, host = errors[rank]
+    if kind is not Stopped:
+        message = f"rank {rank}: {message}" if message.startswith(f"{host} ") else f"rank {rank} on {host}: {message}"
+    raise kind(message) from found
+
+
+def _kind(error: UserError) -> type[UserError]:
+    """Return the type to raise on the other ranks: one for each exit status."""
+    return next((kind for kind in (StorageError, Stopped) if kind.exit_status == error.exit_status), UserError)
 
 
 def resolve(recipe: Recipe, request: Request, world: int, checked: slice = EVERY_SHARD) -> Start:

@@ -16,6 +16,7 @@ import pytest
 from bst_base.errors import StorageError, UserError
 from bst_base.host import free_port
 from bst_base.settings import parse
+from bst_base.stopping import Stopped
 from bst_dist.tools.bench.lockstep import World
 from bst_dist.train.start import request
 from bst_dist.train.start.request import Request, load, resolve, resolve_together
@@ -93,6 +94,7 @@ SHARD = "/data/train-000002.tar"
         (UserError(f"{SHARD}: the shard is missing"), UserError, f"{SHARD}: the shard is missing"),
         (UnreadableShardError(f"{SHARD}: cannot be read"), StorageError, f"{SHARD}: cannot be read"),
         (OSError(errno.EIO, "bad disk", SHARD), StorageError, f"{HOST} cannot read {SHARD}: bad disk"),
+        (Stopped(f"{SHARD}: reading was interrupted"), Stopped, f"{SHARD}: reading was interrupted"),
     ],
 )
 def test_an_error_of_one_rank_is_raised_on_all_with_its_host(monkeypatch, raised, kind, said):
@@ -101,7 +103,15 @@ def test_an_error_of_one_rank_is_raised_on_all_with_its_host(monkeypatch, raised
             raise raised
         return "start"
 
-    assert errors_of(monkeypatch, fail) == [(kind, f"rank 2 on {HOST}: {said}")] * 4
+    where = "" if kind is Stopped else "rank 2: " if said.startswith(HOST) else f"rank 2 on {HOST}: "
+    assert errors_of(monkeypatch, fail) == [(kind, where + said)] * 4
+
+
+def test_an_error_of_one_rank_comes_before_the_stop_of_others(monkeypatch):
+    def fail(recipe, asked, world, checked):
+        raise UserError("the shard is missing") if checked.start == 3 else Stopped(f"{checked.start}: interrupted")
+
+    assert errors_of(monkeypatch, fail) == [(UserError, f"rank 3 on {HOST}: the shard is missing")] * 4
 
 
 def test_an_error_of_all_ranks_names_none(monkeypatch):
