@@ -91,7 +91,7 @@ class Slurm:
     def _configure(self) -> None:
         cores = os.cpu_count()
         nodes = [
-            f"NodeName=n{number} NodeAddr={host} CPUs={cores} Gres=gpu:2 State=UNKNOWN"
+            f"NodeName=n{number} NodeAddr={host} CPUs={cores} RealMemory=1000 Gres=gpu:2 State=UNKNOWN"
             for number, host in enumerate(self.network.hosts, 1)
         ]
         ports = [free_port(), free_port()]

@@ -195,12 +195,12 @@ def test_disabled_probes_write_only_training_curves(go, tmp_path):
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 def test_probes_do_not_change_generators_or_the_model(go, tmp_path, monkeypatch):
-    look = Probes.look
+    report = Probes.report
 
     def checked(self: Probes, step: int) -> None:
         model, device = self.engine.module, self.ranks.device
         before, training, weights = rng.capture(device), model.training, [p.clone() for p in model.parameters()]
-        look(self, step)
+        report(self, step)
         after = rng.capture(device)
         assert before["python"] == after["python"]
         assert torch.equal(before["torch"], after["torch"])
@@ -210,7 +210,7 @@ def test_probes_do_not_change_generators_or_the_model(go, tmp_path, monkeypatch)
         assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
         (tmp_path / f"looked-{step}").touch()
 
-    monkeypatch.setattr(Probes, "look", checked)
+    monkeypatch.setattr(Probes, "report", checked)
     go("run", *WATCHED)
     assert (tmp_path / "looked-3").exists() and (tmp_path / "looked-6").exists()
 
