@@ -75,13 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hostfile",
         type=Path,
         metavar="FILE",
-        help=("one line `name slots=RANKS` per host; rank 0 is on the first (default with Slurm: the job's nodes)"),
+        help="one line `name slots=RANKS` per host; rank 0 is on the first (default with Slurm: the job's nodes)",
     )
     parser.add_argument(
         "--launcher",
         choices=LAUNCHERS,
         default="pdsh",
-        help=("how to start an agent on each host; local: on this machine, without ssh (default: pdsh)"),
+        help="how to start an agent on each host; local: on this machine, without ssh (default: pdsh)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print commands and files; contact no host, write nothing"
@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         choices=CHECKS,
         metavar="CHECK",
-        help=(f"start even if this check fails; may be given several times: {', '.join(CHECKS)}"),
+        help=f"start even if this check fails; may be given several times: {', '.join(CHECKS)}",
     )
     parser.add_argument(
         "--max-restarts",
@@ -110,33 +110,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=30.0,
         metavar="SECONDS",
-        help=("a host that does not answer for this long is lost (default: 30)"),
+        help="a host that does not answer for this long is lost (default: 30)",
     )
     parser.add_argument(
         "--port",
         type=at_least(1),
         default=0,
         metavar="PORT",
-        help=("port of this machine that the agents connect to (default: any free one)"),
+        help="port of this machine that the agents connect to (default: any free one)",
     )
     parser.add_argument(
         "--address",
         type=without_brackets,
         metavar="ADDRESS",
-        help=("address of this machine that the agents connect to (default: the first of its addresses that answers)"),
+        help="address of this machine that the agents connect to (default: the first of its addresses that answers)",
     )
     parser.add_argument(
         "--ssh-port",
         type=at_least(1),
         metavar="PORT",
-        help=("ssh port of the hosts, if it is not 22 or in ~/.ssh/config"),
+        help="ssh port of the hosts, if it is not 22 or in ~/.ssh/config",
     )
     parser.add_argument(
         "--master-port",
         type=at_least(1),
         default=0,
         metavar="PORT",
-        help=("rendezvous port of the ranks (MASTER_PORT) on rank 0's host (default: any free one)"),
+        help="rendezvous port of the ranks (MASTER_PORT) on rank 0's host (default: any free one)",
     )
 
 

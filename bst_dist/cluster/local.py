@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         default=1,
         metavar="N",
-        help=("number of hosts that run this command, each with its own --node (default: 1)"),
+        help="number of hosts that run this command, each with its own --node (default: 1)",
     )
     parser.add_argument(
         "--node",

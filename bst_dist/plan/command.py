@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu",
         default="h100-80gb",
         metavar="NAME",
-        help=(f"accelerator: {', '.join(accelerators())}, or a name of --accelerators (default: h100-80gb)"),
+        help=f"accelerator: {', '.join(accelerators())}, or a name of --accelerators (default: h100-80gb)",
     )
     parser.add_argument("--lengths", type=_numbers, metavar="L,...", help="sequence lengths in tokens; gives a table")
     parser.add_argument(

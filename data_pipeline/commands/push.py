@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grow",
         action="store_true",
-        help=("replace a corpus there that this one continues; files that both have are not sent again"),
+        help="replace a corpus there that this one continues; files that both have are not sent again",
     )
 
 

@@ -50,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers",
         metavar="LAYER",
         nargs="+",
-        help=("layer numbers from 0, or `all` for all at once (default: each alone, and all)"),
+        help="layer numbers from 0, or `all` for all at once (default: each alone, and all)",
     )
     parser.add_argument(
         "--documents",
         metavar="N",
         type=int,
         default=64,
-        help=("number of documents to read, evenly spread over the split (default: %(default)s)"),
+        help="number of documents to read, evenly spread over the split (default: %(default)s)",
     )
     parser.add_argument(
         "--tokens",

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         metavar="L",
         type=int,
-        help=("reset the model's state after every L tokens (default: only at the beginning of a document)"),
+        help="reset the model's state after every L tokens (default: only at the beginning of a document)",
     )
     parser.add_argument(
         "--precision", choices=["fp32", "bf16"], help="precision of matrix products (default: as trained)"
@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         metavar="N",
         type=at_least(1),
-        help=("processes on this machine that share the documents, each with its own device (default: 1)"),
+        help="processes on this machine that share the documents, each with its own device (default: 1)",
     )
     lengths = parser.add_argument_group("length generalisation")
     lengths.add_argument("--lengths", metavar="L,L", type=_lengths, help="lengths in tokens, multiples of the block")

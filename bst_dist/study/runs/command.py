@@ -61,7 +61,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OPTION",
-        help=("with --slurm: an option for sbatch, as --sbatch=--time=24:00:00; may be given several times"),
+        help="with --slurm: an option for sbatch, as --sbatch=--time=24:00:00; may be given several times",
     )
     parser.add_argument("--dry-run", action="store_true", help="only show the runs or commands that would start")
 

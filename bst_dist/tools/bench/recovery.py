@@ -90,13 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--interval",
         type=seconds,
         metavar="SECONDS",
-        help=("for the goodput model: time between checkpoints (default: the best for that cost)"),
+        help="for the goodput model: time between checkpoints (default: the best for that cost)",
     )
     parser.add_argument(
         "--recovery",
         type=seconds,
         metavar="SECONDS",
-        help=("for the goodput model: time from a failure to the next step (default: the median measured here)"),
+        help="for the goodput model: time from a failure to the next step (default: the median measured here)",
     )
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where to write (default: a temporary directory)")
 
