@@ -35,7 +35,7 @@ from bst_dist.checkpoint.directory import (
 )
 from bst_dist.checkpoint.fragments import Fragment
 from bst_dist.checkpoint.layout import Carried, Layout, Rows, redistribute
-from bst_dist.checkpoint.local_copy import LocalCopy, copied_name
+from bst_dist.checkpoint.local.file import LocalCopy, copied_name
 from bst_dist.checkpoint.retention import set_aside, tidy
 from bst_dist.checkpoint.saving import Failed, Saved, Saver
 from bst_dist.checkpoint.shards import Shards

@@ -12,7 +12,7 @@ from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.snapshot import Identity
 from bst_dist.config import Recipe, digest, identity
 from bst_dist.faults.signals import Stop
-from bst_dist.model.attention import attention_path
+from bst_dist.model.attention.sliding import attention_path
 from bst_dist.model.compiled import why_not_compilable
 from bst_dist.parallel.communication import RecordedGroup
 from bst_dist.parallel.ranks import Ranks

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from bst_dist.config import Recipe
-from bst_dist.model.attention import attention_path
+from bst_dist.model.attention.sliding import attention_path
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
 from bst_dist.report.console import Console

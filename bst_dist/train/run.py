@@ -14,7 +14,7 @@ from typing import Any
 from bst_dist.checkpoint import rng
 from bst_dist.checkpoint.callbacks import Checkpoints, Evaluated
 from bst_dist.checkpoint.fragments import EngineState
-from bst_dist.checkpoint.local import LocalCopies
+from bst_dist.checkpoint.local.copies import LocalCopies
 from bst_dist.checkpoint.snapshot import Position, Snapshots
 from bst_dist.config import Recipe
 from bst_dist.faults.disks import Disks

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from bst_dist.checkpoint.host_copy import HostCopy
-from bst_dist.checkpoint.local import LocalCopies
+from bst_dist.checkpoint.local.copies import LocalCopies
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.host import host_at_start, host_memory

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from bst_dist.checkpoint.directory import CheckpointError, step_of
-from bst_dist.checkpoint.local import LocalCopies
+from bst_dist.checkpoint.local.copies import LocalCopies
 from bst_dist.checkpoint.retention import abandon
 from bst_dist.checkpoint.snapshot import Position, Snapshots
 from bst_dist.faults import ledger

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, distributed
 
 from bst_base.files import path_in_errors, unsynced_file
-from bst_dist.checkpoint.local_copy import CHUNK
+from bst_dist.checkpoint.local.file import CHUNK
 from bst_dist.parallel.ranks import Ranks
 
 
@@ -71,7 +71,7 @@ def _order(nodes: Sequence[str]) -> tuple[list[int], int]:
     return order, max(Counter(nodes).values())
 
 
-class Neighbours:
+class Exchange:
     """Sends this rank's copy to its keeper, and receives the copy that this rank keeps."""
 
     def __init__(self, rank: int, nodes: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ class Neighbours:
         if len(members) > 1:
             self._group = distributed.new_group(members, backend="gloo", use_local_synchronization=True)
 
-    def exchange(self, own: Path, kept: Path) -> None:
+    def swap(self, own: Path, kept: Path) -> None:
         """Send the file `own` to the keeper, and write the received file to `kept`.
 
         All ranks of the group call it, including ranks without a file. Raises OSError when there is no space for the
@@ -94,12 +94,12 @@ class Neighbours:
         """
         sent = _mapped(own) if self.keeper is not None else torch.empty(0, dtype=torch.uint8)
         size = torch.zeros(1, dtype=torch.int64)
-        self._swap(torch.tensor([sent.numel()]), size)
+        self._swap_part(torch.tensor([sent.numel()]), size)
         with _room(kept, int(size)) as received:
             for out, into in zip_longest(_parts(sent), _parts(received)):
-                self._swap(out, into)
+                self._swap_part(out, into)
 
-    def _swap(self, out: Tensor | None, into: Tensor | None) -> None:
+    def _swap_part(self, out: Tensor | None, into: Tensor | None) -> None:
         work = None
         if self.keeper is not None and out is not None:
             work = distributed.isend(out, self.keeper, group=self._group)

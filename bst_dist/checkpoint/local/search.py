@@ -11,8 +11,8 @@ from pathlib import Path
 from bst_dist.checkpoint.agreement import read_together
 from bst_dist.checkpoint.directory import CheckpointError
 from bst_dist.checkpoint.layout import Layout
-from bst_dist.checkpoint.local_copy import Key, LocalCopy
-from bst_dist.checkpoint.neighbours import hand_over
+from bst_dist.checkpoint.local.exchange import hand_over
+from bst_dist.checkpoint.local.file import Key, LocalCopy
 from bst_dist.parallel.ranks import Ranks
 
 

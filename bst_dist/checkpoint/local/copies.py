@@ -3,9 +3,9 @@
     /dev/shm/bst-demo-5f1c…/step-00000012.skipped-0.epoch-3/rank-00000
 
 Every `checkpoint.local_every` steps, and with every checkpoint, training waits for a copy in host memory. A thread
-writes it (`local_copy`) and sends it to the neighbour (`neighbours`). All ranks must finish this before the next step
-is reported, so a killed run loses at most `local_every` of the steps that it has reported. Two copies are kept: the
-older one is complete while the newer one is written. A third is kept while a checkpoint of its step is being written.
+writes it (`file`) and sends it to another node (`exchange`). All ranks must finish this before the next step is
+reported, so a killed run loses at most `local_every` of the steps that it has reported. Two copies are kept: the older
+one is complete while the newer one is written. A third is kept while a checkpoint of its step is being written.
 
 The directory's name contains a hash of a random token in the run directory and of the run directory's path. So a new
 run never uses the copies of a removed run at the same path, and a copied run directory never uses those of the
@@ -32,9 +32,9 @@ from bst_dist.checkpoint.callbacks import Evaluated
 from bst_dist.checkpoint.config import LOCAL_COPIES_KEPT
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.checkpoint.host_copy import Copied, HostCopy
-from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy
-from bst_dist.checkpoint.local_search import Found, fetch_copies, list_copies
-from bst_dist.checkpoint.neighbours import Neighbours, Node, keepers
+from bst_dist.checkpoint.local.exchange import Exchange, Node, keepers
+from bst_dist.checkpoint.local.file import Key, LocalCopy, write_copy
+from bst_dist.checkpoint.local.search import Found, fetch_copies, list_copies
 from bst_dist.checkpoint.saving import Failed, Saved
 from bst_dist.checkpoint.snapshot import Position, Snapshots
 from bst_dist.faults import ledger
@@ -97,10 +97,10 @@ class LocalCopies:
         )
         if not self.on:
             return
-        neighbours, error = attempt(lambda: Neighbours(self.ranks.rank, places))
+        exchange, error = attempt(lambda: Exchange(self.ranks.rank, places))
         self._turn_off([why for why in self.ranks.all_gather_object(_message(error)) if why])
         if self.on:
-            self._needed, self._kept_by, self._neighbours = max(needed.values()), kept_by, neighbours
+            self._needed, self._kept_by, self._exchange = max(needed.values()), kept_by, exchange
             self._copy, self._thread = HostCopy(self.ranks.device), ThreadPoolExecutor(1, "local-copy")
 
     def describe(self) -> str:
@@ -220,9 +220,9 @@ class LocalCopies:
         if self.ranks.first:  # the metrics and the ledger must survive this host's failure as the copies do
             with suppress(OSError):  # the writers of these files report such errors
                 ledger.sync(self.run_dir)
-        path, kept_for = key.path(self.root, self.ranks.rank), self._neighbours.kept
+        path, kept_for = key.path(self.root, self.ranks.rank), self._exchange.kept
         unwritten = attempt(lambda: write_copy(path, copied, own, manifest)).error
-        unsent = attempt(lambda: self._neighbours.exchange(path, key.path(self.root, kept_for or 0))).error
+        unsent = attempt(lambda: self._exchange.swap(path, key.path(self.root, kept_for or 0))).error
         return _message(unwritten or unsent)
 
     def settle(self) -> None:
