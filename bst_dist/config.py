@@ -279,7 +279,8 @@ class Recipe(Config):
 
 _MOST_LENGTHS = {"masked": 3, "others": 8}
 """Maximum number of sequence lengths in a run. A length needs up to four compiled graphs with masked documents and one
-with others. A layer kind may have 16 graphs (`model.flex.GRAPHS`), and evaluations and samples need some more."""
+with others. A layer kind may have 16 graphs (`GRAPHS` in `model.attention.flex`), and evaluations and samples need some
+more."""
 NUMBERS = ("seed", "model", "data", "train", "optimizer", "schedule", "branch", "initial_weights")
 """Sections of a recipe that affect a run's numbers by more than rounding. All others may change from start to start:
 they set what is written, and how the run is distributed over its ranks."""

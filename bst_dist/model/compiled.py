@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from bst_dist.model import flex
+from bst_dist.model.attention import flex
 from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.parallel.sequence.past import Past
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model import attention
-from bst_dist.model.attention import Documents, documents_by, product_dtype
+from bst_dist.model.attention import sliding
+from bst_dist.model.attention.documents import Documents, documents_by
+from bst_dist.model.attention.flex_mask import Band, visited_tiles
+from bst_dist.model.attention.window import Window
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.document_mask import Borders, Starts
-from bst_dist.model.flex_mask import Band, visited_tiles
 from bst_dist.model.l2_norm import unit
-from bst_dist.model.matmul import cast_by_channel
+from bst_dist.model.matmul import cast_by_channel, product_dtype
 from bst_dist.model.roles import Linear, Role, Stack
 from bst_dist.model.ssm.kernels import build_kernel
-from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import Past
 
 
@@ -150,7 +150,7 @@ class CrossAttention(nn.Module):
         """Attend from each token to the states of its block that belong to its own document."""
         if self.causal:
             documents, tiles = documents_in_blocks(q, self.block, past, starts)
-            return attention.sliding_attention(q, k, v, Window(self.block), None, documents, tiles)
+            return sliding.sliding_attention(q, k, v, Window(self.block), None, documents, tiles)
         begun = starts.cut_off(self.block)[..., None, None]  # a document began in this block
         first, ends = (_whole_blocks(q, k[:, own], v[:, own]).reshape(q.shape) for own in FIRST_AND_ENDS)
         return torch.where(begun, first, ends)
@@ -187,7 +187,7 @@ def documents_in_blocks(
         return documents_by(number, min(block, number.shape[1]) + 1, number.shape[1])
 
     documents = past.once(f"documents in blocks: {block}", make)
-    if not attention.trains_with_flex(q):
+    if not sliding.trains_with_flex(q):
         return documents, None
     length, device = q.shape[1], q.device
     band = Band(length, length, Window(block))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_dist.model import compiled
-from bst_dist.model.attention import SlidingAttention, product_dtype
+from bst_dist.model.attention.self_attention import SlidingAttention
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.baselines.full import FullMixer
 from bst_dist.model.baselines.gated_deltanet import GatedDeltaNetMixer
@@ -25,7 +25,7 @@ from bst_dist.model.baselines.transformer_xl import TransformerXLMixer
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import CrossAttention
 from bst_dist.model.document_mask import Starts
-from bst_dist.model.matmul import fused_linears, relu_of, whole
+from bst_dist.model.matmul import fused_linears, product_dtype, relu_of, whole
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.sequence.past import Past, RecordedPast
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bst_dist.model import flex
+from bst_dist.model.attention import flex
 
 TILE_LOGITS = 2**23
 """Logits per tile on a CPU: 32 MiB in single precision, about the size of its caches."""

@@ -18,6 +18,12 @@ from torch.nn import functional as F
 from bst_dist.model.roles import Linear
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer computes here: autocast's if it is on, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def fused_linears(x: Tensor, *maps: tuple[nn.Linear, Sequence[int]]) -> tuple[Tensor, ...]:
     """Return the outputs of linear maps without bias, cut into parts of `rows`: (..., D) -> (..., rows) for each part.
 

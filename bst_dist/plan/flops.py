@@ -1,13 +1,13 @@
 """Floating-point operations per token, by term, counted without building the model.
 
-A multiply-add is two operations. Attention is counted by tiles of 128 queries (`model.tiles`), with the scores of all
-keys that a tile meets, masked ones included, whatever kernel runs: so a count depends on the model and the length only,
-and sizes and utilisation can be compared between devices. The kernels compute other numbers of scores: for a window of
-64 and 4,096 tokens, 190 keys per query are counted, the CPU kernel meets 127, and FlexAttention's blocks of 128 x 128
-have 252 (docs/sweeps.md has a table). Everything else is what the model computes, with products with the SSM's chunk
-matrices. Computing the tables of these matrices is left out, because it is amortised over the batch. Training costs
-three times the forward pass. Recomputation under activation checkpointing is *hardware* work and is not counted here:
-MFU and HFU are two numbers.
+A multiply-add is two operations. Attention is counted by tiles of 128 queries (`model.attention.tiles`), with the
+scores of all keys that a tile meets, masked ones included, whatever kernel runs: so a count depends on the model and
+the length only, and sizes and utilisation can be compared between devices. The kernels compute other numbers of scores:
+for a window of 64 and 4,096 tokens, 190 keys per query are counted, the CPU kernel meets 127, and FlexAttention's
+blocks of 128 x 128 have 252 (docs/sweeps.md has a table). Everything else is what the model computes, with products
+with the SSM's chunk matrices. Computing the tables of these matrices is left out, because it is amortised over the
+batch. Training costs three times the forward pass. Recomputation under activation checkpointing is *hardware* work and
+is not counted here: MFU and HFU are two numbers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+from bst_dist.model.attention.tiles import Tile, sliding_tiles
 from bst_dist.model.baselines.full import causal_tiles
 from bst_dist.model.config import ModelConfig, within_block
 from bst_dist.model.ssm.convolution import padded_size
-from bst_dist.model.tiles import Tile, sliding_tiles
 
 
 def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]:

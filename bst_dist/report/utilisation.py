@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.selective import keeps
 from bst_dist.model import matmul
+from bst_dist.model.attention.flex import uses_flex_tiles
 from bst_dist.model.config import ModelConfig
-from bst_dist.model.flex import uses_flex_tiles
 from bst_dist.model.layers import Layer
 from bst_dist.parallel.sequence.past import Past
 from bst_dist.parallel.sequence.slices import Spacing

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.policy import policy as checkpointing
 from bst_dist.config import load_recipe
-from bst_dist.model import attention, flex
+from bst_dist.model.attention import flex, sliding
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.model.lm import LanguageModel
@@ -55,7 +55,7 @@ def kept_by_graph(
     is its input.
     """
     with ExitStack() as stack:
-        stack.enter_context(patch.object(attention, "attention_path", lambda _: "flex"))
+        stack.enter_context(patch.object(sliding, "attention_path", lambda _: "flex"))
         stack.enter_context(patch.object(torch_flex, "_validate_device", lambda *_: None))
         stack.enter_context(patch.object(flex, "BACKEND", "aot_eager"))
         stack.enter_context(FakeTensorMode())

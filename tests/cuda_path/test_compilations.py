@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bst_dist.model import flex
+from bst_dist.model.attention import flex
 from bst_dist.study.evaluation.scoring import score
 from tests.cuda_path.models import BLOCK, VOCABULARY, build, tokens
 from tests.generation.decoder import Decoder

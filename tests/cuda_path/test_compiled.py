@@ -22,7 +22,8 @@ from bst_dist.activation import policy as activation
 from bst_dist.activation import selective
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, load_recipe
-from bst_dist.model import attention, flex, matmul
+from bst_dist.model import matmul
+from bst_dist.model.attention import flex, self_attention, sliding
 from bst_dist.parallel.sequence.past import Past
 from bst_dist.train.building import compiles, fuses_loss
 from bst_dist.verify.batches import _batch
@@ -79,8 +80,8 @@ def test_under_autocast_a_compiled_layer_computes_gradients_in_the_same_precisio
 def test_masks_and_tables_are_built_once_outside_the_layer_graphs(compiled, position, monkeypatch):
     made = []
     for name in ("visited_tiles", "documents_of", "angles"):
-        real = getattr(attention, name)
-        monkeypatch.setattr(attention, name, lambda *a, name=name, real=real: made.append(name) or real(*a))
+        real = getattr(self_attention, name)
+        monkeypatch.setattr(self_attention, name, lambda *a, name=name, real=real: made.append(name) or real(*a))
     traced = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
@@ -210,7 +211,7 @@ def test_a_deepspeed_step_has_the_gradients_of_uncompiled_layers(stage, policy, 
         same_products = compute(ranks, False, lambda: True)
         counter.clear()
         compiled = compute(ranks, True, matmul.is_compiling)
-        monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
+        monkeypatch.setattr(sliding, "attention_path", lambda device: "tiles")
         exact = reference.one_process(recipe, "fp64", 2)
         return (
             counter.frame_count,

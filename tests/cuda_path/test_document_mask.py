@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bst_dist.activation import policy as activation
 from bst_dist.activation.config import ActivationCheckpointingConfig
-from bst_dist.model import attention, flex
+from bst_dist.model.attention import flex, sliding
 from bst_dist.model.document_mask import Borders
 from tests.cuda_path.models import LENGTH, VOCABULARY, build, tokens
 
@@ -36,7 +36,7 @@ def worst(found: list[Tensor], exact: list[Tensor]) -> float:
 def expected(name: str) -> list[Tensor]:
     """Return the same with attention in plain tiles, which other tests compare with each document alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "attention_path", lambda device: "tiles")
+        patch.setattr(sliding, "attention_path", lambda device: "tiles")
         return gradients(name, Borders.of(BEGINS))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bst_dist.model import attention, flex
-from bst_dist.model.attention import documents_of, sliding_attention, sliding_share
-from bst_dist.model.window import Window
+from bst_dist.model.attention import flex, sliding
+from bst_dist.model.attention.documents import documents_of
+from bst_dist.model.attention.sliding import sliding_attention, sliding_share
+from bst_dist.model.attention.window import Window
 
 ROWS, LENGTH, HEADS, WIDTH, WINDOW = 2, 256, 2, 16, 128
 STARTS = torch.tensor([[False, True], [True, False]])
@@ -44,7 +45,7 @@ def test_outputs_and_gradients_equal_the_tiles(before, documents, include_self, 
         return out, *torch.autograd.grad((out * weight).sum(), (q, k, v, bias))
 
     found = run()
-    monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
+    monkeypatch.setattr(sliding, "attention_path", lambda device: "tiles")
     assert max(errors(found, run())) < 2e-6
 
 
@@ -62,7 +63,7 @@ def test_sums_and_their_gradients_equal_the_tiles(documents, varying, monkeypatc
         return *share, *torch.autograd.grad(total, (q, k, v, bias))
 
     found = run()
-    monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
+    monkeypatch.setattr(sliding, "attention_path", lambda device: "tiles")
     assert max(errors(found, run())) < 2e-6
 
 
@@ -70,7 +71,7 @@ def test_sums_and_their_gradients_equal_the_tiles(documents, varying, monkeypatc
 def test_sums_without_gradients_equal_the_tiles(length, monkeypatch):
     q, k, v, bias = (x.detach() for x in inputs(128, length=length))
     found = sliding_share(q, k, v, Window(WINDOW), bias)
-    monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
+    monkeypatch.setattr(sliding, "attention_path", lambda device: "tiles")
     torch.testing.assert_close(found, sliding_share(q, k, v, Window(WINDOW), bias))
 
 
@@ -84,7 +85,7 @@ def test_a_window_of_partial_tiles_equals_the_tiles(monkeypatch):
         return out, *torch.autograd.grad((out * weight).sum(), (q, k, v, bias))
 
     found = run()
-    monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
+    monkeypatch.setattr(sliding, "attention_path", lambda device: "tiles")
     assert max(errors(found, run())) < 2e-6
 
 
@@ -107,7 +108,7 @@ def test_slices_without_gradients_equal_the_tiles(length, include_self, monkeypa
         q, k, v, bias = (x.detach() for x in inputs(before, length=length))
         found = sliding_attention(q, k, v, Window(WINDOW, include_self), bias)
         with monkeypatch.context() as patch:
-            patch.setattr(attention, "attention_path", lambda device: "tiles")
+            patch.setattr(sliding, "attention_path", lambda device: "tiles")
             torch.testing.assert_close(found, sliding_attention(q, k, v, Window(WINDOW, include_self), bias))
 
 

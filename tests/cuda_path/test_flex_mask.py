@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from bst_dist.model.attention import documents_by
-from bst_dist.model.flex_mask import Band, block_mask, visited_tiles
-from bst_dist.model.window import Window
+from bst_dist.model.attention.documents import documents_by
+from bst_dist.model.attention.flex_mask import Band, block_mask, visited_tiles
+from bst_dist.model.attention.window import Window
 
 
 @pytest.mark.parametrize("include_self", [True, False])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bst_dist.model import flex, loss
+from bst_dist.model import loss
+from bst_dist.model.attention import flex
 from bst_dist.model.loss import linear_cross_entropy
 
 

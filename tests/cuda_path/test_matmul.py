@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bst_dist.model.attention import Angles, angles, rotate
+from bst_dist.model.attention.rotary import Angles, angles, rotate
 from bst_dist.model.matmul import contiguous_gradient, contiguous_operand, fused_linears, relu_of, whole
 from bst_dist.model.roles import Linear
 

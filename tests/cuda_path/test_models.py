@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bst_dist.activation import policy as activation
 from bst_dist.activation.policy import ActivationCheckpointingConfig
-from bst_dist.model import attention, flex
+from bst_dist.model.attention import flex, sliding
 from tests.cuda_path.models import MODELS, build, tokens
 
 RECURRENT = ("gss", "ssm", "mamba2", "gated-deltanet")
@@ -29,11 +29,11 @@ def gradients(name: str, policy: str = "none") -> list[Tensor]:
 def test_gradients_equal_the_cpu_path_under_every_policy(name, monkeypatch):
     calls = []
     real = flex.flex_sliding_attention
-    monkeypatch.setattr(attention, "flex_sliding_attention", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(sliding, "flex_sliding_attention", lambda *a: calls.append(1) or real(*a))
     plain = gradients(name)
     assert len(calls) == (1 if MODELS[name]["mixer"] in RECURRENT else 2)  # the sliding layer and the model's own
     for policy in POLICIES[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients(name, policy), plain, strict=True)), policy
-    monkeypatch.setattr(attention, "attention_path", lambda device: "fused-tiles")
+    monkeypatch.setattr(sliding, "attention_path", lambda device: "fused-tiles")
     for found, exact in zip(plain, gradients(name), strict=True):
         assert float((found - exact).norm() / exact.norm().clamp_min(1e-6)) < 2e-5

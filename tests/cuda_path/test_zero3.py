@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from bst_base.json_lines import read_lines
 from bst_dist.activation import selective
 from bst_dist.config import Recipe, load_recipe
-from bst_dist.model import flex
+from bst_dist.model.attention import flex
 from bst_dist.model.layers import Layer
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.parallel.sequence.past import Past

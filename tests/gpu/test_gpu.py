@@ -16,14 +16,14 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention as torch_flex
 
-from bst_dist.model import attention as attention_module
-from bst_dist.model import flex
-from bst_dist.model.attention import documents_of, sliding_attention
+from bst_dist.model.attention import flex, sliding
+from bst_dist.model.attention.documents import documents_of
+from bst_dist.model.attention.flex import flex_sliding_attention
+from bst_dist.model.attention.sliding import sliding_attention
+from bst_dist.model.attention.window import Window
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.document_mask import Borders
-from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.lm import LanguageModel
-from bst_dist.model.window import Window
 from bst_dist.train.start.deterministic import make_deterministic
 
 REHEARSAL = os.environ.get("BST_REHEARSE_GPU") == "1"
@@ -60,7 +60,7 @@ def _as_on_cuda(monkeypatch):
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     if REHEARSAL:
-        monkeypatch.setattr(attention_module, "attention_path", lambda device: "flex")
+        monkeypatch.setattr(sliding, "attention_path", lambda device: "flex")
         monkeypatch.setattr(torch_flex, "_validate_device", lambda *inputs: None)  # it refuses gradients on a CPU
         monkeypatch.setattr(flex, "BACKEND", "aot_eager")
         torch._dynamo.reset()
@@ -130,7 +130,7 @@ def test_the_fused_path_equals_the_tiles(before, with_documents, monkeypatch):
     weight = torch.randn(2, LENGTH, 2, 64, device=DEVICE)
     begin = None if documents is None else documents.begin
     fused = flex_sliding_attention(*inputs, Window(BLOCK), bias, begin)[0]
-    monkeypatch.setattr(attention_module, "attention_path", lambda device: "tiles")
+    monkeypatch.setattr(sliding, "attention_path", lambda device: "tiles")
     tiled = sliding_attention(*inputs, Window(BLOCK), bias, documents)
     torch.testing.assert_close(fused, tiled, rtol=1e-4, atol=1e-4)
     found = torch.autograd.grad((fused * weight).sum(), (*inputs, bias))

@@ -7,21 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bst_dist.model.attention import (
-    DistanceBias,
-    PartialAttention,
-    SlidingAttention,
-    angles,
-    documents_further_back,
-    documents_of,
-    one_softmax,
-    rotate,
-    sliding_attention,
-    sliding_share,
-)
+from bst_dist.model.attention import sliding
+from bst_dist.model.attention.documents import documents_further_back, documents_of
+from bst_dist.model.attention.rotary import angles, rotate
+from bst_dist.model.attention.self_attention import DistanceBias, SlidingAttention
+from bst_dist.model.attention.sliding import PartialAttention, one_softmax, sliding_attention, sliding_share
+from bst_dist.model.attention.tiles import QUERY_TILE, sliding_tiles
+from bst_dist.model.attention.window import Window
 from bst_dist.model.config import AttentionConfig, LayerConfig
-from bst_dist.model.tiles import QUERY_TILE, sliding_tiles
-from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import EarlierCall, Past, RecordedPast
 
 
@@ -65,8 +58,21 @@ def test_tiles_equal_query_by_query(length, before, window, include_self, with_b
     torch.testing.assert_close(ours, query_by_query(q, k, v, window, bias, include_self), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("length", "include_self", "fused"), [(2048, True, True), (2048, False, False), (100, True, False)]
+)
+def test_a_cpu_uses_the_fused_kernel_for_whole_tiles_in_which_each_token_sees_itself(
+    length, include_self, fused, monkeypatch
+):
+    calls, kernel = [], sliding.fused_sliding_attention
+    monkeypatch.setattr(sliding, "fused_sliding_attention", lambda *given: calls.append(1) or kernel(*given))
+    q, k, v = torch.randn(3, 1, length, 2, 4)
+    sliding_attention(q, k, v, Window(64, include_self))
+    assert bool(calls) == fused
+
+
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.booleans(), min_size=5, max_size=5), st.sampled_from([4, 8, 12]), st.booleans())
+@given(st.lists(st.booleans(), min_size=5, max_size=5), st.sampled_from([4, 8, 12, 14]), st.booleans())
 def test_documents_are_separated_in_windows_of_several_blocks(starts, window, past):
     torch.manual_seed(0)
     before = 4 if past else 0
@@ -93,6 +99,9 @@ def test_documents_of_earlier_slices_are_separated(starts, window):
         assert torch.equal(apart, wanted[:, None] != wanted)
         first = [int((wanted == one).nonzero()[0]) for one in wanted[-8:]]
         assert found.begin[0].tolist() == first
+        in_window = [int(wanted[key] - wanted[max(0, key - window + 1)]) + 1 for key in range(keys)]
+        assert max(in_window) <= found.kinds
+        assert isinstance(found.kinds, int)
         state = past.after
 
 
@@ -125,11 +134,14 @@ def test_sums_and_their_gradients_equal_query_by_query(length, include_self):
     theirs = with_sums(q, k, v, 8, bias, include_self)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    wanted, totals = (q, k, v, table), []
-    for out, sums in (ours, theirs):
-        totals.append((torch.cat((out, sums.unsqueeze(-1)), -1) * weights).sum() + (sums * out[..., 0]).sum())
-    for one, other in zip(*(torch.autograd.grad(total, wanted, retain_graph=True) for total in totals), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    for total, wanted in (
+        (lambda out, sums: (torch.cat((out, sums.unsqueeze(-1)), -1) * weights).sum(), (q, k, v, table)),
+        (lambda out, sums: (sums * out[..., 0]).sum(), (q, k, v, table)),
+        (lambda out, sums: (sums * weights[..., 0]).sum(), (q, k, table)),  # nothing depends on the values
+    ):
+        gradients = (torch.autograd.grad(total(*one), wanted, retain_graph=True) for one in (ours, theirs))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 def test_one_softmax_of_two_key_sets_equals_the_softmax_over_both():
@@ -197,12 +209,16 @@ def test_tiles_cover_every_query_once_and_end_at_their_last_query(queries, befor
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("include_self", [True, False])
-def test_gradients_equal_query_by_query(include_self, heads):
+@pytest.mark.parametrize(
+    ("length", "include_self"),
+    [(24, True), (24, False), (QUERY_TILE + 5, False)],
+    ids=["fused tiles", "one plain tile", "two plain tiles"],
+)
+def test_gradients_equal_query_by_query(length, include_self, heads):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 24, heads, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, length, heads, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     bias = torch.randn(heads, 9, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(1, 24, heads, 4, dtype=torch.float64)
+    weight = torch.randn(1, length, heads, 4, dtype=torch.float64)
     ours = (sliding_attention(q, k, v, Window(8, include_self), bias) * weight).sum()
     theirs = (query_by_query(q, k, v, 8, bias, include_self) * weight).sum()
     ours, theirs = (torch.autograd.grad(total, (q, k, v, bias)) for total in (ours, theirs))
@@ -215,8 +231,8 @@ def test_gradients_equal_query_by_query(include_self, heads):
 @pytest.mark.parametrize("at_once", [1, 16, 80, 4096], ids=["one tile", "two tiles", "two rows", "all"])
 def test_the_gradient_of_a_bias_shared_by_far_distances_is_exact(before, varying, at_once, monkeypatch):
     """The fused tiles compute this gradient from the near distances only; tested with several tile sizes and pasts."""
-    monkeypatch.setattr("bst_dist.model.fused_tiles.QUERIES_AT_ONCE", at_once)
-    monkeypatch.setattr("bst_dist.model.fused_tiles.BAND_SCORES_AT_ONCE", at_once * 16)
+    monkeypatch.setattr("bst_dist.model.attention.fused_tiles.QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr("bst_dist.model.attention.fused_tiles.BAND_SCORES_AT_ONCE", at_once * 16)
     torch.manual_seed(before)
     q = torch.randn(3, 40, 2, 4, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(3, before + 40, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))

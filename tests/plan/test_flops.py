@@ -7,11 +7,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bst_dist.model import fused_tiles
+from bst_dist.model.attention import fused_tiles
+from bst_dist.model.attention.flex_mask import TILE, Band, visited_tiles
+from bst_dist.model.attention.window import Window
 from bst_dist.model.config import ModelConfig
-from bst_dist.model.flex_mask import TILE, Band, visited_tiles
 from bst_dist.model.lm import LanguageModel
-from bst_dist.model.window import Window
 from bst_dist.plan.flops import forward_flops
 
 DOC = Path(__file__).parents[2] / "docs" / "sweeps.md"

@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bst_dist.model.attention.tiles import QUERY_TILE
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.model.tiles import QUERY_TILE
 from bst_dist.plan.flops import forward_flops
 
 pytestmark = pytest.mark.usefixtures("plain_attention")

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from bst_dist.activation.selective import keeps
-from bst_dist.model import compiled, flex
+from bst_dist.model import compiled
+from bst_dist.model.attention import flex
+from bst_dist.model.attention.window import Window
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.document_mask import Borders, Starts
 from bst_dist.model.layers import Layer
 from bst_dist.model.loss import linear_cross_entropy
-from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import Past
 from tests.sm90.lowering import Launches, compile_kernels, launches, lower, precisions, pretended_h100, trace
 

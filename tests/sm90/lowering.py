@@ -29,7 +29,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from bst_dist.model import attention, compiled, flex, loss
+from bst_dist.model import compiled, loss
+from bst_dist.model.attention import flex, sliding
 
 CUDA = torch.device("cuda", 0)
 CAPABILITY = 90
@@ -111,7 +112,7 @@ def trace(
     for module in (compiled, flex, loss):
         module._compiled.cache_clear()
     with ExitStack() as stack:
-        stack.enter_context(patch.object(attention, "attention_path", lambda device: "flex"))
+        stack.enter_context(patch.object(sliding, "attention_path", lambda device: "flex"))
         stack.enter_context(patch.object(torch_flex, "_validate_device", lambda *_: None))
         stack.enter_context(patch.object(flex, "BACKEND", backend))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", _flash))

@@ -24,13 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bst_dist.faults.signals import Stop
-from bst_dist.model import attention
+from bst_dist.model.attention import sliding
+from bst_dist.model.attention.flex_bias import bias_gradient
+from bst_dist.model.attention.flex_mask import Band, visited_tiles
+from bst_dist.model.attention.window import Window
 from bst_dist.model.config import ModelConfig
-from bst_dist.model.flex_bias import bias_gradient
-from bst_dist.model.flex_mask import Band, visited_tiles
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.masking import masking_problem
-from bst_dist.model.window import Window
 from bst_dist.parallel.phases import Phases
 from bst_dist.plan.memory.fused import fused_attention, fused_share
 from bst_dist.report.utilisation import Utilisation
@@ -145,8 +145,8 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # the meta device has no autocast
     monkeypatch.setattr(torch, "autocast", lambda *device, **settings: nullcontext())
-    monkeypatch.setattr(attention, "sliding_attention", fused_attention)
-    monkeypatch.setattr(attention, "sliding_share", fused_share)
+    monkeypatch.setattr(sliding, "sliding_attention", fused_attention)
+    monkeypatch.setattr(sliding, "sliding_share", fused_share)
     monkeypatch.setattr(step, "to_device", fresh)
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.attention import SlidingAttention, for_heads
+from bst_dist.model.attention.self_attention import SlidingAttention
+from bst_dist.model.attention.sliding import for_heads
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.l2_norm import unit
 from bst_dist.model.matmul import fused_linears

@@ -12,19 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_base.errors import UserError
-from bst_dist.model import attention
-from bst_dist.model.attention import (
-    Documents,
-    SlidingAttention,
-    documents_further_back,
-    for_heads,
-    separate_documents,
-    sliding_attention,
-)
+from bst_dist.model.attention import sliding
+from bst_dist.model.attention.documents import Documents, documents_further_back, separate_documents
+from bst_dist.model.attention.self_attention import SlidingAttention
+from bst_dist.model.attention.sliding import for_heads, sliding_attention
+from bst_dist.model.attention.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.document_mask import Starts
 from bst_dist.model.roles import Linear
-from bst_dist.model.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
 from bst_dist.parallel.sequence.past import Past
 
 
@@ -49,7 +44,7 @@ class FullAttention(SlidingAttention):
                 "shorten train.sequence_length, or set train.carry to false"
             )
         q, k, v = self.project(u, past)
-        on_flex = attention.attention_path(q.device) == "flex"
+        on_flex = sliding.attention_path(q.device) == "flex"
         if not on_flex:
             k, v = for_heads(k, self.heads), for_heads(v, self.heads)
         if self.bias is None and starts is None and self.config.include_self and not on_flex:

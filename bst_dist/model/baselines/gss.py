@@ -11,10 +11,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.attention import product_dtype
 from bst_dist.model.config import LayerConfig, SSMConfig, within_block
 from bst_dist.model.document_mask import Starts
-from bst_dist.model.matmul import cast_by_channel
+from bst_dist.model.matmul import cast_by_channel, product_dtype
 from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.s4d import S4D
 from bst_dist.parallel.sequence.past import Past

@@ -18,14 +18,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bst_dist.model import attention
-from bst_dist.model.attention import (
-    PartialAttention,
-    SlidingAttention,
-    attention_path,
-    one_softmax,
-    trains_with_flex,
-)
+from bst_dist.model.attention import sliding
+from bst_dist.model.attention.flex import flex_sliding_attention
+from bst_dist.model.attention.flex_mask import Band, visited_tiles
+from bst_dist.model.attention.self_attention import SlidingAttention
+from bst_dist.model.attention.sliding import PartialAttention, attention_path, one_softmax, trains_with_flex
+from bst_dist.model.attention.window import Window
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import (
     FIRST_AND_ENDS,
@@ -33,11 +31,8 @@ from bst_dist.model.context import (
     documents_in_blocks,
 )
 from bst_dist.model.document_mask import Borders, Starts
-from bst_dist.model.flex import flex_sliding_attention
-from bst_dist.model.flex_mask import Band, visited_tiles
 from bst_dist.model.matmul import fused_linears, whole
 from bst_dist.model.roles import Linear
-from bst_dist.model.window import Window
 from bst_dist.parallel.sequence.past import Past
 
 
@@ -80,7 +75,7 @@ class StateShare(nn.Module):
         """Attend from each token to the states of its block that belong to its own document."""
         if not self.filters:
             documents, tiles = documents_in_blocks(q, self.block, past, starts)
-            return attention.sliding_share(q, k, v, Window(self.block), None, documents, tiles)
+            return sliding.sliding_share(q, k, v, Window(self.block), None, documents, tiles)
         begun = starts.cut_off(self.block).unsqueeze(-1)  # a document began in this block
         first, ends = (of_whole_blocks(q, k[:, own], v[:, own]) for own in FIRST_AND_ENDS)
         out = torch.where(begun.unsqueeze(-1), first.out, ends.out)

@@ -15,12 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bst_dist.model.attention import (
-    Documents,
-    SlidingAttention,
-    documents_by,
-    documents_further_back,
-)
+from bst_dist.model.attention.documents import Documents, documents_by, documents_further_back
+from bst_dist.model.attention.self_attention import SlidingAttention
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.document_mask import Starts
 from bst_dist.model.roles import Linear

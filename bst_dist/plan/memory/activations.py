@@ -22,12 +22,13 @@ from torch.utils._pytree import tree_iter
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.policy import policy
-from bst_dist.model import attention, loss
+from bst_dist.model import loss
+from bst_dist.model.attention import sliding
+from bst_dist.model.attention.window import Window
 from bst_dist.model.baselines import full, joint
 from bst_dist.model.config import FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.loss import GPU_TILE_LOGITS, TILE_LOGITS
-from bst_dist.model.window import Window
 from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.parallel.sequence.neighbour import LeftNeighbour
 from bst_dist.parallel.sequence.past import EarlierCall, Past
@@ -250,9 +251,9 @@ class Activations:
     def _fused(self) -> AbstractContextManager:
         stack = ExitStack()
         if self.fused:
-            stack.enter_context(patch.object(attention, "sliding_attention", fused_attention))
-            stack.enter_context(patch.object(attention, "sliding_share", fused_share))
-            stack.enter_context(patch.object(full, "attention", _ON_A_GPU))
+            stack.enter_context(patch.object(sliding, "sliding_attention", fused_attention))
+            stack.enter_context(patch.object(sliding, "sliding_share", fused_share))
+            stack.enter_context(patch.object(full, "sliding", _ON_A_GPU))
             stack.enter_context(patch.object(full, "sliding_attention", fused_attention))
             stack.enter_context(
                 patch.object(joint, "within_blocks", lambda q, k, v, block, _: fused_share(q, k, v, Window(block)))

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bst_dist.model import attention, loss
-from bst_dist.model.window import Window
+from bst_dist.model import loss
+from bst_dist.model.attention import sliding
+from bst_dist.model.attention.window import Window
 
 
 @torch.library.custom_op("bst_plan::attention", mutates_args=())
@@ -50,13 +51,13 @@ class _FusedAttention(torch.autograd.Function):
 
 def fused_share(
     q: Tensor, k: Tensor, v: Tensor, window: Window, bias: Tensor | None = None, *_: Any
-) -> attention.PartialAttention:
-    """Replacement for `attention.sliding_share`."""
-    return attention.PartialAttention(*_FusedAttention.apply(q, k.to(q.dtype), v.to(q.dtype), bias))
+) -> sliding.PartialAttention:
+    """Replacement for `sliding.sliding_share`."""
+    return sliding.PartialAttention(*_FusedAttention.apply(q, k.to(q.dtype), v.to(q.dtype), bias))
 
 
 def fused_attention(*arguments: Any) -> Tensor:
-    """Replacement for `attention.sliding_attention`."""
+    """Replacement for `sliding.sliding_attention`."""
     return fused_share(*arguments).out
 
 

@@ -12,7 +12,10 @@ from copy import copy
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bst_dist.model.attention import SlidingAttention, angles, documents_of, rotate, sliding_attention
+from bst_dist.model.attention.documents import documents_of
+from bst_dist.model.attention.rotary import angles, rotate
+from bst_dist.model.attention.self_attention import SlidingAttention
+from bst_dist.model.attention.sliding import sliding_attention
 from bst_dist.model.l2_norm import unit
 from bst_dist.model.layers import Layer
 from bst_dist.model.ssm.s4d import S4D

@@ -109,7 +109,9 @@ def test_recipe_that_does_not_fit_its_task_is_refused(settings, section, change,
 
 
 def test_model_flops_of_an_example_equal_those_of_the_torch_counter(settings, monkeypatch):
-    monkeypatch.setattr("bst_dist.model.attention.attention_path", lambda device: "tiles")  # which torch can count
+    monkeypatch.setattr(
+        "bst_dist.model.attention.sliding.attention_path", lambda device: "tiles"
+    )  # which torch can count
     objective = Classification.of(parse(Recipe, settings))
     model = objective.model().requires_grad_(False)
 

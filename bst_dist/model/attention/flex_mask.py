@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from bst_dist.model.window import Window
+from bst_dist.model.attention.window import Window
 
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from bst_dist.model.flex_bias import with_bias_gradient
-from bst_dist.model.flex_mask import TILE, Band, block_mask, visited_tiles
-from bst_dist.model.window import Window
+from bst_dist.model.attention.flex_bias import with_bias_gradient
+from bst_dist.model.attention.flex_mask import TILE, Band, block_mask, visited_tiles
+from bst_dist.model.attention.window import Window
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bst_dist.model.flex_mask import TILE
-from bst_dist.model.window import Window
+from bst_dist.model.attention.flex_mask import TILE
+from bst_dist.model.attention.window import Window
 
 
 def with_bias_gradient(

@@ -1,0 +1,1 @@
+"""Block-local self-attention and its implementations. Attention to context states is in `context`."""
