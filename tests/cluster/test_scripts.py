@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -129,26 +130,20 @@ def test_torchrun_trains_on_two_hosts_without_ssh(launch, recipe, network, tmp_p
     assert read_outcome(run_dir)["step"] == 6
 
 
-@pytest.mark.cluster
-def test_hosts_that_each_start_their_own_ranks_stop_together(launch, recipe, network, tmp_path):
-    small, run_dir, bst = recipe(500), tmp_path / "run", str(Path(sys.executable).with_name("bst"))
-    command = [
-        bst,
-        "train",
-        str(small),
-        "--run-dir",
-        str(run_dir),
-        "--nodes",
-        "2",
-        "--ranks",
-        "1",
-        "--master",
-        f"{network.hosts[0]}:29500",
-    ]
-    started = [
+def start_one_rank_on_each_of_two_hosts(launch, network, recipe: Path, run_dir: Path, master: str) -> list[Any]:
+    """Start `bst train` by hand on each host, as without a launcher."""
+    command = [str(Path(sys.executable).with_name("bst")), "train", str(recipe), "--run-dir", str(run_dir)]
+    command += ["--nodes", "2", "--ranks", "1", "--master", f"{master}:29500"]
+    return [
         launch(command=[*network.inside(host), *command, "--node", str(number)])
         for number, host in enumerate(network.hosts[:2])
     ]
+
+
+@pytest.mark.cluster
+def test_hosts_that_each_start_their_own_ranks_stop_together(launch, recipe, network, tmp_path):
+    run_dir = tmp_path / "run"
+    started = start_one_rank_on_each_of_two_hosts(launch, network, recipe(500), run_dir, network.hosts[0])
     started[0].until("step-00000010:")
     os.kill(started[1].process.pid, signal.SIGTERM)
     assert [one.status() for one in started] == [RESUBMIT, RESUBMIT], started[0].said
@@ -176,24 +171,8 @@ def ipv6_alone(network):
 
 @pytest.mark.cluster
 def test_ipv6_only_hosts_train_together(launch, recipe, network, ipv6_alone, tmp_path):
-    bst, run_dir = str(Path(sys.executable).with_name("bst")), tmp_path / "run"
-    command = [
-        bst,
-        "train",
-        str(recipe(6)),
-        "--run-dir",
-        str(run_dir),
-        "--nodes",
-        "2",
-        "--ranks",
-        "1",
-        "--master",
-        f"[{ipv6_alone[0]}]:29500",
-    ]
-    started = [
-        launch(command=[*network.inside(host), *command, "--node", str(number)])
-        for number, host in enumerate(network.hosts[:2])
-    ]
+    run_dir = tmp_path / "run"
+    started = start_one_rank_on_each_of_two_hosts(launch, network, recipe(6), run_dir, f"[{ipv6_alone[0]}]")
     for one in started:
         assert one.status() == 0, one.said
     assert read_outcome(run_dir)["step"] == 6

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from bst_dist.faults.signals import Stop
 from bst_dist.model.attention import sliding
-from bst_dist.model.attention.flex_bias import bias_gradient
+from bst_dist.model.attention.flex_bias import Attention, bias_gradient
 from bst_dist.model.attention.flex_mask import Band, visited_tiles
 from bst_dist.model.attention.window import Window
 from bst_dist.model.config import ModelConfig
@@ -179,7 +179,7 @@ def test_flex_attention_inputs_and_bias_gradient_do_not_synchronise() -> None:
         q = k = v = torch.zeros(2, 2, 256, 8)
         begin, bias, lse = torch.zeros(2, 256, dtype=torch.int32), torch.zeros(2, 129), torch.zeros(2, 2, 256)
         visited_tiles(Band(256, 256, Window(128)), torch.device("meta"), begin)
-        bias_gradient(q, q, bias, q, k, v, lse, begin, Window(128, varying=128))
+        bias_gradient(Attention(q, lse, bias, q, k, v, begin, Window(128, varying=128)), q)
         assert waits.found == {}
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from bst_dist.model.attention.flex_bias import with_bias_gradient
+from bst_dist.model.attention.flex_bias import Attention, with_bias_gradient
 from bst_dist.model.attention.flex_mask import TILE, Band, block_mask, visited_tiles
 from bst_dist.model.attention.window import Window
 
@@ -117,7 +117,7 @@ def _attend(
     )
     lse = aux.lse if sums else aux.lse.detach()
     if bias is not None and bias.requires_grad:
-        out, lse = with_bias_gradient(out, lse, bias, q, k, v, begin, window, sums)
+        out, lse = with_bias_gradient(Attention(out, lse, bias, q, k, v, begin, window), sums)
     return out.transpose(1, 2), lse.transpose(1, 2) if sums else None
 
 

@@ -6,6 +6,8 @@ t queries.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,23 +16,33 @@ from bst_dist.model.attention.flex_mask import TILE
 from bst_dist.model.attention.window import Window
 
 
-def with_bias_gradient(
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    begin: Tensor | None,
-    window: Window,
-    sums: bool,
-) -> tuple[Tensor, Tensor]:
+class Attention(NamedTuple):
+    """The inputs and outputs of attention with a learned bias."""
+
+    out: Tensor
+    """(B, H, l, dh)."""
+    lse: Tensor
+    """(B, H, l): the logarithm of the sum of each query's exponentials."""
+    bias: Tensor
+    """(H, distances)."""
+    q: Tensor
+    """(B, H, l, dh)."""
+    k: Tensor
+    """(B, G, p + l, dh)."""
+    v: Tensor
+    """(B, G, p + l, dh)."""
+    begin: Tensor | None
+    """(B, l): the first key of each query's document; None: no document begins."""
+    window: Window
+
+
+def with_bias_gradient(attention: Attention, sums: bool) -> tuple[Tensor, Tensor]:
     """Return the attention's output and its sums unchanged; their backward pass computes the gradient of the bias too.
 
-    Shapes: q, out (B, H, l, dh), k, v (B, G, p + l, dh), lse (B, H, l). q, k and v get no gradient from here, and
-    lse only if `sums`.
+    q, k and v get no gradient from here, and lse only if `sums`.
     """
-    return _BiasGradient.apply(out, lse, bias, q.detach(), k.detach(), v.detach(), begin, window, sums)
+    detached = attention._replace(q=attention.q.detach(), k=attention.k.detach(), v=attention.v.detach())
+    return _BiasGradient.apply(*detached, sums)
 
 
 class _BiasGradient(torch.autograd.Function):
@@ -38,30 +50,18 @@ class _BiasGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, out, lse, bias, q, k, v, begin, window, sums):
-        ctx.save_for_backward(out, bias, q, k, v, lse, begin)
+        ctx.save_for_backward(out, lse, bias, q, k, v, begin)
         ctx.window, ctx.sums = window, sums
         return out.view_as(out), lse.view_as(lse)
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
-        out, bias, q, k, v, lse, begin = ctx.saved_tensors
         d_lse = d_lse if ctx.sums else None
-        d_bias = bias_gradient(d_out, out, bias, q, k, v, lse, begin, ctx.window, d_lse)
+        d_bias = bias_gradient(Attention(*ctx.saved_tensors, ctx.window), d_out, d_lse)
         return d_out, d_lse, d_bias, None, None, None, None, None, None
 
 
-def bias_gradient(
-    d_out: Tensor,
-    out: Tensor,
-    bias: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    begin: Tensor | None,
-    window: Window,
-    d_lse: Tensor | None = None,
-) -> Tensor:
+def bias_gradient(attention: Attention, d_out: Tensor, d_lse: Tensor | None = None) -> Tensor:
     """Return the gradient of the bias, (H, distances): the gradient of the scores, summed over all pairs of a distance.
 
     Distances below `varying` (near) are computed one by one; from `varying` on (far) all share one bias. Softmax gives
@@ -69,30 +69,20 @@ def bias_gradient(
     ones. With a gradient of `lse`, near and far sum to that gradient instead. Products are in the dtype of the inputs,
     sums in single precision at least. Diagonals are summed by a reshape, without atomics.
 
-    Shapes: q, out (B, H, l, dh), k, v (B, G, p + l, dh), lse (B, H, l).
+    `d_out`: (B, H, l, dh). `d_lse`: (B, H, l).
     """
-    d_bias = _near_gradient(d_out, out, bias, q, k, v, lse, begin, window, d_lse)
-    near, distances = window.varying, bias.shape[1]
+    d_bias = _near_gradient(attention, d_out, d_lse)
+    near, distances = attention.window.varying, attention.bias.shape[1]
     if near < distances:
         far = -d_bias.sum(1, keepdim=True)
         far = far if d_lse is None else far + d_lse.sum((0, 2)).unsqueeze(1)
         d_bias = F.pad(torch.cat((d_bias, far), dim=1), (0, distances - near - 1))
-    return d_bias.to(bias.dtype)
+    return d_bias.to(attention.bias.dtype)
 
 
-def _near_gradient(
-    d_out: Tensor,
-    out: Tensor,
-    bias: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    begin: Tensor | None,
-    window: Window,
-    d_lse: Tensor | None,
-) -> Tensor:
+def _near_gradient(attention: Attention, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
     """Return the gradient of the bias for the near distances, (H, varying), from the diagonals of pairs of tiles."""
+    out, lse, bias, q, k, v, begin, window = attention
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     wide = torch.promote_types(lse.dtype, torch.float32)
     near, length, before = window.varying, q.shape[2], k.shape[2] - q.shape[2]
