@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ COMMON = {
 NEEDS = "a byte-level or byte-fallback BPE without a normaliser that changes text"
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_NOT_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -51,15 +53,44 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.pad_id = _roles(settings, where)
         # If the model writes a space as U+2581, a U+2581 in the text is encoded as bytes: else it would become a space.
         self._space_ids = [self.backend.token_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        hidden = self._hidden_names()
+        self._cut_names = _starts_of(name for name in hidden if self._is_found(name))
         self.require_exact(where, NEEDS)
+        for name in hidden:
+            if self.decode(self.encode(f"a{name}b {name}")) != f"a{name}b {name}":
+                raise UserError(f"{where}: the model encodes text into {name!r}, so it does not give that text back")
 
     def encode(self, text: str) -> np.ndarray:
         apart = None not in self._space_ids
         ids: list[int] = []
         for i, part in enumerate(text.split(_SPACE) if apart else (text,)):
             ids += self._space_ids if i else ()
-            ids += self.backend.encode(part, add_special_tokens=False).ids
+            for piece in self._cut(part):
+                ids += self.backend.encode(piece, add_special_tokens=False).ids
         return np.array(ids, self.dtype)
+
+    def _hidden_names(self) -> list[str]:
+        """Return the names that the model can find in a text although their ids do not stand for their letters.
+
+        They are those of special tokens and of bytes (`<0x41>`) in the model's own vocabulary. The library hides only
+        added tokens from a text. A BPE has no merges that lead to them, but a unigram model takes every entry.
+        """
+        own = self.backend.get_vocab(with_added_tokens=False)
+        return sorted(
+            name
+            for name, token in own.items()
+            if self.bytes_of(token) == b"" or (_BYTE.fullmatch(name) and len(self.bytes_of(token)) == 1)
+        )
+
+    def _is_found(self, name: str) -> bool:
+        return self.backend.token_to_id(name) in self.backend.encode(name, add_special_tokens=False).ids
+
+    def _cut(self, text: str) -> list[str]:
+        """Cut a text after the first character of each name that the model must not find."""
+        if self._cut_names is None:
+            return [text]
+        places = [0, *(found.start() + 1 for found in self._cut_names.finditer(text)), len(text)]
+        return [text[begin:end] for begin, end in pairwise(places)]
 
     def piece(self, token: int) -> str:
         return self.backend.id_to_token(token)
@@ -133,6 +164,7 @@ def _pieces(backend: Backend, settings: Mapping[str, Any], where: str) -> list[b
     if not kinds & {"ByteLevel", "ByteFallback"}:
         raise UserError(f"{where}: the model does not give text back exactly (it needs {NEEDS})")
     bytes_of = _byte_level if "ByteLevel" in kinds else _byte_fallback
+    _require_all_bytes(backend, CHARACTERS.__getitem__ if "ByteLevel" in kinds else "<0x{:02X}>".format, where)
     added = backend.get_added_tokens_decoder()
     pieces = []
     for i in range(max(backend.get_vocab().values()) + 1):
@@ -142,6 +174,23 @@ def _pieces(backend: Backend, settings: Mapping[str, Any], where: str) -> list[b
         else:
             pieces.append(b"" if name is None else bytes_of(name))
     return pieces
+
+
+def _require_all_bytes(backend: Backend, name_of: Callable[[int], str], where: str) -> None:
+    """Raise UserError unless each byte that occurs in UTF-8 is in the model's vocabulary, by its name there."""
+    own = backend.get_vocab(with_added_tokens=False)
+    missing = [f"0x{byte:02X}" for byte in range(256) if name_of(byte) not in own and byte not in _NOT_IN_UTF8]
+    if missing:
+        raise UserError(
+            f"{where}: its vocabulary lacks the byte {missing[0]} (and {len(missing) - 1} others), so texts with it "
+            "would not be given back exactly; use another tokenizer, or train one with 'bst data prepare'"
+        )
+
+
+def _starts_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    """Return a pattern that matches the empty text before each of the names; None without names."""
+    found = "|".join(map(re.escape, names))
+    return re.compile(f"(?={found})") if found else None
 
 
 def _byte_fallback(name: str) -> bytes:

@@ -75,7 +75,24 @@ def byte_fallback() -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(settings))
 
 
-KINDS = {"byte-level": byte_level, "prefix": lambda: byte_level(prefix=True), "byte-fallback": byte_fallback}
+def unigram() -> tokenizers.Tokenizer:
+    """Return a unigram tokenizer with byte fallback like llm-jp's: special tokens and bytes are in its vocabulary."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = ["\u2581word", "word", "other", "return", *"abcdefghijklmnopqrstuvwxyz0123456789<>/\u2581"]
+    vocabulary = [*((name, 0.0) for name in names), *((piece, -3.0) for piece in pieces)]
+    found = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    found.normalizer = normalizers.Replace(" ", "\u2581")
+    found.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    found.add_special_tokens(names[:3])
+    return found
+
+
+KINDS = {
+    "byte-level": byte_level,
+    "prefix": lambda: byte_level(prefix=True),
+    "byte-fallback": byte_fallback,
+    "unigram": unigram,
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -147,3 +164,40 @@ def test_unusable_tokenizers_are_refused_with_the_reason(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no tokenizer\.model, tokenizer\.json or vocabulary\.json in it"):
         adopt_tokenizer(tmp_path / "empty", TokenizerConfig())
+
+
+def test_text_is_not_encoded_into_names_in_the_vocabulary_of_a_unigram_model(tmp_path) -> None:
+    unigram().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = adopt_tokenizer(tmp_path, TokenizerConfig())
+    for text in ("a</s>b", "html <s>strike</s> x", "<0x61>", "x<unk>y", "<<s>", "</s></s>", "<0x0<0x09>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert [tokenizer.piece(i) for i in ids if len(tokenizer.piece(i)) > 1] == []
+    assert tokenizer.encode("word</word").tolist() == [
+        tokenizer.backend.token_to_id(piece) for piece in ("word", "<", "/", "word")
+    ]
+
+
+def test_special_name_that_a_model_reaches_and_that_cannot_be_cut_is_refused(tmp_path) -> None:
+    settings = json.loads(unigram().to_str())
+    settings["added_tokens"].append(
+        settings["added_tokens"][0]
+        | {"id": next(i for i, (p, _) in enumerate(settings["model"]["vocab"]) if p == "z")}
+        | {"content": "z"}
+    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="encodes text into 'z'"):
+        adopt_tokenizer(tmp_path, TokenizerConfig())
+
+
+@pytest.mark.parametrize("kind", [byte_level, unigram])
+def test_vocabulary_that_lacks_a_byte_of_utf8_is_refused(kind, tmp_path) -> None:
+    settings = json.loads(kind().to_str())
+    vocabulary = settings["model"]["vocab"]
+    if isinstance(vocabulary, dict):  # GPT-2 writes the byte 0xD0 as U+00D0
+        vocabulary["gone"] = vocabulary.pop("\u00d0")
+    else:
+        vocabulary[3 + 0xD0][0] = "gone"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="lacks the byte 0xD0"):
+        adopt_tokenizer(tmp_path, TokenizerConfig())
