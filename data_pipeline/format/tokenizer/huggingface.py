@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
-from tokenizers.processors import TemplateProcessing
 
 from bst_base.errors import UserError
 from data_pipeline.format.tokenizer.base import Tokenizer
@@ -103,6 +102,8 @@ def adopted(model: bytes, path: Path, config: TokenizerConfig) -> bytes:
     """
     settings = json.loads(_backend(model, str(path)).to_str())
     settings["truncation"] = None
+    if "dropout" in settings["model"]:
+        settings["model"]["dropout"] = None  # it would choose ids at random
     settings["normalizer"] = next((part for part in _parts(settings["normalizer"]) if _writes_spaces(part)), None)
     for token in settings["added_tokens"]:
         if not token["special"]:  # text is encoded into it, and must keep the spaces next to it
@@ -110,8 +111,7 @@ def adopted(model: bytes, path: Path, config: TokenizerConfig) -> bytes:
     _keep_text_as_it_is(settings["pre_tokenizer"])
     _keep_text_as_it_is(settings["decoder"])
     backend = _backend(json.dumps(settings).encode(), str(path))
-    beside = path.with_name("tokenizer_config.json")
-    said = json.loads(beside.read_text()) if beside.is_file() else {}
+    said = _config_beside(path)
     eos = _token(backend, "eos", config, said, path)
     if eos is None:
         first = "" if config.tiktoken is None else "define it in tokenizer.tiktoken.special_tokens and "
@@ -121,10 +121,38 @@ def adopted(model: bytes, path: Path, config: TokenizerConfig) -> bytes:
         )
     bos, pad = (_token(backend, role, config, said, path) or eos for role in ("bos", "pad"))
     backend.enable_padding(pad_id=backend.token_to_id(pad), pad_token=pad)
-    backend.post_processor = TemplateProcessing(
-        single=f"{bos} $A {eos}", special_tokens=[(name, backend.token_to_id(name)) for name in {bos: 0, eos: 0}]
+    settings = json.loads(backend.to_str())
+    settings["post_processor"] = _template(bos, eos, backend)
+    return _backend(json.dumps(settings).encode(), str(path)).to_str(pretty=True).encode()
+
+
+def _template(bos: str, eos: str, backend: Backend) -> dict[str, Any]:
+    """Return the post-processor that names the tokens around a text. `TemplateProcessing(single=…)` cannot name all."""
+    alone, first, second = (
+        {"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("A", 0), ("B", 1))
     )
-    return backend.to_str(pretty=True).encode()
+    begin, end = ({"SpecialToken": {"id": name, "type_id": 0}} for name in (bos, eos))
+    ids = {name: {"id": name, "ids": [backend.token_to_id(name)], "tokens": [name]} for name in (bos, eos)}
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, alone, end],
+        "pair": [first, second],
+        "special_tokens": ids,
+    }
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """Return the content of the tokenizer_config.json beside a tokenizer.json; empty if there is none."""
+    beside = path.with_name("tokenizer_config.json")
+    if not beside.is_file():
+        return {}
+    try:
+        said = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{beside}: not JSON ({error}): mend it, or move it away and set tokenizer.eos") from None
+    if not isinstance(said, dict):
+        raise UserError(f"{beside}: a JSON object is expected: mend it, or move it away and set tokenizer.eos")
+    return said
 
 
 def _backend(model: bytes, where: str) -> Backend:
@@ -169,10 +197,12 @@ def _pieces(backend: Backend, settings: Mapping[str, Any], where: str) -> list[b
     pieces = []
     for i in range(max(backend.get_vocab().values()) + 1):
         name = backend.id_to_token(i)
-        if i in added:
-            pieces.append(b"" if added[i].special else added[i].content.encode())
+        if name is None or (i in added and added[i].special):
+            pieces.append(b"")
+        elif i in added:  # with byte fallback, U+2581 is a space in added tokens too (Gemma's runs of spaces)
+            pieces.append((name if "ByteLevel" in kinds else name.replace(_SPACE, " ")).encode())
         else:
-            pieces.append(b"" if name is None else bytes_of(name))
+            pieces.append(bytes_of(name))
     return pieces
 
 
@@ -199,7 +229,11 @@ def _byte_fallback(name: str) -> bytes:
 
 
 def _byte_level(name: str) -> bytes:
-    return bytes(_BYTES[character] for character in name)
+    """Return the bytes of a piece. A piece with other characters stands for its letters, as in the library."""
+    try:
+        return bytes(_BYTES[character] for character in name)
+    except KeyError:
+        return name.encode()
 
 
 def _byte_characters() -> dict[int, str]:

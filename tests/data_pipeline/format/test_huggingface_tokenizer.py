@@ -201,3 +201,57 @@ def test_vocabulary_that_lacks_a_byte_of_utf8_is_refused(kind, tmp_path) -> None
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="lacks the byte 0xD0"):
         adopt_tokenizer(tmp_path, TokenizerConfig())
+
+
+def saved(settings: dict, path: Path) -> Path:
+    (path / "tokenizer.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_runs_of_spaces_as_added_tokens_are_spaces_as_in_gemma(normalized, tmp_path) -> None:
+    pieces = ["<eos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581\u2581"]
+    model = models.BPE(
+        {piece: i for i, piece in enumerate(pieces)}, [("\u2581", "\u2581")], unk_token="<unk>", byte_fallback=True
+    )
+    gemma = tokenizers.Tokenizer(model)
+    gemma.normalizer = normalizers.Replace(" ", "\u2581")
+    gemma.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    gemma.add_special_tokens(["<eos>", "<unk>"])
+    gemma.add_tokens([tokenizers.AddedToken("\u2581\u2581", normalized=normalized)])
+    tokenizer = adopt_tokenizer(saved(json.loads(gemma.to_str()), tmp_path), TokenizerConfig())
+    assert tokenizer.encode("a  b").tolist() == gemma.encode("a  b", add_special_tokens=False).ids
+    assert [tokenizer.piece(i) for i in tokenizer.encode("a  b")] == ["a", "\u2581\u2581", "b"]
+    for text in ("a  b", "a \u2581\u2581 b", "\u2581", "   "):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_piece_that_is_not_byte_level_stands_for_its_letters_as_in_the_library(tmp_path) -> None:
+    settings = json.loads(byte_level().to_str())
+    number = len(settings["model"]["vocab"])
+    settings["model"]["vocab"]["\u4f60\u597d"] = number
+    tokenizer = adopt_tokenizer(saved(settings, tmp_path), TokenizerConfig())
+    assert tokenizer.decode([number]) == tokenizer.backend.decode([number]) == "\u4f60\u597d"
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_damaged_tokenizer_config_is_named(content, tmp_path) -> None:
+    saved(json.loads(byte_level().to_str()), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json.*move it away and set tokenizer\.eos"):
+        adopt_tokenizer(tmp_path, TokenizerConfig())
+
+
+@pytest.mark.parametrize("name", ["<eos:0>", "$eos", "<e os>", "a:1"])
+def test_end_token_may_have_any_name(name, tmp_path) -> None:
+    saved(json.loads(byte_level((name,)).to_str()), tmp_path)
+    tokenizer = adopt_tokenizer(tmp_path, TokenizerConfig(reuse=tmp_path, eos=name))
+    assert tokenizer.piece(tokenizer.eos_id) == name
+    assert tokenizer.backend.encode("a").ids == [tokenizer.eos_id, *tokenizer.encode("a").tolist(), tokenizer.eos_id]
+
+
+def test_dropout_of_merges_is_switched_off(tmp_path) -> None:
+    settings = json.loads(byte_level().to_str())
+    exact = adopt_tokenizer(saved(settings, tmp_path), TokenizerConfig())
+    settings["model"]["dropout"] = 0.5
+    assert adopt_tokenizer(saved(settings, tmp_path), TokenizerConfig()).sha256 == exact.sha256
