@@ -72,7 +72,7 @@ class Controller:
         self.gone: dict[str, str] = {}
         """Hosts whose connection has ended -> the reason."""
         self.told: dict[str, int] = {}
-        """Hosts whose agent was told to stop, by a scheduler for example -> the signal."""
+        """Hosts whose agent was told to stop, by a scheduler for example -> the signal. `ended` sees later entries."""
         self.ended = Ended(0)
         self._passed_on = 0
         self._question = 0
@@ -176,7 +176,7 @@ class Controller:
 
         `notice`: the message printed at a signal, with a placeholder for its name.
         """
-        self.ended = Ended(next(iter(shares.values())).world)
+        self.ended = Ended(next(iter(shares.values())).world, told=self.told)
         for host in self.channels:
             self.liveness.hear(host)
         devices = {host.name: {"CUDA_VISIBLE_DEVICES": host.devices} for host in self.hosts if host.devices}

@@ -23,9 +23,10 @@ HIP_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES and GPU_DEVICE_ORDINAL: choose a host'
 slots in the hostfile.
 
 Exit status: 0: all requested steps are done. 2: the arguments or the recipe are wrong, the run diverged, or a host
-failed a check. 75: stopped by a signal, with a checkpoint if ranks of the run were running. 74: a host could not read
-or write a file. 70: the ranks hung. 1: a host was lost, or a rank failed with an error. 128 + N: a rank was killed by
-signal N. After 75, 74, 70 and a lost host start it again with --resume.
+failed a check. 75: stopped by a signal, with a checkpoint if ranks of the run were running and had the time for it;
+also after any other failure if the agents got the signal. 74: a host could not read or write a file. 70: the ranks
+hung. 1: a host was lost, or a rank failed with an error. 128 + N: a rank was killed by signal N. After 75, 74, 70 and a
+lost host start it again with --resume.
 """
 
 from __future__ import annotations

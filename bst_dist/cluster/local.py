@@ -17,8 +17,9 @@ them at once and loses what was trained since the last checkpoint. Repeating any
 file system of the run hangs so that no checkpoint can be written: then it ends the ranks.
 
 Exit status: 0: all requested steps are done. 2: the arguments or the recipe are wrong, or the run diverged. 75: stopped
-by a signal, with a checkpoint. 74: a host could not read or write a file, or a file system hangs. 70: the ranks hung.
-After 75, 74 and 70 start it again with --resume. Otherwise the failed rank's own status, 128 + N after signal N.
+by a signal, with a checkpoint if --grace was long enough. 74: a host could not read or write a file, or a file system
+hangs. 70: the ranks hung. After 75, 74 and 70 start it again with --resume. Otherwise the failed rank's own status, 128
++ N after signal N.
 """
 
 from __future__ import annotations

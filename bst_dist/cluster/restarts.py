@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,9 @@ class Restarts:
         repeat. A new checkpoint resets the count, so old failures of a long run do not count. `started`: False when no
         host was fit for the last restart.
         """
+        if self.most and ended.told and ended.failed:
+            host, number = next(iter(ended.told.items()))
+            return f"{host} was told to stop ({signal.Signals(number).name})"
         if not ended.worth_a_restart or not self.most:
             return ""
         if self._progressed():

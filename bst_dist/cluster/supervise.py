@@ -20,12 +20,12 @@ from bst_dist.cluster.local import program
 from bst_dist.cluster.preflight import Needs, PreflightError
 from bst_dist.cluster.processes import Share, StopSignals
 from bst_dist.cluster.restarts import Restarts
-from bst_dist.cluster.verdict import SETTLE_KILLED_S, Ended
+from bst_dist.cluster.verdict import SETTLE_KILLED_S, STOP, Ended
 from bst_dist.config import Recipe
 from bst_dist.train.start.request import Request
 
 COLLECTIVE = (sys.executable, "-m", "bst_dist.cluster.collective")
-STOP = "told to stop ({}): the check of all ranks ends"
+STOP_CHECK = "told to stop ({}): the check of all ranks ends"
 """The message at a signal during that check."""
 
 
@@ -111,16 +111,10 @@ class Supervisor:
             )
 
     def _rehearse(self, controller: Controller) -> None:
-        """Run the collective check on all ranks; raises PreflightError when a rank fails or is slow.
-
-        Slurm signals the processes of a step: the agents, and these ranks, which it kills. So after a rank was killed,
-        the agents' reports about a signal are waited for.
-        """
+        """Run the collective check on all ranks; raises PreflightError when a rank fails or is slow."""
         placed = self._shares(controller, sum(host.slots for host in self.hosts))
         speed = [ANY_SPEED] if "speed" in self.job.accepted else []
-        ended = controller.run([*COLLECTIVE, *speed], self.job.environment, placed, STOP)
-        if any(status < 0 for status in ended.statuses.values()) and not controller.told:
-            controller.listen(SETTLE_KILLED_S)
+        ended = self._run_ranks(controller, [*COLLECTIVE, *speed], placed, STOP_CHECK)
         self._heed(controller)
         if ended.status and "sum" not in self.job.accepted:
             raise PreflightError(
@@ -137,9 +131,22 @@ class Supervisor:
         if unused := idle(controller.hosts, placed):
             say(f"idle, as spares: {unused}")
         command = program(_laid_out(asked, self.job.recipe, shape))
-        ended = controller.run(command, self.job.environment, placed)
+        ended = self._run_ranks(controller, command, placed, STOP)
         if not ended.lost and (why := ended.explain(_host_of(placed))):  # the controller has named lost hosts
             say(why)
+        return ended
+
+    def _run_ranks(
+        self, controller: Controller, command: Sequence[str], placed: Mapping[str, Share], notice: str
+    ) -> Ended:
+        """Run a command on all ranks; return how it ended. `notice`: as in `Controller.run`.
+
+        Slurm signals the processes of a step: the agents, and the ranks, which it kills unless they handle the signal
+        already. So after a rank was killed, the agents' reports about a signal are waited for.
+        """
+        ended = controller.run(command, self.job.environment, placed, notice)
+        if any(status < 0 for status in ended.statuses.values()) and not controller.told:
+            controller.listen(SETTLE_KILLED_S)
         return ended
 
     def _again(self, ended: Ended) -> Ended | None:

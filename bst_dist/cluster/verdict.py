@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bst_base.sizes import ranks_in_words
+from bst_base.stopping import STATUS
 from bst_dist.faults.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
 
 SETTLE_S = 6.0
@@ -50,6 +51,8 @@ class Ended:
     """Hosts that do not respond any more -> the reason."""
     stop_signal: int | None = None
     """The signal that stopped the launching process."""
+    told: Mapping[str, int] = field(default_factory=dict)
+    """Hosts whose agent was told to stop, by a scheduler for example -> the signal."""
     at_once: bool = False
     """Whether a second signal arrived, so that the checkpoint was not waited for."""
 
@@ -102,7 +105,16 @@ class Ended:
 
     @property
     def status(self) -> int:
-        """The exit status of the whole job."""
+        """The exit status of the whole job.
+
+        When a scheduler has told the agents to stop, it ends the job soon. So a failure that a restart may cure then
+        has the status with which the job is to be started again.
+        """
+        return RESUBMIT if self.told and self._curable else self._own_status
+
+    @property
+    def _own_status(self) -> int:
+        """The exit status of the job if no agent was told to stop."""
         if self.lost:
             return FAILED
         if self.culprit is not None:
@@ -110,17 +122,25 @@ class Ended:
             return 128 - status if status < 0 else status
         if self.over and not self.failed:
             return RESUBMIT if RESUBMIT in self.statuses.values() else DONE
-        return 128 + self.stop_signal if self.stop_signal else FAILED  # the grace period is over
+        if self.at_once:
+            return STATUS
+        return RESUBMIT if self.stop_signal else FAILED  # the grace period is over: resume from an older checkpoint
+
+    @property
+    def _curable(self) -> bool:
+        """Whether a new start may succeed where this one did not.
+
+        Not after a user error (including divergence), even if other ranks failed in other ways afterwards.
+        """
+        if not self.lost and USER_ERROR in self.statuses.values():
+            return False
+        status = self._own_status
+        return status not in (*ORDERLY, USER_ERROR) or (status == RESUBMIT and bool(self.left_alone))
 
     @property
     def worth_a_restart(self) -> bool:
-        """Whether a restart may succeed. Not after a stop signal.
-
-        Not after a user error (including divergence) either, even if other ranks failed in other ways afterwards.
-        """
-        if self.stop_signal or (not self.lost and USER_ERROR in self.statuses.values()):
-            return False
-        return self.status not in (*ORDERLY, USER_ERROR) or (self.status == RESUBMIT and bool(self.left_alone))
+        """Whether to restart now. Not after a stop signal to this process or to an agent."""
+        return self._curable and not self.stop_signal and not self.told
 
     def explain(self, host_of: Mapping[int, str]) -> str:
         """Return one line that says what happened and where; empty if nothing went wrong."""
@@ -132,7 +152,7 @@ class Ended:
             host, alone = self.neglected
             then = (
                 "the ranks wrote a checkpoint and stopped"
-                if self.status == RESUBMIT
+                if self.over and not self.failed
                 else "not all ranks stopped with a checkpoint in time"
             )
             return f"{host} got no sign of life from this process for {alone.silent_s:.0f} s (was it stopped?): {then}"

@@ -16,4 +16,4 @@ HUNG = 70
 UNREADABLE = StorageError.exit_status
 """A host could not read or write a file (EX_IOERR of sysexits.h): the run itself is intact, restart it."""
 RESUBMIT = Stopped.exit_status
-"""Stopped by a signal, with a checkpoint if ranks were training (EX_TEMPFAIL of sysexits.h): start again."""
+"""Stopped by a signal (EX_TEMPFAIL of sysexits.h): start again. A rank that was training has written a checkpoint."""

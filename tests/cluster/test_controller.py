@@ -27,6 +27,7 @@ from bst_dist.cluster.gateway import AgentGateway
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.processes import StopSignals
 from bst_dist.cluster.verdict import Ended
+from bst_dist.faults.status import RESUBMIT
 
 HOSTS = [Host("a", 1), Host("b", 2)]
 LOST_S = 2.0
@@ -136,12 +137,14 @@ def test_a_stop_signal_reaches_the_ranks_and_their_status_is_returned(job):
     assert (ended.status, ended.stop_signal) == (75, signal.SIGUSR1)
 
 
-def test_an_agent_that_is_told_to_stop_reports_the_signal(job):
+@pytest.mark.parametrize("on_sigterm", ["SIG_DFL", "SIG_IGN"])
+def test_an_agent_that_is_told_to_stop_reports_the_signal(tmp_path, on_sigterm):
     """As Slurm does it, which signals the processes of a step and not the launching process."""
+    job = Job(tmp_path, replace(OPTIONS, grace_s=0.5))
     job.meanwhile(lambda: job.agent("b").send_signal(signal.SIGUSR1))
-    ended = job.run("time.sleep(600)")
-    assert ended.status == 128 + signal.SIGTERM
-    assert job.controller.told == {"b": signal.SIGUSR1}
+    ended = job.run(f"signal.signal(signal.SIGTERM, signal.{on_sigterm}); time.sleep(600)")
+    assert (ended.status, ended.worth_a_restart) == (RESUBMIT, False)
+    assert ended.told == job.controller.told == {"b": signal.SIGUSR1}
     assert job.stop_signals == StopSignals()
 
 
@@ -159,7 +162,7 @@ def test_the_message_at_a_stop_signal_can_be_chosen(tmp_path, capfd):
 def test_a_second_stop_kills_the_ranks_at_once(job):
     job.meanwhile(lambda: vars(job.stop_signals).update(first=15, at_once=True))
     ended = job.run("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)")
-    assert ended.status == 128 + signal.SIGTERM
+    assert ended.status == 128 + signal.SIGINT
     job.require_nothing_left()
 
 

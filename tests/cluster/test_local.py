@@ -16,6 +16,7 @@ import pytest
 
 from bst_dist.cluster import local, processes, verdict
 from bst_dist.cluster.processes import LocalRanks, Share
+from bst_dist.faults.status import RESUBMIT
 
 # A rank that writes its process id and that of a child process to a file, and then runs the test's code.
 RANK = """
@@ -97,7 +98,7 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace_period(tmp_path):
 
     threading.Thread(target=send, daemon=True).start()
     ended = run(tmp_path, "time.sleep(600)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 0.5)
-    assert ended.status == 128 + signal.SIGTERM
+    assert ended.status == RESUBMIT  # to be resumed from the checkpoint before
     assert ended.explain({}) == "killed because they did not stop within --grace: ranks 0 to 1"
 
 
@@ -140,7 +141,7 @@ def test_only_a_second_ctrl_c_kills_the_ranks_at_once(tmp_path, monkeypatch, num
     thread.start()
     ended = run(tmp_path, "time.sleep(600)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 3600.0)
     assert running == [True]
-    assert ended.status == 128 + number
+    assert ended.status == 128 + signal.SIGINT
     assert ended.explain({}) == "a second signal: the ranks were killed"
     thread.join()
 

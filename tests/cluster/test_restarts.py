@@ -112,5 +112,11 @@ def test_permanent_errors_and_requested_stops_are_not_restarted(tmp_path, ended)
     assert Restarts(tmp_path, most=5).refuse(ended) == ""
 
 
+def test_a_failure_after_a_signal_to_the_agents_is_not_restarted_and_the_signal_is_named(tmp_path):
+    ended = Ended(2, cut_short={0, 1}, told={"node-02": 10})
+    assert Restarts(tmp_path, most=5).refuse(ended) == "node-02 was told to stop (SIGUSR1)"
+    assert Restarts(tmp_path, most=0).refuse(ended) == ""
+
+
 def test_zero_allowed_restarts_refuse_without_a_message(tmp_path):
     assert Restarts(tmp_path, most=0).refuse(KILLED) == ""

@@ -41,7 +41,7 @@ class Stub:
 
     def run(self, program, environment, placed, notice="") -> Ended:
         self.command = list(program)
-        ended = Ended(2)
+        ended = Ended(2, told=self.told)
         ended.end(0, 0, 1.0)
         ended.end(1, self.status, 1.0)
         return ended
@@ -140,6 +140,24 @@ def test_a_lost_host_is_named_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stub, "run", lambda *_: Ended(2, {1: -9}))
     supervisor._train(stub, None)
     assert "rank 1 on b was killed by SIGKILL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [-signal.SIGUSR1, 74])
+def test_a_failure_of_training_after_a_signal_of_the_scheduler_is_left_to_it(tmp_path, monkeypatch, status):
+    """The agent's report of the signal may arrive after that of a rank, which the signal kills while it starts."""
+    job, options = Job(None, None, {}, None), LaunchOptions("slurm", tmp_path)
+    supervisor = Supervisor(job, HOSTS, options, Restarts(tmp_path, 3), StopSignals())
+    monkeypatch.setattr("bst_dist.cluster.supervise.choose", lambda *_: Shape(2, 1))
+    monkeypatch.setattr("bst_dist.cluster.supervise._laid_out", lambda asked, *_: asked)
+    monkeypatch.setattr("bst_dist.cluster.supervise.program", lambda asked: [])
+    stub = Stub(status)
+    if status < 0:
+        monkeypatch.setattr(stub, "listen", lambda seconds: stub.told.update(b=signal.SIGUSR1))
+    else:
+        stub.told["b"] = signal.SIGUSR1
+    monkeypatch.setattr(supervisor, "_all_fit", lambda: nullcontext(stub))
+    ended = supervisor.run()
+    assert (ended.status, supervisor.restarts.total) == (RESUBMIT, 0)
 
 
 def test_a_run_waits_for_hosts_that_are_not_ready_yet(tmp_path, monkeypatch):

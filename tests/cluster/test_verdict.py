@@ -86,8 +86,29 @@ def test_a_lost_host_is_the_cause_whatever_the_ranks_report():
 def test_a_job_that_was_told_to_stop_is_not_restarted():
     assert not Ended(2, {0: -9}, stop_signal=15).worth_a_restart
     unfinished = Ended(2, {0: 75}, stop_signal=15)
-    assert (unfinished.status, unfinished.worth_a_restart) == (128 + 15, False)
+    assert (unfinished.status, unfinished.worth_a_restart) == (RESUBMIT, False)
     assert Ended(2, {0: 75, 1: 75}, stop_signal=15).status == RESUBMIT
+    assert Ended(2, {0: 75}, stop_signal=15, at_once=True).status == 130
+
+
+@pytest.mark.parametrize(
+    ("ended", "status"),
+    [
+        (Ended(2, {0: 75, 1: 75}), RESUBMIT),
+        (Ended(2, {0: 0, 1: 0}), DONE),
+        (Ended(2, cut_short={0, 1}), RESUBMIT),
+        (Ended(2, {0: 75}, cut_short={1}), RESUBMIT),
+        (Ended(2, {0: 74, 1: 74}), RESUBMIT),  # the last checkpoint could not be written
+        (Ended(2, {0: 70, 1: 70}), RESUBMIT),
+        (Ended(2, {0: 1, 1: -9}), RESUBMIT),
+        (Ended(2, lost={"b": "silent for 30 s"}), RESUBMIT),
+        (Ended(2, {0: 2, 1: 1}), USER_ERROR),  # diverged: a new start would too
+    ],
+)
+def test_a_job_whose_agents_were_told_to_stop_is_left_to_the_scheduler(ended, status):
+    """Slurm signals agents and ranks, and soon ends the job: restarted ranks would train until they are killed."""
+    ended.told = {"b": 10}
+    assert (ended.status, ended.worth_a_restart) == (status, False)
 
 
 @pytest.mark.parametrize(
