@@ -55,15 +55,17 @@ class Checkpoints(Callback):
         evaluated: Evaluated,
         data_state: Callable[[int], dict[str, Any]],
         say: Callable[[str], None],
+        unsaved: int | None = None,
     ) -> None:
         """`evaluated`: holds the last validation loss. `data_state`: returns the loader's state after a number of
-        steps. `say`: prints a message."""
+        steps. `say`: prints a message. `unsaved`: the step that the run resumed from, if no checkpoint is as new: that
+        of local copies."""
         self.config, self.snapshots, self.trainer, self.evaluated = config, snapshots, trainer, evaluated
         self.data_state, self.say = data_state, say
         self.failed = 0
         """Number of consecutive checkpoints that could not be written."""
-        self._step: int | None = None
-        """The last training step that was taken; None before the first."""
+        self._step = unsaved
+        """The last training step that was taken; before the first `unsaved`."""
         self._full: int | None = None
         """The step of the last full checkpoint that was committed."""
 
@@ -84,7 +86,11 @@ class Checkpoints(Callback):
                 self._tell(self.snapshots.finish(), last)
 
     def ended(self) -> None:
-        """Commit the pending checkpoint, and take a full one of the last step unless there is one."""
+        """Commit the pending checkpoint, and take a full one of the last step unless there is one.
+
+        Without a new step that is the step of the local copies that the run resumed from: they are removed when this
+        start ends, and other nodes do not have them.
+        """
         self._tell(self.snapshots.finish())
         if self._step is not None and self._full != self._step:
             loss = self.evaluated.loss(self._step)

@@ -19,7 +19,7 @@ class Callback:
         """Called after each step; `last`: no step follows in this start."""
 
     def ended(self) -> None:
-        """Called when training ends without a `last` step because there was no more data."""
+        """Called when a signal ends training before the next step, so that no step was the `last`."""
 
 
 class Log(Callback):

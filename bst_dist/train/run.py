@@ -158,8 +158,11 @@ class Run:
         try:
             if ranks.broadcast_object(ranks.first and evaluate.missed(start.reported(), position.step)):
                 evaluate.evaluate_and_report(position.step)
-            if position.step < start.until and not self.stop.poll():
-                self._take_steps(loader, callbacks)
+            if position.step < start.until:
+                if self.stop.poll():
+                    self._stop_between_steps(callbacks)
+                else:
+                    self._take_steps(loader, callbacks)
             return None
         except RollBack as back:
             return roll_back(start, self.snapshots, self.copies, trainer, back.entry)
@@ -187,8 +190,9 @@ class Run:
             return loader.state_dict(step + position.skipped)
 
         # Checkpoints come after the evaluation: they store its loss (from `evaluated`) for checkpoint.keep_best.
+        unsaved = position.step if self.copies.ahead() else None
         checkpoints = Checkpoints(
-            recipe.checkpoint, self.snapshots, self.trainer, evaluated, data_state, ranks.print_first
+            recipe.checkpoint, self.snapshots, self.trainer, evaluated, data_state, ranks.print_first, unsaved
         )
         settle, take = self.copies.callbacks(checkpoints.position, evaluated)
         callbacks: list[Callback] = [
@@ -214,9 +218,7 @@ class Run:
             waited = time.perf_counter() - began
             report = self.trainer.step(data_step - self.trainer.skipped, batches, began)
             if report is None:
-                for callback in callbacks:
-                    phases.enter(callback.phase)
-                    callback.ended()
+                self._stop_between_steps(callbacks)
                 return
             report = replace(report, data_wait_s=waited)
             for callback in callbacks:
@@ -227,6 +229,11 @@ class Run:
                 return
             began = time.perf_counter()
             phases.enter("data", report.step + 1)
+
+    def _stop_between_steps(self, callbacks: Sequence[Callback]) -> None:
+        for callback in callbacks:
+            self.ranks.phases.enter(callback.phase)
+            callback.ended()
 
     def _close_diverged(self, error: DivergedError) -> None:
         """Write outcome.json of a run that the guard stops, and keep the checkpoints of the steps before."""

@@ -263,9 +263,13 @@ class LocalCopies:
     def remove(self) -> None:
         """Remove the directory at the end of a start, unless the newest copy is newer than the newest checkpoint."""
         self.settle()
-        newest = self._held[-1:]
-        if not newest or self.snapshots.reached() >= (newest[0].skipped, newest[0].step):
+        if not self.ahead():
             shutil.rmtree(self.root, ignore_errors=True)
+
+    def ahead(self) -> bool:
+        """Whether the newest copies are newer than the newest checkpoint."""
+        newest = self._held[-1:]
+        return bool(newest) and self.snapshots.reached() < (newest[0].skipped, newest[0].step)
 
 
 class _Settle(Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.callbacks import Evaluated
 from bst_dist.checkpoint.config import CheckpointConfig
-from bst_dist.checkpoint.directory import committed, step_of
+from bst_dist.checkpoint.directory import committed, newest_valid, step_of
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.local import copies
@@ -22,10 +23,15 @@ from bst_dist.checkpoint.local.exchange import Exchange
 from bst_dist.checkpoint.local.file import Key
 from bst_dist.checkpoint.shards import Piece
 from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
+from bst_dist.faults import status
+from bst_dist.faults.signals import Notice
 from bst_dist.parallel.mesh import Mesh
+from bst_dist.parallel.ranks import Ranks
 from bst_dist.report.metrics import FILE
 from bst_dist.train.run import train
+from bst_dist.train.rundir import read_outcome
 from bst_dist.train.start.request import Request
+from bst_dist.train.step import Trainer
 from tests.checkpoint.alone import Alone
 from tests.checkpoint.damage import flip
 from tests.checkpoint.local.written_copy import full
@@ -237,6 +243,49 @@ def test_a_rank_that_cannot_connect_to_its_neighbours_stops_local_copies_but_not
     said = capfd.readouterr().out
     assert "no local copies (checkpoint.local_every) in the rest of this start: " in said
     assert "Gloo connectFullMesh failed" in said
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("told", ["before the first step", "while it waits for data"])
+def test_a_signal_before_the_first_new_step_writes_a_checkpoint_of_the_copies(
+    told, recipe_file, on_ranks, tmp_path, monkeypatch
+):
+    """Other nodes do not have the copies: there the run could not continue."""
+    memory, run = tmp_path / "memory", tmp_path / "run"
+    recipe = recipe_file(checkpoint={"every": 0, "local_every": 1, "local_directory": str(memory)})
+    step = Trainer.step
+
+    def go(ranks: Ranks, resume: bool, notice: Notice | None = None) -> int:
+        return train(Request(recipe, [], run, resume, None), ranks, notice)
+
+    def fails(self: Trainer, number: int, *given: Any) -> Any:
+        if number == 4:
+            raise RuntimeError("killed")
+        return step(self, number, *given)
+
+    def stops(ranks: Ranks) -> int:
+        def has_no_data(self: Trainer, *_: Any) -> None:
+            notice.take(signal.SIGUSR1)
+            assert self.context.stop.poll()
+
+        notice = Notice()
+        if told == "before the first step":
+            notice.take(signal.SIGUSR1)
+        else:
+            monkeypatch.setattr(Trainer, "step", has_no_data)  # in this forked process
+        return go(ranks, True, notice)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", fails)
+        with pytest.raises(AssertionError, match="killed"):
+            on_ranks(1, go, False)
+    copied = max(Key.of(path.parent.name).step for path in memory.glob("*/step-*/rank-00000"))
+    assert on_ranks(1, stops) == [status.RESUBMIT]
+    assert step_of(newest_valid(run)) == read_outcome(run)["step"] == copied >= 3
+    assert not list(memory.iterdir())
+    assert on_ranks(1, go, True) == [status.DONE]
+    assert read_outcome(run)["finished"]
 
 
 def test_without_room_for_all_copies_none_are_written(tmp_path, monkeypatch):
