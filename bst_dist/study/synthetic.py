@@ -126,6 +126,9 @@ class SyntheticObjective:
     def about(self) -> dict[str, Any]:
         return {"chance_loss_nats": self.recipe.data.synthetic.chance_loss}
 
+    def digests(self) -> dict[str, Any]:
+        return {}
+
     def loader(self, mesh: Mesh, start_step: int = 0) -> SyntheticLoader:
         train = self.recipe.train
         share = share_of(self.recipe, mesh, train.sequences, train.micro_sequences)

@@ -95,6 +95,12 @@ class Objective(Protocol):
     def about(self) -> dict[str, Any]:
         """Return what environment.json records about the data at each start of the run."""
 
+    def digests(self) -> dict[str, Any]:
+        """Return the digests of all data that the run reads, by the setting that says where it is.
+
+        They are equal where the data is, wherever a host keeps it.
+        """
+
 
 def open_objective(recipe: Recipe, checked: slice = EVERY_SHARD) -> Objective:
     """Open the data of the recipe and return its objective; raises UserError when the data cannot be used.
@@ -162,6 +168,10 @@ class LanguageModelling:
             for url, corpus in zip(self.recipe.data.urls(), self.corpora, strict=True)
         ]
         return {"tokenizer_sha256": self.corpora[0].manifest.tokenizer.sha256, "corpora": corpora}
+
+    def digests(self) -> dict[str, Any]:
+        further = {f"evaluation.corpora.{name}": corpora[0].sha256 for name, corpora in self.further.items()}
+        return {"data.corpus": [corpus.sha256 for corpus in self.corpora], **further}
 
     def loader(self, mesh: Mesh, start_step: int = 0) -> Loader:
         recipe, train = self.recipe, self.recipe.train

@@ -43,6 +43,7 @@ from bst_dist.train.start.deterministic import make_deterministic
 from bst_dist.train.start.host_memory import warn_of_shortage
 from bst_dist.train.start.request import Request, Start, load, resolve_together
 from bst_dist.train.start.resuming import begin_at, changed_at, guard_of, roll_back
+from bst_dist.train.start.same_start import require_same
 from bst_dist.train.tf32 import products_in_tf32
 
 
@@ -62,6 +63,7 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None, disks: D
 
 def _train(recipe: Recipe, request: Request, ranks: Ranks, notice: Notice | None, disks: Disks) -> int:
     start = resolve_together(recipe, request, ranks)  # every rank has checked the run directory before rank 0 writes
+    require_same(start, request, ranks)
     disks.add([start.run_dir], [Path(url) for url in start.recipe.data.urls() if "://" not in url])
     board = shared_board(ranks.world)
     with (

@@ -78,6 +78,9 @@ class Classification:
     def about(self) -> dict[str, Any]:
         return {"examples_sha256": self.training.sha256}
 
+    def digests(self) -> dict[str, Any]:
+        return {"data.examples": [self.training.sha256, self.validation.sha256]}
+
     def loader(self, mesh: Mesh, start_step: int = 0) -> LabelledLoader:
         train = self.recipe.train
         return self._loader(self.training, mesh, train.sequences, train.micro_sequences, self.recipe.seed, start_step)
