@@ -19,11 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bst_base.errors import UserError
 from bst_base.places import written
-from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, deepspeed_file
-from bst_dist.model.compiled import why_not_compilable
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.neighbour import SequenceParallelError
+from bst_dist.plan.compilation import compile_refusal
 from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.kernel_launches import host_seconds
 from bst_dist.plan.memory.activations import activations_of
@@ -184,7 +183,7 @@ class Planner:
         checkpointing = self.recipe.activation_checkpointing.model_copy(update={"policy": policy})
         spread = Spread(sequences or train.most_sequences, cluster.world // sp, rows)
         part = Slice(rows, train.sequence_length // (sp * slices), sp, stream=slices > 1)
-        compiled = self._compiles(self.strategies[stage].stage, checkpointing, sp, slices)
+        compiled = not compile_refusal(self.recipe, self.strategies[stage].stage, checkpointing, sp, slices)
         work = Work(
             self.strategies[stage],
             cluster.world,
@@ -202,7 +201,8 @@ class Planner:
         between = sequence_traffic(self.model, work, self.messages(sp, slices))
         traffic = zero_traffic(sizes, work)
         needs = memory(sizes, self.model.mixers(), self.activations, work)
-        touched = self.activations.whole(part, self._compiles(0, checkpointing, sp, slices))
+        compiled_unless_gathered = not compile_refusal(self.recipe, 0, checkpointing, sp, slices)
+        touched = self.activations.whole(part, compiled_unless_gathered)
         updated = self.sizes.total / (cluster.world if stage else 1)
         host = host_seconds(self.activations, self.model.mixers(), work)
         edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
@@ -211,12 +211,6 @@ class Planner:
         moved = Moved(touched, around, needs.host - edges_bytes + edges_bytes // slices, updated, host, orthogonalising)
         seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)
         return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb, spread)
-
-    def _compiles(self, stage: int, checkpointing: ActivationCheckpointingConfig, sp: int, slices: int) -> bool:
-        """Whether the run would compile its layers."""
-        past = self.recipe.train.carry or slices > 1
-        gathered = stage == 3 and not checkpointing.names_what_is_kept
-        return self.recipe.compile is not False and not why_not_compilable(gathered, sp, past)
 
     def as_written(self) -> Candidate:
         """Return the recipe's own ZeRO stage, sp, micro-batch and activation checkpointing, for its first batch."""

@@ -13,10 +13,10 @@ from bst_dist.checkpoint.snapshot import Identity
 from bst_dist.config import Recipe, digest, identity
 from bst_dist.faults.signals import Stop
 from bst_dist.model.attention.sliding import attention_path
-from bst_dist.model.compiled import why_not_compilable
 from bst_dist.parallel.communication import RecordedGroup
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.parallel.sequence.group import SequenceGroup
+from bst_dist.plan.compilation import compile_refusal
 from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.report.utilisation import Utilisation, edge_flops_per_token, recomputed_flops_per_token
@@ -123,9 +123,7 @@ def compiles(recipe: Recipe, device: str, stage: int) -> tuple[bool, str]:
     """
     if recipe.compile is False:
         return False, "no, compile: false"
-    past = recipe.train.carry or recipe.train.slice_tokens is not None
-    gathered = stage == 3 and not recipe.activation_checkpointing.names_what_is_kept
-    reason = why_not_compilable(gathered, recipe.parallel.sp, past)
+    reason = compile_refusal(recipe, stage, recipe.activation_checkpointing, recipe.parallel.sp, recipe.train.slices)
     if device != "cuda":
         reason = f"layers are compiled for CUDA, and this is {device}"
     if reason and recipe.compile:

@@ -236,7 +236,7 @@ def test_a_deepspeed_step_has_the_gradients_of_uncompiled_layers(stage, policy, 
         ({}, "cuda", 3, "ZeRO-3 .* every-layer, selective or offload"),
         ({"activation_checkpointing": {"policy": "every-kth-layer"}}, "cuda", 3, "ZeRO-3"),
         ({"parallel": {"sp": 2}}, "cuda", 1, "parallel.sp"),
-        ({"train": {"slice_tokens": 32}}, "cuda", 1, "train.slice_tokens"),
+        ({"train": {"slice_tokens": 16}}, "cuda", 1, "train.slice_tokens"),
     ],
 )
 def test_unsupported_compilation_is_refused_with_the_reason(settings, change, device, stage, reason):
@@ -258,7 +258,7 @@ def test_layers_are_compiled_on_cuda_where_supported(settings):
 
 
 def test_the_loss_is_compiled_on_cuda_unless_the_recipe_forbids_it(settings):
-    in_slices = settings | {"train": settings["train"] | {"slice_tokens": 32}}  # layers are not compiled
+    in_slices = settings | {"train": settings["train"] | {"slice_tokens": 16}}  # layers are not compiled
     for recipe, device, expected in [
         (settings, "cuda", True),
         (settings, "cpu", False),
