@@ -53,6 +53,7 @@ from bst_dist.cluster.preflight import CHECKS, Needs
 from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import catch_stop_signals
 from bst_dist.cluster.restarts import Restarts
+from bst_dist.cluster.space import space_for_checkpoints
 from bst_dist.cluster.supervise import Job, Supervisor, say
 from bst_dist.config import Recipe, deepspeed_file, spread_of
 from bst_dist.faults.status import RESUBMIT
@@ -64,10 +65,6 @@ from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
 from bst_dist.train.start.request import Request, load, resolve
 from data_pipeline.format.manifest import MANIFEST
-
-CHECKPOINT_BYTES = 16
-"""Upper bound of a checkpoint's bytes per parameter: weights, averaged weights (if any) and Adam's two moments, in
-single precision."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,8 +208,8 @@ def _needs(asked: Request, recipe: Recipe) -> Needs:
     files = [find(asked.recipe, RECIPES), deepspeed_file(recipe), *corpora]
     with weightless():
         parameters = sum(parameter.numel() for parameter in LanguageModel(recipe.model).parameters())
-    # Space for two checkpoints: an existing one, and one being written.
-    return Needs([path.resolve() for path in files], asked.run_dir, 2 * CHECKPOINT_BYTES * parameters, parameters)
+    space = space_for_checkpoints(asked.run_dir, parameters)
+    return Needs([path.resolve() for path in files], asked.run_dir, space, parameters)
 
 
 def _show(job: Job, hosts: Sequence[Host], options: LaunchOptions) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from bst_dist.cluster.channel import Message
 from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.processes import StopSignals, signal_session
+from bst_dist.cluster.space import Space
 from bst_dist.train.start.host_memory import shortage
 
 CLOCK_S = 2.0
@@ -57,8 +58,8 @@ class Needs:
     """Files that must be equal on all hosts."""
     run_dir: Path
     """The run directory, which all hosts must share."""
-    free_bytes: int
-    """Free bytes required on the file system of the run directory."""
+    space: Space
+    """Free space required on the file system of the run directory."""
     parameters: int
     """Parameters of the model, which every rank builds in the memory of its host."""
 
@@ -180,13 +181,14 @@ def _problems(one: Checked, common: Mapping[str, tuple[str, str]], job: str, nee
     yield from _differences(answer, common)
     if answer["nonce"] != job:
         yield "shared", "does not see the run directory that the first host wrote to: is it shared?"
-    elif answer["free_bytes"] is not None and answer["free_bytes"] < needs.free_bytes:
-        free, needed = readable_size(answer["free_bytes"]), readable_size(needs.free_bytes)
+    elif answer["free_bytes"] is not None and answer["free_bytes"] < needs.space.bytes:
+        free, needed = readable_size(answer["free_bytes"]), readable_size(needs.space.bytes)
+        what = "a checkpoint needs" if needs.space.checkpoints == 1 else f"{needs.space.checkpoints} checkpoints need"
         yield (
             "space",
             (
-                f"{free} free on the file system of the run directory, two checkpoints need {needed}: free "
-                "space, or choose another --run-dir"
+                f"{free} free on the file system of the run directory, {what} {needed}: free space, or choose "
+                "another --run-dir"
             ),
         )
     if answer["ranks"]:

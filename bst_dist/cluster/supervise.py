@@ -20,6 +20,7 @@ from bst_dist.cluster.local import program
 from bst_dist.cluster.preflight import Needs, PreflightError
 from bst_dist.cluster.processes import Share, StopSignals
 from bst_dist.cluster.restarts import Restarts
+from bst_dist.cluster.space import space_for_checkpoints
 from bst_dist.cluster.verdict import SETTLE_KILLED_S, STOP, Ended
 from bst_dist.config import Recipe
 from bst_dist.train.start.request import Request
@@ -157,8 +158,9 @@ class Supervisor:
         fit = self._left(ended)
         while fit:
             self._heed()
+            needs = self._needs_of_restart()
             with Controller(fit, self.options, self.stop_signals) as controller:
-                checked = preflight.examine(controller, self.job.needs, self.job.accepted)
+                checked = preflight.examine(controller, needs, self.job.accepted)
                 self._heed(controller)
                 unfit = {one.host.name: "; ".join(one.problems) for one in checked if one.problems}
                 if not unfit:
@@ -167,6 +169,11 @@ class Supervisor:
         self._heed()
         say("no host left to restart on")
         return None
+
+    def _needs_of_restart(self) -> Needs:
+        """Return the requirements of a restart: the run's checkpoints are already on the disk."""
+        needs = self.job.needs
+        return replace(needs, space=space_for_checkpoints(needs.run_dir, needs.parameters))
 
     def _left(self, ended: Ended) -> list[Host]:
         """Return the hosts to try again. Lost hosts are tried again only over ssh, which can tell if they are back."""

@@ -25,6 +25,7 @@ from bst_dist.cluster.preflight import (
 )
 from bst_dist.cluster.probe import memory_errors, old_ranks, probe, unmark
 from bst_dist.cluster.processes import StopSignals
+from bst_dist.cluster.space import Space
 
 SOUND: dict[str, Any] = {
     "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"},
@@ -38,10 +39,13 @@ SOUND: dict[str, Any] = {
     "open_files": 4096,
     "available_memory": 4 * 10**9,
 }
-NOTHING = Needs([], Path("/shared/run"), 0, 0)
+TWO = Space(2, 10**9)
+NOTHING = Needs([], Path("/shared/run"), Space(2, 0), 0)
 
 
-def checked_hosts(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.0, 0.0), accepted=()) -> list[Checked]:
+def checked_hosts(
+    *changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.0, 0.0), accepted=(), space=TWO
+) -> list[Checked]:
     """Return three checked hosts that are sound except for the changes."""
     answers = []
     for change in (*changes, {}, {}, {})[:3]:
@@ -53,7 +57,7 @@ def checked_hosts(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.
         Checked(Host(f"n{i}", 8), answer=answer, clock_offset_s=clock)
         for i, (answer, clock) in enumerate(zip(answers, clocks, strict=True))
     ]
-    record_problems(checked, "job", Needs([], Path("/shared/run"), 10**9, 125 * 10**6), accepted)
+    record_problems(checked, "job", Needs([], Path("/shared/run"), space, 125 * 10**6), accepted)
     return checked
 
 
@@ -76,7 +80,7 @@ def test_healthy_hosts_have_no_problems():
         ({"files": {"/shared/corpus/manifest.json": None}}, "/shared/corpus/manifest.json is missing"),
         ({"nonce": None}, "is it shared?"),
         ({"nonce": "another"}, "is it shared?"),
-        ({"free_bytes": 10**8}, "100.0 MB free on the file system of the run directory, two checkpoints need 1.0 GB"),
+        ({"free_bytes": 10**8}, "100.0 MB free on the file system of the run directory, 2 checkpoints need 1.0 GB"),
         ({"devices": ["nvidia0", "nvidia1"]}, "8 slots, but 2 accelerators"),
         ({"memory_errors": {"3": 2}}, "accelerator 3 has 2 uncorrected memory errors"),
         (
@@ -115,6 +119,11 @@ def test_accepted_problems_do_not_prevent_a_start_and_are_shown(check, change, c
     show([first])
     assert f"(accepted: {check})" in capsys.readouterr().out
     assert checked_hosts(change, accepted=set(CHECKS) - {check})[0].problems
+
+
+def test_a_run_that_has_a_checkpoint_needs_space_for_one_more():
+    (first, *_) = checked_hosts({"free_bytes": 10**8}, space=Space(1, 10**9))
+    assert "100.0 MB free on the file system of the run directory, a checkpoint needs 1.0 GB" in first.problems[0]
 
 
 def test_a_host_that_cannot_say_what_memory_it_has_is_not_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ from bst_base.stopping import Stopped
 from bst_dist.cluster.controller import LaunchOptions
 from bst_dist.cluster.elastic import Shape
 from bst_dist.cluster.hosts import Host, HostError
-from bst_dist.cluster.preflight import PreflightError
+from bst_dist.cluster.preflight import Needs, PreflightError
 from bst_dist.cluster.processes import StopSignals
 from bst_dist.cluster.restarts import Restarts
+from bst_dist.cluster.space import Space
 from bst_dist.cluster.supervise import Job, Supervisor
 from bst_dist.cluster.verdict import Ended
 from bst_dist.faults.status import FAILED, RESUBMIT, USER_ERROR
 from bst_dist.report.metrics import FILE
+from bst_dist.train.start.request import Request
+from tests.cluster.listed_checkpoint import write_checkpoint
 
 HOSTS = [Host("a", 1), Host("b", 1)]
 
@@ -140,6 +144,32 @@ def test_a_lost_host_is_named_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stub, "run", lambda *_: Ended(2, {1: -9}))
     supervisor._train(stub, None)
     assert "rank 1 on b was killed by SIGKILL" in capsys.readouterr().err
+
+
+class Restart:
+    """A supervisor of a run that has failed, which records what a restart asks the hosts for, and its request."""
+
+    def __init__(self, job: Job, tmp_path: Path, monkeypatch) -> None:
+        self.needs: list[Needs] = []
+        self.asked: list[Request] = []
+        supervisor = Supervisor(job, HOSTS, LaunchOptions("slurm", tmp_path), Restarts(tmp_path, 1), StopSignals())
+        monkeypatch.setattr("bst_dist.cluster.supervise.Controller", lambda *_: nullcontext(Stub(0)))
+        monkeypatch.setattr("bst_dist.cluster.preflight.examine", lambda _, needs, __: self.needs.append(needs) or [])
+        monkeypatch.setattr(supervisor, "_train", lambda _, asked: self.asked.append(asked) or Ended(1, {0: 0}))
+        self.supervisor = supervisor
+
+    def start(self) -> None:
+        assert self.supervisor._again(Ended(1, {0: -9})).status == 0
+
+
+def test_a_restart_needs_space_for_one_checkpoint_if_the_run_has_one(tmp_path, monkeypatch):
+    """A run whose own checkpoints fill the disk could not be restarted otherwise."""
+    needs = Needs([], tmp_path, Space(2, 32_000), 1000)
+    restart = Restart(Job(Request(Path("r.yaml"), [], tmp_path, False, None), None, {}, needs), tmp_path, monkeypatch)
+    restart.start()
+    write_checkpoint(tmp_path, 10, {"weights-00000.safetensors": 1000, "optimizer-00000.safetensors": 2000})
+    restart.start()
+    assert restart.needs == [needs, replace(needs, space=Space(1, 3000))]
 
 
 @pytest.mark.parametrize("status", [-signal.SIGUSR1, 74])
