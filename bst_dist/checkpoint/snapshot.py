@@ -108,6 +108,10 @@ class Snapshots:
         self.kinds = (WEIGHTS, OPTIMIZER, AVERAGED) if averaged else (WEIGHTS, OPTIMIZER)
         self.run_dir, self.state, self.ranks = run_dir, state, ranks
         self.identity, self.config = identity, config
+        self.saved = (0, 0)
+        """(skipped, step) of the last full checkpoint that this start has committed; (0, 0) before the first."""
+        self._begun = (0, 0)
+        """(skipped, step) of the last checkpoint that was begun."""
         self._manifest: tuple[Path, dict[str, Any]] | None = None
         self._versions = versions() if ranks.first else {}  # runs git, so it is done before training
         self._saver = Saver(
@@ -120,7 +124,7 @@ class Snapshots:
         `validation_loss`: in nats, if these weights were evaluated. `full`: write optimizer states and average too,
         not only the weights.
         """
-        self._manifest = None
+        self._manifest, self._begun = None, (position.skipped, position.step)
         kinds = self.kinds if full else (WEIGHTS,)
         return self._saver.start(self.described(position, validation_loss), self.own(position), kinds)
 
@@ -153,11 +157,16 @@ class Snapshots:
 
     def poll(self) -> Saved | Failed | None:
         """Return the outcome of the pending checkpoint once all ranks are done with it; None until then."""
-        return self._saver.poll()
+        return self._noted(self._saver.poll())
 
     def finish(self) -> Saved | Failed | None:
         """Wait for the pending checkpoint and for removals; return its outcome, None when none was pending."""
-        return self._saver.finish()
+        return self._noted(self._saver.finish())
+
+    def _noted(self, outcome: Saved | Failed | None) -> Saved | Failed | None:
+        if isinstance(outcome, Saved) and outcome.full:
+            self.saved = self._begun
+        return outcome
 
     def rehearse(self) -> None:
         """Test before the first step that every rank can write a checkpoint; else raise StorageError on all ranks."""

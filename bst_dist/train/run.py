@@ -14,7 +14,7 @@ from typing import Any
 from bst_dist.checkpoint import rng
 from bst_dist.checkpoint.callbacks import Checkpoints, Evaluated
 from bst_dist.checkpoint.fragments import EngineState
-from bst_dist.checkpoint.local.copies import LocalCopies
+from bst_dist.checkpoint.local.copies import open_copies
 from bst_dist.checkpoint.snapshot import Position, Snapshots
 from bst_dist.config import Recipe
 from bst_dist.faults.disks import Disks
@@ -103,7 +103,7 @@ class Run:
             averaged is not None,
             constant_until(self.recipe.schedule, self.recipe.train.steps),
         )
-        self.copies = LocalCopies(start.run_dir, self.snapshots, ranks, lease.epoch, request.resume)
+        self.copies = open_copies(start.run_dir, self.snapshots, ranks, lease.epoch, request.resume)
         self.trainer = build_trainer(start, self.engine, ranks, recorded_group(start, ranks), stop)
         ranks.limit_exchanges(self.recipe.watchdog.exchange_limit_s)
         # After all ranks have built the same model. Loading a checkpoint sets the generators again.
@@ -113,7 +113,8 @@ class Run:
         """Take all steps, continuing from an earlier checkpoint after each roll-back; return the exit status."""
         position, local = begin_at(self.request, self.start, self.snapshots, self.copies, self.ranks)
         self.snapshots.rehearse()
-        position = self.copies.begin(position, self.start.until)
+        if self.copies:
+            position = self.copies.begin(position, self.start.until)
         self._announce(position, local)
         try:
             rolled_back = self._train_from(position, local)
@@ -139,7 +140,7 @@ class Run:
             about |= {rundir.FROM_COPIES: local} if local else {}
             rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about, objective.tokenizer())
             start = replace(self.start, changed=changed_at(self.start, position))
-            copies = self.copies.describe() if self.copies.on else ""
+            copies = self.copies.describe() if self.copies else ""
             print(header(start, self.engine, self.ranks, self.compiled, copies, reading), flush=True)
 
     def _train_from(self, position: Position, local: str | None = None) -> Position | None:
@@ -192,11 +193,11 @@ class Run:
             return loader.state_dict(step + position.skipped)
 
         # Checkpoints come after the evaluation: they store its loss (from `evaluated`) for checkpoint.keep_best.
-        unsaved = position.step if self.copies.ahead() else None
+        unsaved = position.step if self.copies and self.copies.ahead() else None
         checkpoints = Checkpoints(
             recipe.checkpoint, self.snapshots, self.trainer, evaluated, data_state, ranks.print_first, unsaved
         )
-        settle, take = self.copies.callbacks(checkpoints.position, evaluated)
+        settle, take = self.copies.callbacks(checkpoints.position, evaluated) if self.copies else ([], [])
         callbacks: list[Callback] = [
             *([self.average] if self.average else []),  # before every callback that reads the average
             *settle,  # the local copy of an earlier step must be complete before this step is reported
@@ -240,8 +241,9 @@ class Run:
     def _close_diverged(self, error: DivergedError) -> None:
         """Write outcome.json of a run that the guard stops, and keep the checkpoints of the steps before."""
         self.snapshots.finish()  # the checkpoint being written is from before the divergence
-        self.copies.drop()
-        self.copies.remove()
+        if self.copies:
+            self.copies.drop()
+            self.copies.remove()
         if self.ranks.first:
             rundir.finish(self.start.run_dir, {"finished": False, "diverged": str(error)})
         self.ranks.barrier()  # all ranks diverge together; the launcher may kill the others once rank 0 has exited
@@ -262,6 +264,7 @@ class Run:
             ranks.print_first(rundir.closing(outcome, self.recipe.train.steps, self.start.until))
         if ranks.first:
             rundir.finish(self.start.run_dir, outcome)
-        self.copies.remove()
+        if self.copies:
+            self.copies.remove()
         ranks.barrier()  # once rank 0 has exited, its launcher may kill the others
         return RESUBMIT if stopped else DONE

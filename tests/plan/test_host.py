@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from bst_dist.checkpoint.host_copy import HostCopy
-from bst_dist.checkpoint.local.copies import LocalCopies
+from bst_dist.checkpoint.local.writing import CopyWriter
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.host import host_at_start, host_memory
@@ -47,18 +47,18 @@ def test_planned_host_memory_equals_that_of_a_run(recipe_file, tmp_path, on_rank
     found = planned(request)
     pinned: dict[int, int] = {}
     files: list[int] = []
-    reserve, opened = HostCopy.reserve, LocalCopies._open
+    reserve, opened = HostCopy.reserve, CopyWriter.__init__
 
     def reserving(self: HostCopy, count: int) -> None:
         pinned[id(self)] = max(pinned.get(id(self), 0), 4 * count)
         reserve(self, count)
 
-    def opening(self: LocalCopies) -> None:
-        opened(self)
-        files.append(self._needed)
+    def opening(self: CopyWriter, *given: object) -> None:
+        opened(self, *given)
+        files.append(self.needed)
 
     monkeypatch.setattr(HostCopy, "reserve", reserving)
-    monkeypatch.setattr(LocalCopies, "_open", opening)
+    monkeypatch.setattr(CopyWriter, "__init__", opening)
 
     def run(ranks: Ranks) -> tuple[int, int]:
         train(request, ranks)

@@ -3,9 +3,12 @@
     /dev/shm/bst-demo-5f1c…/step-00000012.skipped-0.epoch-3/rank-00000
 
 Every `checkpoint.local_every` steps, and with every checkpoint, training waits for a copy in host memory. A thread
-writes it (`file`) and sends it to another node (`exchange`). All ranks must finish this before the next step is
-reported, so a killed run loses at most `local_every` of the steps that it has reported. Two copies are kept: the older
-one is complete while the newer one is written. A third is kept while a checkpoint of its step is being written.
+writes it (`writing`, `file`) and sends it to another node (`exchange`). All ranks must finish this before the next step
+is reported, so a killed run loses at most `local_every` of the steps that it has reported. Two copies are kept: the
+older one is complete while the newer one is written. A third is kept while a checkpoint of its step is being written.
+
+A start that can take no copies can still resume from those of an earlier one. It removes them when one of its
+checkpoints is as new.
 
 The directory's name contains a hash of a random token in the run directory and of the run directory's path. So a new
 run never uses the copies of a removed run at the same path, and a copied run directory never uses those of the
@@ -17,27 +20,22 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
-import socket
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from bst_base.errors import StorageError
 from bst_base.files import atomic_file
 from bst_dist.checkpoint.agreement import of_first
 from bst_dist.checkpoint.attempt import attempt
 from bst_dist.checkpoint.callbacks import Evaluated
-from bst_dist.checkpoint.config import LOCAL_COPIES_KEPT
 from bst_dist.checkpoint.directory import committed, step_of
-from bst_dist.checkpoint.host_copy import Copied, HostCopy
-from bst_dist.checkpoint.local.exchange import Exchange, Node, keepers
-from bst_dist.checkpoint.local.file import Key, LocalCopy, write_copy
-from bst_dist.checkpoint.local.search import Found, fetch_copies, list_copies
+from bst_dist.checkpoint.local.exchange import Node
+from bst_dist.checkpoint.local.file import Key, LocalCopy
+from bst_dist.checkpoint.local.search import Found, fetch_copies, folders, list_copies
+from bst_dist.checkpoint.local.writing import CopyWriter, NoNewCopiesError, message, open_writer
 from bst_dist.checkpoint.saving import Failed, Saved
 from bst_dist.checkpoint.snapshot import Position, Snapshots
-from bst_dist.faults import ledger
 from bst_dist.faults.lease import LEASE
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.report.callback import Callback
@@ -47,70 +45,48 @@ TOKEN = "local-copies"
 """File in the lease directory with the random token of this run."""
 
 
+def open_copies(run_dir: Path, snapshots: Snapshots, ranks: Ranks, epoch: int, resume: bool) -> LocalCopies | None:
+    """Return a run's local copies; None when it takes none and can have none to resume from. All ranks call it.
+
+    `epoch`: of this start's lease. `resume`: whether old copies may be used; else they are removed.
+    """
+    config = snapshots.config
+    name, old = of_first(ranks, lambda: _names(run_dir, bool(config.local_every), resume))
+    if old:
+        shutil.rmtree(config.local_directory / old, ignore_errors=True)
+    return LocalCopies(run_dir, snapshots, ranks, config.local_directory / name, epoch) if name else None
+
+
 class LocalCopies:
     """Takes and loads the local copies of one run, on one rank; every rank makes every call."""
 
-    def __init__(self, run_dir: Path, snapshots: Snapshots, ranks: Ranks, epoch: int, resume: bool) -> None:
-        """`epoch`: of this start's lease. Removes old copies when the run is not resumed or `local_every` is 0."""
+    def __init__(self, run_dir: Path, snapshots: Snapshots, ranks: Ranks, root: Path, epoch: int) -> None:
+        """`root`: the directory of the copies, on each node. `epoch`: of this start's lease."""
         self.run_dir, self.snapshots, self.ranks, self.config = run_dir, snapshots, ranks, snapshots.config
-        self.epoch, self.on = epoch, bool(self.config.local_every)
-        name, old = of_first(ranks, lambda: _names(run_dir, self.on, resume))
-        if old:
-            shutil.rmtree(self.config.local_directory / old, ignore_errors=True)
-        self.root = self.config.local_directory / name
+        self.root, self.epoch = root, epoch
         self._held: list[Key] = []
         """Copies that are complete on all ranks, oldest first."""
         self._owed: list[Key] = []
         """Copies whose step has a checkpoint due that was not committed before the run was killed."""
-        self._writing: tuple[Key, Future[str | None]] | None = None
-        if self.on:
-            self._open()
-
-    def _open(self) -> None:
-        """Exchange which node each rank is on, and create the group of ranks that send copies to each other.
-
-        Turns the copies off if a rank cannot connect to the others, or if one node has not enough space for them: a
-        full /dev/shm would also break other programs and NCCL.
-        """
-        held = self.snapshots.state.held()
-        own = LOCAL_COPIES_KEPT * 4 * sum(fragment.elements(self.snapshots.kinds) for fragment in held)
-        node, error = attempt(lambda: Node.here(self.root))
-        seen = self.ranks.all_gather_object((node, _message(error), own))
-        self._turn_off([why for _, why, _ in seen if why])
-        if not self.on:
-            return
-        self._hosts, places = [node.host for node, *_ in seen], [node.directory for node, *_ in seen]
+        node, error = attempt(lambda: Node.here(root))
+        nodes, whys = zip(*ranks.all_gather_object((node, message(error))), strict=True)
+        self._hosts = [node.host if node else None for node in nodes]
+        places = [node.directory if node else f"none of rank {rank}" for rank, node in enumerate(nodes)]
         self._heads = [places.index(place) for place in places]
         """For each rank the first rank of its node, which lists and removes copies for the others."""
-        kept_by, needed = keepers(places), dict.fromkeys(places, 0)
-        for rank, (*_, size) in enumerate(seen):
-            for holder in {rank, kept_by[rank]} - {None}:
-                needed[places[holder]] += size
-        self._turn_off(
-            [
-                f"{node.host} has {node.free / 1e6:,.1f} MB free in {self.config.local_directory}, local copies may "
-                f"take {needed[node.directory] / 1e6:,.1f} MB: make room, or set checkpoint.local_directory or "
-                "checkpoint.local_every"
-                for node, *_ in seen
-                if node.free < needed[node.directory]
-            ]
-        )
-        if not self.on:
-            return
-        exchange, error = attempt(lambda: Exchange(self.ranks.rank, places))
-        self._turn_off([why for why in self.ranks.all_gather_object(_message(error)) if why])
-        if self.on:
-            self._needed, self._kept_by, self._exchange = max(needed.values()), kept_by, exchange
-            self._copy, self._thread = HostCopy(self.ranks.device), ThreadPoolExecutor(1, "local-copy")
+        self._writer: CopyWriter | None = None
+        """Takes new copies; None when this start takes none, but can resume from old ones."""
+        if self.config.local_every:
+            try:
+                if why := next(filter(None, whys), None):
+                    raise NoNewCopiesError(why)
+                self._writer = open_writer(run_dir, snapshots, ranks, root, nodes)
+            except NoNewCopiesError as error:
+                self._say_no_new(error)
 
     def describe(self) -> str:
-        """Return the text about local copies for the header of a start."""
-        elsewhere = sum(keeper is not None for keeper in self._kept_by)
-        where = f"those of {elsewhere} of {self.ranks.world} ranks also on another node" if elsewhere else "one node"
-        every = self.config.local_every
-        often = "every step" if every == 1 else f"every {every} steps"
-        room = f"up to {self._needed / 1e6:,.1f} MB of a node's memory"
-        return f"{often} in {self.config.local_directory}, {where}; {room}"
+        """Return the text about new local copies for the header of a start; empty when it takes none."""
+        return self._writer.describe() if self._writer else ""
 
     # Resuming
 
@@ -121,8 +97,6 @@ class LocalCopies:
         run's metrics contain a step, since they may have lost the last ones; called on rank 0. `refusal`: the reason
         why no copies may be used, if any.
         """
-        if not self.on:
-            return None
         reached = self.snapshots.reached()
         found = list_copies(self.ranks, self.root, self._heads)
         newer = [key for key in sorted(found, reverse=True) if (key.skipped, key.step) >= reached]
@@ -160,8 +134,6 @@ class LocalCopies:
         Called before the first step. Other copies are loaded to write their checkpoints; then the newest is loaded
         again. Returns its position, else `position`. Raises StorageError when the last step's checkpoint fails.
         """
-        if not self.on:
-            return position
         if self._held and position.step >= until and self._owed[-1:] != self._held:
             self._owed += self._held
         for key in self._owed:
@@ -176,6 +148,8 @@ class LocalCopies:
             position = self._load(self._held[0])
         self._prune([*self._owed, *self._held])
         self._held = [*(key for key in self._owed if key not in self._held), *self._held]
+        if not (self._writer or self._held):
+            self._remove_all()
         return position
 
     def _tell(self, outcome: Saved | Failed | None, last: bool = False) -> None:
@@ -192,63 +166,47 @@ class LocalCopies:
 
         `position`: returns the run's position after a step.
         """
-        return ([_Settle(self)], [_Take(self, position, evaluated)]) if self.on else ([], [])
+        return [_Settle(self)], [_Take(self, position, evaluated)]
 
     def due(self, step: int) -> bool:
         """Whether a copy is taken after `step` steps."""
-        return self.on and (step % self.config.local_every == 0 or self.config.wanted(step))
+        return self._writer is not None and (step % self.config.local_every == 0 or self.config.wanted(step))
 
     def take(self, position: Position, validation_loss: float | None) -> None:
-        """Copy the state to host memory, and let the thread write and send it."""
-        self._held = [one for one in self._held[:-1] if one.step == self.snapshots.pending] + self._held[-1:]
+        """Begin a copy of the state, which `settle` waits for; only call it when one is `due`."""
+        self._held = self._needed()
         key = Key(position.skipped, position.step, self.epoch)
-        copied = self._copy.of(self.snapshots.state.held(), self.snapshots.kinds)
-        own = self.snapshots.own(position)
-        manifest = {**self.snapshots.described(position, validation_loss), "kinds": self.snapshots.kinds}
-        work = self._thread.submit(self._write, key, [*self._held, key], copied, own, manifest)
-        self._writing = key, work
+        self._writer.take(key, position, validation_loss, partial(self._prune, [*self._held, key]))
 
-    def _write(
-        self, key: Key, kept: Sequence[Key], copied: Sequence[Copied], own: dict[str, Any], manifest: dict[str, Any]
-    ) -> str | None:
-        """Write and send this rank's copy and receive the one it keeps; return None or an error message.
-
-        Runs in the thread.
-        """
-        with suppress(OSError):
-            self._prune(kept)
-        if self.ranks.first:  # the metrics and the ledger must survive this host's failure as the copies do
-            with suppress(OSError):  # the writers of these files report such errors
-                ledger.sync(self.run_dir)
-        path, kept_for = key.path(self.root, self.ranks.rank), self._exchange.kept
-        unwritten = attempt(lambda: write_copy(path, copied, own, manifest)).error
-        unsent = attempt(lambda: self._exchange.swap(path, key.path(self.root, kept_for or 0))).error
-        return _message(unwritten or unsent)
+    def _needed(self) -> list[Key]:
+        """Return the newest complete copies, and those of a checkpoint that is being written."""
+        return [one for one in self._held[:-1] if one.step == self.snapshots.pending] + self._held[-1:]
 
     def settle(self) -> None:
-        """Wait until all ranks have written and sent the last copy; when one failed, turn the copies off."""
-        if self._writing is None:
-            return
-        (key, work), self._writing = self._writing, None
-        why = work.result()
-        (failed,) = self.ranks.all_reduce_numbers([why is not None])
-        if failed:
-            self._turn_off([said for said in self.ranks.all_gather_object(why) if said])
-        else:
-            self._held.append(key)
+        """Wait until all ranks have written and sent the last copy. When one failed, take no more in this start.
 
-    def _turn_off(self, reasons: Sequence[str]) -> None:
-        if reasons:
-            self.ranks.print_first(f"no local copies (checkpoint.local_every) in the rest of this start: {reasons[0]}")
-            shutil.rmtree(self.root, ignore_errors=True)
-            self.on = False
+        The last complete copies then stay until a checkpoint is as new.
+        """
+        try:
+            if self._writer and (key := self._writer.settle()):
+                self._held.append(key)
+        except NoNewCopiesError as error:
+            self._say_no_new(error)
+            self._writer, self._held = None, self._needed()
+            self._prune(self._held)
+        if self._writer is None and all(self.snapshots.saved >= (key.skipped, key.step) for key in self._held):
+            self._held.clear()
+            self._remove_all()
+
+    def _say_no_new(self, why: NoNewCopiesError) -> None:
+        self.ranks.print_first(f"no new local copies (checkpoint.local_every) in the rest of this start: {why}")
 
     def _prune(self, kept: Sequence[Key]) -> None:
         """Remove all copies on this node except `kept` and those of later starts.
 
         A later start exists when this one lost its lease and has not noticed it yet.
         """
-        for folder in self.root.iterdir() if self.ranks.rank == self._heads[self.ranks.rank] else ():
+        for folder in folders(self.root) if self.ranks.rank == self._heads[self.ranks.rank] else ():
             key = Key.of(folder.name)
             if key and key.epoch <= self.epoch and key not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -257,14 +215,16 @@ class LocalCopies:
         """Remove all copies, because the run rolls back to an earlier checkpoint."""
         self.settle()
         self._held.clear()
-        if self.on:
-            self._prune(())
+        self._prune(())
 
     def remove(self) -> None:
         """Remove the directory at the end of a start, unless the newest copy is newer than the newest checkpoint."""
         self.settle()
         if not self.ahead():
-            shutil.rmtree(self.root, ignore_errors=True)
+            self._remove_all()
+
+    def _remove_all(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
 
     def ahead(self) -> bool:
         """Whether the newest copies are newer than the newest checkpoint."""
@@ -298,28 +258,25 @@ class _Take(Callback):
             self.copies.take(self.position(report.step), self.evaluated.loss(report.step))
 
 
-def _names(run_dir: Path, wanted: bool, resume: bool) -> tuple[str, str | None]:
-    """Return the name of this start's directory of copies, and the name of one to remove, or None."""
+def _names(run_dir: Path, wanted: bool, resume: bool) -> tuple[str | None, str | None]:
+    """Return the name of this start's directory of copies, and the name of one to remove; None where there is none.
+
+    `wanted`: whether this start takes copies. Old ones are for a start that resumes, even if it takes no new ones.
+    """
     path, place = run_dir / LEASE / TOKEN, run_dir.resolve()
 
     def name(token: str) -> str:
         return f"bst-{place.name}-{hashlib.sha256(f'{token} {place}'.encode()).hexdigest()[:16]}"
 
     before = path.read_text() if path.exists() else None
-    if wanted and resume and before:
+    if resume and before:
         return name(before), None
+    old = before and name(before)
+    if not wanted:
+        path.unlink(missing_ok=True)
+        return None, old
     token = secrets.token_hex(8)
-    if wanted:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            file.write(token.encode())
-    elif before:
-        path.unlink()
-    return name(token), before and name(before)
-
-
-def _message(error: Exception | None) -> str | None:
-    """Return the message of an error, of any kind: the run can continue without copies. None when there is none."""
-    if isinstance(error, OSError):
-        return str(StorageError.of(error, doing="write"))
-    return error and f"{socket.gethostname()}: {error!r}"  # for example torch's errors in an exchange
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(token.encode())
+    return name(token), old

@@ -44,10 +44,15 @@ def list_copies(ranks: Ranks, root: Path, heads: Sequence[int]) -> dict[Key, Fou
     return found
 
 
+def folders(root: Path) -> list[Path]:
+    """Return what is in the directory of copies on this node; nothing if the node has none."""
+    return list(root.iterdir()) if root.is_dir() else []
+
+
 def _listed(root: Path) -> list[tuple[Key, int, dict[str, int]]]:
     """Return (key, rank, layout) of each copy on this node."""
     listed = []
-    for folder in root.iterdir():
+    for folder in folders(root):
         key = Key.of(folder.name)
         for path in folder.glob("rank-*[0-9]") if key else ():
             with suppress(CheckpointError):

@@ -21,7 +21,7 @@ from bst_dist.train.step import Trainer
 
 
 def begin_at(
-    request: Request, start: Start, snapshots: Snapshots, copies: LocalCopies, ranks: Ranks
+    request: Request, start: Start, snapshots: Snapshots, copies: LocalCopies | None, ranks: Ranks
 ) -> tuple[Position, str | None]:
     """Load the state that the run starts from, and return its position.
 
@@ -31,7 +31,7 @@ def begin_at(
     """
     # Asked before damaged checkpoints are renamed, so the answer is that of `build_engine`.
     loaded = ranks.broadcast_object(loads_initial(start, request.from_zero) if ranks.first else None)
-    position, local = _from_copies(start, copies, ranks) if request.resume else (None, None)
+    position, local = _from_copies(start, copies, ranks) if copies and request.resume else (None, None)
     if position is None:
         position = _newest(start, snapshots, ranks, own=request.resume)
     if position is not None:
@@ -71,7 +71,7 @@ def _from_copies(start: Start, copies: LocalCopies, ranks: Ranks) -> tuple[Posit
 
 
 def roll_back(
-    start: Start, snapshots: Snapshots, copies: LocalCopies, trainer: Trainer, entry: ledger.Entry
+    start: Start, snapshots: Snapshots, copies: LocalCopies | None, trainer: Trainer, entry: ledger.Entry
 ) -> Position:
     """Load the last scheduled checkpoint, to continue from it with the data after the rejected step.
 
@@ -84,7 +84,8 @@ def roll_back(
         trainer.guard.ledger.add(replace(entry, action="stop"))
         raise DivergedError(f"{entry.cause}, and there is no checkpoint yet to roll back to: that step was not taken")
     trainer.guard.ledger.add(replace(entry, back_to=before.step))
-    copies.drop()
+    if copies:
+        copies.drop()
     if ranks.first:
         abandon(start.run_dir, before.step)
     # The carried states are dropped: they belong to data that does not precede what the rows read now.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -17,10 +18,11 @@ from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import committed, newest_valid, step_of
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from bst_dist.checkpoint.layout import Layout, Rows
-from bst_dist.checkpoint.local import copies
-from bst_dist.checkpoint.local.copies import LocalCopies
-from bst_dist.checkpoint.local.exchange import Exchange
+from bst_dist.checkpoint.local import writing
+from bst_dist.checkpoint.local.copies import open_copies
+from bst_dist.checkpoint.local.exchange import Exchange, Node
 from bst_dist.checkpoint.local.file import Key
+from bst_dist.checkpoint.local.search import folders
 from bst_dist.checkpoint.shards import Piece
 from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
 from bst_dist.faults import status
@@ -71,7 +73,7 @@ class Run:
         self.ranks, self.state, self.taken = Alone(), Tensor(), 0
         identity = Identity("recipe", {}, 0, layout or Layout(1, 1, 0), Rows(1, 1, Mesh(1, 0)))
         self.snapshots = Snapshots(folder / "run", self.state, self.ranks, identity, config)
-        self.copies = LocalCopies(folder / "run", self.snapshots, self.ranks, epoch, resume)
+        self.copies = open_copies(folder / "run", self.snapshots, self.ranks, epoch, resume)
 
     def train(self, *steps: int, skipped: int = 0) -> None:
         for step in steps:
@@ -91,7 +93,7 @@ class Run:
 
     def there(self) -> list[int]:
         self.copies.settle()
-        return sorted(Key.of(path.name).step for path in self.copies.root.iterdir())
+        return sorted(Key.of(path.name).step for path in folders(self.copies.root))
 
 
 def at(step: int, skipped: int = 0) -> Position:
@@ -146,14 +148,73 @@ def test_copies_are_kept_until_newer_copies_or_checkpoints_exist(tmp_path):
     assert not again.copies.root.exists()
 
 
-def test_a_fresh_start_or_disabled_copies_remove_old_copies(tmp_path):
-    for otherwise in ({"resume": False}, {"local_every": 0}):
+def test_a_fresh_start_removes_old_copies(tmp_path):
+    for otherwise in ({"resume": False}, {"resume": False, "local_every": 0}):
         run = Run(tmp_path)
         run.train(1)
         run.there()
         later = Run(tmp_path, 2, **otherwise)
         assert not run.copies.root.exists()
-        assert later.find() is None
+        assert later.copies is None or later.find() is None
+
+
+def no_room(run: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Room(-(10**6)))
+    return Run(run, 2)
+
+
+def no_directory(run: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The other ranks of the node may read it."""
+
+    def here(_: Path) -> Node:
+        raise PermissionError(errno.EACCES, "Permission denied", "/dev/shm/bst-run")
+
+    monkeypatch.setattr(Node, "here", here)
+    return Run(run, 2)
+
+
+def no_connection(run: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    def connect(*_: Any) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed")
+
+    monkeypatch.setattr(writing, "Exchange", connect)
+    return Run(run, 2)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [no_room, no_directory, no_connection, lambda run, _: Run(run, 2, local_every=0)],
+    ids=["no room", "no directory", "no connection", "local_every=0"],
+)
+def test_a_start_that_can_take_no_copies_resumes_from_old_ones(tmp_path, monkeypatch, start):
+    run = Run(tmp_path)
+    run.train(1, 2, 3)
+    run.there()
+    with monkeypatch.context() as patch:
+        later = start(tmp_path, patch)
+    assert later.copies.describe() == ""
+    assert later.find() == 3
+    later.copies.begin(at(3), until=9)
+    assert later.there() == [3]
+    later.train(4, 5)
+    assert later.there() == [3]  # no new ones, and the old one stays until a checkpoint is as new
+    later.snapshots.start(at(5), None, full=False)
+    later.snapshots.finish()
+    assert later.there() == [3]
+    later.save(5)
+    later.copies.settle()
+    assert not run.copies.root.exists()
+
+
+def test_a_start_that_takes_no_copies_removes_those_that_it_cannot_use(tmp_path):
+    run = Run(tmp_path)
+    run.train(1, 2)
+    run.save(3)
+    run.there()
+    later = Run(tmp_path, 2, local_every=0)
+    assert later.find() is None
+    later.copies.begin(at(3), until=9)
+    assert not run.copies.root.exists()
 
 
 def test_a_copied_run_directory_has_no_local_copies(tmp_path):
@@ -161,7 +222,7 @@ def test_a_copied_run_directory_has_no_local_copies(tmp_path):
     run.train(1)
     run.there()
     shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "run")
-    copied = LocalCopies(tmp_path / "elsewhere" / "run", run.snapshots, run.ranks, 2, resume=True)
+    copied = open_copies(tmp_path / "elsewhere" / "run", run.snapshots, run.ranks, 2, resume=True)
     assert copied.root.name.startswith("bst-run-")
     assert copied.find(lambda _: True) is None
     assert run.there() == [1]
@@ -217,12 +278,24 @@ def test_a_full_directory_stops_local_copies_but_not_training(tmp_path, monkeypa
     run = Run(tmp_path)
     run.train(1)
     run.there()
-    monkeypatch.setattr(copies, "write_copy", full)
+    monkeypatch.setattr(writing, "write_copy", full)
     run.train(2, 3, 4)
     (said,) = run.ranks.said
-    assert said.startswith("no local copies (checkpoint.local_every) in the rest of this start: ")
+    assert said.startswith("no new local copies (checkpoint.local_every) in the rest of this start: ")
     assert said.endswith("cannot write /dev/shm/x: No space left on device")
+    assert run.there() == [1]  # the last complete one, until a checkpoint is as new
+    assert Run(tmp_path, 2).find() == 1
+    run.save(4)
+    run.copies.settle()
     assert not run.copies.root.exists()
+
+
+def test_nothing_is_left_when_the_first_copy_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "write_copy", full)
+    run = Run(tmp_path)
+    run.train(1, 2)
+    assert not run.copies.root.exists()
+    run.copies.drop()
 
 
 @pytest.mark.ranks
@@ -235,13 +308,13 @@ def test_a_rank_that_cannot_connect_to_its_neighbours_stops_local_copies_but_not
             raise RuntimeError("Gloo connectFullMesh failed")
         return Exchange(rank, places)
 
-    monkeypatch.setattr(copies, "Exchange", connect)
+    monkeypatch.setattr(writing, "Exchange", connect)
     changes = ["checkpoint.local_every=1", f"checkpoint.local_directory={tmp_path / 'memory'}"]
     request = Request(recipe_file(), changes, tmp_path / "run", False, 2)
     on_ranks(2, lambda ranks: train(request, ranks))
     assert [line["step"] for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "train"] == [1, 2]
     said = capfd.readouterr().out
-    assert "no local copies (checkpoint.local_every) in the rest of this start: " in said
+    assert "no new local copies (checkpoint.local_every) in the rest of this start: " in said
     assert "Gloo connectFullMesh failed" in said
 
 
@@ -291,11 +364,12 @@ def test_a_signal_before_the_first_new_step_writes_a_checkpoint_of_the_copies(
 def test_without_room_for_all_copies_none_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: Room(1700))
     run = Run(tmp_path)
-    assert not run.copies.on
+    assert not run.copies.due(1)
     assert "MB free in" in run.ranks.said[0]
+    run.copies.begin(at(0), until=9)
     assert not run.copies.root.exists()
     monkeypatch.setattr("shutil.disk_usage", lambda _: Room(1800))  # three copies of 50 values, three numbers each
-    assert Run(tmp_path).copies.on
+    assert Run(tmp_path).copies.due(1)
 
 
 class Room:
@@ -307,9 +381,9 @@ def test_metrics_are_synced_before_a_copy_is_written(tmp_path, monkeypatch):
     run, synced = Run(tmp_path), []
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / FILE).write_text("{}\n")
-    original = copies.write_copy
+    original = writing.write_copy
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(str(Path(f"/proc/self/fd/{file}").readlink())))
-    monkeypatch.setattr(copies, "write_copy", lambda *given: synced.append("copy") or original(*given))
+    monkeypatch.setattr(writing, "write_copy", lambda *given: synced.append("copy") or original(*given))
     run.train(1)
     run.there()
     assert synced[:2] == [str(tmp_path / "run" / FILE), "copy"]
