@@ -3,6 +3,9 @@
 If the rate is wrong there, an effect of depth may in truth be an effect of the rate. In each corner a parabola in ln of
 the rate is fitted to ln L, with one intercept per seed. The noise is estimated from all corners together, because a
 single corner has too few runs.
+
+A corner is undecided while a planned rate has runs that did not finish: the best rate may be one of these. A rate at
+which a run diverged counts as worse than every rate without one.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class Corner:
     """ln of the loss at the rule's rate minus that at the best rate in the range tried; None without a fit."""
     answer: Suits
     why: str = ""
-    """Why it is undecided, if it could not be tested."""
+    """Why it is undecided, if it could not be tested; else the rates that diverged."""
 
 
 def audit(observed: Sequence[Observation]) -> list[Corner]:
@@ -44,16 +47,12 @@ def audit(observed: Sequence[Observation]) -> list[Corner]:
     corners: dict[tuple[str, str], list[Observation]] = {}
     for o in (o for o in observed if not o.held_out):
         corners.setdefault((o.architecture, o.stratum.rpartition("-s")[0]), []).append(o)
-    found = {
-        key: [o for o in audited if o.usable]
-        for key, own in corners.items()
-        if (audited := _at_the_audited_length(own))
-    }
-    fits = {key: _parabola(own) for key, own in found.items()}
+    planned = {key: audited for key, own in corners.items() if (audited := _at_the_audited_length(own))}
+    fits = {key: _parabola([o for o in own if o.usable]) for key, own in planned.items()}
     squares = sum(f[2] for f in fits.values() if f)
     degrees = sum(f[3] for f in fits.values() if f)
     scale = squares / degrees if degrees else None
-    return [_corner(*key, own, fits[key], scale, degrees) for key, own in found.items()]
+    return [_corner(*key, own, fits[key], scale, degrees) for key, own in planned.items()]
 
 
 def _at_the_audited_length(own: list[Observation]) -> list[Observation]:
@@ -82,30 +81,64 @@ def _parabola(own: list[Observation]) -> Parabola | None:
 
 
 def _corner(
-    architecture: str, corner: str, own: list[Observation], fitted: Parabola | None, scale: float | None, degrees: int
+    architecture: str,
+    corner: str,
+    planned: list[Observation],
+    fitted: Parabola | None,
+    scale: float | None,
+    degrees: int,
 ) -> Corner:
+    own = [o for o in planned if o.usable]
     factors, seeds = sorted({o.rate_factor for o in own}), len({o.seed for o in own})
     losses = {f: float(np.exp(np.mean([np.log(o.loss) for o in own if o.rate_factor == f]))) for f in factors}
-    if fitted is None or scale is None:
-        why = "" if any(f != 1 for f in factors) else "no run at another rate has finished"
-        return Corner(architecture, corner, losses, seeds, None, None, "undecided", why)
-    (b, c), covariance, *_ = fitted
+    diverged = {o.rate_factor for o in planned if o.status == "diverged"}
+    stable = [f for f in factors if f not in diverged]
+    told = f"diverged at {_listed(diverged)}" if diverged else ""
+    known: Suits | None = "failed" if 1 in diverged and stable else None
+    best = lost = None
+    if fitted is not None and scale is not None:
+        (b, c), covariance, *_ = fitted
+        bottom = float(np.exp(-b / (2 * c))) if c > 0 else None
+        best = bottom if bottom is not None and factors[0] <= bottom <= factors[-1] else None
+        if stable:
+            lost, tested = _cost((b, c), covariance * scale, degrees, (stable[0], stable[-1]))
+            known = known or tested
+    if waiting := _unfinished(planned):
+        known, told = "undecided", "; ".join(filter(None, (waiting, told)))
+    return Corner(architecture, corner, losses, seeds, best, lost, known or "undecided", told)
+
+
+def _cost(
+    values: Sequence[float], covariance: np.ndarray, degrees: int, tried: tuple[float, float]
+) -> tuple[Estimate, Suits]:
+    """Return ln of the loss at the rule's rate minus that at the best rate in the range `tried`, and the answer.
+
+    Args:
+        values: (b, c) of the parabola, with their `covariance`.
+    """
     # The gain of a rate over the rule's is linear in b and c, so its error is exact. Passed: no rate tried gains much.
-    where = np.linspace(np.log(factors[0]), np.log(factors[-1]), 101)
+    where = np.linspace(*np.log(tried), 101)
     basis = np.column_stack((where, where**2))
-    gains = -basis @ np.array([b, c])
-    errors = np.sqrt(scale * np.einsum("ij,jk,ik->i", basis, covariance, basis))
+    gains = -basis @ np.array(values)
+    errors = np.sqrt(np.einsum("ij,jk,ik->i", basis, covariance, basis))
     upper, lower = gains + quantile(0.95, degrees) * errors, gains - quantile(0.95, degrees) * errors
     at = int(np.argmax(gains))
     answer: Suits = "passed" if upper.max() < MARGIN else "failed" if lower.max() > MARGIN else "undecided"
-    bottom = float(np.exp(-b / (2 * c))) if c > 0 else None
-    inside = bottom is not None and factors[0] <= bottom <= factors[-1]
-    return Corner(
-        architecture,
-        corner,
-        losses,
-        seeds,
-        bottom if inside else None,
-        Estimate(float(gains[at]), float(errors[at]), degrees),
-        answer,
-    )
+    return Estimate(float(gains[at]), float(errors[at]), degrees), answer
+
+
+def _unfinished(planned: Sequence[Observation]) -> str:
+    """Return the rates with runs that did not finish and did not diverge, by status; an empty string if there are none.
+
+    A run that is done without a usable loss counts as failed.
+    """
+    rates: dict[str, set[float]] = {}
+    for o in planned:
+        if not o.usable and o.status != "diverged":
+            rates.setdefault("failed" if o.status == "done" else o.status, set()).add(o.rate_factor)
+    return "; ".join(f"{status} at {_listed(of)}" for status, of in rates.items())
+
+
+def _listed(factors: set[float]) -> str:
+    """Name rates by their factors, of the rule's."""
+    return ", ".join(f"{factor:g}" for factor in sorted(factors)) + " times the rule's rate"

@@ -178,7 +178,7 @@ def test_corner_whose_other_rates_all_failed_is_undecided(observation):
     ]
     found = audit(lost(rows, lambda o: o.architecture == "bst" and o.rate_factor != 1, "failed"))
     answers = {corner.architecture: (corner.answer, corner.why) for corner in found}
-    assert answers["bst"] == ("undecided", "no run at another rate has finished")
+    assert answers["bst"] == ("undecided", "failed at 0.5, 2 times the rule's rate")
     assert answers["sliding"] == ("passed", "")
     (nothing,) = audit(lost([o for o in rows if o.architecture == "bst"], bool, "failed"))
     assert (nothing.answer, nothing.losses) == ("undecided", {})

@@ -53,7 +53,7 @@ def test_compare_counts_the_runs_and_says_whom_lost_runs_favour(sweep, tmp_path,
     assert "64 measurements were planned: 59 done, 5 diverged." in said
     assert "5 runs of bst-sh in arm near diverged; their pairs are left out, which favours bst-sh." in said
     assert said.count(": diverged: the loss is nan") == 5
-    assert "The learning-rate audit is undecided in some corners" in said
+    assert "The learning-rate audit failed" in said  # in a corner the rule's own rate diverged, and others did not
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["variants"]["bst-sh"]["gaps"]["left_out"]) == 5
     assert len(found["variants"]["bst-sh"]["gaps"]["gap"]) == 24 - 5
@@ -69,13 +69,18 @@ def test_compare_warns_of_unfinished_and_failed_runs(sweep, capsys):
     assert "left out: 3 runs of bst-sh: the run of sliding in the same stratum is not done (waiting)" in said
 
 
+def test_unfinished_audit_is_undecided_and_said(sweep, capsys):
+    assert sweep("compare", lost("failed", 99, role="audit", rate_factor=2.0)) == 0
+    assert "The learning-rate audit is undecided in some corners" in " ".join(capsys.readouterr().out.split())
+
+
 def test_report_of_a_diverged_variant_names_it_and_counts_its_runs(sweep, tmp_path):
     assert sweep("report", lost(most=99, architecture="bst-sh"), "near", "--draws", "2") == 0
     text = (tmp_path / "report.md").read_text()
     assert f"{NOTHING}: of its runs 24 diverged\n" in text
     assert "24 runs of bst-sh in arm near diverged; their pairs are left out" in text
     assert "equal N" not in text
-    assert "undecided: no run at another rate has finished" in text  # the corners of bst-sh in the audit
+    assert "undecided: diverged at 0.5, 1, 2 times the rule's rate" in text  # the corners of bst-sh in the audit
 
 
 def test_report_before_any_run_is_done(sweep, tmp_path):
