@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.sources.base import Document, Skipped
@@ -27,6 +27,15 @@ class TokenSource(FileSource):
     """The id between documents in the files; by default the tokenizer's."""
     licence: str = "unknown"
     """Licence to record for every document."""
+
+    @model_validator(mode="after")
+    def _end_is_an_id(self) -> Self:
+        if None not in (self.vocab_size, self.eos_id) and self.eos_id >= self.vocab_size:
+            raise ValueError(
+                f"eos_id: {self.eos_id} is not below vocab_size, {self.vocab_size}: ids count from 0, so vocab_size is "
+                f"at least {self.eos_id + 1}"
+            )
+        return self
 
     def with_tokenizer(self, tokenizer: Tokenizer) -> Self:
         """Return the same source, with missing settings taken from the tokenizer."""

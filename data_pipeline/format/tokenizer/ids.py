@@ -25,6 +25,8 @@ class IdsOnly(Tokenizer):
         try:
             said = json.loads(model)
             size, end = int(said["vocab_size"]), int(said["eos_id"])
+            if not 0 <= end < size:
+                raise ValueError(f"eos_id {end} is not one of its {size} ids")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{where}: not a vocabulary of ids ({error}); prepare the corpus again") from None
         super().__init__(model, [b""] * size)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from bst_base.errors import UserError
+from bst_base.settings import ConfigError, parse
+from data_pipeline.format.tokenizer import IdsOnly
 from data_pipeline.sources import SOURCES, megatron, nanogpt
 
 IDS = {"vocab_size": 100, "eos_id": 99}
@@ -135,3 +137,12 @@ def test_document_of_many_parts_is_read_twice_at_most(tmp_path: Path, monkeypatc
         ("x.bin:71", 38_929),
         ("x.bin:39001", 998),
     ]
+
+
+@pytest.mark.parametrize(("size", "end"), [(50_256, 50_256), (50_000, 70_000)])
+def test_end_id_outside_the_vocabulary_is_refused(tmp_path: Path, size: int, end: int) -> None:
+    with pytest.raises(ConfigError, match=f"eos_id: {end} is not below vocab_size.*at least {end + 1}"):
+        parse(SOURCES["nanogpt"], {"path": str(tmp_path / "x.bin"), "vocab_size": size, "eos_id": end})
+    with pytest.raises(UserError, match=f"eos_id {end} is not one of its {size} ids; prepare the corpus again"):
+        IdsOnly.of(size, end)
+    parse(SOURCES["nanogpt"], {"path": str(tmp_path / "x.bin"), "vocab_size": end + 1, "eos_id": end})
