@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bst_base.errors import UserError
-from data_pipeline.sources.base import Part
+from data_pipeline.sources.base import Part, Skipped
 from data_pipeline.sources.records import RecordSource
 
 if TYPE_CHECKING:
     import pyarrow
 
 _ARROW = (".arrow", ".feather")
-_ROWS = 1024  # rows converted to Python objects at a time
+_ROWS, _BYTES = 1024, 8 << 20  # maximum rows, and bytes, about, that are decoded together
 
 
 class Tables(RecordSource):
@@ -46,13 +46,17 @@ class Tables(RecordSource):
 
     def records(self, part: Part) -> Iterator[tuple[str, Any, Iterable[str]]]:
         try:
-            for row, record, names in self._rows(part):
-                yield f"{part.name}:{row}", record, names
-        except ValueError as error:  # pyarrow's own errors are ValueErrors
+            for first, batch, names in self._batches(part):
+                for i in range(batch.num_rows):  # one at a time: rows may be long
+                    where = f"{part.name}:{first + i}"
+                    yield where, _row(batch, i, where), names
+        except ValueError as error:  # most of pyarrow's own errors are ValueErrors
             raise UserError(f"{part.name}: damaged or cut short ({error}); get the file again") from None
+        except NotImplementedError as error:
+            raise UserError(f"{part.name}: pyarrow cannot read it ({error}); write it in another form") from None
 
-    def _rows(self, part: Part) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
-        """Yield (number in the file, row, names of all columns) for the rows of a part."""
+    def _batches(self, part: Part) -> Iterator[tuple[int, pyarrow.RecordBatch, list[str]]]:
+        """Yield (number of the first row in the file, some rows, names of all columns) for the rows of a part."""
         import pyarrow.parquet
 
         path = self.root / part.name
@@ -60,15 +64,16 @@ class Tables(RecordSource):
             number = 0
             for batch in _arrow_batches(path):
                 names = batch.schema.names
-                rows = batch.select(self._columns(names)).to_pylist()
-                yield from ((number + i, row, names) for i, row in enumerate(rows))
+                yield number, batch.select(self._columns(names)), names
                 number += batch.num_rows
             return
-        with pyarrow.parquet.ParquetFile(path) as table:
-            number = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BYTES, pre_buffer=False) as table:
+            group = max(part.start, 0)
+            number = sum(table.metadata.row_group(i).num_rows for i in range(group))
             names = table.schema_arrow.names
-            for batch in table.iter_batches(_ROWS, row_groups=[max(part.start, 0)], columns=self._columns(names)):
-                yield from ((number + i, row, names) for i, row in enumerate(batch.to_pylist()))
+            rows = _rows_together(table.metadata.row_group(group)) if table.num_row_groups else 1
+            for batch in table.iter_batches(rows, row_groups=[group], columns=self._columns(names)):
+                yield number, batch, names
                 number += batch.num_rows
 
     def _columns(self, there: list[str]) -> list[str]:
@@ -76,6 +81,39 @@ class Tables(RecordSource):
         asked = {part: setting for name, setting in self.asked().items() for part in (name, name.partition(".")[0])}
         held = {part for part, setting in asked.items() if setting == "text_field"}
         return [name for name in there if name in asked] if held.intersection(there) else there
+
+
+def _rows_together(group: pyarrow.parquet.RowGroupMetaData) -> int:
+    """Return how many rows of a row group to decode together."""
+    return max(1, min(_ROWS, _BYTES * group.num_rows // max(group.total_byte_size, 1)))
+
+
+def _row(batch: pyarrow.RecordBatch, i: int, where: str) -> dict[str, Any] | Skipped:
+    """Return a row of a table, or why it cannot be read."""
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = _value(column[i])
+        # times outside Python's years (ValueError, OverflowError), unknown time zones (KeyError), unusual types
+        except (ValueError, OverflowError, KeyError, NotImplementedError) as error:
+            return Skipped(where, f"field {name!r} cannot be read ({error})", bad=True, remedy=f"leave out {name!r}")
+    return row
+
+
+def _value(scalar: Any) -> Any:
+    """Return a value of a table as a Python object. A string that is not UTF-8 stays bytes."""
+    import pyarrow
+
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if isinstance(scalar, pyarrow.StructScalar):
+            return {name: _value(inner) for name, inner in scalar.items()}
+        if isinstance(scalar, pyarrow.DictionaryScalar):
+            return _value(scalar.value)
+        if isinstance(scalar, (pyarrow.StringScalar, pyarrow.LargeStringScalar, pyarrow.StringViewScalar)):
+            return scalar.as_buffer().to_pybytes()
+        raise
 
 
 def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:

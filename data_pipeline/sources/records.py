@@ -118,15 +118,15 @@ class RecordSource(FileSource):
         if not values:
             return self._without_text(record, where, names)
         for name, value in values.items():
-            if not isinstance(value, str):
+            if not isinstance(value, (str, bytes)):
                 return Skipped(where, f"field {name!r} is not text (but {type(value).__name__})", bad=True)
         if self.split_field:
-            split = SPLIT_NAMES.get(str(field_of(record, self.split_field)).lower(), "")
+            split = SPLIT_NAMES.get(_text(record, self.split_field).lower(), "")
             if not split:
                 return Skipped(where, f"field {self.split_field!r} is not train, validation or test", bad=True)
         return Document(
             where,
-            "\n\n".join(values.values()),
+            _joined(list(values.values())),
             licence=_text(record, self.licence_field) or "unknown",
             group=_text(record, self.group_field),
             split=split,
@@ -158,8 +158,18 @@ def field_of(record: Any, name: str) -> Any:
     return record
 
 
+def _joined(texts: list[str | bytes]) -> str | bytes:
+    """Join texts with a blank line between them. Tables also hold bytes, which the preparation decodes."""
+    if all(isinstance(text, str) for text in texts):
+        return "\n\n".join(texts)
+    return b"\n\n".join(text.encode() if isinstance(text, str) else text for text in texts)
+
+
 def _text(record: Any, name: str) -> str:
+    """Return a field as text. Bytes that are not UTF-8 become lone surrogates, for which the document is left out."""
     value = field_of(record, name) if name else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
     return "" if value is None or value is _MISSING else str(value)
 
 

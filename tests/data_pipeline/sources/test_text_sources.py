@@ -12,8 +12,6 @@ import sysconfig
 from itertools import pairwise
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from backports import zstd
 
@@ -353,32 +351,3 @@ def test_zstd_with_a_long_window_is_read(read_all, put) -> None:
     window, raw_block = bytes([(31 - 10) << 3]), (1 | len(text) << 3).to_bytes(3, "little")
     packed = b"\x28\xb5\x2f\xfd" + b"\0" + window + raw_block + text
     assert [d.content for d in read_all("jsonl", path=put({"a.jsonl.zst": packed}))[0]] == ["x"]
-
-
-ROWS = [{"text": f"text {i}", "meta": {"lang": "en" if i % 3 else "de"}, "n": i, "day": None} for i in range(50)]
-
-
-@pytest.mark.parametrize("form", ["parquet", "arrow stream", "arrow file"])
-def test_parquet_and_arrow_tables_are_read(read_all, tmp_path: Path, form: str) -> None:
-    table, root = pyarrow.Table.from_pylist(ROWS), tmp_path / "tables"
-    root.mkdir()
-    if form == "parquet":
-        pyarrow.parquet.write_table(table, root / "train.parquet", row_group_size=7)
-        assert len(SOURCES["parquet"](path=root).listing().parts) == 8
-    else:
-        writer = pyarrow.ipc.new_stream if form == "arrow stream" else pyarrow.ipc.new_file
-        with writer(root / "train.arrow", table.schema) as file:
-            file.write_table(table, max_chunksize=9)
-    documents, skipped = read_all("parquet", path=root, where={"meta.lang": "en"}, keep=("n",), own_splits=True)
-    wanted = [row for row in ROWS if row["meta"]["lang"] == "en"]
-    assert [(d.content, d.meta) for d in documents] == [(row["text"], {"n": row["n"]}) for row in wanted]
-    assert len({d.path for d in documents}) == len(wanted) and {d.split for d in documents} == {"train"}
-    assert len(skipped) == 17 and set(skipped.values()) == {"filter meta.lang"}
-    with pytest.raises(UserError, match=r"no field 'body' \(there: day, meta, n, text\); set source\.text_field"):
-        read_all("parquet", path=root, text_field="body")
-
-
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_damaged_table_is_refused_by_name(read_all, put, name: str) -> None:
-    with pytest.raises(UserError, match=rf"{name}: damaged or cut short"):
-        read_all("parquet", path=put({name: b"PAR1 not a table"}))
