@@ -11,12 +11,15 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bst_base.errors import StorageError
+from bst_base.stopping import Stopped
 from bst_dist.checkpoint.attempt import Outcome, attempt
 from bst_dist.checkpoint.directory import Finding, committed, examine, read_manifest, step_of
 from bst_dist.parallel.ranks import Ranks
+
+T = TypeVar("T")
 
 SLICE_S = 5.0
 """Seconds after which a rank that reads takes part in an exchange."""
@@ -90,6 +93,13 @@ def gather_or_raise(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
     return _values(ranks.all_gather_object(attempt(work)))
 
 
+def each_or_raise(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Run `work` on every rank and return this rank's result; an exception on one rank is raised on all ranks."""
+    value, error = attempt(work)
+    _values(ranks.all_gather_object(Outcome(None, error)))
+    return value
+
+
 def read_together(ranks: Ranks, work: Callable[[Callable[[], None]], Any]) -> list[Any]:
     """Do `gather_or_raise` for work that reads from the storage, however long this takes.
 
@@ -113,9 +123,10 @@ def read_together(ranks: Ranks, work: Callable[[Callable[[], None]], Any]) -> li
 
 
 def _values(everyone: Sequence[Outcome[Any]]) -> list[Any]:
-    for _, raised in everyone:
-        if raised is not None:
-            raise raised
+    """Return all values. Raises the first exception; Stopped only if there is no other, since it is no fault."""
+    errors = [raised for _, raised in everyone if raised is not None]
+    if errors:
+        raise next((raised for raised in errors if not isinstance(raised, Stopped)), errors[0])
     return [value for value, _ in everyone]
 
 

@@ -122,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
 def _reported(error: Exception, notice: signals.Notice) -> int:
     """Print what ended this rank, once for all ranks, and return its exit status."""
     if isinstance(error, Stopped):
-        report_once(f"{error} by {notice.signal.name}, before the first step; start again with --resume", notice)
+        by = notice.signal.name if notice.signal else "a signal to another rank"
+        report_once(f"{error} by {by}, before the next step; start again with --resume", notice)
         return error.exit_status
     if isinstance(error, UserError):
         report_once(str(error), notice)

@@ -8,6 +8,7 @@ import torch
 
 from bst_base.settings import ConfigError
 from bst_dist.activation import policy as activation
+from bst_dist.checkpoint.agreement import each_or_raise
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.snapshot import Identity
 from bst_dist.config import Recipe, digest, identity
@@ -64,7 +65,8 @@ def build_engine(
 def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup | None, stop: Stop) -> Trainer:
     """Build the trainer, and measure or look up the device's peak FLOPS for MFU and HFU."""
     recipe, tokens = start.recipe, start.objective.tokens_per_label
-    context = Context(engine, ranks, start.objective.token_bytes().to(ranks.device), stop, sharing)
+    token_bytes = each_or_raise(ranks, start.objective.token_bytes)
+    context = Context(engine, ranks, token_bytes.to(ranks.device), stop, sharing)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     ranks.barrier()  # ranks that share a device must measure its peak at the same time
     (peak,) = ranks.all_reduce_numbers([peak_flops(ranks.device, dtype)])

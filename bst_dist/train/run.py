@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_dist.checkpoint import rng
+from bst_dist.checkpoint.agreement import each_or_raise
 from bst_dist.checkpoint.callbacks import Checkpoints, Evaluated
 from bst_dist.checkpoint.fragments import EngineState
 from bst_dist.checkpoint.local.copies import open_copies
@@ -31,11 +32,12 @@ from bst_dist.report.callback import Callback, Log
 from bst_dist.report.metrics import Writer
 from bst_dist.report.out_of_memory import record_history, snapshot_when_out_of_memory
 from bst_dist.report.performance import Performance
+from bst_dist.report.probes import Probes
 from bst_dist.report.profiling import Profile
 from bst_dist.train import rundir
 from bst_dist.train.average import Average
 from bst_dist.train.building import build_engine, build_trainer, compiles, fuses_loss, identity_of, recorded_group
-from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.evaluation import Evaluate, Evaluations
 from bst_dist.train.objective import Batches
 from bst_dist.train.reporting import header, outcome_of, probes_of, writers_of
 from bst_dist.train.schedule import constant_until
@@ -130,15 +132,20 @@ class Run:
 
         `local`: the local copies that the run was resumed from; None for a checkpoint or a new run.
         """
-        steps = self.recipe.train.steps + position.skipped
-        reading = self.start.objective.reading(self.start.mesh(self.ranks), position.data, steps)
+        objective, steps = self.start.objective, self.recipe.train.steps + position.skipped
+        reading, tokenizer = each_or_raise(
+            self.ranks,
+            lambda: (
+                objective.reading(self.start.mesh(self.ranks), position.data, steps),
+                objective.tokenizer() if self.ranks.first else None,
+            ),
+        )
         hosts = sorted(set(self.ranks.all_gather_object(socket.gethostname())))
         if self.ranks.first:
-            objective = self.start.objective
             about = {"ranks": self.ranks.world, "hosts": hosts, "device": device_name(self.ranks.device)}
             about |= {"from_step": position.step} | objective.about()
             about |= {rundir.FROM_COPIES: local} if local else {}
-            rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about, objective.tokenizer())
+            rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about, tokenizer)
             start = replace(self.start, changed=changed_at(self.start, position))
             copies = self.copies.describe() if self.copies else ""
             print(header(start, self.engine, self.ranks, self.compiled, copies, reading), flush=True)
@@ -178,9 +185,15 @@ class Run:
     def _evaluate(self, writers: Sequence[Writer]) -> Evaluate:
         """Return the callback that evaluates the model and passes the results to `writers`."""
         recipe, context = self.recipe, self.trainer.context
-        evaluations, probes = self.start.objective.evaluations(context), None
-        if recipe.log.tensorboard or recipe.log.writers:
-            probes = probes_of(self.start, context, evaluations.own, writers)
+
+        def opened() -> tuple[Evaluations, Probes | None]:
+            evaluations = self.start.objective.evaluations(context)
+            if not (recipe.log.tensorboard or recipe.log.writers):
+                return evaluations, None
+            return evaluations, probes_of(self.start, context, evaluations.own, writers)
+
+        # A signal or an error ends the reading of the validation data on some ranks only.
+        evaluations, probes = each_or_raise(self.ranks, opened)
         return Evaluate(recipe.evaluation, recipe.train.steps, evaluations, writers, self.average, probes)
 
     def _callbacks(

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from bst_base.json_lines import read_lines
-from bst_base.stopping import STOP_REQUESTED
+from bst_base.stopping import STOP_REQUESTED, Stopped
 from bst_dist.checkpoint.directory import committed, newest_valid, step_of
 from bst_dist.faults import signals, status
 from bst_dist.parallel.ranks import Ranks
+from bst_dist.train.objective import LanguageModelling
 from bst_dist.train.run import train
 from bst_dist.train.rundir import read_outcome
 from bst_dist.train.start.request import Request
@@ -108,6 +109,29 @@ def test_a_server_stall_before_the_first_step_gives_the_resubmit_status(recipe, 
     ended, said = training.told_by_slurm()
     assert ended == status.RESUBMIT, said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "reads", ["token_bytes", "tokenizer", "reading", "_validation_batches"], ids=lambda name: name.strip("_")
+)
+def test_a_signal_that_ends_a_read_of_one_rank_ends_the_start_of_all(
+    recipe_file, on_ranks, unmeasured, tmp_path, monkeypatch, reads
+):
+    """The other rank has read its data, and would wait in the next collective."""
+    recipe = recipe_file(log={"tensorboard": True})
+    whole = getattr(LanguageModelling, reads)
+
+    def on_rank(ranks: Ranks) -> None:
+        def read(*args: Any) -> Any:
+            if ranks.rank == (0 if reads == "tokenizer" else 1):
+                raise Stopped(f"{TAR}: reading was interrupted")
+            return whole(*args)
+
+        monkeypatch.setattr(LanguageModelling, reads, read)
+        with pytest.raises(Stopped, match="reading was interrupted"):
+            train(Request(recipe, [], tmp_path / "run", True, None), ranks)
+
+    on_ranks(2, on_rank)
 
 
 def test_a_store_outage_ends_a_run_that_a_restart_continues(recipe_file, server, bst):

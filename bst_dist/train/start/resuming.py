@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+from bst_dist.checkpoint.agreement import each_or_raise
 from bst_dist.checkpoint.directory import CheckpointError, step_of
 from bst_dist.checkpoint.local.copies import LocalCopies
 from bst_dist.checkpoint.retention import abandon
@@ -35,7 +36,8 @@ def begin_at(
     if position is None:
         position = _newest(start, snapshots, ranks, own=request.resume)
     if position is not None:
-        start.objective.loader(start.mesh(ranks)).load_state_dict(position.data)  # raises UserError for another order
+        # Raises UserError for another order.
+        each_or_raise(ranks, lambda: start.objective.loader(start.mesh(ranks)).load_state_dict(position.data))
         return position, local
     initial = start.recipe.initial_weights
     shown = ranks.broadcast_object(shown_steps(start.run_dir) if ranks.first else None)
