@@ -37,13 +37,12 @@ class Average(Callback):
         """Compute with the averaged weights inside the context; every rank must enter it.
 
         Weights and average are swapped, so this needs extra memory for one fragment only. Afterwards the weights are
-        bitwise the same as before.
+        bitwise the same as before. An error leaves them swapped and ends the run: swapping back takes a collective, in
+        which the rank with the error would wait for the others and never report it.
         """
         self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
+        yield
+        self._exchange()
 
     def _exchange(self) -> None:
         for average, weight in zip(*self._tensors(), strict=True):

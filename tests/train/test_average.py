@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bst_base.json_lines import read_lines
-from bst_dist.checkpoint.directory import AVERAGED, WEIGHTS, directory, load_weights, open_shards
+from bst_dist.checkpoint.directory import AVERAGE as AVERAGE_TENSOR
+from bst_dist.checkpoint.directory import AVERAGED, WEIGHT, WEIGHTS, directory, load_weights, open_shards
 from bst_dist.cli import main
 from bst_dist.report.metrics import FILE
 from bst_dist.study.evaluation.trained import open_run
-from bst_dist.train.average import decay
+from bst_dist.train.average import Average, decay
 from bst_dist.train.config import AverageConfig
 
 AVERAGE = "train.average={decay: 0.4}"
@@ -35,6 +37,20 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_the_averaging_factor_grows_to_the_decay():
     config = AverageConfig(decay=0.9)
     assert [decay(config, step) for step in (1, 8, 1000)] == [2 / 11, 0.5, 0.9]
+
+
+def test_an_error_in_an_evaluation_begins_no_further_collective():
+    """The ranks without the error are elsewhere: the error must be reported, not wait for them."""
+    fragment = SimpleNamespace(values={AVERAGE_TENSOR: torch.zeros(2), WEIGHT: torch.ones(2)})
+    published = []
+    state = SimpleNamespace(held=lambda: [fragment], publish=lambda: published.append(1))
+    average = Average(AverageConfig(), state)
+    with average.in_place():
+        assert fragment.values[WEIGHT].tolist() == [0, 0]
+    assert (fragment.values[WEIGHT].tolist(), len(published)) == ([1, 1], 2)
+    with pytest.raises(torch.OutOfMemoryError), average.in_place():
+        raise torch.OutOfMemoryError("on this rank only")
+    assert len(published) == 3
 
 
 @pytest.mark.ranks
