@@ -25,7 +25,7 @@ from bst_dist.train.context import Context
 from bst_dist.train.engine import Engine
 from bst_dist.train.objective import Objective
 from bst_dist.train.start.changes import fixed, may_change
-from bst_dist.train.start.initial_weights import load_initial, loads_initial
+from bst_dist.train.start.initial_weights import load_initial
 from bst_dist.train.start.request import Start
 from bst_dist.train.step import Trainer
 
@@ -40,7 +40,7 @@ def recorded_group(start: Start, ranks: Ranks) -> SequenceGroup | None:
 
 
 def build_engine(
-    start: Start, ranks: Ranks, compiled: bool = False, fused_loss: bool = False, from_zero: bool = False
+    start: Start, ranks: Ranks, compiled: bool = False, fused_loss: bool = False, initial: bool = False
 ) -> Engine:
     """Build the model and wrap it with DeepSpeed, which gives all ranks the weights of rank 0.
 
@@ -48,11 +48,11 @@ def build_engine(
         ranks: all of them call it.
         compiled: compile its layers.
         fused_loss: compile its loss.
-        from_zero: as in the request.
+        initial: load the recipe's initial weights (`loads_initial`, the same on all ranks).
     """
     torch.manual_seed(start.recipe.seed)
     model = start.objective.model()
-    if loads_initial(start, from_zero):
+    if initial:
         load_initial(model, start.recipe.initial_weights, start.objective.about().get("tokenizer_sha256"), ranks)
     model.z_loss = start.recipe.train.z_loss
     model.checkpoint = activation.policy(start.recipe.activation_checkpointing, model.layers)

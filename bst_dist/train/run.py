@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_dist.checkpoint import rng
-from bst_dist.checkpoint.agreement import each_or_raise
+from bst_dist.checkpoint.agreement import each_or_raise, of_first
 from bst_dist.checkpoint.callbacks import Checkpoints, Evaluated
 from bst_dist.checkpoint.fragments import EngineState
 from bst_dist.checkpoint.local.copies import open_copies
@@ -43,6 +43,7 @@ from bst_dist.train.reporting import header, outcome_of, probes_of, writers_of
 from bst_dist.train.schedule import constant_until
 from bst_dist.train.start.deterministic import make_deterministic
 from bst_dist.train.start.host_memory import warn_of_shortage
+from bst_dist.train.start.initial_weights import loads_initial
 from bst_dist.train.start.request import Request, Start, load, resolve_together
 from bst_dist.train.start.resuming import begin_at, changed_at, guard_of, roll_back
 from bst_dist.train.start.same_start import require_same
@@ -90,7 +91,10 @@ class Run:
         self.compiled = why_not or "yes"
         """Whether layers are compiled, for the header."""
         fused_loss = fuses_loss(self.recipe, ranks.device.type)
-        self.engine = build_engine(start, ranks, compiled, fused_loss, request.from_zero)
+        # Each rank's own view of the directory could decide otherwise, and loading takes collectives.
+        self.initial = of_first(ranks, lambda: loads_initial(start, request.from_zero))
+        """Whether the model was built with the recipe's initial weights."""
+        self.engine = build_engine(start, ranks, compiled, fused_loss, self.initial)
         identity = identity_of(start, self.engine, ranks)
         averaged = self.recipe.train.average
         state = EngineState(self.engine.deepspeed, averaged is not None)
@@ -113,7 +117,7 @@ class Run:
 
     def train(self) -> int:
         """Take all steps, continuing from an earlier checkpoint after each roll-back; return the exit status."""
-        position, local = begin_at(self.request, self.start, self.snapshots, self.copies, self.ranks)
+        position, local = begin_at(self.request, self.start, self.snapshots, self.copies, self.ranks, self.initial)
         self.snapshots.rehearse()
         if self.copies:
             position = self.copies.begin(position, self.start.until)

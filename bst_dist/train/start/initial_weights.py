@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from bst_dist.checkpoint.agreement import confirmed_damage, read_together
+from bst_dist.checkpoint.agreement import confirmed_damage, each_or_raise, read_together
 from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, committed, damage, find, open_shards, step_of
 from bst_dist.checkpoint.retention import has_full
 from bst_dist.train.config import InitialWeightsConfig
@@ -41,13 +41,11 @@ def load_initial(
     CheckpointError when the weights are missing or damaged, when they belong to a model of another shape, and when
     their run is known to have another tokenizer.
     """
-    checkpoint = _checkpoint(config)
-    if tokenizer_sha256 and tokenizer_of(config.run) not in (None, tokenizer_sha256):
-        raise CheckpointError(
-            f"initial_weights.run {config.run} was trained with another tokenizer than that of data.corpus: prepare "
-            f"data.corpus again with tokenizer.reuse set to the tokenizer file in {config.run}, or to the corpus of "
-            "that run"
-        )
+
+    def fitting() -> Path:
+        return _fitting(config, tokenizer_sha256)
+
+    checkpoint = each_or_raise(ranks, fitting) if ranks else fitting()
     found = confirmed_damage(ranks, checkpoint, WEIGHTS) if ranks else damage(checkpoint, kind=WEIGHTS)
     if found:
         raise CheckpointError(f"initial_weights: {checkpoint}: {found[0]}")
@@ -70,6 +68,18 @@ def _fill(model: nn.Module, checkpoint: Path, arrived: Callable[[], None] = lamb
             raise CheckpointError(f"initial_weights: {checkpoint} is of another model: {name} is {there}, here {here}")
     shards.fill([(name, 0, tensor.view(-1)) for name, tensor in own.items()], arrived)
     shards.close()
+
+
+def _fitting(config: InitialWeightsConfig, tokenizer_sha256: str | None) -> Path:
+    """Return the checkpoint with the initial weights; raises CheckpointError if its tokenizer is another one."""
+    checkpoint = _checkpoint(config)
+    if tokenizer_sha256 and tokenizer_of(config.run) not in (None, tokenizer_sha256):
+        raise CheckpointError(
+            f"initial_weights.run {config.run} was trained with another tokenizer than that of data.corpus: prepare "
+            f"data.corpus again with tokenizer.reuse set to the tokenizer file in {config.run}, or to the corpus of "
+            "that run"
+        )
+    return checkpoint
 
 
 def _checkpoint(config: InitialWeightsConfig) -> Path:

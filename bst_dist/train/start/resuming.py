@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from bst_dist.checkpoint.agreement import each_or_raise
+from bst_dist.checkpoint.agreement import each_or_raise, of_first
 from bst_dist.checkpoint.directory import CheckpointError, step_of
 from bst_dist.checkpoint.local.copies import LocalCopies
 from bst_dist.checkpoint.retention import abandon
@@ -16,22 +16,20 @@ from bst_dist.parallel.ranks import Ranks
 from bst_dist.train.start.branch import origin
 from bst_dist.train.start.changes import with_batch
 from bst_dist.train.start.directory import FROM_ZERO, shown_steps
-from bst_dist.train.start.initial_weights import loads_initial
 from bst_dist.train.start.request import Request, Start
 from bst_dist.train.step import Trainer
 
 
 def begin_at(
-    request: Request, start: Start, snapshots: Snapshots, copies: LocalCopies | None, ranks: Ranks
+    request: Request, start: Start, snapshots: Snapshots, copies: LocalCopies | None, ranks: Ranks, loaded: bool
 ) -> tuple[Position, str | None]:
     """Load the state that the run starts from, and return its position.
 
     With --resume this is the newest of the run's local copies and checkpoints. Otherwise, or if there is none, it is
     the trunk's checkpoint for a branch, else nothing. Also returns a description of the local copies, if they were
-    loaded. Raises CheckpointError on all ranks when steps were taken and none of their checkpoints is valid.
+    loaded. `loaded`: whether the model was built with the recipe's initial weights. Raises CheckpointError on all ranks
+    when steps were taken and none of their checkpoints is valid.
     """
-    # Asked before damaged checkpoints are renamed, so the answer is that of `build_engine`.
-    loaded = ranks.broadcast_object(loads_initial(start, request.from_zero) if ranks.first else None)
     position, local = _from_copies(start, copies, ranks) if copies and request.resume else (None, None)
     if position is None:
         position = _newest(start, snapshots, ranks, own=request.resume)
@@ -40,7 +38,7 @@ def begin_at(
         each_or_raise(ranks, lambda: start.objective.loader(start.mesh(ranks)).load_state_dict(position.data))
         return position, local
     initial = start.recipe.initial_weights
-    shown = ranks.broadcast_object(shown_steps(start.run_dir) if ranks.first else None)
+    shown = of_first(ranks, lambda: shown_steps(start.run_dir))
     if (shown and not request.from_zero) or (initial and not loaded):
         raise CheckpointError(
             f"{start.run_dir}: {shown or 'it had a checkpoint'}, and none of its checkpoints is valid; restore one, or "

@@ -140,7 +140,7 @@ def test_ranks_share_the_check_of_initial_weights_and_only_one_loads_them(recipe
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Path, "open", opened)
-            engine = build_engine(resolve(load(request), request, ranks.world), ranks)
+            engine = build_engine(resolve(load(request), request, ranks.world), ranks, initial=True)
         loaded = {}
         for name, parameter in engine.module.named_parameters():
             with engine.gathered_parameters([parameter]):
@@ -153,6 +153,23 @@ def test_ranks_share_the_check_of_initial_weights_and_only_one_loads_them(recipe
     read = on_ranks(2, start)
     assert set(read[0]) == set(files)  # rank 0 loads all, and checks its own
     assert read[1] == {"weights-00001.safetensors": files["weights-00001.safetensors"]}
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+def test_a_rank_that_sees_a_checkpoint_alone_loads_initial_weights_with_the_others(
+    recipe_file, on_ranks, tmp_path, monkeypatch
+):
+    """Its file system shows a directory that the others no longer see; loading takes collectives of all ranks."""
+    on_ranks(2, lambda ranks: train(Request(recipe_file(), [], tmp_path / "first", False, 2), ranks))
+    changes = [f"initial_weights.run={tmp_path / 'first'}", "initial_weights.step=2"]
+    request = Request(recipe_file(), changes, tmp_path / "tuned", False, 1)
+
+    def start(ranks):
+        monkeypatch.setattr("bst_dist.train.start.initial_weights.has_full", lambda run_dir: ranks.rank == 1)
+        return train(request, ranks)
+
+    assert on_ranks(2, start) == [0, 0]
 
 
 @pytest.fixture
