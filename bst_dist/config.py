@@ -110,10 +110,10 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Recipe:
-        for step, length in self.train.lengths:
+        for step, length in self.train.lengths.changes:
             self._length_fits(step, length)
         if self.train.slice_tokens is not None:
-            for _, length in self.train.lengths:
+            for length in self.train.lengths.values:
                 self._slices_fit(self.train.slice_tokens, length)
         elif self.train.edges != "device" or self.train.edges_every != 1:
             field = "edges" if self.train.edges != "device" else "edges_every"
@@ -237,7 +237,7 @@ class Recipe(Config):
                 f"train.length_changes: step {step}: sequence_length {length} is more than full attention is "
                 f"configured for: raise model.full.longest ({self.model.full.longest})"
             )
-        lengths = {length for _, length in self.train.lengths}
+        lengths = set(self.train.lengths.values)
         most = _MOST_LENGTHS["masked" if self.data.documents == "masked" else "others"]
         if len(lengths) > most and self.train.slice_tokens is None:
             raise ValueError(

@@ -136,8 +136,8 @@ def _training(one: CheckpointEntry, recipe: Recipe, averaged: bool) -> str:
     train, tokens = recipe.train, one.manifest.get("tokens")
     read = "" if tokens is None else f" on {tokens:,} tokens"
     names = ", ".join(Path(url).name for url in recipe.data.urls())
-    batch = ", then ".join(str(sequences) for _, sequences in train.batches)
-    lengths = ", then ".join(f"{length:,}" for _, length in train.lengths)
+    batch = ", then ".join(str(sequences) for sequences in train.batches.values)
+    lengths = ", then ".join(f"{length:,}" for length in train.lengths.values)
     return (
         f"{one.step:,} of {train.steps:,} steps{read} of {names}, {batch} sequences of "
         f"{lengths} tokens per step, {recipe.data.documents} documents, {train.precision}."

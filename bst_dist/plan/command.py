@@ -138,7 +138,7 @@ def _lengths(recipe: Recipe) -> str:
     """Return text that lists the sequence lengths of a run, empty if there is only one length."""
     if not recipe.train.length_changes:
         return ""
-    changes = ", ".join(f"{length:,} from step {step:,}" for step, length in recipe.train.lengths[1:])
+    changes = ", ".join(f"{length:,} from step {step:,}" for step, length in recipe.train.lengths.changes[1:])
     return f"{recipe.train.sequence_length:,} tokens, {changes}; planned as if all were {recipe.train.longest:,}"
 
 
@@ -150,7 +150,7 @@ def _reading(recipe: Recipe) -> str:
     train = recipe.train
     share = Share(length=train.sequence_length, rows=train.sequences, micro_rows=1)
     sizes = {"block": recipe.model.block, "seed": recipe.seed}
-    sizes |= {"changes": train.batches[1:], "lengths": train.lengths[1:]}
+    sizes |= {"changes": train.batches.changes[1:], "lengths": train.lengths.changes[1:]}
     try:
         corpora = open_corpora(recipe.data.model_copy(update={"storage": once}))
         loader = Loader(recipe.data, corpora, share, **sizes)

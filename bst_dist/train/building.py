@@ -83,7 +83,7 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
         ) + edge_flops_per_token(recipe.model, length, train.slices, train.edges_every)
         return Utilisation(model_flops_per_label(start.objective, length), peak, tokens * again)
 
-    for _, length in recipe.train.lengths:
+    for length in recipe.train.lengths.values:
         utilisation(length)  # computed and cached here, so that no step waits for it
     rate, corpora = recipe.optimizer.learning_rate, start.objective.mixed
     return Trainer(recipe.train, recipe.schedule, rate, context, utilisation, corpora)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from bst_base.addresses import CorpusAddress
 from bst_base.places import LocalPath
 from bst_base.settings import Config
+from data_pipeline.serve.order.step_values import StepValues, require_increasing
 
 
 class AverageConfig(Config):
@@ -88,13 +89,9 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _changes_follow_each_other(self) -> TrainConfig:
-        steps = [change.step for change in self.sequence_changes]
-        if steps != sorted(set(steps)):
-            raise ValueError(f"sequence_changes: their steps must increase, found {steps}")
-        steps = [change.step for change in self.length_changes]
-        if steps != sorted(set(steps)):
-            raise ValueError(f"length_changes: their steps must increase, found {steps}")
-        for (_, before), (step, length) in pairwise(self.lengths):
+        require_increasing("sequence_changes", self.sequence_changes)
+        require_increasing("length_changes", self.length_changes)
+        for (_, before), (step, length) in pairwise(self.lengths.changes):
             if before == length:
                 raise ValueError(
                     f"length_changes: step {step}: sequence_length is {length} before it too; remove this change, in "
@@ -103,25 +100,28 @@ class TrainConfig(Config):
         return self
 
     @property
-    def batches(self) -> list[tuple[int, int]]:
-        """Pairs (first step, sequences per step from there on); the first pair is for step 0."""
-        return [(0, self.sequences), *((change.step, change.sequences) for change in self.sequence_changes)]
-
-    def sequences_at(self, step: int) -> int:
-        """Return the number of sequences of `step`."""
-        return [sequences for start, sequences in self.batches if start <= step][-1]
+    def batches(self) -> StepValues:
+        """Sequences per step."""
+        changes = ((change.step, change.sequences) for change in self.sequence_changes)
+        return StepValues(((0, self.sequences), *changes))
 
     @property
-    def fewest_sequences(self) -> int:
-        """The smallest number of sequences per step in the run."""
-        return min(sequences for _, sequences in self.batches)
+    def lengths(self) -> StepValues:
+        """Tokens per sequence."""
+        changes = ((change.step, change.sequence_length) for change in self.length_changes)
+        return StepValues(((0, self.sequence_length), *changes))
 
     @property
     def batch_phases(self) -> list[tuple[int, int, int]]:
         """Triples (first step, number of steps, sequences per step): the parts of the run with one batch each."""
-        taken = [(start, sequences) for start, sequences in self.batches if start < self.steps]
+        taken = self.batches.until(self.steps - 1).changes
         ends = [*(start for start, _ in taken[1:]), self.steps]
         return [(start, end - start, sequences) for (start, sequences), end in zip(taken, ends, strict=True)]
+
+    @property
+    def fewest_sequences(self) -> int:
+        """The smallest number of sequences per step in the run."""
+        return min(self.batches.values)
 
     @property
     def most_sequences(self) -> int:
@@ -129,27 +129,17 @@ class TrainConfig(Config):
         return max(sequences for _, _, sequences in self.batch_phases)
 
     @property
-    def lengths(self) -> list[tuple[int, int]]:
-        """Pairs (first step, tokens per sequence from there on); the first pair is for step 0."""
-        changes = ((change.step, change.sequence_length) for change in self.length_changes)
-        return [(0, self.sequence_length), *changes]
-
-    def length_at(self, step: int) -> int:
-        """Return the number of tokens per sequence in `step`."""
-        return [length for start, length in self.lengths if start <= step][-1]
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest sequence in the run."""
-        return max(length for _, length in self.lengths)
+        return max(self.lengths.values)
 
     @property
     def tokens(self) -> int:
         """Tokens of all steps together."""
-        starts = sorted({start for start, _ in self.batches + self.lengths if start < self.steps})
+        batches, lengths = self.batches, self.lengths
+        starts = sorted({start for start, _ in batches.changes + lengths.changes if start < self.steps})
         return sum(
-            (end - start) * self.sequences_at(start) * self.length_at(start)
-            for start, end in pairwise([*starts, self.steps])
+            (end - start) * batches.at(start) * lengths.at(start) for start, end in pairwise([*starts, self.steps])
         )
 
     @property

@@ -182,8 +182,8 @@ class LanguageModelling:
             block=recipe.model.block,
             seed=recipe.seed,
             start_step=start_step,
-            changes=train.batches[1:],
-            lengths=train.lengths[1:],
+            changes=train.batches.changes[1:],
+            lengths=train.lengths.changes[1:],
         )
 
     def evaluations(self, context: Context) -> Evaluations:
@@ -221,7 +221,7 @@ class LanguageModelling:
         self, data: DataConfig, corpora: Sequence[Corpus], mesh: Mesh, rows: int, micro_rows: int
     ) -> Loader:
         """Return a loader of rows of the run's last sequence length; their order is the same for every run seed."""
-        recipe = self.recipe.of_one_length(self.recipe.train.lengths[-1][1])
+        recipe = self.recipe.of_one_length(self.recipe.train.lengths.last)
         share = share_of(recipe, mesh, rows, micro_rows)
         return Loader(data, corpora, share, block=recipe.model.block, seed=0)
 

@@ -83,10 +83,10 @@ def _of_changes(recipe: Recipe) -> dict[str, str]:
     """Return the lines on changes of the batch and of the sequence length during the run."""
     lines, train = {}, recipe.train
     if train.sequence_changes:
-        lines["batch"] = ", ".join(f"{count} sequences from step {step:,}" for step, count in train.batches[1:])
+        lines["batch"] = ", ".join(f"{count} sequences from step {step:,}" for step, count in train.batches.changes[1:])
     if train.length_changes:
-        changes = [f"{length:,} tokens from step {step:,}" for step, length in train.lengths[1:]]
-        lines["length"] = f"{', '.join(changes)}; evaluated with {train.lengths[-1][1]:,}"
+        changes = [f"{length:,} tokens from step {step:,}" for step, length in train.lengths.changes[1:]]
+        lines["length"] = f"{', '.join(changes)}; evaluated with {train.lengths.last:,}"
     return lines
 
 

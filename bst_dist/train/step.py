@@ -104,7 +104,7 @@ class Trainer:
         self, step: int, sums: _Sums, norm: float, rate: float, rates: Mapping[str, float], seconds: float
     ) -> StepReport:
         """`rate`: the recipe's learning rate in this step. `rates`: those of the parameter groups, by name."""
-        utilisation = self.utilisation(self.config.length_at(step + self.skipped))
+        utilisation = self.utilisation(self.config.lengths.at(step + self.skipped))
         return StepReport(
             step=step + 1,
             tokens=self.tokens,
@@ -129,7 +129,7 @@ class Trainer:
             run = _MicroBatch(gradients, slices, last=index == len(batches) - 1)
             left = go_backward(run, self.edges, earlier, self.config.edges_every)
             if earlier is not None:
-                position = earlier.position + self.config.length_at(step + self.skipped)
+                position = earlier.position + self.config.lengths.at(step + self.skipped)
                 self.carried[index] = {"rows": slices[0].rows.tolist(), "position": position, "state": left}
         return gradients
 

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from bst_base.addresses import CorpusAddress, no_secret
 from bst_base.places import Address
 from bst_base.settings import Config
+from data_pipeline.serve.order.step_values import require_increasing
 from data_pipeline.store.base import StorageConfig
 
 
@@ -69,9 +70,7 @@ class DataConfig(Config):
         count = 1 if isinstance(self.corpus, str) else len(self.corpus)
         if not count:
             raise ValueError("corpus: a mixture needs at least one corpus")
-        steps = [change.step for change in self.weight_changes]
-        if steps != sorted(set(steps)):
-            raise ValueError(f"weight_changes: their steps must increase, found {steps}")
+        require_increasing("weight_changes", self.weight_changes)
         for step, weights in self.segments():
             if len(weights) != count:
                 raise ValueError(f"weight_changes: {len(weights)} weights at step {step} for {count} corpora")

@@ -22,7 +22,8 @@ from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.located_rows import LocatedRows
 from data_pipeline.serve.order.mixture import whole_weights
 from data_pipeline.serve.order.plan import ORDER_VERSION
-from data_pipeline.serve.order.sizes import BatchSizes, StepValues
+from data_pipeline.serve.order.sizes import BatchSizes
+from data_pipeline.serve.order.step_values import StepValues
 from data_pipeline.serve.order.stream import inputs
 from data_pipeline.serve.order.versions import ORDER_VERSIONS, Order, make_order
 from data_pipeline.serve.prefetch import Prefetcher

@@ -58,7 +58,7 @@ def open_run(run_dir: Path, step: int | None = None, precision: str | None = Non
     holds no run of a language model, or if the checkpoint is missing or damaged.
     """
     recipe = read_recipe(run_dir)
-    recipe = recipe.of_one_length(recipe.train.lengths[-1][1])  # the last length, as in the run's own evaluations
+    recipe = recipe.of_one_length(recipe.train.lengths.last)  # the last length, as in the run's own evaluations
     if precision is not None:
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
     require_language_model(run_dir, recipe)

@@ -159,7 +159,7 @@ def progress(result: Result, train: TrainConfig) -> tuple[np.ndarray, np.ndarray
 
     def batch(line: dict[str, Any]) -> tuple[int, int]:
         step = line["step"] - 1
-        return train.sequences_at(step), train.length_at(step)
+        return train.batches.at(step), train.lengths.at(step)
 
     times: dict[tuple[int, int], list[float]] = {}
     for line in result.warm:

@@ -179,7 +179,7 @@ def _require_slices(recipe: Recipe, spread: Spread) -> None:
     sp, train = recipe.parallel.sp, recipe.train
     if sp > 1:
         documents = recipe.data.documents
-        for length in sorted({train.slice_tokens or length for _, length in train.lengths}):
+        for length in sorted({train.slice_tokens or length for length in train.lengths.values}):
             rehearse(recipe.model, sp, spread.micro_rows, length // sp, documents=documents, stream=train.slices > 1)
 
 

@@ -113,7 +113,7 @@ def guard_of(start: Start, ranks: Ranks, position: Position, local: str | None =
 
 def changed_at(start: Start, position: Position) -> list[str]:
     """Return the settings that change from this position on, as ``field: before, now``."""
-    sequences = start.recipe.train.sequences_at(position.step + position.skipped)
+    sequences = start.recipe.train.batches.at(position.step + position.skipped)
     return with_batch(start.changed, position.data, sequences)
 
 

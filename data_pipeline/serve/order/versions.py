@@ -13,7 +13,8 @@ from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.order.order_v1 import LaneStreaming, QuotaMixture
 from data_pipeline.serve.order.phases import Cuts, Phase, PhasePlan, Phases, Place
 from data_pipeline.serve.order.plan import ORDER_VERSION, Part, Plan, Shuffled, Streaming, make_mixture, make_shuffled
-from data_pipeline.serve.order.sizes import STREAMED, BatchSizes, StepValues
+from data_pipeline.serve.order.sizes import STREAMED, BatchSizes
+from data_pipeline.serve.order.step_values import StepValues
 from data_pipeline.serve.order.stream import Pieces, TokenStream, inputs
 from data_pipeline.serve.order.window_stream import WindowCache, WindowStream
 from data_pipeline.serve.order.windows import Windows, WindowShuffled
