@@ -112,14 +112,16 @@ def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any,
             annotation = _type_name(field.annotation)
             default = "required" if field.is_required() else field.get_default(call_default_factory=True)
             yield f"{prefix}{name}", annotation, default, texts.get(name, "")
-            section, listed = _optional(field.annotation), _listed(field.annotation)
+            section = _optional(field.annotation)
+            listed = _listed(field.annotation)
             yield from fields(section, f"{prefix}{name}.") if section else ()
             yield from fields(listed, f"{prefix}{name}[].") if listed else ()
 
 
 def _type_name(annotation: Any) -> str:
     """Return a type in its usual notation, without its validators."""
-    origin, members = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    members = get_args(annotation)
     if origin is Annotated:
         return _type_name(members[0])
     if origin in (Union, UnionType):
@@ -228,7 +230,8 @@ def _explain(cls: type[Config], name: str, problems: list[Any]) -> str:
 
 def _in_words(cls: type[Config], problem: Any) -> str:
     """Return pydantic's message on one problem, in terms of a recipe instead of Python types."""
-    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    kind = problem["type"]
+    message = problem["msg"].removeprefix("Value error, ")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         location, owner = _place(cls, [str(part) for part in problem["loc"]])
         kinds = _kinds(owner.model_fields[location[-1]].annotation) if owner else {}

@@ -38,7 +38,8 @@ def find(given: str | Path, folder: str) -> Path:
     working directory. Raises NoSuchFileError, which lists the searched places and the nearest name.
     """
     what, suffix = _KINDS[folder]
-    path, shipped = Path(given), root() / folder
+    path = Path(given)
+    shipped = root() / folder
     candidates = [path, shipped / path, shipped / f"{given}{suffix}", root() / path]
     for candidate in candidates:
         if candidate.is_file():

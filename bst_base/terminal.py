@@ -68,7 +68,8 @@ def print_table(sheet: Sheet, title: str | None = None, caption: str | None = No
     """
     if title:
         say(title)
-    console, table = Console() if sys.stdout.isatty() else Console(width=400), drawn(sheet)
+    console = Console() if sys.stdout.isatty() else Console(width=400)
+    table = drawn(sheet)
     console.width = max(console.width, Measurement.get(console, console.options.update(width=10_000), table).minimum)
     console.print(table)
     if caption:

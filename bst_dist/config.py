@@ -333,7 +333,8 @@ def with_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> Recipe:
 
 def spread_of(recipe: Recipe, world: int) -> Spread:
     """Return how the sequences of a step are divided over the ranks; raises ConfigError if a rank would have none."""
-    dp, train = data_parallel(world, recipe.parallel.sp), recipe.train
+    dp = data_parallel(world, recipe.parallel.sp)
+    train = recipe.train
     if (fewest := train.fewest_sequences) < dp:
         field = "train.sequences" if fewest == train.sequences else "train.sequence_changes"
         most = fewest * recipe.parallel.sp

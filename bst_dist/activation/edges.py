@@ -134,7 +134,8 @@ class EdgesOnDisk:
         for name, one in kept.items():
             pinned = one.device.type == "cuda"
             numbers = torch.empty(one.shape, dtype=one.dtype, pin_memory=pinned)
-            view, offset = memoryview(numbers.view(-1).view(torch.uint8).numpy()), one.offset
+            view = memoryview(numbers.view(-1).view(torch.uint8).numpy())
+            offset = one.offset
             while view:
                 done = os.preadv(self._file.fileno(), [view], offset)
                 if not done:

@@ -59,7 +59,9 @@ def _spoken_for(message: str, notice: Notice, board: Board | None) -> bool:
 
     A signal that arrived before this rank failed does not count.
     """
-    until, first, stopped = time.monotonic() + WAIT_S, None, notice.signal is not None
+    until = time.monotonic() + WAIT_S
+    first = None
+    stopped = notice.signal is not None
     while first is None and time.monotonic() < until:
         if notice.signal is not None and not stopped:
             return True

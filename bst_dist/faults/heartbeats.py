@@ -108,7 +108,8 @@ def shared_board(world: int, wait_s: float = 60) -> Board:
     """Return the Board of this job, whose ranks have connected; raises DistStoreError if it does not answer in time."""
     if world == 1:
         return LocalBoard()
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
     # A separate connection: the rank's main connection is locked while it waits for a key.
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=wait_s), wait_for_workers=False)
     return StoreBoard(PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))

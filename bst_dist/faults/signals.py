@@ -136,7 +136,8 @@ def listen() -> Notice:
     the block, so a scheduler's signal to all processes of the job, such as Slurm's, does not end them: a rank needs
     the compiler's workers for its last step, and a writer's process, such as W&B's, to send the last reports.
     """
-    notice, ends = Notice(STOP_REQUESTED), stopping()
+    notice = Notice(STOP_REQUESTED)
+    ends = stopping()
     heard, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -159,7 +160,8 @@ class Stop:
     """The ranks' common decision whether this start ends early because of a signal."""
 
     def __init__(self, ranks: Ranks, notice: Notice | None = None) -> None:
-        self.ranks, self.notice = ranks, notice or Notice()
+        self.ranks = ranks
+        self.notice = notice or Notice()
         self.stopping = False
         """Whether the ranks stop. It is always equal on all ranks, because it only changes by sums over all ranks."""
 

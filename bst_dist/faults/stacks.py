@@ -29,7 +29,8 @@ def stacks_of_threads() -> str:
     and it prints no names. Source lines are not included: reading them could wait for a hanging file system.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames, main = sys._current_frames(), threading.main_thread().ident
+    frames = sys._current_frames()
+    main = threading.main_thread().ident
     return "\n".join(
         _stack(names.get(ident, "without a name"), ident, frames[ident])
         for ident in sorted(frames, key=lambda ident: ident != main)

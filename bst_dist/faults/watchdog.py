@@ -103,7 +103,8 @@ class Watchdog:
         while not self._closed.wait(self.beat_s):
             still_s = time.monotonic() - self._still_since
             if self._place() != seen:
-                seen, self._still_since = self._place(), time.monotonic()
+                seen = self._place()
+                self._still_since = time.monotonic()
                 self._disks.watch(STILL, wanted=False)
             elif still_s > self.limit_s:
                 self._look_into_it(seen, still_s)
@@ -146,7 +147,8 @@ class Watchdog:
 
         Returns "" when rank 0 reports it, a message when rank 0 is silent, and None when the job makes progress.
         """
-        last, last_new = None, time.monotonic()
+        last = None
+        last_new = time.monotonic()
         while self._place() == seen and not self._closed.is_set():
             found = self._read_anew()
             beat = found.beats[0] if found else None
@@ -156,7 +158,8 @@ class Watchdog:
             if beat is not None and last is not None and beat.place != last.place:
                 return None
             if beat is not None and (last is None or beat.beats != last.beats):
-                last, last_new = beat, time.monotonic()
+                last = beat
+                last_new = time.monotonic()
             elif time.monotonic() - last_new > self.silence_s:
                 self._closed.wait((self.rank > 1) * 2 * self.beat_s)  # rank 1 reports for all
                 return silence(0, last or self._reading.beats[0])
@@ -164,14 +167,16 @@ class Watchdog:
 
     def _read_anew(self) -> Reading | None:
         """Return a new reading of the board; None when the board does not answer in time."""
-        since, until = self._reading.number, time.monotonic() + self.silence_s
+        since = self._reading.number
+        until = time.monotonic() + self.silence_s
         while time.monotonic() < until and not self._closed.wait(self.beat_s / 4):
             if self._reading.number > since + 1:  # +1: that reading began after this call
                 return self._reading
         return None
 
     def _talk(self) -> None:
-        beats, keys = 0, [*map(key_of, self._seen_ranks)]
+        beats = 0
+        keys = [*map(key_of, self._seen_ranks)]
         while not self._closed.is_set():
             beats += 1
             with suppress(DistStoreError, RuntimeError):  # rank 0 is gone; `_judge` and `_follow` detect that
@@ -182,7 +187,8 @@ class Watchdog:
             self._closed.wait(self.beat_s / (4 if self._wanted.is_set() else 1))
 
     def _beat(self, beats: int) -> Heartbeat:
-        phases, disks = self.phases, self._disks.silent(min(self.silence_s, self.limit_s / 4))
+        phases = self.phases
+        disks = self._disks.silent(min(self.silence_s, self.limit_s / 4))
         return Heartbeat(
             self.rank,
             socket.gethostname(),

@@ -55,7 +55,8 @@ class Generation:
         """
         if not all(prompts.values()):
             raise ValueError("no token to read: the logits are those after the last token")
-        self.model, self.sampling, self._never = model.eval(), sampling, never
+        self.model = model.eval()
+        self.sampling, self._never = sampling, never
         self._running = [
             _Row(prompt, sample, draws_of(sampling.seed, prompt, sample), list(prompts[prompt]))
             for prompt, sample in samples
@@ -103,7 +104,8 @@ class Generation:
     @torch.no_grad()
     def _read_whole_blocks(self, prompts: Mapping[int, Sequence[int]]) -> Rows:
         """Read the whole blocks of each prompt, once for all its samples, and leave at least one token unread."""
-        block, order = self.model.config.block, list(prompts)
+        block = self.model.config.block
+        order = list(prompts)
         heads = [list(prompts[number][: (len(prompts[number]) - 1) // block * block]) for number in order]
         rows = Rows(len(order))
         rows.read(self.model, [torch.tensor(head, dtype=torch.long) for head in heads])

@@ -45,7 +45,8 @@ class StreamContext(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        heads, channels = config.heads, config.context.width(config.width)
+        heads = config.heads
+        channels = config.context.width(config.width)
         self.block, self.attend = config.block, config.context.attend
         self.ssm = build_kernel(channels, heads if config.context.variant == "MH" else 1, config.ssm, config.block)
         self.passage = Passage()
@@ -88,7 +89,8 @@ class FilterContext(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        channels, states = config.context.width(config.width), config.context.states
+        channels = config.context.width(config.width)
+        states = config.context.states
         self.block, self.heads = config.block, config.heads
         # Each filter has its own dynamics: S read-outs of one N-dimensional state have rank N at most.
         self.ssm = build_kernel(channels, states, config.ssm, config.block, own_dynamics=True)

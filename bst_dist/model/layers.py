@@ -150,7 +150,8 @@ class Layer(nn.Module):
 
     def prepare(self, x: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
         """Return the values that the layer asks `past` for with `Past.once`, for a slice that is a whole sequence."""
-        like, recorded = x[..., :0].to(product_dtype(x)), RecordedPast(past)
+        like = x[..., :0].to(product_dtype(x))
+        recorded = RecordedPast(past)
         for module in self.mixer.modules():
             if hasattr(module, "prepare"):
                 module.prepare(like, recorded, starts)

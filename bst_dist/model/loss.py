@@ -106,7 +106,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         squares = per_token.new_zeros(()) if z else None
         with torch.autocast(device, enabled=False):
             for part in _tiles(len(hidden), len(weight), device):
-                h, target, keep = hidden[part].to(dtype), labels[part, None], mask[part, None]
+                h = hidden[part].to(dtype)
+                target, keep = labels[part, None], mask[part, None]
                 logits = h @ matrix.T
                 if correct is not None:
                     logits = _scaled(logits, scale)
@@ -169,7 +170,9 @@ def linear_cross_entropy(
         when gradients are computed; the sum of log^2 Z, or None when `z_loss` is 0.
     """
     if not torch.is_grad_enabled():  # a Function's needs_input_grad ignores no_grad
-        hidden, weight, z_loss = hidden.detach(), weight.detach(), 0.0
+        hidden = hidden.detach()
+        weight = weight.detach()
+        z_loss = 0.0
     flat = hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten()
     total, per_token, correct, squares = _LinearCrossEntropy.apply(*flat, scale, z_loss, fused)
     return total, per_token.view(labels.shape), None if correct is None else correct.view(labels.shape), squares

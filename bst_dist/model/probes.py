@@ -152,7 +152,8 @@ def relative_entropy(q: Tensor, k: Tensor, block: int, borders: Borders | None =
 
     Tokens that see only one state have no entropy and are not counted.
     """
-    causal, span = k.dim() == 4, min(block, q.shape[1])
+    causal = k.dim() == 4
+    span = min(block, q.shape[1])
     q = q[0].unflatten(0, (-1, span))[-BLOCKS_LOOKED_AT:].float()  # (nb, W, H, dh)
     states = k[0].unflatten(0, (-1, span)) if causal else k[0]
     scores = torch.einsum("bthd,bnhd->bhtn", q, states[-len(q) :].float())

@@ -67,7 +67,8 @@ class Linear(nn.Linear):
         parts: Sequence[int] = (),
     ) -> None:
         super().__init__(fan_in, fan_out, bias=bias)
-        self.roles, self.stacks = {"weight": role}, {"weight": Stack(0, tuple(parts))}
+        self.roles = {"weight": role}
+        self.stacks = {"weight": Stack(0, tuple(parts))}
         self.products_only = ("weight",) if role is Role.MATRIX else ()
         self.into_stream = into_stream
 

@@ -103,7 +103,9 @@ def _counted(name: str, position: int, rounds: float) -> Callable[..., float]:
 
 def _given(args: Sequence[Any], named: dict[str, Any]) -> float:
     """Return the bytes sent by an all-to-all, whose parts may be unequal: all but the part that stays."""
-    tensor, sizes, group = named["input"], named.get("input_split_sizes"), named.get("group")
+    tensor = named["input"]
+    sizes = named.get("input_split_sizes")
+    group = named.get("group")
     ranks = dist.get_world_size(group)
     kept = tensor.numel() // ranks if sizes is None else sizes[dist.get_rank(group)]
     return (tensor.numel() - kept) * tensor.element_size()

@@ -44,8 +44,10 @@ def gathered(environment: Mapping[str, str] = os.environ, limit_s: float = LIMIT
         yield
         return
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    where, deadline = with_port(address, port), time.monotonic() + limit_s
+    address = environment["MASTER_ADDR"]
+    port = int(environment["MASTER_PORT"])
+    where = with_port(address, port)
+    deadline = time.monotonic() + limit_s
     # torchrun's agent hosts the store of its ranks, so the store survives a restart of the ranks.
     agent_holds_it = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     prefix = f"gathered/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}"
@@ -75,7 +77,8 @@ def gathered(environment: Mapping[str, str] = os.environ, limit_s: float = LIMIT
 
 def _await_others(store: TCPStore, prefix: str, world: int, where: str, limit_s: float, deadline: float) -> None:
     """On rank 0: wait until all ranks have come, and print the missing ones."""
-    missing, next_word = list(range(1, world)), time.monotonic() + FIRST_WORD_S
+    missing = list(range(1, world))
+    next_word = time.monotonic() + FIRST_WORD_S
     while missing := [rank for rank in missing if not store.check([f"{prefix}/{rank}"])]:
         now = time.monotonic()
         if now > deadline:

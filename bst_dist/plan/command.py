@@ -123,7 +123,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             found = slices.sizes(planner)
             show_sizes(Console(), planner, found)
             return {"recipe": recipe.name, "sizes": [slices.describe(size) for size in found]}
-        best, reading = planner.best(), _reading(whole)
+        best = planner.best()
+        reading = _reading(whole)
         show(Console(), args, planner, best, reading, _lengths(whole))
         if found := slices.where_they_help(planner, best):
             show_sizes(Console(), planner, found)

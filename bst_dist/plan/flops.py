@@ -81,7 +81,8 @@ def _no_cross(config: ModelConfig, length: int) -> dict[str, float]:
 
 def _transformer_xl(config: ModelConfig, length: int) -> dict[str, float]:
     inner, window = config.inner, config.transformer_xl.window
-    first, rest = min(window, length), length - min(window, length)
+    first = min(window, length)
+    rest = length - min(window, length)
     whole, last = divmod(rest, window)
     scored = _scored(sliding_tiles(first, 0, window)) + whole * _scored(sliding_tiles(window, window, window))
     scored += _scored(sliding_tiles(last, window, window))
@@ -116,7 +117,8 @@ def _gss(config: ModelConfig, length: int) -> dict[str, float]:
 
 
 def _mamba2(config: ModelConfig, length: int) -> dict[str, float]:
-    d, own = config.width, within_block(config.mamba2, config.block)
+    d = config.width
+    own = within_block(config.mamba2, config.block)
     inner = own.expand * d
     projections = 2 * d * (2 * inner + 2 * own.state + inner // own.head) + 2 * inner * d
     return {"projections": projections, "ssm": _selective(inner, inner // own.head, own.state, 1, own.chunk)}
@@ -132,7 +134,8 @@ def _selective(channels: int, heads: int, state: int, maps: int, chunk: int) -> 
 
 
 def _gated_deltanet(config: ModelConfig, length: int) -> dict[str, float]:
-    d, own = config.width, within_block(config.gated_deltanet, config.block)
+    d = config.width
+    own = within_block(config.gated_deltanet, config.block)
     keys, values, chunk = config.inner, own.expand * config.inner, own.chunk
     projections = 2 * d * (2 * keys + 2 * values + 2 * config.heads) + 2 * values * d
     within = 4 * chunk * keys + 2 * chunk * values  # keys and queries times keys, and the written values

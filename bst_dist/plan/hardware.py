@@ -40,7 +40,8 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the best FLOP/s of several products of square matrices; takes about `MEASURED_S` seconds."""
     a, b = (torch.randn(MEASURED_SIZE, MEASURED_SIZE, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     _product_s(a, b)  # the first product also sets up the library
-    best, end = _product_s(a, b), time.perf_counter() + MEASURED_S
+    best = _product_s(a, b)
+    end = time.perf_counter() + MEASURED_S
     while time.perf_counter() < end:
         best = min(best, _product_s(a, b))
     return 2 * MEASURED_SIZE**3 / best
@@ -54,7 +55,8 @@ def bf16_slowdown() -> float:
     """
     single = torch.randn(128, 128)
     cases = {torch.float32: single, torch.bfloat16: single.to(torch.bfloat16)}
-    best, threads = dict.fromkeys(cases, float("inf")), torch.get_num_threads()
+    best = dict.fromkeys(cases, float("inf"))
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for _ in range(5):

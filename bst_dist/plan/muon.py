@@ -76,7 +76,8 @@ def _flat(elements: tuple[int, ...], work: tuple[float, ...], share: int) -> lis
     for size, cost in zip(elements, work, strict=True):
         runs = {}
         for rank in range(begin // share, (begin + size - 1) // share + 1):
-            first, last = max(begin, rank * share), min(begin + size, (rank + 1) * share)
+            first = max(begin, rank * share)
+            last = min(begin + size, (rank + 1) * share)
             runs[rank] = first - begin, last - first
         found.append(Matrix(runs, cost))
         begin += size

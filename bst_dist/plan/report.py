@@ -104,7 +104,8 @@ def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list
 
 def show_sizes(console: Console, planner: Planner, found: list[Size]) -> None:
     """Print memory and time by slice size, and the best size."""
-    length, chosen = planner.recipe.train.sequence_length, best_size(found)
+    length = planner.recipe.train.sequence_length
+    chosen = best_size(found)
     console.print(
         f"[bold]{planner.recipe.name}[/], sequences of {length:,} tokens in slices, on {_cluster(planner.cluster)}, "
         "one sequence of a rank at a time; GB per GPU by the place of edges, and the rest of the fastest that fits\n",
@@ -257,7 +258,8 @@ def _excess(best: Candidate) -> str:
 
 def _rate(planner: Planner, best: Candidate) -> str:
     cluster, steps = planner.cluster, planner.recipe.train.steps
-    hours, used = run_hours(planner, best), mfu(best, cluster, planner.bf16)
+    hours = run_hours(planner, best)
+    used = mfu(best, cluster, planner.bf16)
     return (
         f"{best.speed.total:,.3g} s per step, MFU {used:.0%}, {tokens_a_day(best) / 1e9:,.1f} G tokens per day; "
         f"{steps:,} steps in {hours:,.1f} h, {hours * cluster.world:,.0f} GPU-hours"

@@ -248,7 +248,8 @@ class Planner:
 
     def closest(self) -> Candidate:
         """Return the layout that needs least memory."""
-        sp, stages = self.supported()[-1], STAGES if self.cluster.world > 1 else STAGES[:1]
+        sp = self.supported()[-1]
+        stages = STAGES if self.cluster.world > 1 else STAGES[:1]
         return min(
             (self.candidate(stage, sp, 1, policy) for policy in POLICIES for stage in stages),
             key=lambda way: way.needed,

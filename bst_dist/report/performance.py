@@ -127,7 +127,9 @@ def summarise(report: StepReport, names: Sequence[str], table: Tensor, hosts: Se
         for kind in ("seconds ", "sent ")
     )
     work = sum((seconds[phase] for phase in OWN_WORK if phase in seconds), torch.zeros(len(table), dtype=table.dtype))
-    typical, slowest, memory = float(work.median()), int(work.argmax()), columns[MEMORY]
+    typical = float(work.median())
+    slowest = int(work.argmax())
+    memory = columns[MEMORY]
     return PerformanceReport(
         step=report.step,
         seconds={phase: float(column.mean()) for phase, column in seconds.items()},

@@ -64,7 +64,8 @@ class Probes:
         """`tokenizer`, `prompt`: for samples; no samples without a tokenizer. `evaluated`: the steps between two
         evaluations (0: only the last one), and the steps of the run."""
         self.config, self.engine, self.ranks, self.writers = config, engine, ranks, writers
-        self.tokenizer, self.prompt = tokenizer, list(prompt)[:PROMPT]
+        self.tokenizer = tokenizer
+        self.prompt = list(prompt)[:PROMPT]
         self.sampling = bool(config.sample_tokens) and tokenizer is not None and tokenizer.has_text
         if self.sampling and engine.stage == 3:
             self.sampling = False

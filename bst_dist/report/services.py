@@ -40,7 +40,8 @@ class Service(Writer):
             listed = [_key(line) for line in read_lines(dropped_file(run_dir / FILE))]
             listed += map(_key, self._reported)
         write_text(path, "".join(_line(key) for key in listed))  # drops an incomplete last line
-        self._sent, self._list = set(listed), path.open("a", buffering=1, encoding="utf-8")
+        self._sent = set(listed)
+        self._list = path.open("a", buffering=1, encoding="utf-8")
 
     def send(self, values: dict[str, float], step: int) -> None:
         """Send values to the service; return when it has accepted them."""

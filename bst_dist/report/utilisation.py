@@ -98,7 +98,8 @@ def _kept_products(config: ModelConfig, mixer: str, compiled: bool) -> float:
     """
     as_in_training = patch.object(matmul, "is_compiling", lambda: compiled)
     with FakeTensorMode(), torch.no_grad(), as_in_training:
-        layer, x = Layer(mixer, config), torch.zeros(1, config.block, config.width)
+        layer = Layer(mixer, config)
+        x = torch.zeros(1, config.block, config.width)
         with _KeptProducts() as counted:
             layer(x, Past())
     return counted.flops / config.block

@@ -97,7 +97,8 @@ class Background(Writer):
         """`make` is also called in the thread, because a service may take long to answer at first."""
         self.name, self._close_s = name, close_s
         self._waiting: queue.Queue[Callable[[Writer], None] | None] = queue.Queue(WAITING)
-        self._failed, self._lost = threading.Event(), 0
+        self._failed = threading.Event()
+        self._lost = 0
         self._thread = threading.Thread(target=self._work, args=(make,), name=f"writer {name}", daemon=True)
         self._thread.start()
 

@@ -243,7 +243,8 @@ def _verdict(report: dict[str, Any]) -> str:
 
 
 def _guide(demo: Demo) -> str:
-    run_dir, corpus, train = demo.run_dir, demo.recipe.data.corpus, " ".join([RECIPE, *demo.overrides])
+    run_dir, corpus = demo.run_dir, demo.recipe.data.corpus
+    train = " ".join([RECIPE, *demo.overrides])
     return f"""
 [bold]Files[/]
   {f"{corpus}/":<22}  the corpus: tokenizer, WebDataset shards, index

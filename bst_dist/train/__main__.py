@@ -103,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
             from bst_dist.train.run import train
             from bst_dist.train.start.request import load
 
-        asked, disks = request(args), Disks()
+        asked = request(args)
+        disks = Disks()
         disks.add(written=[args.run_dir] if args.run_dir else [])
         signals.end_when_stuck(notice, disks)
         try:

@@ -92,7 +92,8 @@ class Evaluation:
     def _slices(self) -> Iterator[tuple[Batch, Past]]:
         """Yield every slice of every micro-batch with its past."""
         for micro_batch in self.batches:
-            slices, position, state = slices_of(micro_batch), 0, {}
+            slices = slices_of(micro_batch)
+            position, state = 0, {}
             for part in slices:
                 length = part.input_ids.shape[1]
                 earlier = EarlierCall(state, position) if len(slices) > 1 else None

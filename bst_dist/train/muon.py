@@ -89,7 +89,8 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _update(self, tensor: Tensor, group: Mapping[str, Any]) -> None:
-        state, momentum = self._state_of(tensor), group[MOMENTUM]
+        state = self._state_of(tensor)
+        momentum = group[MOMENTUM]
         state["step"] += 1
         state["exp_avg"].lerp_(tensor.grad, 1 - momentum)
         direction = tensor.grad.lerp_(state["exp_avg"], momentum)  # in place: nothing reads the gradient afterwards

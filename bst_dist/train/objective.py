@@ -189,7 +189,8 @@ class LanguageModelling:
     def evaluations(self, context: Context) -> Evaluations:
         """Evaluate on the first sequences of the validation split, each once (step 0 of its loader), and on those of
         each additional corpus."""
-        data, ranks = self.recipe.data.model_copy(update={"mode": "shuffled"}), context.ranks
+        data = self.recipe.data.model_copy(update={"mode": "shuffled"})
+        ranks = context.ranks
         own = data.only(_with_validation(self.corpora))
         batches = self._validation_batches(own, self.validation, ranks) if self.validation else []
         further = []

@@ -232,7 +232,8 @@ class Run:
 
     def _take_steps(self, loader: Batches, callbacks: Sequence[Callback]) -> None:
         """Run the training loop until `start.until` steps are done in total, or the ranks have agreed to stop."""
-        phases, until, began = self.ranks.phases, self.start.until, time.perf_counter()
+        phases, until = self.ranks.phases, self.start.until
+        began = time.perf_counter()
         phases.enter("data")
         for data_step, batches in loader:
             waited = time.perf_counter() - began

@@ -76,7 +76,8 @@ class Trainer:
         SkippedReport when the guard rejected the step. Raises RollBack or DivergedError when the run cannot continue
         from here; no weight has changed then.
         """
-        carried, multiplier = list(self.carried), factor(self.schedule, step, self.config.steps)
+        carried = list(self.carried)
+        multiplier = factor(self.schedule, step, self.config.steps)
         rates = self.engine.set_rates(multiplier)
         gradients = self._accumulate(step, batches)
         self.ranks.phases.enter("optimizer")

@@ -41,7 +41,8 @@ class CorpusEvaluation(Evaluation):
 
     def evaluate(self, step: int) -> CorpusReport | None:
         """Return the loss of the current weights, or None when the ranks agree to stop; every rank must call it."""
-        start, device = time.perf_counter(), self.ranks.device
+        start = time.perf_counter()
+        device = self.ranks.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         highest = max(int(slices_of(batch)[0].rows.max()) for batch in self.batches)
         (rows,) = self.ranks.all_gather_numbers([highest]).max(0).values.tolist()

@@ -45,7 +45,8 @@ def _batch(
     ids: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, rows: range, tokens: range, unit: int
 ) -> Batch:
     """Return some rows and tokens of the global batch."""
-    own, count = slice(rows.start, rows.stop), len(rows)
+    own = slice(rows.start, rows.stop)
+    count = len(rows)
     at, blocks = slice(tokens.start, tokens.stop), slice(tokens.start // unit, tokens.stop // unit)
     return Batch(
         input_ids=ids[own, :-1][:, at],

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     grid.require_slices(asked)
     world = asked.world
     with tempfile.TemporaryDirectory() as folder:
-        job, found = Path(folder) / "job.json", Path(folder) / "found.json"
+        job = Path(folder) / "job.json"
+        found = Path(folder) / "found.json"
         given = {name: value for name, value in vars(args).items() if name not in ("json", "run_dir")}
         job.write_text(json.dumps(given | {"ranks": world}, default=str))
         share = Share(0, world, world, "127.0.0.1", free_port())

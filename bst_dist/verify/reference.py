@@ -47,7 +47,8 @@ def one_process(recipe: Recipe, precision: str, micro_rows: int) -> Step:
     model = model.double() if precision == "fp64" else model
     before = batches(recipe, 0, Mesh(1, 0), micro_rows)
     steps = batches(recipe, 1, Mesh(1, 0), micro_rows) if recipe.train.carry else before
-    total, nats, tokens = torch.zeros((), dtype=torch.float64), 0.0, 0
+    total = torch.zeros((), dtype=torch.float64)
+    nats, tokens = 0.0, 0
     for earlier, batch in zip(before, steps, strict=True):
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
             losses = model(**on_device(batch, torch.device("cpu")), past=_past(model, recipe, earlier))

@@ -66,7 +66,8 @@ def distributed_step(recipe: Recipe, ranks: Ranks, group: SequenceGroup | None) 
 
 
 def _engine(recipe: Recipe, mesh: Mesh) -> Recorded:
-    path, train = deepspeed_file(recipe), recipe.train
+    path = deepspeed_file(recipe)
+    train = recipe.train
     accumulation = train.sequences // (mesh.dp * train.micro_sequences) * train.slices
     intent = deepspeed_json.Intent(
         mesh.world, train.micro_sequences, accumulation, train.gradient_clipping, train.precision

@@ -40,7 +40,8 @@ class Batch:
     @property
     def documents(self) -> np.ndarray:
         """(b, l) int64: the number, in its corpus, of the document that each input belongs to; -1 for padding."""
-        cuts, numbers = self.cuts, np.full(self.input_ids.shape, -1, np.int64)
+        cuts = self.cuts
+        numbers = np.full(self.input_ids.shape, -1, np.int64)
         first = cuts.row * numbers.shape[1] + cuts.place - self.begin
         inside = np.arange(cuts.count.sum()) - np.repeat(np.cumsum(cuts.count) - cuts.count, cuts.count)
         numbers.reshape(-1)[np.repeat(first, cuts.count) + inside] = np.repeat(cuts.document, cuts.count)

@@ -48,6 +48,7 @@ class ComputedLoader(ABC, Generic[B]):
         Raises UserError, naming the differences, unless it has the same order as this loader. The number of rows may
         change: from the step of `state` on it is that of this loader.
         """
-        sizes, step = BatchSizes.from_state(state), state.get("step", 0)
+        sizes = BatchSizes.from_state(state)
+        step = state.get("step", 0)
         require_same_order(self._order_at(step) | sizes.state(), state)
         self._sizes = sizes.then(step, self._share.rows)

@@ -111,7 +111,8 @@ class OpenShards:
         with self._lock:
             self._forget(shards)
             number = next(self._numbers)
-            self._layouts[number], self._users[number] = layout, len(shards)
+            self._layouts[number] = layout
+            self._users[number] = len(shards)
             self._begins[shards] = np.cumsum(documents) - documents
             self._number[shards] = number
         return layout
@@ -136,7 +137,8 @@ class OpenShards:
         If some of these shards are closed, return the closed shards instead.
         """
         with self._lock:
-            number, layouts = self._number[shards], dict(self._layouts)
+            number = self._number[shards]
+            layouts = dict(self._layouts)
             firsts = self._begins[shards]
         if (closed := number < 0).any():
             return np.unique(shards[closed])

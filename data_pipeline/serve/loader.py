@@ -91,7 +91,9 @@ class Loader:
         self._lengths = self._planned_lengths = StepValues.of(share.length).planned(0, plan)
         for _, length in self._lengths.changes:
             _check_sizes(replace(share, length=length), block)
-        self.config, self._corpora, self._share = config, list(corpora), share
+        self.config = config
+        self._corpora = list(corpora)
+        self._share = share
         self._seed, self._start_step = seed, start_step
         self._block = block if config.documents == "isolated" else None
         self.sequences = self._sequences_of_a_pass()
@@ -149,7 +151,9 @@ class Loader:
         number of rows.
         """
         version = state["order"] if state.get("order") in ORDER_VERSIONS else self._order
-        sizes, step, begun = BatchSizes.from_state(state), state.get("step", 0), state.get("begun")
+        sizes = BatchSizes.from_state(state)
+        step = state.get("step", 0)
+        begun = state.get("begun")
         kept = StepValues(tuple(map(tuple, state.get("lengths", [(0, self._planned_lengths.at(0))]))))
         self._lengths = kept.planned(step, self._planned_lengths)
         self._use_order(version, sizes.planned(step, self._planned))
@@ -287,13 +291,15 @@ class Loader:
         else:
             place = int(numbers[0]) - serving.share.own.start  # the reader counts rows from the rank's first row
             if blank:
-                located, (tokens, real) = reader.unread(step, place, place + len(own)), reader.none(len(own))
+                located = reader.unread(step, place, place + len(own))
+                tokens, real = reader.none(len(own))
             else:
                 located, tokens, real = reader.read(step, place, place + len(own), part)
         if masked:
             nothing, unreal = reader.none(masked)
             real = np.concatenate([np.ones(tokens.shape, bool) if real is None else real, unreal])
-            tokens, located = np.concatenate([tokens, nothing]), located.masked(masked)
+            tokens = np.concatenate([tokens, nothing])
+            located = located.masked(masked)
         if part:  # it follows the slice before it in its row
             located = located._replace(continues=np.ones_like(located.continues))
         return Stored(numbers, serving.share.begins[part], located, tokens, real)

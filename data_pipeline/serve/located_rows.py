@@ -33,7 +33,8 @@ class LocatedRows(NamedTuple):
 
     def masked(self, count: int) -> LocatedRows:
         """Return these rows, followed by `count` rows that read nothing."""
-        nothing, continues = np.zeros(count, np.int64), np.ones(count, bool)
+        nothing = np.zeros(count, np.int64)
+        continues = np.ones(count, bool)
         columns = zip(self[:3], (nothing, nothing, continues), strict=True)
         return LocatedRows(
             *map(np.concatenate, columns), self.located, self.bounds + self.bounds[-1:] * count, self.first

@@ -12,7 +12,8 @@ def passes_message(loader: Loader, steps: int) -> str:
     Raises UserError when they are more than `max_passes` allows.
     """
     passes = dict(zip(loader.config.urls(), loader.passes(steps), strict=True))
-    most, limit = max(passes, key=lambda url: passes[url]), loader.config.max_passes
+    most = max(passes, key=lambda url: passes[url])
+    limit = loader.config.max_passes
     if limit is not None and passes[most] > limit:
         raise UserError(
             f"{most}: {passes[most]:,.2f} passes by step {steps:,}, more than data.max_passes {limit:g}: take fewer "

@@ -41,7 +41,8 @@ class Prefetcher(Generic[T]):
         threads: int = 1,
         leave: threading.Event | None = None,
     ) -> None:
-        self._compute, self._start, self._ahead, self._leave = compute, start, ahead, leave or threading.Event()
+        self._compute, self._start, self._ahead = compute, start, ahead
+        self._leave = leave or threading.Event()
         self._changed = threading.Condition()  # guards the attributes below
         self._begun, self._taken = start, start  # the next number to compute, and the next one to yield
         self._ready: dict[int, _Found[T]] = {}

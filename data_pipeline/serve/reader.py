@@ -299,7 +299,8 @@ class Corpus:
 
     def _layout(self, shard: int) -> Layout:
         """Return where a shard's documents lie: in its packed file if there is an intact one, otherwise in its tar."""
-        reader, crc = self._shard(shard), None
+        reader = self._shard(shard)
+        crc = None
         if shard not in self._unpacked:
             try:
                 crc = reader.packed_crc()
@@ -374,7 +375,8 @@ class KnownFiles:
         if name in self._files:
             return self._files[name]
         for kind, order in self._sorted.items():
-            column, key = self._table.column(kind), name.encode()
+            column = self._table.column(kind)
+            key = name.encode()
             place = int(np.searchsorted(column, key, sorter=order))
             if place < len(order) and column[order[place]] == key:
                 shard = self._table[int(order[place])]

@@ -62,8 +62,10 @@ class RowReader:
         self._pool = ThreadPoolExecutor(REQUESTS) if any(corpus.remote for corpus in corpora) else None
         if self._pool:
             limit_arenas()
-        self._since, self._until, self._start = since, until, max(since, start)
-        row_bytes, parts = (self._length + 1) * self._dtype.itemsize, len(share.begins)
+        self._since, self._until = since, until
+        self._start = max(since, start)
+        row_bytes = (self._length + 1) * self._dtype.itemsize
+        parts = len(share.begins)
         most = min(_TOGETHER_BYTES // row_bytes, _KEPT_BYTES // (row_bytes * parts))
         of_a_pass = int(order.phases.at(since).cuts.sequences.sum())
         self._rows_together = max(1, min(_FEW if self._pool else max(_FEW, min(_TOGETHER, of_a_pass)), most))
@@ -127,7 +129,8 @@ class RowReader:
         Returns None when data is damaged or cannot be mapped.
         """
         rows = self._group(group, part)
-        pieces, shape = rows.pieces, (len(rows.corpora), self._length + 1)
+        pieces = rows.pieces
+        shape = (len(rows.corpora), self._length + 1)
         runs = MappedRuns(self._corpora, rows.corpora, pieces, self._dtype)
         tokens = runs.read(shape, self._pad_id, self._collector)
         if tokens is None:
@@ -179,10 +182,12 @@ class RowReader:
     def _locate(self, steps: range, part: int) -> LocatedRows:
         """Locate one part of all of the rank's rows in a group of steps."""
         corpora, epochs, sequences, continues = self._plan.assign(steps, self._share.own)
-        starts, cuts = sequences * self._share.length + self._share.begins[part], self._plan.at(steps.start).cuts
+        starts = sequences * self._share.length + self._share.begins[part]
+        cuts = self._plan.at(steps.start).cuts
         parts = []
         for corpus, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True))):
-            rows, base = np.flatnonzero((corpora == corpus) & (epochs == epoch)), cuts.base(corpus, epoch)
+            rows = np.flatnonzero((corpora == corpus) & (epochs == epoch))
+            base = cuts.base(corpus, epoch)
             parts.append((rows, self._stream(corpus, epoch).pieces(base + starts[rows], self._length + 1)))
         pieces = Pieces.join(parts)
         if self._block is not None:

@@ -44,7 +44,8 @@ class _Blocks(NamedTuple):
             verified &= self.layout.verified[self.first + np.minimum(more, self.count - 1)]
         runs = np.flatnonzero(~verified)
         count = self.count[runs]
-        run, more = np.repeat(runs, count), _numbered(count)
+        run = np.repeat(runs, count)
+        more = _numbered(count)
         place, once = np.unique(self.first[run] + more, return_index=True)
         run, step = run[once], CRC_BLOCK * self.corpus.dtype.itemsize
         begin = self.address[run] + more[once] * step

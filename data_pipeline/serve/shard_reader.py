@@ -71,8 +71,10 @@ class ShardReader:
         path = self._storage.local_path(name)
         if path is None or not path.exists():
             return None
-        where, tail = f"{self._storage.where}/{name}", tail_bytes(self.info)
-        expected, found = self.info.tokens * self._itemsize + tail, path.stat().st_size
+        where = f"{self._storage.where}/{name}"
+        tail = tail_bytes(self.info)
+        expected = self.info.tokens * self._itemsize + tail
+        found = path.stat().st_size
         if found != expected:
             raise ShardError(f"{where}: {found} bytes, expected {expected}")
         data = memoryview(bytearray(tail))
@@ -81,9 +83,12 @@ class ShardReader:
 
     def check_packed(self, blocks: list[int]) -> None:
         """Raise ShardError, naming the byte, when one of these blocks of the packed file is damaged or unreadable."""
-        name, step, crc = packed_name(self.info.file), CRC_BLOCK * self._itemsize, self.packed_crc()
+        name = packed_name(self.info.file)
+        step = CRC_BLOCK * self._itemsize
+        crc = self.packed_crc()
         for block in blocks if crc is not None else ():
-            begin, stop = block * step, min((block + 1) * step, self.info.tokens * self._itemsize)
+            begin = block * step
+            stop = min((block + 1) * step, self.info.tokens * self._itemsize)
             data = memoryview(bytearray(stop - begin))
             self._storage.read_into(name, begin, data)
             if isal_zlib.crc32(data) != int(crc[block]):
@@ -96,7 +101,8 @@ class ShardReader:
         written.
         """
         layout, size = self.layout, self._itemsize
-        first, last = start // CRC_BLOCK, (start + len(buffer) // size - 1) // CRC_BLOCK
+        first = start // CRC_BLOCK
+        last = (start + len(buffer) // size - 1) // CRC_BLOCK
         block = int(layout.crc_starts[document]) + first
         verified = layout.verified[block : block + last - first + 1]
         if not self._storage.remote and not verified.all():
@@ -197,7 +203,8 @@ class ShardReader:
 
     def _span(self, document: int, first: int, last: int) -> tuple[int, int]:
         """Return (offset in the shard, size in bytes) of these blocks of a document, up to its end."""
-        begin, stop = first * CRC_BLOCK, min((last + 1) * CRC_BLOCK, int(self.layout.lengths[document]))
+        begin = first * CRC_BLOCK
+        stop = min((last + 1) * CRC_BLOCK, int(self.layout.lengths[document]))
         return int(self.layout.offsets[document]) + begin * self._itemsize, (stop - begin) * self._itemsize
 
     def _numbered(self, document: int, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:

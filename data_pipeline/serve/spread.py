@@ -46,7 +46,8 @@ class Spread:
 
     def of_micro_batches(self, dp_rank: int) -> list[np.ndarray]:
         """Return the rows of each micro-batch of a rank, (micro_rows,) int64 each; `MASKED` after its last row."""
-        own, filled = self.own(dp_rank), np.full(self.micro_batches * self.micro_rows, MASKED, np.int64)
+        own = self.own(dp_rank)
+        filled = np.full(self.micro_batches * self.micro_rows, MASKED, np.int64)
         filled[: len(own)] = own
         return list(filled.reshape(self.micro_batches, self.micro_rows))
 

@@ -71,7 +71,8 @@ def separate_documents(q: Tensor, k: Tensor, documents: Documents) -> tuple[Tens
     digits = torch.arange(max(1, (documents.kinds - 1).bit_length()), device=q.device)
     digit = (documents.number.unsqueeze(-1) >> digits) & 1  # (B, p + l, digits)
     digit = torch.cat((digit, 1 - digit), dim=-1)
-    own, other = digit[:, k.shape[1] - q.shape[1] :], (1 - digit) * -int(HIDDEN)
+    own = digit[:, k.shape[1] - q.shape[1] :]
+    other = (1 - digit) * -int(HIDDEN)
     return torch.cat((q, _for_heads(own, q)), dim=-1), torch.cat((k, _for_heads(other, k)), dim=-1)
 
 

@@ -98,7 +98,8 @@ def _attend(
     `before`: `Band.before` as a tensor; None: it is a constant of the graph.
     """
     band = Band(q.shape[1], k.shape[1], window)
-    constant, before = None if bias is None else bias.detach(), band.before if before is None else before
+    constant = None if bias is None else bias.detach()
+    before = band.before if before is None else before
 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + constant[h, (query + before - key).clamp(0, constant.shape[1] - 1)]

@@ -152,7 +152,9 @@ def _bias_gradient(
     varying: int,
 ) -> Tensor:
     """Return the gradient of the bias, (H, W + 1): the gradient of the scores, summed over all pairs of a distance."""
-    tile, near, wide = _band_tile(mask.shape[1]), min(varying, distances), normalizer.dtype
+    tile = _band_tile(mask.shape[1])
+    near = min(varying, distances)
+    wide = normalizer.dtype
     window = mask.shape[2] - mask.shape[1]
     mask = mask[:, :tile, window - near + 1 : window + tile].to(wide)  # of distance near - 1 + query - key
     band = torch.zeros(q.shape[2], *mask.shape[1:], dtype=wide, device=q.device)

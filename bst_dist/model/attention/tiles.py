@@ -131,7 +131,8 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor, tile: Tile, before: int, empty_
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
     covered, columns = _covered(mask, tile, before)
     scores[..., covered:] += mask[:, : scores.shape[1], columns]
-    weights, highest = torch.softmax(scores, dim=-1), scores.amax(-1, keepdim=True)
+    weights = torch.softmax(scores, dim=-1)
+    highest = scores.amax(-1, keepdim=True)
     # The highest score has the weight exp(highest) / sum.
     logarithm = (highest - weights.amax(-1, keepdim=True).log()).squeeze(-1)
     return weights * (highest > -HIDDEN / 2) if empty_rows else weights, logarithm

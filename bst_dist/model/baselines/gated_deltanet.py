@@ -78,7 +78,8 @@ class GatedDeltaNetMixer(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        settings, width = within_block(config.gated_deltanet, config.block), config.width
+        settings = within_block(config.gated_deltanet, config.block)
+        width = config.width
         if config.block < settings.convolution - 1:
             raise ValueError(f"gated_deltanet.convolution {settings.convolution} reaches further back than a block")
         self.heads, self.keys, values = config.heads, config.inner, settings.expand * config.inner

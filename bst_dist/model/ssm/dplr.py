@@ -204,7 +204,8 @@ def _with_conjugates(x: Tensor) -> Tensor:
 
 def _krylov(a: Tensor, v: Tensor, count: int) -> Tensor:
     """Return v, a v, ..., a^(count-1) v, computed by doubling: (*, N, N), (*, N) -> (*, N, count)."""
-    columns, step = v.unsqueeze(-1), a
+    columns = v.unsqueeze(-1)
+    step = a
     while columns.shape[-1] < count:
         columns = torch.cat((columns, step @ columns), dim=-1)
         step = step @ step

@@ -75,7 +75,8 @@ class S4D(nn.Module):
         a = Pair(-torch.exp(self.log_decay.double()), self.frequency.double())
         log_a = a.scaled(step)
         # exp(log Ā) - 1 without cancellation: e^x cos y - 1 = (e^x - 1) cos y - 2 sin²(y/2)
-        half, turn = torch.sin(log_a.imag / 2), torch.cos(log_a.imag)
+        half = torch.sin(log_a.imag / 2)
+        turn = torch.cos(log_a.imag)
         grown = Pair(torch.expm1(log_a.real) * turn - 2 * half * half, torch.exp(log_a.real) * torch.sin(log_a.imag))
         inverse = Pair(a.real, -a.imag).scaled(1 / (a.real * a.real + a.imag * a.imag))
         return log_a, grown.times(inverse)
@@ -137,7 +138,8 @@ class S4D(nn.Module):
         A slice is whole blocks, or lies within one block. Then nb is 1 if it ends the block, else 0.
         """
         if isinstance(starts, Borders):  # only a block's last document reaches its end
-            z, starts = z.masked_fill(~starts.last(block).unsqueeze(-1), 0), starts.within(block)
+            z = z.masked_fill(~starts.last(block).unsqueeze(-1), 0)
+            starts = starts.within(block)
         batch, length, _ = z.shape
         span = min(block, length)
         u, chunk, m = self._chunks(z, WIDER * self.chunk if span % (WIDER * self.chunk) == 0 else self.chunk)

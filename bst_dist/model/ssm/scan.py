@@ -37,7 +37,8 @@ def start_incoming_states(
     m, dtype = ends.real.shape[1], ends.real.dtype
     documents = None if starts is None else starts.cumsum(1)  # (B, m): which document of the slice a chunk is in
     running = _inclusive_scan(ends, log_a, documents)
-    transition, last = log_a.power(m, dtype), running.each(lambda x: x[:, -1])
+    transition = log_a.power(m, dtype)
+    last = running.each(lambda x: x[:, -1])
     if documents is not None:
         transition = transition.scaled(_like(documents[:, -1] == 0, last.real))
     arrive = past.start_state("ssm", last.joined(), transition.joined())

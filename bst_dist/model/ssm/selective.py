@@ -82,7 +82,8 @@ class Selective(Decays):
         begins = torch.zeros(ends.shape[:2], dtype=torch.bool, device=ends.device)
         if starts is not None:
             begins.view(*starts.shape, -1)[:, :, 0] = starts
-        state, share = torch.zeros_like(ends[:, 0]), torch.ones_like(kept[:, 0])
+        state = torch.zeros_like(ends[:, 0])
+        share = torch.ones_like(kept[:, 0])
         states, shares = [], []
         # Chunks are unbound at once: indexing them one by one would make the backward pass quadratic in the chunks.
         for end, keep, begin in zip(ends.unbind(1), kept.unbind(1), begins.unbind(1), strict=True):

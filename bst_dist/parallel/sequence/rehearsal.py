@@ -19,7 +19,8 @@ class Rehearsal(SequenceGroup):
     """Rank `rank` of `size`. It counts what it would send, and receives arbitrary values of the right shape."""
 
     def __init__(self, rank: int, size: int):
-        self.rank, self.size, self.traffic = rank, size, Traffic()
+        self.rank, self.size = rank, size
+        self.traffic = Traffic()
 
     def _all_gather(self, message: Tensor) -> Callable[[], list[Tensor]]:
         return lambda: [message] * self.size

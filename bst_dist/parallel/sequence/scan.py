@@ -49,11 +49,13 @@ class _Pending:
         self.kept: tuple[Tensor, ...] = ()
 
     def send(self, message: Tensor, kind: str, *keep: Tensor) -> None:
-        self.arrive, self.kept = self.group.gather(message, kind), keep
+        self.arrive = self.group.gather(message, kind)
+        self.kept = keep
 
     def take(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """Wait for the messages. Return them in rank order, with the tensors that were kept."""
-        messages, kept = self.arrive(), self.kept
+        messages = self.arrive()
+        kept = self.kept
         self.arrive, self.kept = None, ()
         return messages, kept
 
@@ -89,7 +91,8 @@ class _Finish(torch.autograd.Function):
             maps, transitions = zip(*maps, strict=True)
         else:
             transitions = [transition] * len(maps)
-        state, before = torch.zeros_like(maps[0]), None
+        state = torch.zeros_like(maps[0])
+        before = None
         for q, (t, end) in enumerate(zip(transitions, maps, strict=True)):
             before = state if q == pending.group.rank else before
             state = t * state + end

@@ -177,7 +177,8 @@ def go_backward(sequence: SlicedSequence, edges: Edges, carried: EarlierCall | N
             between.append(_leave(sequence, positions, [s], between[-1]))
         for s in reversed(group):
             past = Edge(between.pop(), positions[s], wanted=s > 0)
-            loss, left = sequence.loss(s, past), past.take()
+            loss = sequence.loss(s, past)
+            left = past.take()
             if carried and s == count - 1:
                 last = {name: x.detach() for name, x in left.items()}
             asked = [name for name in gradients if name in left]

@@ -24,5 +24,6 @@ class Traffic:
 
     def take(self) -> dict[str, int]:
         """Return the bytes by kind since the last call."""
-        taken, self.sent = dict(self.sent), Counter()
+        taken = dict(self.sent)
+        self.sent = Counter()
         return taken

@@ -143,7 +143,8 @@ class Activations:
         embedding's gradient would decide the peak.
         """
         logits = GPU_TILE_LOGITS if self.fused else TILE_LOGITS
-        tile, tokens = max(1, logits // self.model.vocab_size), slice_.rows * slice_.length
+        tile = max(1, logits // self.model.vocab_size)
+        tokens = slice_.rows * slice_.length
         if tokens <= REHEARSED_TILES * tile:
             return self._once(("head", tokens), lambda: self._head(tokens))
         few, many = (tile * REHEARSED_TILES // part for part in (2, 1))
@@ -218,7 +219,8 @@ class Activations:
             reach = max(reach, self.model.transformer_xl.window)
         length = -(-reach // self.model.block) * self.model.block
         with self._stage(zero3=False), torch.no_grad(), self._autocast():
-            layer, left = self._alone(mixer), EarlierCall()
+            layer = self._alone(mixer)
+            left = EarlierCall()
             layer(torch.zeros(1, length, self.model.width), left, None)
             return sum(x.nbytes for x in left.after.values())
 
@@ -303,11 +305,14 @@ def _run(
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     anchor = torch.zeros(1, requires_grad=True)
-    before, launched = live.mark(), live.launched
+    before = live.mark()
+    launched = live.launched
     with autocast():
         end = _Sink.apply(call(_Source.apply(anchor, shape)))
         inside = live.now - end.nbytes
-    forward, kept, away = live.peak, live.now - end.nbytes, host()
+    forward = live.peak
+    kept = live.now - end.nbytes
+    away = host()
     live.mark()
     end.backward()
     return Part(

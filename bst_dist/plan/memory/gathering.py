@@ -33,7 +33,8 @@ class Gathered:
 
 def gather(sizes: Sizes, strategy: Strategy, rerun: Sequence[bool]) -> Gathered:
     """Return the gathered weights of every layer; `rerun`: for each layer, whether it is recomputed in backward."""
-    depth, threshold = len(sizes.layers), strategy.param_persistence_threshold
+    depth = len(sizes.layers)
+    threshold = strategy.param_persistence_threshold
     always = sizes.embedding if sizes.embedding > threshold and not sizes.head else 0
     most = {way: dict.fromkeys(range(-1, depth + 1), 0) for way in ("forward", "backward")}
     coordinator = _Coordinator(sizes, strategy, list(_order(sizes, rerun)))
@@ -58,7 +59,8 @@ def _order(sizes: Sizes, rerun: Sequence[bool]) -> Iterator[tuple[str, int, Modu
         [[(layer, module, place) for place in range(len(own))] for module, own in enumerate(modules)]
         for layer, modules in enumerate(sizes.layers)
     ]
-    embedding, head = [(-1, 0, 0)], [(len(layers), 0, 0)]
+    embedding = [(-1, 0, 0)]
+    head = [(len(layers), 0, 0)]
     if sizes.head:
         yield "forward", -1, embedding
     yield from (("forward", layer, module) for layer, modules in enumerate(layers) for module in modules)

@@ -138,7 +138,8 @@ class Joint:
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of a graph module, because the partitioner modifies its input."""
-    graph, known = fx.Graph(), {}
+    graph = fx.Graph()
+    known = {}
     for node in module.graph.nodes:
         known[node] = graph.node_copy(node, known.__getitem__)
     return _make_graph_module(module, graph)

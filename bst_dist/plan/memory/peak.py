@@ -134,7 +134,8 @@ class _Step:
         yield self._phase("backward of the loss", earlier, before, self.head.kept + self.head.backward, whole)
 
     def _backward(self) -> Iterator[Memory]:
-        produced, kept = self.sizes.rest + self.sizes.head, sum(part.kept for part in self.layers)
+        produced = self.sizes.rest + self.sizes.head
+        kept = sum(part.kept for part in self.layers)
         for index in reversed(range(len(self.layers))):
             part = self.layers[index]
             produced += self.sizes.of_layer(index)
@@ -158,7 +159,8 @@ class _Step:
 
     def _gradients(self, produced: int) -> int:
         """Return the bytes of gradients in the last backward pass, when `produced` elements have their gradient."""
-        stage, earlier = self.work.strategy.stage, self._earlier()[0]
+        stage = self.work.strategy.stage
+        earlier = self._earlier()[0]
         if stage == 3:
             return earlier
         if stage == 2:
@@ -194,7 +196,8 @@ def _edges(activations: Activations, work: Work) -> tuple[int, int]:
     sequence)."""
     if work.slices == 1:
         return 0, 0
-    one, spacing = activations.edge(work.slice.rows), work.spacing
+    one = activations.edge(work.slice.rows)
+    spacing = work.spacing
     waiting = {"device": (spacing.waiting, 0), "host": (0, spacing.waiting), "disk": (0, 2)}[work.edges]
     return one * (AT_WORK + spacing.between + waiting[0]), one * waiting[1]
 

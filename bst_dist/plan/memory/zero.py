@@ -119,7 +119,8 @@ class Sizes:
     @cached_property
     def by_layer(self) -> Sizes:
         """The sizes as ZeRO-3 sees them if layers are compiled: each layer is gathered as one module."""
-        layers, half = [], {place for place in self.sent_in_half if place[0] == len(self.layers)}
+        layers = []
+        half = {place for place in self.sent_in_half if place[0] == len(self.layers)}
         for layer, modules in enumerate(self.layers):
             places = [(layer, module, index) for module, own in enumerate(modules) for index in range(len(own))]
             half |= {(layer, 0, number) for number, place in enumerate(places) if place in self.sent_in_half}

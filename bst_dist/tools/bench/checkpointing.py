@@ -100,7 +100,8 @@ def _held(recipe: Recipe, policy: str, depth: int) -> tuple[int, int]:
 
     The model's parameters and the inputs are not counted.
     """
-    model, inputs = _model(recipe, policy, depth), _tokens(recipe)
+    model = _model(recipe, policy, depth)
+    inputs = _tokens(recipe)
     with LiveBytes() as live:
         for tensor in (*model.parameters(), *inputs):
             live.add(tensor)
@@ -117,7 +118,8 @@ def _processor_seconds(recipe: Recipe, rounds: int) -> dict[str, list[float]]:
 
     CPU time and not wall-clock time, because machines are shared. A first round warms up and is not counted.
     """
-    models, inputs = {policy: _model(recipe, policy, DEPTHS[0]) for policy in POLICIES}, _tokens(recipe)
+    models = {policy: _model(recipe, policy, DEPTHS[0]) for policy in POLICIES}
+    inputs = _tokens(recipe)
     seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     for round_ in range(rounds + 1):
         for policy, model in models.items():

@@ -31,7 +31,8 @@ def layers(small: bool, until: float) -> dict[str, Any]:
     DEEP layers run one after another and the time is divided by DEEP. So, as in a model, the host queues a layer while
     the device computes the previous one, and data that layers share (masks) is made once.
     """
-    sizes, device = sizes_of(small), on_device()
+    sizes = sizes_of(small)
+    device = on_device()
     begun = _begin(sizes, device, until)
     seconds = {key: [s / DEEP for s in own] for key, own in _in_turn(begun.cases, sizes.rounds, until).items()}
     rows = _layer_rows(seconds, begun.first_s, sizes, peak_flops(device, torch.bfloat16))
@@ -125,7 +126,8 @@ def layer_pass(name: str, sizes: Sizes, device: torch.device, compiled: bool, de
     gradient = torch.randn_like(x)
 
     def call() -> None:
-        past, out = Past(), x
+        past = Past()
+        out = x
         with torch.autocast(device.type, torch.bfloat16):
             for index, layer in enumerate(layers):
                 out = layer(out, past.child(str(index)))
@@ -153,14 +155,18 @@ def kernels(small: bool, until: float) -> dict[str, Any]:
     The last row of a layer is the time of a pass without the profiler, less that of all kernels: gaps between kernels,
     and the lower clock of a longer run, if the card reaches its power limit.
     """
-    sizes, device, rows = sizes_of(small), on_device(), []
+    sizes = sizes_of(small)
+    device = on_device()
+    rows = []
     for name in ("sliding", "BST SH", "BST MF", LOSS):
         if time.monotonic() > until:
             return {"rows": rows, "left_out": [f"{name}: time was over"]}
         if name == LOSS:
-            case, count = loss_pass(sizes, device), 1
+            case = loss_pass(sizes, device)
+            count = 1
         else:
-            case, count = layer_pass(name, sizes, device, device.type == "cuda", DEEP), DEEP
+            case = layer_pass(name, sizes, device, device.type == "cuda", DEEP)
+            count = DEEP
         seconds_of(case, QUEUED)
         whole = 1e6 * median(seconds_of(case, QUEUED) for _ in range(sizes.rounds))
         found = _kernels_of(case, device)

@@ -35,7 +35,8 @@ WIDTHS = (1024, 2048)
 
 def stack(small: bool, until: float) -> dict[str, Any]:
     """Measure tokens per second and MFU of whole models: forward, loss and backward, layers compiled on a GPU."""
-    device, rows = on_device(), []
+    device = on_device()
+    rows = []
     for width in WIDTHS:
         sizes = SMALL if small else stack_sizes(width)
         for name in ("sliding", "BST SH"):
@@ -83,13 +84,15 @@ def planned(config: ModelConfig, sizes: Sizes, card: Accelerator | None) -> Plan
     """Return the plan for both passes of a compiled model, without the update; NaN if the card is unknown."""
     if card is None:
         return Planned(float("nan"), float("nan"))
-    part, activations = Slice(sizes.rows, sizes.length), Activations(config, bf16=True)
+    part = Slice(sizes.rows, sizes.length)
+    activations = Activations(config, bf16=True)
     work = Work(Strategy("zero0", 0), 1, part, 1, ActivationCheckpointingConfig(), config.depth, compiled=True)
     host_s = host_seconds(activations, config.mixers(), work)
     moved = Moved(
         activations.whole(part, compiled=True), activations.head(part).moved, host=0, updated=0, host_s=host_s
     )
-    flops, cluster = forward_flops(config, sizes.length), Cluster(1, 1, card)
+    flops = forward_flops(config, sizes.length)
+    cluster = Cluster(1, 1, card)
     found = step_speed(flops, work, moved, {}, {}, cluster, bf16=True)
     return Planned(found.total, found.flops / found.total / (1e12 * card.bf16_tflops))
 
@@ -99,7 +102,9 @@ def longest(small: bool, until: float) -> dict[str, Any]:
 
     Every layer is checkpointed (policy every-layer).
     """
-    sizes, device, rows = sizes_of(small), on_device(), []
+    sizes = sizes_of(small)
+    device = on_device()
+    rows = []
     model = LanguageModel(sizes.config(**BST)).to(device)
     model.checkpoint = policy(ActivationCheckpointingConfig(policy="every-layer"), model.layers)
     length, most = 8 * sizes.length, 16 * sizes.length if small else 2**30
@@ -117,7 +122,9 @@ def longest(small: bool, until: float) -> dict[str, Any]:
 
 def generation(small: bool, until: float) -> dict[str, Any]:
     """Measure generated tokens per second of a BST SH model of 12 layers, after two blocks of prompt, 1 and 16 rows."""
-    sizes, device, rows = sizes_of(small), on_device(), []
+    sizes = sizes_of(small)
+    device = on_device()
+    rows = []
     model = LanguageModel(sizes.config(**BST)).to(device)
     count = 8 if small else 128
     for samples in (1, 16):
@@ -126,7 +133,8 @@ def generation(small: bool, until: float) -> dict[str, Any]:
         writing = Generation(model, {0: prompt}, [(0, number) for number in range(samples)], SamplingConfig())
         while not writing.step():  # the rest of the prompt
             pass
-        begin, written = time.monotonic(), 0
+        begin = time.monotonic()
+        written = 0
         while written < count and time.monotonic() < until:
             writing.step()
             written += 1

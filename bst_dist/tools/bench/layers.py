@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"no layer named {', '.join(sorted(unknown))}; there are: {', '.join(OURS)}")
     if not args.no_peers:
         peers.install()
-    device, shape, rows = timing.device(), SHAPES[args.shape], []
+    device = timing.device()
+    shape, rows = SHAPES[args.shape], []
     say(
         f"{_machine(device)}, {torch.get_num_threads()} threads, {args.rounds} rounds; layer D {shape.width}, "
         f"{shape.heads} heads, W {shape.block}, FFN {4 * shape.width}, batch 1"

@@ -221,7 +221,8 @@ class Counting:
     def __enter__(self) -> Counts:
         self._before = _counted.get(threading.get_ident())
         _counted[threading.get_ident()] = self.counts
-        self._read, self._cpu = _read_so_far(), time.thread_time()
+        self._read = _read_so_far()
+        self._cpu = time.thread_time()
         return self.counts
 
     def __exit__(self, *_: object) -> None:

@@ -150,7 +150,8 @@ def _difference(values: Tensor, wanted: Tensor) -> float:
 def _seconds(form: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
     """Return the wall-clock seconds of one pass, and the CPU seconds that this rank spent in it."""
     dist.barrier()
-    start, cpu = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
+    cpu = time.process_time()
     _forward_backward(form, x)[0, 0, 0, 0].item()  # waits for the device
     return time.perf_counter() - start, time.process_time() - cpu
 

@@ -187,7 +187,8 @@ def compare(case: Case) -> dict[str, Any]:
 
 def plan(case: Case) -> tuple[Memory, dict[str, float]]:
     """Return the planned peak memory, and the planned bytes sent by kind."""
-    model, work = case.model(), case.work()
+    model = case.model()
+    work = case.work()
     activations = Activations(model, case.precision == "bf16", fused=False)
     traffic = zero_traffic(activations.sizes, work)
     messages = activations.messages(replace(work.slice, rows=1))
@@ -305,7 +306,8 @@ class Wire(TorchDispatchMode):
 
     def take(self) -> dict[str, float]:
         """Return the bytes sent since the last call, by kind."""
-        taken, self.sent = dict(self.sent), Counter()
+        taken = dict(self.sent)
+        self.sent = Counter()
         return taken
 
     def _count(self, name: str, args: tuple) -> Iterator[tuple[str, float]]:

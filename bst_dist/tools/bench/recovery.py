@@ -158,7 +158,8 @@ class Launched:
 
         Raise UserError if the run ends, or PATIENCE_S seconds pass, without such a line.
         """
-        deadline, looked = time.monotonic() + PATIENCE_S, 0
+        deadline = time.monotonic() + PATIENCE_S
+        looked = 0
         while time.monotonic() < deadline:
             for when, line in self.lines[looked:]:
                 looked += 1
@@ -217,7 +218,8 @@ def _recipe(folder: Path, local_every: int) -> Path:
 
     texts = folder / "texts"
     texts.mkdir()
-    words, chance = [f"w{number}" for number in range(200)], random.Random(0)
+    words = [f"w{number}" for number in range(200)]
+    chance = random.Random(0)
     for number in range(40):
         (texts / f"{number:02}.txt").write_text(" ".join(chance.choices(words, k=800)))
     settings = {

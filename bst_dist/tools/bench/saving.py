@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     choose_accelerator()
     folder = Path(tempfile.mkdtemp(prefix="saving-", dir=args.directory))
-    context, port = multiprocessing.get_context("spawn"), free_port()
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
     receiver, sender = context.Pipe(duplex=False)
     processes = [context.Process(target=_rank, args=(rank, port, folder, args, sender)) for rank in range(args.ranks)]
     try:
@@ -101,7 +102,8 @@ class Bench:
         model = LanguageModel(_model(args))
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = Engine(model, OptimizerConfig(), _completed(args))
-        state, identity = EngineState(self.engine.deepspeed), _identity(args, ranks)
+        state = EngineState(self.engine.deepspeed)
+        identity = _identity(args, ranks)
         self.snapshots = {
             background: Snapshots(
                 folder / str(background), state, ranks, identity, CheckpointConfig(background=background, keep_last=1)
@@ -134,8 +136,10 @@ class Bench:
 
     def _turn(self, save: Callable[[], None], snapshots: Snapshots | None) -> tuple[float, float, int]:
         """Save, and train until the checkpoint is complete; return seconds training waited, all seconds, and steps."""
-        begin, count = time.perf_counter(), 0
-        waited, done = self._timed(save), snapshots is None
+        begin = time.perf_counter()
+        count = 0
+        waited = self._timed(save)
+        done = snapshots is None
         while not done or count < self.args.steps:
             self._take_step()
             count += 1

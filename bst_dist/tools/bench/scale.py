@@ -283,7 +283,8 @@ def _output(ranks: int) -> float:
         agent = Channel.connect(*listening.getsockname())
         launching = Channel(listening.accept()[0])
     launching.trust()
-    begin, taken = time.process_time(), 0
+    begin = time.process_time()
+    taken = 0
 
     def speak() -> None:
         for rank in range(ranks):
@@ -304,7 +305,8 @@ COLUMNS = ("", "opens", "of all ranks", "read", "received", "collectives", "memo
 
 
 def _print(found: dict[str, Any]) -> None:
-    files, manifest = f"{found['files']:,} files per checkpoint", _size(found["manifest_bytes"])
+    files = f"{found['files']:,} files per checkpoint"
+    manifest = _size(found["manifest_bytes"])
     title = f"{found['ranks']:,} ranks: {files}, manifest {manifest}; of one rank, the most of all"
     rows = []
     for cost in found["costs"]:

@@ -148,7 +148,8 @@ class _Sequence:
 
     def _tell(self, way: str, done: int) -> None:
         if (done + 1) % max(1, len(self.lengths) // REPORTS) == 0 or done + 1 == len(self.lengths):
-            seconds, peak = time.perf_counter() - self.start, _peak(self.device) / 2**30
+            seconds = time.perf_counter() - self.start
+            peak = _peak(self.device) / 2**30
             print(
                 f"{len(self.lengths) * self.size:,} tokens, {way}: {done + 1} of {len(self.lengths)} slices, "
                 f"{seconds:,.0f} s, {time.process_time():,.0f} s of processor, peak {peak:.2f} GiB",
@@ -169,7 +170,9 @@ def _one_case(case: dict[str, Any]) -> dict[str, Any]:
     before = _peak(device)
     sequence = _Sequence(model, ids, case["slice"], device)
     spacing = Spacing(len(sequence.lengths), case["every"])
-    begin, processor, faults = time.perf_counter(), time.process_time(), _page_faults()
+    begin = time.perf_counter()
+    processor = time.process_time()
+    faults = _page_faults()
     go_backward(sequence, edges_in(case["edges"]), every=case["every"])
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     return {

@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run all checks in parallel, and print their results in order, each as soon as those before it are done."""
     waiting = {name: _Waiting(name, check) for name, check in CHECKS.items()}
-    deadline, found = time.monotonic() + LIMIT_S, {}
+    deadline = time.monotonic() + LIMIT_S
+    found = {}
     for name, check in waiting.items():
         found[name] = check.findings(deadline)
         for finding in found[name]:

@@ -46,7 +46,8 @@ print(json.dumps([bf16_slowdown(), SLOW_BF16]))
 
 def accelerators() -> Iterator[Finding]:
     """Check which accelerators torch can use."""
-    found, driver = ask_python(_ACCELERATORS), _driver()
+    found = ask_python(_ACCELERATORS)
+    driver = _driver()
     if not found["devices"]:
         if driver:
             yield lacking(
@@ -90,7 +91,8 @@ def processors() -> Iterator[Finding]:
     """Report cores and memory."""
     import psutil
 
-    usable, cores = len(os.sched_getaffinity(0)), os.cpu_count()
+    usable = len(os.sched_getaffinity(0))
+    cores = os.cpu_count()
     memory = psutil.virtual_memory()
     said = f"{usable} of {cores} cores" if usable != cores else f"{cores} cores"
     yield good(f"{said}, {memory.total / GIB:,.0f} GiB of memory, {memory.available / GIB:,.0f} of it free")

@@ -60,7 +60,8 @@ def python() -> Iterator[Finding]:
 
 def packages() -> Iterator[Finding]:
     """Check the pinned packages: which are missing, and which have another version."""
-    pinned, found = requirements(), {}
+    pinned = requirements()
+    found = {}
     for name in pinned:
         try:
             found[name] = metadata.version(name)
@@ -83,7 +84,8 @@ def extras() -> Iterator[Finding]:
         yield lacking("the project is on the path and not installed: what its extras need is not known", "make setup")
         return
     for requirement in requires:
-        name, extra = _name(requirement), re.search(r"extra == ['\"]([\w-]+)", requirement)
+        name = _name(requirement)
+        extra = re.search(r"extra == ['\"]([\w-]+)", requirement)
         if not extra or name in requirements():
             continue
         try:

@@ -36,7 +36,8 @@ def origin(run_dir: Path, recipe: Recipe) -> Origin:
     The model, the data, the seed and the learning rate of every step before the branch must be equal.
     """
     # normpath and not resolve: the branch's own directory may not exist yet.
-    trunk_dir, step = Path(os.path.normpath(run_dir / recipe.branch.run)), recipe.branch.step
+    trunk_dir = Path(os.path.normpath(run_dir / recipe.branch.run))
+    step = recipe.branch.step
     checkpoint = find(trunk_dir, step)
     if checkpoint is None:
         raise CheckpointError(

@@ -60,7 +60,8 @@ def _fill(model: nn.Module, checkpoint: Path, arrived: Callable[[], None] = lamb
 
     `arrived`: called after each part that is read.
     """
-    shards, own = open_shards(checkpoint, WEIGHTS), model.state_dict()
+    shards = open_shards(checkpoint, WEIGHTS)
+    own = model.state_dict()
     for name in sorted(shards.shapes.keys() | own.keys()):
         there = shards.shapes.get(name, "missing")
         here = tuple(own[name].shape) if name in own else "missing"

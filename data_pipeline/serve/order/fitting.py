@@ -22,7 +22,9 @@ def best_fit(sizes: np.ndarray, length: int, room: int) -> np.ndarray:
     taken when its turn comes. The result depends only on `sizes`, which are in the order of the permutation, `length`
     and `room`. The time is linear in n, with a few operations on `length` bits for each document.
     """
-    order, taken, waiting = np.empty(len(sizes), np.int64), bytearray(len(sizes)), _Waiting(length)
+    order = np.empty(len(sizes), np.int64)
+    taken = bytearray(len(sizes))
+    waiting = _Waiting(length)
     values = sizes.tolist()
     for place, size in enumerate(values):
         if size <= length:
@@ -42,7 +44,8 @@ class _Waiting:
     """The documents that are not taken yet, by size. Among equal sizes the first document comes first."""
 
     def __init__(self, length: int) -> None:
-        self._length, self._places = length, [deque[int]() for _ in range(length + 1)]
+        self._length = length
+        self._places = [deque[int]() for _ in range(length + 1)]
         self._present = 0  # bit s: a document of size s is waiting
         self._mirrored = 0  # bit length - s: a document of size s is waiting
 

@@ -78,7 +78,9 @@ class QuotaMixture:
         corpora, indices = np.empty_like(positions), np.empty_like(positions)
         begin = 0
         for end in [*(np.flatnonzero(np.diff(blocks) | np.diff(segments)) + 1).tolist(), len(positions)]:
-            segment, block, place = int(segments[begin]), int(blocks[begin]), places[begin:end]
+            segment = int(segments[begin])
+            block = int(blocks[begin])
+            place = places[begin:end]
             corpus, rank = self._dealt(segment, block)
             base = self._before[segment] + block * self._quotas[segment]
             corpora[begin:end] = corpus[place]

@@ -108,7 +108,8 @@ class Phases:
     """All phases of a run. It is a `Plan` for steps that lie in one phase."""
 
     def __init__(self, phases: Sequence[Phase]) -> None:
-        self._phases, self._starts = phases, [phase.start for phase in phases]
+        self._phases = phases
+        self._starts = [phase.start for phase in phases]
 
     def assign(self, steps: range, rows: range) -> Assignments:
         """See `Plan`."""

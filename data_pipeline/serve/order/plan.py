@@ -190,7 +190,8 @@ class Streaming:
         self, sequences: Sequence[int], segments: Segments, rows: int, seed: int, part: Part | None = None
     ) -> None:
         part = part or Part.whole(len(sequences))
-        self._sequences, self._rows, self._shift = np.array(sequences), rows, part.shift
+        self._sequences = np.array(sequences)
+        self._rows, self._shift = rows, part.shift
         self._segments: list[_Segment] = []
         start, before = part.start, part.before
         for number, (asked, weights) in enumerate(part.own(segments)):

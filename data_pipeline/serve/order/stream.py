@@ -89,7 +89,8 @@ class TokenStream:
 
     def _places(self, positions: np.ndarray) -> np.ndarray:
         """Return the places, in the permuted order, of the documents that cover these positions (n,)."""
-        order, found = np.argsort(positions), np.empty_like(positions)
+        order = np.argsort(positions)
+        found = np.empty_like(positions)
         found[order] = np.searchsorted(self._ends, positions[order], side="right")  # fast for sorted positions
         return found
 

@@ -80,7 +80,8 @@ def make_order(
 
 def _older(version: int, config: DataConfig, sequences: Sequence[int], sizes: BatchSizes, seed: int) -> Plan:
     """Return the plan of version 1 or 2."""
-    segments, streams = config.segments(), config.mode == "streaming"
+    segments = config.segments()
+    streams = config.mode == "streaming"
     if version == 1 and streams:
         return LaneStreaming(sequences, segments, sizes.last)
     if version == 1:
@@ -130,7 +131,9 @@ def _phases(
     passes: Callable[[int, int], Windows],
 ) -> Phases:
     """Build one phase after the other: where each begins follows from those before it."""
-    segments, before, found = config.segments(), np.zeros(len(cuts.inputs), np.int64), []
+    segments = config.segments()
+    before = np.zeros(len(cuts.inputs), np.int64)
+    found = []
     mixture = None if config.mode == "streaming" else make_mixture(segments, sizes, seed)
     ends = [start for start, _ in lengths.changes[1:]] + [None]
     for number, ((start, length), until) in enumerate(zip(lengths.changes, ends, strict=True)):

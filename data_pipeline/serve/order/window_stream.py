@@ -159,9 +159,11 @@ class WindowCache:
         self._corpus.fetch_ahead(*([shard for each in shards for shard in each.tolist()] for shards in (now, soon)))
 
     def _opened(self, epoch: int, windows: Windows, number: int) -> OpenWindow:
-        shards, key = windows.shards(number), ("documents", *windows.key(number))
+        shards = windows.shards(number)
+        key = ("documents", *windows.key(number))
         fit = self._fit and self._fit(epoch, int(windows.begins[number]))
-        window, expected = OpenWindow(self._corpus, shards, self._block, key, fit), windows.extent(number)
+        window = OpenWindow(self._corpus, shards, self._block, key, fit)
+        expected = windows.extent(number)
         if window.total != expected:
             raise ShardError(
                 f"{self._corpus.where}: by their indexes, {len(shards)} shards take up {window.total} tokens, by the "

@@ -44,7 +44,8 @@ class Windows:
         window = (np.cumsum(weight) - weight) // -(-total // count)
         shards = shards[np.lexsort((shards, window))]  # sorted in a window: the permutation of documents shuffles them
         starts = np.flatnonzero(np.diff(window, prepend=-1))
-        self._shards, self._bounds = shards, np.append(starts, len(shards))
+        self._shards = shards
+        self._bounds = np.append(starts, len(shards))
         self._key = key
         ends = np.cumsum(sizes.extents[shards])
         self.begins = np.append(0, ends[self._bounds[1:] - 1])
