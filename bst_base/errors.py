@@ -1,9 +1,11 @@
-"""The two kinds of errors that the user sees as a message without a traceback."""
+"""The two kinds of errors that the user sees as a message without a traceback, and the name a user may have meant."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import socket
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -31,3 +33,12 @@ class StorageError(UserError):
         """Return the error with the system's message, the host, and the path (by default the one in `error`)."""
         where = (error.filename or "a file") if path is None else os.fspath(path)
         return cls(f"{socket.gethostname()} cannot {doing} {where}: {error.strerror or str(error) or repr(error)}")
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most similar to `name`, for a message that asks whether it was meant.
+
+    None if no similarity, from 0 to 1 as difflib counts it, reaches `cutoff`.
+    """
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return matches[0] if matches else None

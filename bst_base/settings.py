@@ -6,7 +6,6 @@ string below it. An unknown key, a wrong type or a failed check is a `UserError`
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from bst_base.addresses import redacted
 from bst_base.documented import documentation
-from bst_base.errors import StorageError, UserError
+from bst_base.errors import StorageError, UserError, nearest
 from bst_base.places import with_base
 from bst_base.shipped import base_of
 from bst_base.yaml_text import SettingsError, read_yaml, write_yaml
@@ -114,8 +113,10 @@ def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any,
             yield f"{prefix}{name}", annotation, default, texts.get(name, "")
             section = _optional(field.annotation)
             listed = _listed(field.annotation)
-            yield from fields(section, f"{prefix}{name}.") if section else ()
-            yield from fields(listed, f"{prefix}{name}[].") if listed else ()
+            if section:
+                yield from fields(section, f"{prefix}{name}.")
+            if listed:
+                yield from fields(listed, f"{prefix}{name}[].")
 
 
 def _type_name(annotation: Any) -> str:
@@ -146,15 +147,22 @@ def _kinds(annotation: Any) -> dict[str, type[Config]]:
 
 def _optional(annotation: Any) -> type[Config] | None:
     """Return the class of a section that may also be missing or another value; None if the value is no section."""
-    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
-    return next((section for member in members if (section := _kinds(member).get(""))), None)
+    if get_origin(annotation) not in (Union, UnionType):
+        return None
+    for member in get_args(annotation):
+        if section := _kinds(member).get(""):
+            return section
+    return None
 
 
 def _listed(annotation: Any) -> type[Config] | None:
     """Return the class of the sections in a list; None if the value is not a list of sections."""
     listed = get_origin(annotation) in (tuple, list)
-    within = (_kinds(member).get("") if listed else _listed(member) for member in get_args(annotation))
-    return next(filter(None, within), None)
+    for member in get_args(annotation):
+        section = _kinds(member).get("") if listed else _listed(member)
+        if section:
+            return section
+    return None
 
 
 def _of_several(annotation: Any) -> bool:
@@ -268,14 +276,14 @@ def _nearest(cls: type[Config], owner: type[Config] | None, location: list[str])
     *parents, leaf = location
     siblings = list(owner.model_fields) if owner else []
     prefix = "".join(f"{parent}." for parent in parents)
-    close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+    close = nearest(leaf, siblings)
     if close:
-        return f": did you mean {prefix + close[0]!r}?"
+        return f": did you mean {prefix + close!r}?"
     every = [name for name, *_ in fields(cls) if "[]" not in name]
     by_leaf = {name.rpartition(".")[2]: name for name in reversed(every)}
-    elsewhere = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
-    if elsewhere and by_leaf[elsewhere[0]] != ".".join(location):  # equal: another kind of the section has the key
-        return f": did you mean {by_leaf[elsewhere[0]]!r}?"
+    elsewhere = nearest(leaf, by_leaf, cutoff=0.8)
+    if elsewhere and by_leaf[elsewhere] != ".".join(location):  # equal: another kind of the section has the key
+        return f": did you mean {by_leaf[elsewhere]!r}?"
     return f"; known there: {', '.join(siblings)}" if siblings else ""
 
 

@@ -5,10 +5,9 @@ In a checkout they are in ds_configs/ and launch/ at its root, in an installed w
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from bst_base.errors import UserError
+from bst_base.errors import UserError, nearest
 
 STRATEGIES, RECIPES, CORPORA, SWEEPS = "ds_configs", "launch/recipes", "launch/data", "launch/sweeps"
 _KINDS = {
@@ -45,9 +44,9 @@ def find(given: str | Path, folder: str) -> Path:
         if candidate.is_file():
             return candidate
     known = names(folder)
-    near = difflib.get_close_matches(path.name.removesuffix(suffix), known, n=1)
+    near = nearest(path.name.removesuffix(suffix), known)
     more = ", ..." if len(known) > _SHOWN else ""
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known[:_SHOWN])}{more}"
+    hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known[:_SHOWN])}{more}"
     raise NoSuchFileError(
         f"{given}: no such file, and no {what} of that name comes with bst ({hint}); looked at {path.absolute()} and "
         f"in {shipped}"

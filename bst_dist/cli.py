@@ -26,7 +26,7 @@ from bst_base.outputs import left_for_afterwards
 from bst_dist.extras import missing
 from bst_dist.faults.output import IgnoreWriteErrors
 from bst_dist.report.saved import write_report
-from bst_dist.usage import Command, HelpFormatter, listing, nearest, overview, refuse_alone
+from bst_dist.usage import Command, HelpFormatter, listing, nearest_command, overview, refuse_alone
 from bst_dist.version import versions
 
 # Section of the help -> command -> (its module, one line of help), in the order of typical use.
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _status(argv: list[str]) -> int:
     """Run a command and return the exit status."""
-    name = next((name for name in (" ".join(argv[:2]), argv[0] if argv else "") if name in COMMANDS), None)
+    name = _command_of(argv)
     if name is None:
         return _without_command(argv)
     try:
@@ -225,6 +225,14 @@ def _status(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return _run(module.run, name, args)
+
+
+def _command_of(argv: list[str]) -> str | None:
+    """Return the command that the first two words name, or the first word alone; None if there is no such command."""
+    for name in (" ".join(argv[:2]), *argv[:1]):
+        if name in COMMANDS:
+            return name
+    return None
 
 
 def _run(command: Callable[[argparse.Namespace], dict[str, Any] | None], name: str, args: argparse.Namespace) -> int:
@@ -250,8 +258,10 @@ def _write_outputs(args: argparse.Namespace, name: str, report: dict[str, Any] |
     Return 0, or the exit status of the last that could not be written.
     """
     status = 0
-    report_first = [lambda: write_report(args.json, name, report)] if args.json and report is not None else []
-    for write in [*report_first, *left_for_afterwards(args)]:
+    writes = list(left_for_afterwards(args))
+    if args.json and report is not None:
+        writes.insert(0, lambda: write_report(args.json, name, report))
+    for write in writes:
         try:
             write()
         except EXPECTED as error:
@@ -292,7 +302,7 @@ def _without_command(argv: list[str]) -> int:
         print(listing(COMMANDS, argv[0], GROUPS[argv[0]]))
         return 0
     typed = " ".join(argv[: 2 if argv[0] in GROUPS else 1])
-    meant = nearest(argv, COMMANDS, GROUPS)
+    meant = nearest_command(argv, COMMANDS, GROUPS)
     hint = f"did you mean `bst {meant}`?" if meant else "`bst` lists the commands"
     print(f"bst: no command {typed!r}: {hint}", file=sys.stderr)
     return 2

@@ -17,5 +17,7 @@ EXTRAS = {
 def missing(module: str) -> str | None:
     """Return how to install a missing module; None when no extra contains it."""
     top = module.partition(".")[0]
-    extra = next((name for name, modules in EXTRAS.items() if top in modules), None)
-    return extra and f"{top} is not installed: pip install 'bst-dist[{extra}]'"
+    for extra, modules in EXTRAS.items():
+        if top in modules:
+            return f"{top} is not installed: pip install 'bst-dist[{extra}]'"
+    return None

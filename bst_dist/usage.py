@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 
-from bst_base.errors import UserError
+from bst_base.errors import UserError, nearest
 
 Command = tuple[str, str]
 """The module of a command, and one line of help."""
@@ -32,7 +31,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def needed_by(action: argparse.Action) -> str | None:
     """Return the option that this one requires (its help begins with "with --OTHER: "); None if it requires none."""
     found = re.match(r"with (--[\w-]+): ", action.help or "")
-    return found and found[1]
+    return found[1] if found else None
 
 
 def refuse_alone(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -80,16 +79,16 @@ def listing(commands: Mapping[str, Command], group: str, about: str) -> str:
     return "\n".join([*head, *(line for name, text in members.items() for line in _line(name, text))])
 
 
-def nearest(typed: list[str], commands: Iterable[str], groups: Iterable[str]) -> str | None:
+def nearest_command(typed: list[str], commands: Iterable[str], groups: Iterable[str]) -> str | None:
     """Return the command or group most similar to the first words of a command line, or None."""
     names = [*commands, *groups]
     last_words = {name.rpartition(" ")[2]: name for name in reversed(names)}
     for words in (typed[:2], typed[:1]):
-        found = difflib.get_close_matches(" ".join(words), names, n=1, cutoff=0.8)
-        if found:
-            return found[0]
-    found = difflib.get_close_matches(typed[0], last_words, n=1, cutoff=0.75)  # `bst prepare` is `bst data prepare`
-    return last_words[found[0]] if found else None
+        name = nearest(" ".join(words), names, cutoff=0.8)
+        if name:
+            return name
+    last_word = nearest(typed[0], last_words, cutoff=0.75)  # `bst prepare` is `bst data prepare`
+    return last_words[last_word] if last_word else None
 
 
 def _line(name: str, text: str) -> list[str]:

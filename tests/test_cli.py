@@ -16,7 +16,7 @@ import pytest
 from bst_base.errors import UserError
 from bst_base.outputs import write_afterwards
 from bst_dist import cli
-from bst_dist.usage import HelpFormatter, nearest
+from bst_dist.usage import HelpFormatter, nearest_command
 
 
 def test_every_command_is_in_the_overview_or_its_groups(capsys):
@@ -53,7 +53,7 @@ def test_a_mistyped_command_suggests_the_nearest(typed, meant, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert (f"did you mean `bst {meant}`?" in said.err) == (meant is not None)
-    assert nearest(typed, cli.COMMANDS, cli.GROUPS) == meant
+    assert nearest_command(typed, cli.COMMANDS, cli.GROUPS) == meant
 
 
 def test_version_option_shows_bst_dist_and_deepspeed(capsys):

@@ -45,9 +45,10 @@ class EdgesInHostMemory:
     def pop(self) -> State:
         """Return the edge pushed last, on its device, and prefetch the one below it."""
         edge = {name: _as_it_was(self._copies.unpack(kept), pairs) for name, (kept, pairs) in self._stack.pop().items()}
-        for kept, _ in self._stack[-1].values() if self._stack else ():
-            if not isinstance(kept, Tensor):
-                kept.send()
+        if self._stack:
+            for kept, _ in self._stack[-1].values():
+                if not isinstance(kept, Tensor):
+                    kept.send()
         return edge
 
     @property

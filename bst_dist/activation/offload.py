@@ -46,9 +46,10 @@ class HostCopies:
         if not isinstance(packed, _Copy):
             return packed
         x = packed.arrive()
-        before = packed.before and packed.before()
-        if before is not None:
-            before.send()
+        if packed.before is not None:
+            before = packed.before()
+            if before is not None:
+                before.send()
         return x
 
 

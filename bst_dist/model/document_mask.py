@@ -127,7 +127,11 @@ def places_of(begins: np.ndarray) -> np.ndarray:
 
 def room(borders: int, tokens: int) -> int:
     """Return the number of columns for this many borders in a micro-batch of this many tokens."""
-    return next((size for share in SHARES if (size := -(-tokens // share)) >= borders), tokens)
+    for share in SHARES:
+        count = -(-tokens // share)
+        if count >= borders:
+            return count
+    return tokens
 
 
 def _spread(x: Tensor, source: Tensor, kept: Tensor) -> Tensor:

@@ -93,9 +93,11 @@ def _counted(name: str, position: int, rounds: float) -> Callable[..., float]:
 
     def sent(args: Sequence[Any], named: dict[str, Any]) -> float:
         tensors = named[name] if name in named else args[position]
-        whole = sum(t.numel() * t.element_size() for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
-        group = named["group"] if "group" in named else args[2] if len(args) > 2 else None
-        ranks = dist.get_world_size(group)
+        if isinstance(tensors, Tensor):
+            tensors = [tensors]
+        whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        third = args[2] if len(args) > 2 else None
+        ranks = dist.get_world_size(named.get("group", third))
         return rounds * whole * (ranks - 1) / ranks
 
     return sent

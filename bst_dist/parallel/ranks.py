@@ -107,7 +107,9 @@ class Ranks:
 
     def limit_exchanges(self, seconds: float | None) -> None:
         """Set the timeout of exchanges in all process groups made so far; None changes nothing."""
-        for group in distributed.distributed_c10d._world.pg_map if seconds is not None else ():
+        if seconds is None:
+            return
+        for group in distributed.distributed_c10d._world.pg_map:
             distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     @property

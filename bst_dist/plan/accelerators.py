@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from functools import cache
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field
 
-from bst_base.errors import UserError
+from bst_base.errors import UserError, nearest
 from bst_base.settings import Config, ConfigError, parse
 
 FILE = Path(__file__).with_name("accelerators.yaml")
@@ -81,8 +80,8 @@ def accelerator(name: str, own: Path | None = None) -> Accelerator:
     known = accelerators(own)
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = nearest(name.lower(), known, cutoff=0.4)
+    hint = f"did you mean {near}? " if near else ""
     raise UnknownAcceleratorError(
         f"--gpu {name}: not known; {hint}There are {', '.join(known)}; add your own with --accelerators FILE"
     )

@@ -18,10 +18,11 @@ def host_memory(planner: Planner, best: Candidate) -> dict[str, float]:
     cluster, checkpoint = planner.cluster, planner.recipe.checkpoint
     replicated = best.work.strategy.stage == 0
     held = best.memory.optimizer + (best.memory.weights if replicated else 0)
+    copied = held / cluster.world if replicated else held
     files = LOCAL_COPIES_KEPT * (2 if cluster.nodes > 1 else 1)
     return {
         "activations": best.memory.host,
-        "checkpoint copy": (held / cluster.world if replicated else held) if checkpoint.background else 0,
+        "checkpoint copy": copied if checkpoint.background else 0,
         "local copies": held * (1 + files) if checkpoint.local_every else 0,
     }
 

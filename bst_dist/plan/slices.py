@@ -183,7 +183,10 @@ def _best(planner: Planner, sp: int, slices: int, edges: str) -> Candidate:
 
     Micro-batches have one row. A policy that recomputes is tried only if nothing fits without.
     """
-    stages = (*STAGES, *([GATHERED_ONCE] if slices > 1 else [])) if planner.cluster.world > 1 else STAGES[:1]
+    several = planner.cluster.world > 1
+    stages = STAGES if several else STAGES[:1]
+    if several and slices > 1:
+        stages = (*STAGES, GATHERED_ONCE)
     ways = []
     for policy in ("none", "every-layer"):
         ways += [planner.candidate(stage, sp, 1, policy, slices, edges) for stage in stages]

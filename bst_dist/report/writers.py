@@ -42,11 +42,12 @@ Maker = Callable[[Path, Recipe, dict[str, Any]], Writer]
 
 def require(name: str) -> None:
     """Raise UserError if there is no such writer, or if packages that it needs are not installed."""
-    for module in EXTRAS[name] if name in WRITERS else ():
-        if importlib.util.find_spec(module) is None:  # an import takes seconds; only rank 0 does it
-            raise UserError(f"log.writers: {missing(module)}")
     if name not in WRITERS:
         find(name)
+        return
+    for module in EXTRAS[name]:
+        if importlib.util.find_spec(module) is None:  # an import takes seconds; only rank 0 does it
+            raise UserError(f"log.writers: {missing(module)}")
 
 
 def find(name: str) -> Maker:

@@ -57,7 +57,8 @@ class Demo:
         Existing runs keep their precision.
         """
         stored = [read_recipe(run_dir) for run_dir in (self.run_dir, self.twin) if (run_dir / STORED_RECIPE).exists()]
-        precision = stored[0].train.precision if stored else "fp32" if slowdown >= SLOW_BF16 else "bf16"
+        fitting = "fp32" if slowdown >= SLOW_BF16 else "bf16"
+        precision = stored[0].train.precision if stored else fitting
         if precision == self.recipe.train.precision:
             return
         train = self.recipe.train.model_copy(update={"precision": precision})

@@ -36,7 +36,7 @@ def recorded_group(start: Start, ranks: Ranks) -> SequenceGroup | None:
     Their exchanges are recorded in `ranks.phases`, so that the watchdog can name them.
     """
     group = start.mesh(ranks).sp_group(ranks.phases)
-    return group and RecordedGroup(group.process_group, ranks.phases)
+    return None if group is None else RecordedGroup(group.process_group, ranks.phases)
 
 
 def build_engine(

@@ -7,7 +7,6 @@ sets every value.
 
 from __future__ import annotations
 
-import difflib
 import json
 import socket
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from bst_base.errors import UserError
+from bst_base.errors import UserError, nearest
 from bst_dist.parallel.deepspeed_import import deepspeed
 
 DeepSpeedZeroConfig = deepspeed.runtime.zero.config.DeepSpeedZeroConfig
@@ -200,8 +199,8 @@ def _unknown(found: dict[str, Any], known: dict[str, Any], prefix: str) -> Itera
     """Yield a message for each key of `found` that DeepSpeed does not know, with the nearest known key."""
     for key, value in found.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known there: {', '.join(sorted(known))}"
+            near = nearest(key, known)
+            hint = f"did you mean {prefix + near!r}?" if near else f"known there: {', '.join(sorted(known))}"
             yield f"unknown key {prefix + key!r}: {hint}"
         elif isinstance(value, dict) and (inner := _keys(known[key])):
             yield from _unknown(value, inner, f"{prefix}{key}.")
@@ -215,7 +214,8 @@ def _keys(section: Any) -> dict[str, Any]:
         return {}
     keys: dict[str, Any] = {}
     for name, field in section.model_fields.items():
-        nested = next((t for t in _alternatives(field.annotation) if _is_model(t)), None)
+        models = [kind for kind in _alternatives(field.annotation) if _is_model(kind)]
+        nested = models[0] if models else None
         keys |= {key: nested for key in (name, field.alias) if key}
     return keys
 

@@ -55,8 +55,8 @@ class Evaluation:
                 break
             inputs = on_device(batch, self.ranks.device)
             with torch.no_grad():
-                found = self.engine.forward(**inputs, past=past)
-            yield batch, inputs, found
+                losses = self.engine.forward(**inputs, past=past)
+            yield batch, inputs, losses
         self.engine.module.train()
 
     def evaluate(self, step: int) -> EvalReport | None:
@@ -155,12 +155,12 @@ class Evaluate(Callback):
 
         The next start repeats an evaluation of which nothing was reported (`missed`).
         """
-        found: list[EvalReport] = []
+        reports: list[EvalReport] = []
         for report in self._reports(step):
             if report is None:
                 return
-            found.append(report)
-        for report in found:
+            reports.append(report)
+        for report in reports:
             for writer in self.writers:
                 writer.write(report)
         if self.evaluations.own and self.probes:
@@ -171,15 +171,15 @@ class Evaluate(Callback):
         own, further = self.evaluations
         if own:
             with self.probes.watching() if self.probes else nullcontext():
-                found = own.evaluate(step)
-            yield found
+                report = own.evaluate(step)
+            yield report
         for other in further:
             yield other.evaluate(step)
         if self.average:
-            for one in [own] if own else further:
+            for evaluation in [own] if own else further:
                 with self.average.in_place():
-                    found = one.evaluate(step)
-                yield found and found.of_average()
+                    report = evaluation.evaluate(step)
+                yield None if report is None else report.of_average()
 
 
 def _by_block(per_token: Tensor, mask: Tensor, block: int) -> Tensor:

@@ -46,8 +46,8 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, **defaults)
         self._stacks = dict(stacks)
         self._shares: dict[Tensor, _Share] = {}
-        for group in self.param_groups:
-            for parameter in group["params"] if MOMENTUM in group else ():
+        for group in filter(_is_muon_s, self.param_groups):
+            for parameter in group["params"]:
                 self._shares[parameter] = _Share.whole(parameter, self._stacks[parameter])
 
     def place(self, placed: Iterable[Placed], rank: int, all_to_all: Callable[..., Any]) -> None:
@@ -76,14 +76,14 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update the parameter groups once; ZeRO calls this with one group at a time."""
         groups = self.param_groups
-        self.param_groups = [group for group in groups if MOMENTUM not in group]
+        self.param_groups = [group for group in groups if not _is_muon_s(group)]
         try:
             loss = super().step(closure)
         finally:
             self.param_groups = groups
         with torch.no_grad():
-            for group in groups:
-                for tensor in group["params"] if MOMENTUM in group else ():
+            for group in filter(_is_muon_s, groups):
+                for tensor in group["params"]:
                     if tensor.grad is not None:
                         self._update(tensor, group)
         return loss
@@ -96,6 +96,11 @@ class Muon(torch.optim.AdamW):
         direction = tensor.grad.lerp_(state["exp_avg"], momentum)  # in place: nothing reads the gradient afterwards
         tensor.mul_(1 - group["lr"] * group["weight_decay"])
         self._shares[tensor].subtract(tensor.view(-1), direction.view(-1), group["lr"])
+
+
+def _is_muon_s(group: Mapping[str, Any]) -> bool:
+    """Whether Muon updates a parameter group; AdamW updates the others."""
+    return MOMENTUM in group
 
 
 @dataclass(frozen=True)

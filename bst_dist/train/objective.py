@@ -153,8 +153,10 @@ class LanguageModelling:
     @property
     def mixed(self) -> Sequence[str]:
         urls = [url.partition("?")[0].rstrip("/") for url in self.recipe.data.urls()]
+        if len(urls) == 1:
+            return ()
         names = [url.rpartition("/")[2] for url in urls]
-        return () if len(urls) == 1 else names if len(set(names)) == len(names) else urls
+        return names if len(set(names)) == len(names) else urls
 
     def reading(self, mesh: Mesh, state: Mapping[str, Any], steps: int) -> str:
         loader = self.loader(mesh)

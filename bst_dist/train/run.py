@@ -98,7 +98,7 @@ class Run:
         identity = identity_of(start, self.engine, ranks)
         averaged = self.recipe.train.average
         state = EngineState(self.engine.deepspeed, averaged is not None)
-        self.average = averaged and Average(averaged, state)
+        self.average = None if averaged is None else Average(averaged, state)
         self.snapshots = Snapshots(
             start.run_dir,
             state,

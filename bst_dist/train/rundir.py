@@ -15,14 +15,13 @@ tokenizer.*       the tokenizer of the corpus: the run can be moved, and generat
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from bst_base.clock import utc_now
-from bst_base.errors import UserError
+from bst_base.errors import UserError, nearest
 from bst_base.files import atomic_file
 from bst_base.settings import dump
 from bst_dist.checkpoint.directory import CHECKPOINTS
@@ -39,16 +38,17 @@ FROM_COPIES = "from_local_copies"
 def read_recipe(run_dir: Path) -> Recipe:
     """Return the resolved recipe of a run; raises UserError when the directory has none."""
     if not (run_dir / RECIPE).is_file():
-        near = nearest(run_dir)
+        near = nearest_run(run_dir)
         hint = f"did you mean {near}?" if near else "by default a run is in runs/<name>"
         raise UserError(f"{run_dir}: no run there ({RECIPE} is missing); {hint}")
     return load_recipe(run_dir / RECIPE, base=Path.cwd())  # base: for old recipes without `paths_from`
 
 
-def nearest(given: Path) -> Path | None:
+def nearest_run(given: Path) -> Path | None:
     """Return the run beside `given` with the most similar name; None if no name is similar."""
     runs = [path.name for path in sorted(given.parent.glob("*")) if path != given and (path / RECIPE).is_file()]
-    return next((given.parent / name for name in difflib.get_close_matches(given.name, runs, n=1)), None)
+    name = nearest(given.name, runs)
+    return given.parent / name if name else None
 
 
 def prepare(

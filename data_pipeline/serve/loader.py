@@ -110,7 +110,9 @@ class Loader:
         """
         self.close()
         far = any(corpus.remote for corpus in self._corpora)
-        ahead = self.config.prefetch if self.config.prefetch is not None else 8 if far else 2
+        ahead = self.config.prefetch
+        if ahead is None:
+            ahead = 8 if far else 2
         threads = _STEPS_AT_ONCE if far else 1
         self._prefetcher = Prefetcher(self.batches, self._start_step, ahead, threads, leave=STOP_REQUESTED)
         return self._served(self._prefetcher)

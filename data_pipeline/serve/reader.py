@@ -61,9 +61,8 @@ class Corpus:
         self._firsts = memoryview(self.first_documents)
         self._open = OpenShards(len(self._table), self.first_documents)
         self._readers: dict[int, ShardReader] = {}  # of open shards
-        self._maps: dict[
-            tuple[int, bool], MappedFile
-        ] = {}  # of open shards only: a copy that a cache has removed takes disk space as long as it is mapped
+        # Of open shards only: a copy that a cache has removed takes disk space as long as it is mapped.
+        self._maps: dict[tuple[int, bool], MappedFile] = {}
         self._unpacked: set[int] = set()  # shards whose packed files are damaged and not used
         self._sizes = lru_cache(maxsize=4)(self._measure)
         if not len(self):
@@ -209,7 +208,8 @@ class Corpus:
         """Tell the storage which shards are read from now on, and which come after them."""
 
         def files(shards: Sequence[int]) -> list[str]:
-            return [name for shard in shards for info in [self._table[shard]] for name in (info.index, info.file)]
+            infos = [self._table[shard] for shard in shards]
+            return [name for info in infos for name in (info.index, info.file)]
 
         self.storage.fetch_ahead(files(now), files(soon))
 

@@ -159,12 +159,16 @@ class RowReader:
         tokens, whole = self._empty(rows)
         data = memoryview(tokens).cast("B")
         runs = self._runs(rows)
+
+        def read(corpus: Corpus, document: int, offset: int, begin: int, stop: int) -> None:
+            corpus.read_into(document, offset, data[begin:stop])
+
         try:
             if self._pool is None:
-                for corpus, document, offset, begin, stop in runs:
-                    corpus.read_into(document, offset, data[begin:stop])
+                for run in runs:
+                    read(*run)
             else:
-                list(self._pool.map(lambda run: run[0].read_into(*run[1:3], data[run[3] : run[4]]), runs))
+                list(self._pool.map(lambda run: read(*run), runs))
         except ShardError:
             if not self._skip:
                 raise

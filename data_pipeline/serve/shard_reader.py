@@ -86,7 +86,9 @@ class ShardReader:
         name = packed_name(self.info.file)
         step = CRC_BLOCK * self._itemsize
         crc = self.packed_crc()
-        for block in blocks if crc is not None else ():
+        if crc is None:
+            return
+        for block in blocks:
             begin = block * step
             stop = min((block + 1) * step, self.info.tokens * self._itemsize)
             data = memoryview(bytearray(stop - begin))

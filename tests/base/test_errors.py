@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from bst_base.errors import StorageError
+from bst_base.errors import StorageError, nearest
 from bst_base.files import path_in_errors
 
 HOST = socket.gethostname()
@@ -32,3 +32,10 @@ def test_an_error_gets_a_path_unless_it_has_one():
         assert told.value.filename == filename
     with pytest.raises(OSError, match=r"^no such luck$"), path_in_errors("own"):
         raise OSError("no such luck")
+
+
+def test_the_nearest_name_is_the_most_similar_known_one():
+    known = ["sequences", "sequence_length", "steps"]
+    assert nearest("sequnces", known) == "sequences"
+    assert nearest("corpus", known) is None
+    assert nearest("sequence_len", known, cutoff=0.99) is None

@@ -160,7 +160,9 @@ class Activations:
         apart = slice_.rows == 1 or self.documents == "masked"  # a table of borders is not linear in the rows
         traced = slice_ if apart else replace(slice_, rows=self._rows_to_trace(mixer, slice_.length))
         joint = self._once(("graph", mixer, traced), lambda: self._graph(mixer, traced))
-        return joint and self._once(("graph", mixer, policy, slice_), lambda: joint.part(policy, slice_.rows))
+        if joint is None:
+            return None
+        return self._once(("graph", mixer, policy, slice_), lambda: joint.part(policy, slice_.rows))
 
     def _rows_to_trace(self, mixer: str, length: int) -> int:
         def find() -> int:

@@ -88,14 +88,10 @@ def _first_otherwise(before: Recipe, now: Recipe, done: int) -> int | None:
     """Return the first of the `done` steps that would have had another learning rate; None if there is none."""
     if now.train.steps < done:
         return now.train.steps
-    return next(
-        (
-            step
-            for step in range(done)
-            if factor(before.schedule, step, before.train.steps) != factor(now.schedule, step, now.train.steps)
-        ),
-        None,
-    )
+    for step in range(done):
+        if factor(before.schedule, step, before.train.steps) != factor(now.schedule, step, now.train.steps):
+            return step
+    return None
 
 
 def _length_from(before: Recipe, now: Recipe, done: int) -> str:

@@ -134,8 +134,10 @@ def shown_steps(run_dir: Path) -> str | None:
     done = max((line["step"] for line in read_lines(run_dir / FILE) if line["kind"] == "train"), default=0)
     if any(name.endswith(PARTIAL) for name in entries(run_dir)):
         return None  # killed while it wrote its first checkpoint
-    due = next((step for step in range(first + 1, done) if recipe.checkpoint.scheduled(step)), None)
-    return f"{FILE} has {done} steps and a checkpoint was due at step {due}" if due else None
+    for step in range(first + 1, done):
+        if recipe.checkpoint.scheduled(step):
+            return f"{FILE} has {done} steps and a checkpoint was due at step {step}"
+    return None
 
 
 def _changed(stored: dict[str, Any], completed: dict[str, Any]) -> list[str]:

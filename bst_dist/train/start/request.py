@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bst_base.errors import StorageError, UserError
+from bst_base.errors import StorageError, UserError, nearest
 from bst_base.json_lines import read_lines
 from bst_base.settings import ConfigError
 from bst_base.shipped import RECIPES, names
@@ -103,7 +102,7 @@ def _require_there(request: Request) -> None:
     recipes = names(RECIPES)
     if str(given) in recipes:
         return
-    near = rundir.nearest(given) or next(iter(difflib.get_close_matches(str(given), recipes, n=1)), None)
+    near = rundir.nearest_run(given) or nearest(str(given), recipes)
     raise UserError(f"no such run directory or recipe: {given}" + (f"; did you mean {near}?" if near else ""))
 
 
@@ -144,7 +143,8 @@ def resolve_together(recipe: Recipe, request: Request, ranks: Ranks) -> Start:
     if found is not None and len({seen and seen[1] for seen in everyone}) == 1:
         raise found
     errors = {rank: seen for rank, seen in enumerate(everyone) if seen is not None}
-    rank = next((rank for rank, (kind, *_) in errors.items() if kind is not Stopped), min(errors))
+    others = [rank for rank, (kind, *_) in errors.items() if kind is not Stopped]
+    rank = min(others or errors)
     kind, message, host = errors[rank]
     if kind is not Stopped:
         message = f"rank {rank}: {message}" if message.startswith(f"{host} ") else f"rank {rank} on {host}: {message}"
@@ -153,7 +153,10 @@ def resolve_together(recipe: Recipe, request: Request, ranks: Ranks) -> Start:
 
 def _kind(error: UserError) -> type[UserError]:
     """Return the type to raise on the other ranks: one for each exit status."""
-    return next((kind for kind in (StorageError, Stopped) if kind.exit_status == error.exit_status), UserError)
+    for kind in (StorageError, Stopped):
+        if kind.exit_status == error.exit_status:
+            return kind
+    return UserError
 
 
 def resolve(recipe: Recipe, request: Request, world: int, checked: slice = EVERY_SHARD) -> Start:

@@ -104,7 +104,8 @@ def guard_of(start: Start, ranks: Ranks, position: Position, local: str | None =
     entries, losses = ranks.broadcast_object(seen)
     book = ledger.Ledger(entries, start.run_dir / ledger.FILE if ranks.first else None)
     cause = "; ".join(changed_at(start, position))
-    if cause and cause != next((entry.cause for entry in reversed(entries) if entry.action == ledger.CHANGE), None):
+    causes = [entry.cause for entry in entries if entry.action == ledger.CHANGE]
+    if cause and cause not in causes[-1:]:
         book.add(ledger.Entry(position.step, position.skipped, cause, ledger.CHANGE))
     if local:
         book.add(ledger.Entry(position.step, position.skipped, f"resumed from {local}", ledger.RESUMED))

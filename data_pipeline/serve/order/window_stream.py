@@ -161,7 +161,7 @@ class WindowCache:
     def _opened(self, epoch: int, windows: Windows, number: int) -> OpenWindow:
         shards = windows.shards(number)
         key = ("documents", *windows.key(number))
-        fit = self._fit and self._fit(epoch, int(windows.begins[number]))
+        fit = None if self._fit is None else self._fit(epoch, int(windows.begins[number]))
         window = OpenWindow(self._corpus, shards, self._block, key, fit)
         expected = windows.extent(number)
         if window.total != expected:
