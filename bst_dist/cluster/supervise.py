@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from bst_base.stopping import Stopped
 from bst_dist.cluster import preflight
@@ -23,6 +25,7 @@ from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.space import space_for_checkpoints
 from bst_dist.cluster.verdict import SETTLE_KILLED_S, STOP, Ended
 from bst_dist.config import Recipe
+from bst_dist.train.rundir import read_starts
 from bst_dist.train.start.request import Request
 
 COLLECTIVE = (sys.executable, "-m", "bst_dist.cluster.collective")
@@ -51,6 +54,7 @@ class Supervisor:
     ) -> None:
         self.job, self.hosts, self.options, self.restarts = job, hosts, options, restarts
         self.stop_signals = stop_signals
+        self._starts_before = _starts(job.asked.run_dir) if job.asked and job.asked.from_zero else 0
 
     def check(self) -> None:
         """Check all hosts; raises PreflightError when one fails, and Stopped after a stop signal."""
@@ -164,7 +168,7 @@ class Supervisor:
                 self._heed(controller)
                 unfit = {one.host.name: "; ".join(one.problems) for one in checked if one.problems}
                 if not unfit:
-                    return self._train(controller, replace(self.job.asked, resume=True))
+                    return self._train(controller, self._request_of_restart())
             fit = self._without(fit, unfit)
         self._heed()
         say("no host left to restart on")
@@ -174,6 +178,15 @@ class Supervisor:
         """Return the requirements of a restart: the run's checkpoints are already on the disk."""
         needs = self.job.needs
         return replace(needs, space=space_for_checkpoints(needs.run_dir, needs.parameters))
+
+    def _request_of_restart(self) -> Request:
+        """Return the request to resume the run.
+
+        --from-zero is left out once a start has begun the run anew. Otherwise a restart that does not see the new
+        checkpoints, because a mount has failed, would begin at step 0 again.
+        """
+        asked = self.job.asked
+        return replace(asked, resume=True, from_zero=asked.from_zero and _starts(asked.run_dir) <= self._starts_before)
 
     def _left(self, ended: Ended) -> list[Host]:
         """Return the hosts to try again. Lost hosts are tried again only over ssh, which can tell if they are back."""
@@ -204,6 +217,14 @@ class Supervisor:
 def say(text: str) -> None:
     """Print a message of `bst launch` to standard error, separate from the output of the ranks."""
     print(f"bst launch: {text}", file=sys.stderr, flush=True)
+
+
+def _starts(run_dir: Path) -> float:
+    """Return how often the run was started, by its environment.json; infinity if this host cannot read that."""
+    try:
+        return len(read_starts(run_dir))
+    except (OSError, ValueError, KeyError):
+        return math.inf
 
 
 def _laid_out(asked: Request, recipe: Recipe, shape: Shape) -> Request:

@@ -22,6 +22,7 @@ from bst_dist.cluster.supervise import Job, Supervisor
 from bst_dist.cluster.verdict import Ended
 from bst_dist.faults.status import FAILED, RESUBMIT, USER_ERROR
 from bst_dist.report.metrics import FILE
+from bst_dist.train.rundir import ENVIRONMENT
 from bst_dist.train.start.request import Request
 from tests.cluster.listed_checkpoint import write_checkpoint
 
@@ -170,6 +171,26 @@ def test_a_restart_needs_space_for_one_checkpoint_if_the_run_has_one(tmp_path, m
     write_checkpoint(tmp_path, 10, {"weights-00000.safetensors": 1000, "optimizer-00000.safetensors": 2000})
     restart.start()
     assert restart.needs == [needs, replace(needs, space=Space(1, 3000))]
+
+
+def test_a_run_is_begun_from_zero_once(tmp_path, monkeypatch):
+    """A start that failed earlier, for example because a rank did not connect, has not begun the run anew."""
+    environment = tmp_path / ENVIRONMENT
+
+    def record(*from_steps: int) -> None:
+        environment.write_text(json.dumps({"starts": [{"from_step": step} for step in from_steps]}))
+
+    record(0, 80)
+    asked = Request(Path("r.yaml"), [], tmp_path, False, None, from_zero=True)
+    job = Job(asked, None, {}, Needs([], tmp_path, Space(2, 32_000), 1000))
+    restart = Restart(job, tmp_path, monkeypatch)
+    restart.start()
+    record(0, 80, 0)
+    restart.start()
+    environment.unlink()
+    environment.mkdir()  # reading it is an error, also for root
+    restart.start()
+    assert [(asked.resume, asked.from_zero) for asked in restart.asked] == [(True, True), (True, False), (True, False)]
 
 
 @pytest.mark.parametrize("status", [-signal.SIGUSR1, 74])

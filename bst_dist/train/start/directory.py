@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 from pathlib import Path
 from typing import Any
@@ -119,14 +120,17 @@ def shown_steps(run_dir: Path) -> str | None:
     """Return the evidence, as text, that the run in a directory once had a checkpoint; None if there is none.
 
     A run that was killed before its first checkpoint was due never had one. Steps that a branch shares with its trunk
-    do not count: their checkpoint is in the trunk's directory.
+    do not count: their checkpoint is in the trunk's directory. Nor do starts before the last one that began the run:
+    it was asked to begin it again (--from-zero).
     """
     if not (run_dir / RECIPE).exists():
         return None
     recipe = load_recipe(run_dir / RECIPE)
     first = recipe.branch.step if recipe.branch else 0
     outcome = read_outcome(run_dir) or {}
-    resumed = (start.get("from_step", 0) for start in read_starts(run_dir) if FROM_COPIES not in start)
+    starts = read_starts(run_dir)
+    anew = max((n for n, start in enumerate(starts) if start.get("from_step", math.inf) <= first), default=0)
+    resumed = (start.get("from_step", 0) for start in starts[anew:] if FROM_COPIES not in start)
     if (begun := max(resumed, default=0)) > first:
         return f"{ENVIRONMENT} has a start that resumed from step {begun}"
     if (reached := outcome.get("step", 0)) > first:
