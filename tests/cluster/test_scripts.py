@@ -46,26 +46,57 @@ def test_scripts_are_valid_bash(script):
     ],
 )
 def test_the_slurm_script_requeues_what_a_later_start_may_cure(tmp_path, status, requeued, exit_status):
-    """`bst`, `python`, `scontrol` and `sleep` are scripts that print what they were asked."""
-    for name, text in {
-        "bst": f"exit {status}",
-        "python": "echo small",
-        "sleep": 'echo "sleep $*"',
-        "scontrol": 'echo "scontrol $*"',
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    own = {"BST_BIN": str(tmp_path), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
     counted = {} if requeued is None else {"SLURM_RESTART_COUNT": str(requeued)}
-    done = subprocess.run(
-        ["bash", ROOT / "launch/cluster/slurm.sbatch", "small.yaml"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **own, **counted},
-    )
+    done = submit(tmp_path, "small.yaml", bst=f"exit {status}", python="echo small", **counted)
     waited = ["sleep 60"] if status == 74 and exit_status == "again" else []
     assert done.stdout.splitlines() == [*waited, *(["scontrol requeue 7"] if exit_status == "again" else [])]
     assert done.returncode == (0 if exit_status == "again" else exit_status), done.stderr
+
+
+def submit(tmp_path: Path, *words: str, bst: str, python: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the Slurm script with these arguments, in `tmp_path`.
+
+    `bst`, `python`: what these commands do, as lines of shell. `scontrol` and `sleep` print what they were asked.
+    """
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    lines = {"bst": bst, "python": python, "sleep": 'echo "sleep $*"', "scontrol": 'echo "scontrol $*"'}
+    for name, text in lines.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    own = {"BST_BIN": str(programs), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    return subprocess.run(
+        ["bash", ROOT / "launch/cluster/slurm.sbatch", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **own, **variables},
+    )
+
+
+REAL_PYTHON = f'exec {sys.executable} "$@"'
+
+
+@pytest.mark.parametrize(("kind", "status"), [("unreadable", 0), ("damaged", 2)])
+def test_the_slurm_script_requeues_when_the_recipe_cannot_be_read(tmp_path, kind, status):
+    """The recipe is read for the run's name before `bst launch` starts. A file system may be away for minutes."""
+    recipe = tmp_path / "recipe.yaml"
+    if kind == "unreadable":
+        recipe = Path("/proc/1/mem")  # a file whose first byte nobody can read
+    else:
+        recipe.write_text("name: [")
+    done = submit(tmp_path, str(recipe), bst="echo started", python=REAL_PYTHON)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.splitlines() == ([] if status else ["sleep 60", "scontrol requeue 7"])
+    assert "slurm.sbatch: " in done.stderr
+
+
+def test_the_slurm_script_accepts_a_recipe_with_an_equals_sign_in_its_name(tmp_path):
+    recipe = tmp_path / "lr=3e-4.yaml"
+    recipe.write_text((ROOT / "launch/recipes/demo.yaml").read_text())
+    done = submit(tmp_path, "train.steps=7", recipe.name, "name=other", bst='echo "$@"', python=REAL_PYTHON)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"launch {recipe} train.steps=7 name=other --launcher slurm --run-dir runs/other ")
 
 
 def test_the_dockerfile_passes_hadolint():
