@@ -92,7 +92,8 @@ class Controller:
 
     def __enter__(self) -> Controller:
         launcher, ssh_port = self.options.launcher, self.options.ssh_port
-        self._gateway.start(self.command, launchers.environment(launcher, ssh_port, self.options.environment))
+        environment = launchers.environment(launcher, ssh_port, self.options.environment)
+        self._gateway.start(self.command, environment, launchers.death_signal(launcher))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -79,8 +79,8 @@ class AgentGateway:
         """Whether the launcher, and with it every agent, has ended."""
         return self._launcher is not None and self._launcher.poll() is not None
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start the launcher."""
+    def start(self, command: Sequence[str], environment: Mapping[str, str], death_signal: int) -> None:
+        """Start the launcher. `death_signal`: it gets this signal from the kernel when this process is killed."""
         pipe = subprocess.PIPE
         self._launcher = subprocess.Popen(
             command,
@@ -89,7 +89,7 @@ class AgentGateway:
             stdout=pipe,
             stderr=pipe,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=partial(die_with_parent, death_signal),
         )
         for stream in (self._launcher.stdout, self._launcher.stderr):
             os.set_blocking(stream.fileno(), False)

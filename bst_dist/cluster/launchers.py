@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -131,6 +132,15 @@ def command(launcher: str, hosts: Sequence[Host], directory: Path, agent: Sequen
     line = LAUNCHERS[launcher](hosts, directory, agent)
     # Absolute path: Open MPI then looks for its daemon in the same directory on the other hosts.
     return [shutil.which(line[0]) or line[0], *line[1:]]
+
+
+def death_signal(launcher: str) -> int:
+    """Return the signal that the launcher gets when the launching process is killed.
+
+    A launcher of other hosts is killed: their agents notice that the connection has ended. A local agent is not: its
+    ranks would be killed with it, without a checkpoint. At SIGTERM it lets them write one.
+    """
+    return signal.SIGTERM if launcher == "local" else signal.SIGKILL
 
 
 def environment(launcher: str, ssh_port: int | None, given: Mapping[str, str] = os.environ) -> dict[str, str]:

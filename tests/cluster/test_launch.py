@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
+from bst_base.json_lines import read_lines
 from bst_base.stopping import Stopped
-from bst_dist.checkpoint.directory import CHECKPOINTS
+from bst_dist.checkpoint.directory import CHECKPOINTS, committed, step_of
 from bst_dist.cli import main
 from bst_dist.cluster.controller import LaunchOptions
 from bst_dist.cluster.launch import _train
+from bst_dist.cluster.probe import old_ranks
 from bst_dist.cluster.processes import StopSignals
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.supervise import Supervisor
 from bst_dist.cluster.verdict import Ended
 from bst_dist.faults.status import RESUBMIT, UNREADABLE, USER_ERROR
+from bst_dist.report.metrics import FILE
 from bst_dist.train.rundir import OUTCOME, read_outcome
 
 
@@ -129,6 +136,32 @@ def test_train_options_out_of_range_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         main(["train", "recipe.yaml", *wrong])
     assert f"argument {wrong[0]}" in capsys.readouterr().err
+
+
+def test_ranks_on_this_machine_write_a_checkpoint_when_the_launcher_is_killed(recipe, tmp_path):
+    """The whole command. The launcher of other hosts (pdsh, srun) may be killed with it; here it is the agent."""
+    run_dir = tmp_path / "run"
+    command = [str(Path(sys.executable).with_name("bst")), "launch", str(recipe(5000, checkpoint={"every": 0}))]
+    command += ["log.every=1", "--launcher", "local", "--run-dir", str(run_dir)]
+    with (tmp_path / "log").open("wb") as log:
+        launcher = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: (run_dir / FILE).is_file() and len(read_lines(run_dir / FILE)) > 3)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    wait_until(lambda: not old_ranks(str(run_dir)))
+    (checkpoint,) = committed(run_dir)
+    assert 3 < step_of(checkpoint) < 5000
+    assert read_outcome(run_dir)["step"] == step_of(checkpoint)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Wait until the condition holds, at most two minutes."""
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.cluster
