@@ -13,7 +13,6 @@ hold keys.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from bst_dist.checkpoint.retention import CheckpointEntry
 from bst_dist.config import Recipe
 from bst_dist.generation.sampling import without_text
 from bst_dist.hub.card import model_card, without_place
+from bst_dist.hub.digests import write_digests
 from bst_dist.hub.fast_tokenizer import fast_tokenizer, is_bpe
 from bst_dist.hub.modeling import BSTConfig, BSTForCausalLM
 from bst_dist.hub.repository import push, require_id
@@ -41,7 +41,7 @@ from bst_dist.train.rundir import read_recipe
 from data_pipeline.format.tokenizer import HuggingFaceTokenizer, Tokenizer
 from data_pipeline.store.base import StorageConfig
 
-DIGESTS, CARD = "SHA256SUMS", "README.md"
+CARD = "README.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--push", metavar="OWNER/NAME", help="also upload the directory to this repository on the Hugging Face hub"
     )
-    parser.add_argument("--private", action="store_true", help="with --push: create a private repository")
+    parser.add_argument("--private", action="store_true", help="with --push: into a private repository")
     parser.add_argument("--averaged", action="store_true", help="export the averaged weights (train.average)")
 
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _write_configuration(folder, one, recipe, tokenizer)
         card = model_card(args.run, one, recipe, tokenizer, weights.shapes, args.averaged, args.push)
         (folder / CARD).write_text(card, encoding="utf-8")
-        _write_digests(folder)
+        write_digests(folder)
     files = {path.name: path.stat().st_size for path in sorted(args.output.iterdir())}
     size = readable_size(sum(files.values()))
     which = "averaged weights, " if args.averaged else ""
@@ -124,12 +124,3 @@ def _write_configuration(folder: Path, one: CheckpointEntry, recipe: Recipe, tok
     else:
         begins = {"bos_token": tokenizer.piece(begin[0])} if begin else {}
         BSTTokenizer(str(folder / FILE), **begins).save_pretrained(folder)
-
-
-def _write_digests(folder: Path) -> None:
-    """Write the digests of all files, in the format of `sha256sum --check`."""
-    lines = []
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
-    (folder / DIGESTS).write_text("".join(lines))

@@ -30,7 +30,7 @@ from bst_dist.checkpoint.durable import Files
 from bst_dist.checkpoint.exporting import INDEX, SINGLE
 from bst_dist.checkpoint.shards import Piece, write_header, write_values
 from bst_dist.config import Recipe, digest
-from bst_dist.hub.export import DIGESTS
+from bst_dist.hub.digests import DIGESTS, read_digests
 from bst_dist.hub.modeling import BSTConfig, BSTForCausalLM
 from bst_dist.hub.repository import fetched
 from bst_dist.hub.tokenization import CORPUS_FILE, FILE
@@ -84,8 +84,7 @@ def _require_digests(model: Path) -> None:
     """Raise ExportError unless all files are as exported. Models saved by transformers have no digests to check."""
     if not (model / DIGESTS).is_file():
         return
-    for line in (model / DIGESTS).read_text().splitlines():
-        expected, _, name = line.partition("  ")
+    for name, expected in read_digests(model / DIGESTS).items():
         if not (model / name).is_file():
             raise ExportError(f"{model}: {name} is missing: copy the model again")
         with (model / name).open("rb") as file:

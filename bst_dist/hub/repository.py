@@ -5,6 +5,7 @@ huggingface_hub reads the access token: from HF_TOKEN, or as stored by `hf auth 
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from bst_base.errors import UserError
+from bst_dist.hub.digests import DIGESTS, read_digests
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+"""Names of the files that transformers loads weights from."""
 _FAILURES = (
     HTTPError,
     HFValidationError,
@@ -37,20 +41,36 @@ def require_id(repository: str) -> None:
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload all files of a folder as one commit, and create the repository if it does not exist. Return its address.
+    """Upload an export as one commit, and create the repository if it does not exist. Return its address.
 
-    Raise RepositoryError if it fails.
+    The commit also removes files of earlier exports that this one does not have, above all weights, which transformers
+    might load in place of the new ones. Other files that users have added stay. `private`: refuse a repository that is
+    public. Raise RepositoryError if it fails.
     """
     api = HfApi()
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)  # None: the owner's default
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}")
+        if private and not api.repo_info(repository).private:
+            raise RepositoryError(
+                f"{repository}: not uploaded: it exists, and is public: make it private in its settings, name another "
+                f"one, or leave out --private; {folder} is whole"
+            )
+        old = [glob.escape(name) for name in _exported(api, repository) if not (folder / name).exists()]
+        message = f"Upload {folder.name}"
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=old)
     except _FAILURES as error:
         raise RepositoryError(
             f"{repository}: not uploaded: {_line(error)}; {folder} is whole: upload it with "
             f"`hf upload {repository} {folder}`"
         ) from None
     return f"{api.endpoint}/{repository}"
+
+
+def _exported(api: HfApi, repository: str) -> list[str]:
+    """Return the files in a repository that exports have written: those in its list of digests, and all weights."""
+    there = api.list_repo_files(repository)
+    listed = read_digests(Path(api.hf_hub_download(repository, DIGESTS))) if DIGESTS in there else {}
+    return [name for name in there if name in listed or _WEIGHTS.fullmatch(name)]
 
 
 def fetched(model: str, revision: str | None = None) -> Path:

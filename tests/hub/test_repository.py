@@ -46,7 +46,11 @@ class Answers(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-            self.server.repositories.setdefault(name, {})
+            if name in self.server.repositories:
+                return self.answer(
+                    409, {"error": "You already created this model repo", "url": f"{self.endpoint}/{name}"}
+                )
+            self.server.repositories[name] = {}
             self.server.private[name] = asked.get("private", False) or asked.get("visibility") == "private"
             return self.answer(200, {"url": f"{self.endpoint}/{name}", "name": name, "id": name})
         name, what = self.repository()
@@ -62,6 +66,8 @@ class Answers(BaseHTTPRequestHandler):
                 if found["key"] == "file":
                     content = base64.b64decode(found["value"]["content"])
                     self.server.repositories[name][found["value"]["path"]] = content
+                if found["key"] == "deletedFile":
+                    del self.server.repositories[name][found["value"]["path"]]
             url = f"{self.endpoint}/{name}/commit/{COMMIT}"
             return self.answer(200, {"commitUrl": url, "commitOid": COMMIT, "pullRequestUrl": None})
         if what == "validate-yaml":
@@ -86,7 +92,7 @@ class Answers(BaseHTTPRequestHandler):
                 "id": name,
                 "modelId": name,
                 "sha": COMMIT,
-                "private": False,
+                "private": self.server.private[name],
                 "tags": [],
                 "siblings": [{"rfilename": path, "size": len(data)} for path, data in files],
             }
@@ -187,6 +193,46 @@ def test_a_run_is_uploaded_to_a_repository_and_imported_again(hub, make_run, tmp
     assert done.returncode == 2
     assert "model.safetensors: changed since the export" in done.stderr
     assert not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.ranks
+def test_a_later_export_replaces_the_files_of_earlier_ones(hub, make_run, tmp_path):
+    """transformers would load the older model.safetensors in place of new weights in several files."""
+    run_dir = make_run()
+    there = hub.repositories["me/model"] = {
+        "model.safetensors": b"old, and missing in SHA256SUMS",
+        "hub_older.py": b"",
+        "SHA256SUMS": f"{hashlib.sha256(b'').hexdigest()}  hub_older.py\n".encode(),
+        "README.md": b"edited",
+        "LICENSE": b"mine",
+        "adapter/adapter_model.safetensors": b"mine",
+        ".gitattributes": b"*.safetensors filter=lfs",
+    }
+    hub.private["me/model"] = False
+    mine = {name: there[name] for name in ("LICENSE", "adapter/adapter_model.safetensors", ".gitattributes")}
+    out = tmp_path / "out"
+    done = bst(hub, tmp_path / "home", "export", run_dir, out, "--push", "me/model", "--file-size", "3000")
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.safetensors.index.json").exists()
+    assert there == {path.name: path.read_bytes() for path in out.iterdir()} | mine
+
+    done = bst(hub, tmp_path / "home", "export", run_dir, tmp_path / "one", "--push", "me/model")
+    assert done.returncode == 0, done.stderr
+    assert there == {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} | mine
+
+
+@pytest.mark.ranks
+def test_a_private_export_is_not_uploaded_to_a_public_repository(hub, make_run, tmp_path):
+    run_dir, home = make_run(), tmp_path / "home"
+    hub.repositories["me/model"], hub.private["me/model"] = {}, False
+    done = bst(hub, home, "export", run_dir, tmp_path / "a", "--push", "me/model", "--private")
+    assert done.returncode == 2
+    assert "me/model: not uploaded: it exists, and is public: make it private in its settings" in done.stderr
+    assert hub.repositories["me/model"] == {}
+    hub.private["me/model"] = True
+    done = bst(hub, home, "export", run_dir, tmp_path / "b", "--push", "me/model", "--private")
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in hub.repositories["me/model"]
 
 
 def test_invalid_hub_options_are_refused_in_one_line(make_run, tmp_path, capsys):
