@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -28,11 +29,15 @@ class ObjectStore:
         full, self._hidden = filled(url.rstrip("/"))
         self.where = redacted(url.rstrip("/"))
         """The address as it is shown, without a password."""
+        if "::" in full:
+            raise UserError(f"{self.where}: has '::', which fsspec takes for two addresses: choose another address")
         try:
             options = {"auto_mkdir": True} if full.startswith("file:") else {}
             self._fs, self._root = fsspec.url_to_fs(full, **options)
         except (ImportError, ValueError) as error:
             raise UserError(f"{self.where}: {self._said(error)}") from None
+        if found := re.search(r"[*?\[]", self._root):  # also when it removes files
+            raise UserError(f"{self.where}: has {found[0]!r}, which fsspec takes for a pattern: choose another address")
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content; None if it is not there."""

@@ -66,3 +66,19 @@ def test_what_is_no_address_of_a_known_store_is_refused():
         ObjectStore("/tmp/x")
     with pytest.raises(UserError, match="nosuch://me:…@x: Protocol not known"):
         ObjectStore("nosuch://me:hunter2@x")
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run*", "what?", "a::b"])
+def test_addresses_that_fsspec_would_not_take_literally_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match=r"which fsspec takes for .*: choose another address"):
+        ObjectStore(f"file://{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize("name", ["a b", "a:b", "50%", "x#y", "{a,b}", "~a"])
+def test_other_characters_are_parts_of_an_address(tmp_path, name):
+    store = ObjectStore(f"file://{tmp_path}/{name}")
+    store.write("steps/1/one", b"1")
+    assert (tmp_path / name / "steps" / "1" / "one").read_bytes() == b"1"
+    assert store.names("steps/*/one") == ["steps/1/one"]
+    store.remove_below("steps/1")
+    assert store.names("steps/*/one") == []
