@@ -37,6 +37,10 @@ _TRANSFERS = 8  # files transferred at the same time
 T = TypeVar("T")
 
 
+class DamagedCopyError(CheckpointError):
+    """The manifest of a checkpoint in the store is damaged, or cut off, as a write to a file system can be."""
+
+
 class RunCopy:
     """The copy of a run at the address of an `ObjectStore`, such as ``s3://bucket/run``.
 
@@ -56,15 +60,20 @@ class RunCopy:
     def manifest(self, step: int) -> dict[str, Any]:
         """Read the manifest of a complete checkpoint in the store.
 
-        Raises CheckpointError when it is damaged, or cut off, as a write to a file system can be.
+        Raises DamagedCopyError, and OtherFormatError for a checkpoint of another version of this program.
         """
         name = f"{_place(step)}/{MANIFEST}"
         try:
             return parse_manifest(self._read(name), f"{self.url}/{_place(step)}")
         except ManifestError as error:
-            raise CheckpointError(
+            raise DamagedCopyError(
                 f"{self.url}/{name}: {error.what}: push this checkpoint again, or remove it"
             ) from None
+
+    def unfinished(self) -> list[int]:
+        """Return the steps of the checkpoints of which the store has files, but no manifest, newest first."""
+        found = {step_of(Path(name).parent) for name in self._store.names(f"{CHECKPOINTS}/step-*/*")}
+        return sorted(found - set(self.steps()), reverse=True)
 
     def has(self, step: int, manifest: dict[str, Any]) -> bool:
         """Whether the store has the checkpoint of `step` with this manifest, and not another one of the same step."""
@@ -85,8 +94,10 @@ class RunCopy:
         step = step_of(checkpoint)
         if step in self.steps():
             self.remove(step)
-        place, names = _place(step), list(manifest["files"])
-        sent = sum(_together(names, lambda name: self._put(checkpoint / name, f"{place}/{name}")))
+        place, (first, *others) = _place(step), list(manifest["files"])
+        # One file before the others: clients of file systems (sftp) cannot create the same directory in many threads.
+        sent = self._put(checkpoint / first, f"{place}/{first}")
+        sent += sum(_together(others, lambda name: self._put(checkpoint / name, f"{place}/{name}")))
         if read_manifest(checkpoint) != manifest:
             raise CheckpointError(f"{checkpoint}: changed while it was copied; copy it again")
         return sent + self._put(checkpoint / MANIFEST, f"{place}/{MANIFEST}")
@@ -97,10 +108,13 @@ class RunCopy:
         return sum(self._put(path, path.name) for path in files)
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint from the store."""
-        place = _place(step)
-        self._store.remove(f"{place}/{MANIFEST}")
-        self._store.remove_below(place)
+        """Remove a complete checkpoint from the store."""
+        self._store.remove(f"{_place(step)}/{MANIFEST}")
+        self.remove_unfinished(step)
+
+    def remove_unfinished(self, step: int) -> None:
+        """Remove what the store has of a checkpoint without a manifest."""
+        self._store.remove_below(_place(step))
 
     def get_files(self, run_dir: Path, last: str) -> None:
         """Download the files directly in the run directory; when the file `last` is there, all others are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import fsspec
@@ -243,3 +244,52 @@ def test_pull_fetches_the_complete_checkpoint_of_a_step(older, url, tmp_path):
     assert pull(url, tmp_path / "back", "--step", "4") == 0
     assert damage(directory(tmp_path / "back", 4)) == []
     assert pull(url, tmp_path / "back", "--step", "9") == 2
+
+
+class Sftp(LocalFileSystem):
+    """A directory whose client creates missing directories as fsspec's for SFTP does: not safely in many threads."""
+
+    protocol, cachable = "slow", False
+
+    def put_file(self, lpath: str, rpath: str, **_: object) -> None:
+        folder = Path(self._strip_protocol(rpath)).parent
+        if not folder.exists():
+            time.sleep(0.1)
+            folder.mkdir(parents=True)  # OSError if another thread has created it meanwhile
+        shutil.copy(lpath, self._strip_protocol(rpath))
+
+
+def test_the_directory_of_a_checkpoint_is_created_by_one_thread(older, tmp_path):
+    fsspec.register_implementation("slow", Sftp, clobber=True)
+    assert push(older, f"slow://{tmp_path}/store/demo") == 0
+    assert contents(directory(tmp_path / "store" / "demo", 4)) == contents(directory(older, 4))
+
+
+def test_parts_that_interrupted_pushes_have_left_are_removed(older, url, tmp_path, capsys):
+    store = tmp_path / "store" / "demo"
+    for step in (2, 3):
+        (directory(store, step)).mkdir(parents=True)
+        (directory(store, step) / "weights-00000.safetensors").write_bytes(b"a part")
+    earlier(older, 3)  # the run still has it, so another push may be sending it
+    assert push(older, url) == 0
+    assert sorted(path.name for path in (store / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+    assert "checkpoint 2 removed" in capsys.readouterr().out
+    shutil.rmtree(directory(older, 3))
+    assert push(older, url) == 0
+    assert sorted(path.name for path in (store / "checkpoints").iterdir()) == ["step-00000004"]
+
+
+def test_an_older_checkpoint_is_used_if_the_manifest_of_the_newest_is_cut_off(older, url, tmp_path, capsys):
+    for step in (2, 3):
+        earlier(older, step)
+        assert push(older, url, "--step", str(step)) == 0
+    cut = directory(tmp_path / "store" / "demo", 3) / MANIFEST
+    cut.write_bytes(cut.read_bytes()[:50])
+    assert pull(url, tmp_path / "back") == 0
+    assert directory(tmp_path / "back", 2).is_dir()
+    said = capsys.readouterr().out
+    assert f"{STEP[:-1]}3/manifest.json: not JSON" in said and "the newest whole checkpoint is taken" in said
+    assert pull(url, tmp_path / "third", "--step", "3") == 2
+    capsys.readouterr()
+    assert push(older, url) == 0  # and a push is not stopped by it
+    assert RunCopy(url).has(4, manifest_of(older))

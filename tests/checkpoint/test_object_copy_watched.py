@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def test_push_watch_ends_when_the_run_finishes(older, url, monkeypatch):
 
 
 def test_push_watch_sends_the_run_s_files_when_a_start_ends(older, url, tmp_path, monkeypatch):
-    """Also without a new checkpoint, and when the run diverged or was stopped and may continue."""
+    """Also without a new checkpoint, and when the run was stopped and may continue."""
 
     def there() -> list[bytes]:
         return [(tmp_path / "store" / "demo" / name).read_bytes() for name in ("metrics.jsonl", "outcome.json")]
@@ -115,3 +116,39 @@ def test_push_continues_with_the_newest_if_a_checkpoint_is_removed(older, url, m
     assert push(older, url) == 0
     assert RunCopy(url).steps() == [5]
     assert "checkpoint 4 was removed by the run" in capsys.readouterr().out
+
+
+def test_push_watch_tries_again_while_the_file_system_of_the_run_is_gone(older, url, tmp_path, monkeypatch, capsys):
+    """Whether its directory is empty, or reading fails: both can pass."""
+    away = tmp_path / "away"
+    read, failing = Path.read_bytes, []
+
+    def fails(path: Path) -> bytes:
+        if failing and path.name in ("environment.json", "outcome.json"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    def unmounted() -> None:
+        older.rename(away)
+        older.mkdir()
+
+    def mounted() -> None:
+        older.rmdir()
+        away.rename(older)
+        failing.append(True)
+        finish(older)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    polls(monkeypatch, unmounted, mounted, failing.clear)
+    assert push(older, url, "--watch") == 0
+    said = capsys.readouterr().out
+    assert f"{older}: recipe.yaml is missing: is its file system mounted?; trying again in 20 s" in said
+    assert f"cannot read {older}/outcome.json: Input/output error; trying again in 20 s" in said
+    assert (tmp_path / "store" / "demo" / "outcome.json").exists()
+
+
+def test_push_watch_ends_when_the_run_has_diverged(older, url, tmp_path, monkeypatch):
+    (older / "outcome.json").write_text(json.dumps({"finished": False, "diverged": "the loss is nan"}))
+    polls(monkeypatch)
+    assert push(older, url, "--watch") == 0
+    assert (tmp_path / "store" / "demo" / "outcome.json").read_bytes() == (older / "outcome.json").read_bytes()

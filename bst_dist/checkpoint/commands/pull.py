@@ -11,6 +11,7 @@ same run; it keeps its own files and gets the checkpoint.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bst_base.sizes import readable_size
 from bst_dist.checkpoint.commands.common import add_step
 from bst_dist.checkpoint.commands.copied_run import other_run
 from bst_dist.checkpoint.directory import CheckpointError, find, is_full, read_manifest, size
-from bst_dist.checkpoint.object_copy import RunCopy, contains
+from bst_dist.checkpoint.object_copy import DamagedCopyError, RunCopy, contains
 from bst_dist.train.rundir import RECIPE
 
 
@@ -56,10 +57,34 @@ def _chosen(copy: RunCopy, step: int | None) -> int:
         )
     if step is not None:
         return step
-    full = next((one for one in there if is_full(copy.manifest(one))), there[0])
-    if full != there[0]:
-        print(f"checkpoint {there[0]} is newer, but has only weights: no run can resume from it (--step {there[0]})")
-    return full
+    return _newest(copy, there)
+
+
+def _newest(copy: RunCopy, there: Sequence[int]) -> int:
+    """Return the newest step of `there` that a run can resume from, or else the newest with whole weights.
+
+    Damaged manifests are named, and their steps left out; raises DamagedCopyError when all are damaged.
+    """
+    only_weights: list[int] = []
+    damaged: list[DamagedCopyError] = []
+    chosen = None
+    for step in there:
+        try:
+            if is_full(copy.manifest(step)):
+                chosen = step
+                break
+            only_weights.append(step)
+        except DamagedCopyError as error:
+            damaged.append(error)
+    if chosen is None and not only_weights:
+        raise damaged[0]
+    for error in damaged:
+        print(f"{error}; the newest whole checkpoint is taken")
+    if chosen is None:
+        return only_weights[0]
+    for step in only_weights[:1]:
+        print(f"checkpoint {step} is newer, but has only weights: no run can resume from it (--step {step})")
+    return chosen
 
 
 def _take_files(copy: RunCopy, run_dir: Path) -> None:

@@ -1,14 +1,14 @@
 """Copy a run and its newest full checkpoint to an object store, and a newer one of only the weights if there is one.
 
     bst ckpt push runs/demo s3://bucket/demo
-    bst ckpt push runs/demo s3://bucket/demo --watch --keep 3     # each new one, until the run has finished
+    bst ckpt push runs/demo s3://bucket/demo --watch --keep 3     # each new one, until the run has ended
 
 `bst ckpt pull` downloads the copy. A push can run during training, on any host that sees the run directory; training
 never waits for it. A checkpoint's manifest is sent last, so an interrupted push leaves no checkpoint there; the next
 push sends it again. Damaged files are not sent. When the run has gone back to an earlier step, the copy follows: a
 checkpoint taken again replaces that of the same step, and later ones are removed. Another run is refused. With --watch,
-an error of the store is printed, and the push tried again. Credentials come from where the store's client looks for
-them (for S3: AWS_…).
+an error of the store or of the run's file system is printed, and the push tried again. Credentials come from where the
+store's client looks for them (for S3: AWS_…).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from bst_base.sizes import readable_size
 from bst_dist.checkpoint.commands.common import add_run, add_step, select
 from bst_dist.checkpoint.commands.copied_run import abandoned, ended, other_run
 from bst_dist.checkpoint.directory import CheckpointError, committed, is_full, read_manifest, step_of
-from bst_dist.checkpoint.object_copy import RunCopy
+from bst_dist.checkpoint.object_copy import DamagedCopyError, RunCopy
 from bst_dist.checkpoint.retention import CheckpointEntry, readable
-from bst_dist.train.rundir import read_outcome, read_recipe
+from bst_dist.train.rundir import RECIPE, read_outcome, read_recipe
 
 POLL_S = 20.0
 """Seconds between two checks of --watch for a new checkpoint."""
@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many of the newest to keep there, besides those pinned in RUN (default: 2)",
     )
-    parser.add_argument("--watch", action="store_true", help="send each new checkpoint until the run has finished")
+    parser.add_argument(
+        "--watch", action="store_true", help="send each new checkpoint until the run has finished or diverged"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -54,16 +56,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     read_recipe(args.run)
     copy, sent = RunCopy(args.url), 0
     while True:
-        over = (read_outcome(args.run) or {}).get("finished", False)
         try:
+            over = _over(args.run)
             sent += _push(args, copy, over)
             if over or not args.watch:
                 return _told(args, copy, sent)
-        except StorageError as error:
+        except (StorageError, OSError) as error:  # of the store, or of the run's own file system
             if not args.watch:
                 raise
-            print(f"{error}; trying again in {POLL_S:.0f} s", flush=True)
+            said = StorageError.of(error) if isinstance(error, OSError) else error
+            print(f"{said}; trying again in {POLL_S:.0f} s", flush=True)
         time.sleep(POLL_S)
+
+
+def _over(run_dir: Path) -> bool:
+    """Whether the run has finished or diverged; raises StorageError when its directory is gone from this host."""
+    if not (run_dir / RECIPE).is_file():
+        raise StorageError(f"{run_dir}: {RECIPE} is missing: is its file system mounted?")
+    outcome = read_outcome(run_dir) or {}
+    return bool(outcome.get("finished") or "diverged" in outcome)
 
 
 def _told(args: argparse.Namespace, copy: RunCopy, sent: int) -> dict[str, Any]:
@@ -76,7 +87,7 @@ def _told(args: argparse.Namespace, copy: RunCopy, sent: int) -> dict[str, Any]:
 def _push(args: argparse.Namespace, copy: RunCopy, over: bool) -> int:
     """Send what the store lacks, then remove what it need not keep; return the number of bytes sent of checkpoints.
 
-    `over`: the run has finished.
+    `over`: the run has finished or diverged.
     """
     if difference := other_run(copy, args.run):
         raise UserError(f"{copy.url}: holds another run than {args.run} ({difference}): choose another URL")
@@ -127,9 +138,21 @@ def _removed(one: CheckpointEntry) -> bool:
 def _clean(run_dir: Path, copy: RunCopy, wanted: Sequence[CheckpointEntry], keep: int) -> None:
     """Remove from the store what the run has abandoned, and all but the newest `keep` full checkpoints.
 
-    Those just sent (`wanted`), those pinned in the run, and those of only the weights stay.
+    Those just sent (`wanted`), those pinned in the run, and those of only the weights stay. Parts of checkpoints,
+    which interrupted pushes have left, are removed unless the run still has the checkpoint: then another push may be
+    sending it.
     """
-    there = {step: copy.manifest(step) for step in copy.steps()}
+    own = [step_of(path) for path in committed(run_dir)]
+    for step in copy.unfinished():
+        if step not in own:
+            copy.remove_unfinished(step)
+            print(f"checkpoint {step} removed from {copy.url} (incomplete, and the run no longer has it)", flush=True)
+    there = {}
+    for step in copy.steps():
+        try:
+            there[step] = copy.manifest(step)
+        except DamagedCopyError as error:
+            print(error, flush=True)
     if any(one.full for one in wanted):  # else an abandoned one may be all that a run can resume from
         for step in abandoned(run_dir, there):
             _remove(copy, step, "the run went back to an earlier step")
