@@ -24,10 +24,12 @@ from bst_dist.checkpoint.directory import (
 from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.study.lra.config import LongRangeConfig
+from bst_dist.study.runs.results import read_result
 from bst_dist.train import rundir
 from bst_dist.train.rundir import read_recipe
 from bst_dist.train.start.initial_weights import load_initial
 from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
+from data_pipeline.serve.loader import open_corpora
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.synthetic.config import SyntheticConfig
 
@@ -87,6 +89,18 @@ def restore(model: nn.Module, run_dir: Path, step: int | None = None, kind: str 
         model.load_state_dict(load_weights(checkpoint, kind))
     model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).eval()
     return step_of(checkpoint)
+
+
+def open_validation(trained: Trained) -> list[Corpus]:
+    """Open the validation text of a run's corpora; raises UserError if they have changed since the run was trained."""
+    found = open_corpora(trained.recipe.data, "validation")
+    known = read_result(trained.run_dir).corpora
+    if known and known != " ".join(corpus.sha256 for corpus in found):
+        raise UserError(
+            f"{trained.run_dir}: its corpus has changed since it was trained: prepare that corpus again, or remove "
+            "this run and train it again"
+        )
+    return found
 
 
 def require_language_model(run_dir: Path, recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bst_dist.config import Recipe
-from bst_dist.study.evaluation.trained import open_run
+from bst_dist.study.evaluation.trained import open_run, open_validation
 from bst_dist.study.experiment.config import MeasureConfig
 from bst_dist.study.experiment.readings import ByDocument, Reading
 from bst_dist.study.lengths.measure import How, LengthError, how, measure
@@ -24,7 +24,6 @@ from bst_dist.study.runs.state import State
 from bst_dist.study.sweep.shape import count
 from bst_dist.train.config import TrainConfig
 from bst_dist.train.rundir import read_recipe
-from data_pipeline.serve.loader import open_corpora
 
 MIB = 2**20
 
@@ -90,6 +89,8 @@ class Measured:
     """Column key -> why there is no value, or a remark about how it was measured."""
     versions: dict[str, str | None] = field(default_factory=dict)
     """Versions of the software and hardware it was trained with."""
+    corpora: str = ""
+    """SHA-256 of the text that it was trained on; empty if unknown, as in older results."""
 
 
 def measure_run(name: str, asked: MeasureConfig, state: State, say: Callable[[str], None]) -> Measured:
@@ -97,7 +98,9 @@ def measure_run(name: str, asked: MeasureConfig, state: State, say: Callable[[st
     run_dir = state.directory(name)
     recipe = read_recipe(run_dir)
     result = read_result(run_dir)
-    found = Measured(count(recipe.model, recipe.train.sequence_length).total, versions=result.versions)
+    found = Measured(
+        count(recipe.model, recipe.train.sequence_length).total, versions=result.versions, corpora=result.corpora
+    )
     if asked.validation:
         _validation(result.final, found)
     if asked.task:
@@ -193,9 +196,12 @@ def _lengths(
             found.notes[_at(length)] = f"refused: {error}"
     if not possible:
         return
-    question = f"{run_dir.name}-at-{'-'.join(map(str, possible))}-of-{asked.tokens or 'all'}"
     results = state.cached(
-        "lengths", question, lambda: [asdict(one) for one in _evaluate(run_dir, possible, asked.tokens, say)]
+        "lengths",
+        run_dir.name,
+        f"at-{'-'.join(map(str, possible))}-of-{asked.tokens or 'all'}",
+        found.corpora,
+        lambda: [asdict(one) for one in _evaluate(run_dir, possible, asked.tokens, say)],
     )
     for length, result in zip(possible, (AtLength(**one) for one in results), strict=True):
         documents = ByDocument(np.array(result.bits), np.array(result.bytes))
@@ -218,9 +224,7 @@ class AtLength:
 def _evaluate(run_dir: Path, lengths: list[int], tokens: int | None, say: Callable[[str], None]) -> list[AtLength]:
     say(f"evaluating {run_dir.name} at {', '.join(f'{length:,}' for length in lengths)}")
     trained = open_run(run_dir)
-    found = [
-        measure(trained, corpus, lengths, tokens=tokens) for corpus in open_corpora(trained.recipe.data, "validation")
-    ]
+    found = [measure(trained, corpus, lengths, tokens=tokens) for corpus in open_validation(trained)]
     return [
         AtLength(
             of_length[0].length,

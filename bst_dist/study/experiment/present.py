@@ -73,13 +73,13 @@ def _level(row: Row, column: Column) -> str:
 
 
 def _difference(row: Row, reference: Row, column: Column) -> str:
-    """Return the cell of a difference; a percentage is of the reference's mean over the seeds that both have."""
+    """Return the cell of a difference; a percentage is of the reference's mean over the same seeds."""
     found = row.differences.get(column.key)
     if found is None:
         return ""
     mark = " *" if apart(found) else ""
     if not column.relative:
         return f"{found.text(column.digits, sign=True)}{mark}"
-    whole = mean([value for seed, value in reference.values[column.key].items() if seed in row.values[column.key]])
+    whole = mean([value for seed, value in reference.values[column.key].items() if seed in row.paired[column.key]])
     error = "" if found.standard_error is None else f" ± {found.standard_error / whole.value:.0%}"
     return f"{found.value / whole.value:+.0%}{error}{mark}"

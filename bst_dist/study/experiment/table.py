@@ -15,6 +15,7 @@ from bst_dist.study.experiment.config import ExperimentConfig
 from bst_dist.study.experiment.design import Trial
 from bst_dist.study.experiment.measure import Column, Measured, columns
 from bst_dist.study.experiment.readings import Reading, apart, difference, level
+from bst_dist.study.laws.observation import same_text
 from bst_dist.study.runs.results import trained_with
 from bst_dist.study.runs.state import RunStatus
 from bst_dist.study.statistics import Estimate
@@ -42,6 +43,8 @@ class Row:
     """Column key -> why there is no value, or a remark about how it was measured."""
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     """Column key -> seed -> value."""
+    paired: dict[str, list[int]] = field(default_factory=dict)
+    """Column key -> the seeds of its difference."""
 
     @property
     def done(self) -> int:
@@ -146,13 +149,31 @@ def _row(condition: str, arm: str, own: Found, reference: Found, every: list[Col
         if readings:
             row.levels[key] = level(readings)
             row.values[key] = {seed: reading.value for seed, reading in readings.items()}
-        if own is not reference and (found := difference(readings, _by_seed(reference, key))) is not None:
-            row.differences[key] = found
         said = Counter(measured.notes[key] for measured in known if key in measured.notes)
+        if own is not reference:
+            said.update(_compare(row, key, own, reference))
         if said:
             of = len(known)
             row.notes[key] = "; ".join(t if n == of else f"{n} of {of} seeds: {t}" for t, n in said.items())
     return row
+
+
+def _compare(row: Row, key: str, own: Found, reference: Found) -> Counter[str]:
+    """Add the difference of a column to its row, and return why seeds are left out of it, with their number.
+
+    There is none if a finished run of either arm has no value: the seeds that reach a loss are not like the others.
+    """
+    readings, theirs = _by_seed(own, key), _by_seed(reference, key)
+    texts, their_texts = ({t.seed: m.corpora for t, _, m in found if m is not None} for found in (own, reference))
+    both, arm = [seed for seed in readings if seed in theirs], reference[0][0].arm
+    if both and (len(readings), len(theirs)) != (len(texts), len(their_texts)):
+        return Counter({f"not compared with {arm}: a run of the two has no value": len(texts)})
+    row.paired[key] = [seed for seed in both if same_text(texts[seed], their_texts[seed])]
+    found = difference(*({seed: of[seed] for seed in row.paired[key]} for of in (readings, theirs)))
+    if found is not None:
+        row.differences[key] = found
+    left_out = len(both) - len(row.paired[key])
+    return Counter({f"trained on other text than {arm}: not compared": left_out} if left_out else {})
 
 
 def _by_seed(found: Found, key: str) -> dict[int, Reading]:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from bst_base.errors import UserError
-from bst_dist.study.laws.observation import Observation
+from bst_dist.study.laws.observation import Observation, same_text
 
 Vector = np.ndarray
 Axis = Literal["flops", "time_s"]
@@ -117,14 +117,9 @@ def _problem(o: Observation, of_stratum: Sequence[Observation], baseline: str) -
     curve = [c for c in of_stratum if c.usable]
     if not curve:
         return _Unpaired(o.name, f"{baseline} has no finished run in its stratum")
-    if not all(_same_text(o, c) for c in curve):
+    if not all(same_text(o.corpora, c.corpora) for c in curve):
         return _Unpaired(o.name, f"trained on other text than the run of {baseline}")
     return None
-
-
-def _same_text(one: Observation, other: Observation) -> bool:
-    """Whether two runs were trained on the same text, as far as this is known."""
-    return not one.corpora or not other.corpora or one.corpora == other.corpora
 
 
 def _lines(left_out: Sequence[_Unpaired], variant: str) -> list[str]:
@@ -155,7 +150,7 @@ def gaps_by(
     rows, strata = [], []
     for o in own:
         partner = base.get((o.stratum, o.length))
-        if o.architecture == variant and partner is not None and _same_text(o, partner):
+        if o.architecture == variant and partner is not None and same_text(o.corpora, partner.corpora):
             mine, theirs = getattr(o, part), getattr(partner, part)
             if len(theirs) != len(mine) or (rows and len(rows[0]) != len(theirs)):
                 return np.empty((0, 0)), np.empty(0)

@@ -61,6 +61,11 @@ class Observation:
         return self.status == "done" and math.isfinite(self.loss) and self.loss > 0
 
 
+def same_text(one: str, other: str) -> bool:
+    """Whether two runs were trained on the same text, as far as it is known; of each run its `corpora`."""
+    return not one or not other or one == other
+
+
 def grid(observed: Sequence[Observation]) -> list[Observation]:
     """Return the observations that are fitted and compared: usable, not held out, at the rule's learning rate."""
     return [o for o in observed if o.usable and not o.held_out and o.rate_factor == 1]

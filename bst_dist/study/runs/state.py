@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -25,7 +26,7 @@ from bst_base.json_lines import read_lines
 from bst_base.locks import flock
 from bst_dist.report.metrics import FILE
 from bst_dist.study.runs.recipes import Job
-from bst_dist.train.rundir import read_outcome
+from bst_dist.train.rundir import OUTCOME, read_outcome
 
 RUNS = "runs"
 OUT_OF_MEMORY = "out of memory"
@@ -123,12 +124,26 @@ class State:
         lines = [line for line in read_lines(self.directory(name) / FILE) if line["kind"] == "train"]
         return lines[-1] if lines else None
 
-    def cached(self, kind: str, name: str, make: Callable[[], Any]) -> Any:
-        """Return the result of an evaluation: read from its file, or made with `make` and stored."""
-        path = self.path(kind, name)
+    def cached(self, kind: str, run: str, question: str, corpora: str, make: Callable[[], Any]) -> Any:
+        """Return the result of an evaluation of a finished run: read from its file, or made with `make` and stored.
+
+        The file's name has a hash of `corpora`, the SHA-256 of the text that the run was trained on, because a run of
+        the same name may be trained once more after its corpus was prepared anew. Older files have no such hash; one
+        is used if it is not older than the end of the run.
+        """
+        path = older = self.path(kind, f"{run}-{question}")
+        if corpora:
+            text = hashlib.sha256(corpora.encode()).hexdigest()[:8]
+            path = self.path(kind, f"{run}-{question}-text-{text}")
+        if not path.exists() and older.exists() and self._follows_the_end(older, run):
+            path = older
         if not path.exists():
             write_text(path, json.dumps(make()) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def _follows_the_end(self, path: Path, run: str) -> bool:
+        end = self.directory(run) / OUTCOME
+        return not end.exists() or path.stat().st_mtime_ns >= end.stat().st_mtime_ns
 
     def _own(self, name: str) -> RunStatus:
         outcome = read_outcome(self.directory(name))

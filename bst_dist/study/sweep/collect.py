@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from bst_dist.study.evaluation.trained import open_run
+from bst_dist.study.evaluation.trained import open_run, open_validation
 from bst_dist.study.runs.recipes import Job
 from bst_dist.study.runs.results import Result, read_result
 from bst_dist.study.runs.state import State
 from bst_dist.study.sweep.design import Run
 from bst_dist.study.sweep.table import Row
 from bst_dist.train.rundir import read_recipe
-from data_pipeline.serve.loader import open_corpora
 
 
 def collect(runs: list[Run], state: State, baseline: str, documents: int = 0) -> list[Row]:
@@ -64,7 +63,11 @@ def row_of(known: dict[str, Any], run: Job, state: State, documents: int = 0) ->
         return Row(**known | {"status": "diverged", "reason": f"its validation loss is {measured['loss_nats']}"})
     if documents:
         measured["loss_by_document"] = state.cached(
-            "documents", f"{run.name}-first-{documents}", lambda: _by_document(state.directory(run.name), documents)
+            "documents",
+            run.name,
+            f"first-{documents}",
+            measured["corpora"],
+            lambda: _by_document(state.directory(run.name), documents),
         )
     return Row(**known, **measured)
 
@@ -111,7 +114,7 @@ def _by_document(run_dir: Path, at_most: int) -> list[float]:
 
     trained = open_run(run_dir)
     length, losses = trained.recipe.train.sequence_length, []
-    for corpus in open_corpora(trained.recipe.data, "validation"):
+    for corpus in open_validation(trained):
         scored = score(
             trained.model,
             corpus,

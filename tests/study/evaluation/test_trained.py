@@ -8,7 +8,7 @@ import torch
 from bst_base.errors import UserError
 from bst_dist.checkpoint.directory import MANIFEST, OPTIMIZER, WEIGHTS, directory, shard_file
 from bst_dist.model.lm import LanguageModel
-from bst_dist.study.evaluation.trained import open_run
+from bst_dist.study.evaluation.trained import open_run, open_validation
 
 
 def test_the_newest_checkpoint_is_opened_and_an_older_one_on_request(make_run):
@@ -56,3 +56,16 @@ def test_only_the_weights_of_a_checkpoint_are_read(make_run):
 def test_the_precision_can_be_chosen(make_run):
     run_dir = make_run()
     assert [open_run(run_dir, precision=each).recipe.train.precision for each in (None, "bf16")] == ["fp32", "bf16"]
+
+
+def test_validation_text_that_has_changed_since_training_is_refused(make_run):
+    trained = open_run(make_run())
+    (corpus,) = open_validation(trained)  # of an older run: on which text it was trained is unknown
+    environment = trained.run_dir / "environment.json"
+    for sha256 in (corpus.sha256, "0" * 64):
+        starts = [{"versions": {}, "corpora": [{"path": str(corpus.where), "sha256": sha256}]}]
+        environment.write_text(json.dumps({"starts": starts}))
+        if sha256 == corpus.sha256:
+            assert len(open_validation(trained)) == 1
+    with pytest.raises(UserError, match="its corpus has changed since it was trained"):
+        open_validation(trained)

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import math
+import os
 
 import pytest
 import yaml
@@ -51,6 +52,7 @@ def made(tmp_path):
             self.trials = trials(self.experiment)
             self.state = State(self.experiment.directory, 1)
             self.commit = "abc"
+            self.corpora = []
 
         def finish(self, trial, losses, step_times=(9.0, 4.0, 0.25, 1.0), outcome=None):
             """Write a finished run with these evaluations, one per step."""
@@ -73,7 +75,8 @@ def made(tmp_path):
                 ]
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (run / "outcome.json").write_text(json.dumps(outcome or {"finished": True}))
-            starts = [{"versions": {"torch": "2.13.0", "commit": self.commit}}]
+            corpora = [{"path": "corpus", "sha256": sha256} for sha256 in self.corpora]
+            starts = [{"versions": {"torch": "2.13.0", "commit": self.commit}, "corpora": corpora}]
             (run / "environment.json").write_text(json.dumps({"starts": starts}))
 
         def evaluated(self, trial, bits, sizes, lengths=(16, 32)):
@@ -223,11 +226,74 @@ def test_diverged_and_waiting_runs_are_in_the_table(made, capsys):
     assert "1 of 2" in shown
 
 
+def test_runs_trained_on_other_text_are_not_compared(made, capsys):
+    """Seeds 0 and 1 of fir read another text; the text of seed 3 is unknown, as in older results."""
+    m = made(seeds=[0, 1, 2, 3])
+    for trial in m.trials:
+        other = trial.arm == "fir" and trial.seed < 2
+        m.corpora = [] if trial.seed == 3 else ["b" * 64 if other else "a" * 64, "c" * 64]
+        m.finish(trial, [6.0, 4.0, 2.5, 2.0 + (trial.arm == "fir") * (1.0 if other else 0.1 + 0.01 * trial.seed)])
+    row = _rows(m.report())["fir"]
+    gap = row["difference"]["bits_per_byte"]
+    assert (gap["n"], gap["value"]) == (2, pytest.approx(0.125))
+    assert row["notes"]["bits_per_byte"] == "2 of 4 seeds: trained on other text than sliding: not compared"
+    assert row["measured"]["bits_per_byte"]["n"] == 4
+    assert "† fir, 2 of 4 seeds: trained on other text than sliding" in " ".join(capsys.readouterr().out.split())
+
+
+def test_arm_trained_on_other_text_has_no_difference(made):
+    m = made()
+    for trial in m.trials:
+        m.corpora = ["b" * 64 if trial.arm == "fir" else "a" * 64]
+        m.finish(trial, [6.0, 4.0, 2.5, 2.0 + (trial.arm == "fir")])
+    assert _rows(m.report())["fir"]["difference"] == {}
+
+
+@pytest.mark.parametrize("late", ["fir", "sliding"])
+def test_target_that_a_seed_does_not_reach_is_not_compared(made, late):
+    """The seeds that reach it are the better ones: their mean would favour the arm that reaches it less often."""
+    m = made(seeds=[0, 1, 2], measure={"time_to": 2.2})
+    for trial in m.trials:
+        missed = trial.arm == late and trial.seed == 2
+        m.finish(trial, [6.0, 4.0, 2.5 - 0.2 * (trial.arm == "fir") - 0.01 * trial.seed, 2.3 if missed else 2.0])
+    row = _rows(m.report())["fir"]
+    assert set(row["difference"]) == {"bits_per_byte"}
+    assert "not compared with sliding: a run of the two has no value" in row["notes"]["tokens_to_loss"]
+    assert ("1 of 3 seeds: not reached" in row["notes"]["tokens_to_loss"]) == (late == "fir")
+
+
+def test_evaluation_is_repeated_for_a_run_trained_anew_on_other_text(made):
+    m = made(seeds=[3])
+    name = m.trials[0].name
+    m.finish(m.trials[0], [6.0, 4.0, 2.5, 2.0])
+    asked = []
+
+    def evaluated(corpora):
+        return m.state.cached("lengths", name, "at-16", corpora, lambda: asked.append(corpora) or len(asked))
+
+    assert [evaluated("a"), evaluated("a"), evaluated("b"), evaluated("a")] == [1, 1, 2, 1]
+    assert asked == ["a", "b"]
+
+
+def test_older_evaluation_without_the_text_is_kept_unless_the_run_ended_later(made):
+    m = made(seeds=[3])
+    name = m.trials[0].name
+    m.finish(m.trials[0], [6.0, 4.0, 2.5, 2.0])
+    older = m.state.path("lengths", f"{name}-at-16")
+    older.parent.mkdir(parents=True)
+    older.write_text("7")
+    assert m.state.cached("lengths", name, "at-16", "a", lambda: 8) == 7
+    ended = (m.state.directory(name) / "outcome.json").stat().st_mtime_ns
+    os.utime(older, ns=(ended - 1, ended - 1))
+    assert m.state.cached("lengths", name, "at-16", "a", lambda: 8) == 8
+    assert m.state.cached("lengths", name, "at-16", "a", lambda: 9) == 8
+
+
 def test_unreached_target_loss_is_noted(made):
     m = made(measure={"time_to": 1.0})
     for trial in m.trials:
         m.finish(trial, [6.0, 4.0, 2.5, 0.5 if trial.seed else 2.0])
-    row = _rows(m.report())["fir"]
+    row = _rows(m.report())["sliding"]
     assert row["measured"]["tokens_to_loss"]["n"] == 1
     assert row["notes"]["tokens_to_loss"] == "1 of 2 seeds: not reached: at best 2.000"
 
