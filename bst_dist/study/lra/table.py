@@ -27,13 +27,23 @@ class Row:
 
 
 def rows(run_dirs: Sequence[Path], split: str) -> list[Row]:
-    """Read the stored accuracies of runs; raises UserError if one is missing, or if their examples differ."""
+    """Read the stored accuracies of runs.
+
+    Raises UserError if one is missing, if their examples differ, or if two runs have the same recipe, seed and step.
+    """
     found = [_row(run_dir, split) for run_dir in run_dirs]
     for other in found[1:]:
         if other.report.examples_sha256 != found[0].report.examples_sha256:
             raise UserError(
                 f"{found[0].run} and {other.run}: evaluated on different examples, so their accuracies cannot be "
                 "compared"
+            )
+    seen: dict[tuple[str, int, int], str] = {}
+    for row in found:
+        first = seen.setdefault((row.recipe, row.report.step, row.seed), row.run)
+        if first is not row.run:
+            raise UserError(
+                f"{first} and {row.run}: the same recipe and seed after the same steps: give only one of them"
             )
     return found
 
@@ -57,23 +67,24 @@ def _without_seed(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean over runs of one recipe that differ only in their seed."""
+    """The mean over runs of one recipe, after the same steps, that differ only in their seed."""
 
     model: str
     parameters: int
+    step: int
     seeds: int
     accuracy_mean: Estimate
     """Mean accuracy, with its standard error over seeds."""
 
 
 def means(found: Sequence[Row]) -> list[Mean]:
-    """Return for each recipe the mean accuracy over its seeds, with the standard error over seeds."""
-    groups: dict[str, list[Row]] = {}
+    """Return for each recipe and step the mean accuracy over its seeds, with the standard error over seeds."""
+    groups: dict[tuple[str, int], list[Row]] = {}
     for row in found:
-        groups.setdefault(row.recipe, []).append(row)
+        groups.setdefault((row.recipe, row.report.step), []).append(row)
     return [_mean(group) for group in groups.values()]
 
 
 def _mean(group: Sequence[Row]) -> Mean:
     accuracy = mean([row.report.accuracy for row in group], "seeds")
-    return Mean(group[0].model, group[0].report.parameters, len(group), accuracy)
+    return Mean(group[0].model, group[0].report.parameters, group[0].report.step, len(group), accuracy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.study.lra.accuracy import Accuracy
 from bst_dist.study.lra.evaluate import Report, keep
+from bst_dist.study.lra.table import means, rows
 
 
 @pytest.mark.parametrize(("correct", "examples"), [(0, 50), (3, 50), (1234, 4000), (50, 50)])
@@ -76,3 +78,18 @@ def test_table_error_for_an_unevaluated_run_names_the_command(tmp_path, settings
     run = run_directory(tmp_path / "one", settings, 1, 400)
     assert main(["lra", "table", run, "--split", "validation"]) == 2
     assert f"bst lra eval {run} --split validation" in capsys.readouterr().err
+
+
+def test_runs_of_other_steps_are_no_further_seeds(tmp_path, settings):
+    for name, seed in (("one", 1), ("two", 2)):
+        run_directory(tmp_path / name, settings, seed, 400)
+    found = rows([tmp_path / "one", tmp_path / "two"], "test")
+    short = replace(found[1], report=replace(found[1].report, step=2, accuracy=0.1))
+    assert [(m.step, m.seeds, m.accuracy_mean.value) for m in means([found[0], short])] == [(6, 1, 0.4), (2, 1, 0.1)]
+    assert [m.seeds for m in means(found)] == [2]
+
+
+def test_table_refuses_the_same_run_twice(tmp_path, settings, capsys):
+    one, copy = (run_directory(tmp_path / name, settings, 1, 400) for name in ("one", "copy"))
+    assert main(["lra", "table", one, copy]) == 2
+    assert f"{one} and {copy}: the same recipe and seed after the same steps" in capsys.readouterr().err

@@ -59,5 +59,7 @@ def _of_means(grouped: Sequence[Mean]) -> Sheet:
     for group in grouped:
         accuracy = group.accuracy_mean
         spread = "" if accuracy.standard_error is None else f" ± {accuracy.standard_error:.2%}"
-        rows.append([group.model, f"{group.parameters:,}", str(group.seeds), f"{accuracy.value:.2%}{spread}"])
-    return Sheet(("model", "parameters", "seeds", "mean accuracy"), rows)
+        rows.append(
+            [group.model, f"{group.parameters:,}", f"{group.step:,}", str(group.seeds), f"{accuracy.value:.2%}{spread}"]
+        )
+    return Sheet(("model", "parameters", "steps", "seeds", "mean accuracy"), rows)
