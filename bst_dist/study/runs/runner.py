@@ -52,6 +52,8 @@ class Worker:
     process: subprocess.Popen[bytes]
     place: int
     """Index of the worker, from 0. It selects the worker's share of the host's accelerators."""
+    log_bytes: int = 0
+    """Size of its run's log before this start: the log of a run has the output of all its starts."""
     started: float = field(default_factory=time.monotonic)
 
 
@@ -123,6 +125,7 @@ class Runner:
             log_file = self.state.path("logs", run.name)
             log_file.parent.mkdir(parents=True, exist_ok=True)
             with log_file.open("ab") as log:
+                log_bytes = log.tell()
                 process = subprocess.Popen(
                     self._command(run, micro),
                     env=self._environment(run, place),
@@ -133,7 +136,7 @@ class Runner:
                     start_new_session=True,
                     preexec_fn=partial(die_with_parent, signal.SIGTERM),
                 )
-            self.workers.append(Worker(run, process, place))
+            self.workers.append(Worker(run, process, place, log_bytes))
         finally:
             os.close(lock)  # the process has inherited the descriptor and holds the lock
 
@@ -214,7 +217,7 @@ class Runner:
     def _failed_start(self, worker: Worker, seconds: float) -> FailedStart:
         """Return the record of a start that did not finish its run."""
         name, status = worker.run.name, worker.process.returncode
-        lines = _tail(self.state.path("logs", name))
+        lines = _tail(self.state.path("logs", name), worker.log_bytes)
         micro = self._micro(worker.run)
         ran_out = any(sign in line for line in lines for sign in MEMORY)
         # A run with a checkpoint did have enough memory, and a micro-batch of one sequence cannot be halved.
@@ -261,9 +264,9 @@ def _empty(directory: Path) -> None:
             path.unlink()
 
 
-def _tail(path: Path, most: int = 40) -> list[str]:
-    """Return the last non-empty lines of a log."""
+def _tail(path: Path, start: int, most: int = 40) -> list[str]:
+    """Return the last non-empty lines of a log, of what follows its first `start` bytes."""
     if not path.exists():
         return []
-    lines = path.read_bytes()[-20_000:].decode(errors="replace").splitlines()
+    lines = path.read_bytes()[start:][-20_000:].decode(errors="replace").splitlines()
     return [line for line in lines if line.strip()][-most:]

@@ -441,3 +441,38 @@ def test_killed_and_restarted_sweep_gives_the_same_table(tmp_path):
 def _bst(*words):
     bst = Path(sys.executable).with_name("bst")
     return subprocess.Popen([bst, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+class Ended:
+    """A process that was killed."""
+
+    returncode = -9
+
+
+def test_reason_of_a_failure_is_read_only_from_the_output_of_its_own_start(sweep):
+    """The log of a run has the output of all its starts, and the first one ran out of memory."""
+    run = next(run for run in sweep.runs if run.trunk is None)
+    runner, log = Runner([], sweep.state, 1, print), sweep.state.path("logs", run.name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("step 1\ntorch.OutOfMemoryError: CUDA out of memory.\n")
+    first = runner._failed_start(Worker(run, Ended(), 0), 1.0)
+    size = log.stat().st_size
+    silent = runner._failed_start(Worker(run, Ended(), 0, size), 1.0)
+    with log.open("a") as file:
+        file.write("a node was lost\n")
+    second = runner._failed_start(Worker(run, Ended(), 0, size), 1.0)
+    assert "out of memory" in first.reason
+    assert [(start.status, start.reason) for start in (silent, second)] == [
+        ("failed", "exit status -9"),
+        ("failed", "a node was lost"),
+    ]
+
+
+def test_runner_remembers_the_size_of_the_log_at_each_start(sweep, monkeypatch):
+    run = next(run for run in sweep.runs if run.trunk is None)
+    runner, log = Runner([run], sweep.state, 1, print), sweep.state.path("logs", run.name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("an earlier start\n")
+    monkeypatch.setattr("bst_dist.study.runs.runner.subprocess.Popen", lambda *words, **options: Quiet())
+    runner._start(run)
+    assert [worker.log_bytes for worker in runner.workers] == [log.stat().st_size]
