@@ -105,6 +105,8 @@ def read(args: argparse.Namespace) -> list[Observation]:
         for line, row in rows
         if all(row[name] == value for name, value in conditions)
     ]
+    if out is not None and not any(o.held_out for o in found):
+        raise UserError(f"{args.table}: --held-out {args.held_out} matches no row")
     dropped = sorted(found, key=lambda o: o.loss)[len(found) - args.drop_largest :] if args.drop_largest else []
     kept = [o for o in found if o not in dropped]
     if not kept:
@@ -152,6 +154,9 @@ def _observation(line: int, row: dict[str, str], asked: dict[str, str | None], t
                 numbers[key] = math.nan
             if not (math.isfinite(numbers[key]) and numbers[key] > 0):
                 raise UserError(f"{table}: line {line}, column {name}: {row[name]!r} is not a number above 0")
+    for name in filter(None, (asked["run"], asked["group"])):
+        if not row[name]:  # None: the line has too few cells
+            raise UserError(f"{table}: line {line}, column {name}: the cell is empty")
     n = numbers["n"]
     tokens = numbers.get("d", numbers.get("flops", 0.0) / (6 * n))
     return Observation(

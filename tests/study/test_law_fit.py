@@ -208,3 +208,24 @@ def test_table_with_too_few_points_for_any_law_exits_with_status_1(tmp_path, cap
     assert "chinchilla: not fitted: 2 points are too few" in said
     assert "form, objective" not in said  # an empty table
     assert "the aspect and additive forms need the model's width and depth" in said
+
+
+@pytest.mark.parametrize(
+    ("cut", "words", "message"),
+    [
+        (",1-2", ("--run", "name"), "line 2, column name: the cell is empty"),
+        ("1-2", ("--run", "name"), "line 2, column name: the cell is empty"),
+        ("1-2", ("--group", "name"), "line 2, column name: the cell is empty"),
+        (",1-2", (), ""),
+        ("", ("--held-out", "name=lrge"), "--held-out name=lrge matches no row"),
+    ],
+)
+def test_missing_or_empty_cells_and_held_out_rows_are_named(tmp_path, capsys, cut, words, message):
+    lines = ["n,d,loss,name", *(f"{n},{20 * n},{2 + n**-0.3},{n}-2" for n in (1, 2, 3, 4, 5, 6))]
+    path = tmp_path / "points.csv"
+    lines[1] = lines[1].removesuffix(cut)
+    path.write_text("\n".join(lines) + "\n")
+    status = main(["law", "fit", str(path), "--n", "n", "--d", "d", "--loss", "loss", "--draws", "2", *words])
+    said = capsys.readouterr().err
+    assert message in said
+    assert (status == 2) == bool(message)
