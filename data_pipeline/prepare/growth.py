@@ -28,7 +28,7 @@ from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
 from data_pipeline.prepare.identity import differences
 from data_pipeline.prepare.spool import SPLITS
 
-_OF_CONTENT = ("content_sha256", "parts")  # the fields that may differ after a source has grown
+_OF_CONTENT = ("content_sha256", "names_sha256", "parts")  # the fields that may differ after a source has grown
 
 
 class Earlier:

@@ -57,29 +57,40 @@ def identity(
     done, total = 0, sum(part.size for group in groups for part in group)
     progress("hash source", 0, total)
     hashes: dict[str, str] = {}
+    names: dict[str, str] = {}
     for found in workers.run(_hash_parts, (HashTask(config.source, group) for group in groups)):
         hashes |= found.hashes
+        names |= found.names
         done += found.size
         progress("hash source", done, total)
-    content = hashlib.sha256("".join(f"{name}\0{hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
-    source = {**config.source.provenance(), "parts": sum(map(len, groups)), "content_sha256": content}
+    source = {**config.source.provenance(), "parts": sum(map(len, groups)), "content_sha256": _joined(hashes)}
+    if names:
+        source["names_sha256"] = _joined(names)
     tools = ["sentencepiece", *(["rensa"] if config.deduplicate.method == "minhash" else [])]
     return {"settings": settings, "source": source, **{tool: version(tool) for tool in tools}}
 
 
 class _Hashed(NamedTuple):
-    hashes: dict[str, str]  # by part
+    hashes: dict[str, str]  # of the content, by part
+    names: dict[str, str]  # of the files' names, by part, where the text holds them
     size: int
+
+
+def _joined(hashes: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{part}\0{hashes[part]}\n" for part in sorted(hashes)).encode()).hexdigest()
 
 
 def _hash_parts(task: HashTask) -> _Hashed:
     """Hash the files of each part. A file that is cut into several parts is hashed with the first one."""
-    hashes = {}
+    hashes, names = {}, {}
     for part in task.parts:
         if part.start <= 0:
-            files = "".join(_hash(path) for path in task.source.files(part))
-            hashes[part.name.encode("utf-8", "surrogateescape").hex()] = hashlib.sha256(files.encode()).hexdigest()
-    return _Hashed(hashes, sum(part.size for part in task.parts))
+            files, key = list(task.source.files(part)), part.name.encode("utf-8", "surrogateescape").hex()
+            hashes[key] = hashlib.sha256("".join(map(_hash, files)).encode()).hexdigest()
+            if (root := task.source.names_from(part)) is not None:
+                below = "\0".join(path.relative_to(root).as_posix() for path in files)
+                names[key] = hashlib.sha256(below.encode("utf-8", "surrogateescape")).hexdigest()
+    return _Hashed(hashes, names, sum(part.size for part in task.parts))
 
 
 def _hash(path: Path) -> str:
@@ -148,14 +159,20 @@ def _told(name: str, old: Any, new: Any) -> str:
             if old
             else "its source was not hashed, by an old version"
         )
+    if name == "source.names_sha256":
+        return "the source's files have other names than those it was made from"
     return f"{name.removeprefix('settings.')}: {old!r} there, {new!r} now"
 
 
 def differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted name, found value, wanted value) of each difference between two identities."""
+    """Yield (dotted name, found value, wanted value) of each difference between two identities.
+
+    Corpora of older versions have no hash of the names of files, and some have one of a listing: both are ignored.
+    """
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted({*found, *wanted}):
-            if (name, key) != ("source", "listing_sha256"):  # names and sizes, in corpora of older versions
+            old = key == "listing_sha256" or (key == "names_sha256" and key not in found)
+            if not (name == "source" and old):
                 yield from differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
     elif found != wanted:
         yield name, found, wanted

@@ -107,6 +107,13 @@ class Source(Config):
         """Return the files that a part is read from. A hash of their bytes identifies the source."""
         raise NotImplementedError
 
+    def names_from(self, part: Part) -> Path | None:
+        """Return the directory from which a part's text names its files; None if the text does not name them.
+
+        Such names belong to the identity of the source. (The name of a part always does.)
+        """
+        return None
+
     def read(self, part: Part) -> Iterator[Document | Skipped]:
         """Yield the documents of one part, in order.
 

@@ -57,6 +57,10 @@ class Github(Source):
         path = self._locate(part)
         return [found[1] for found in source_paths(path) if not isinstance(found, Skipped)] if path.is_dir() else [path]
 
+    def names_from(self, part: Part) -> Path | None:
+        path = self._locate(part)
+        return path if path.is_dir() else None
+
     def read(self, part: Part) -> Iterator[Document | Skipped]:
         path = self._locate(part)
         files = []

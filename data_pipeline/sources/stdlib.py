@@ -65,6 +65,10 @@ class StandardLibrary(Source):
         path = self.root / part.name
         return [path] if path.is_file() else [file for _, file in _python_files(path)]
 
+    def names_from(self, part: Part) -> Path | None:
+        path = self.root / part.name
+        return path if path.is_dir() else None
+
     def read(self, part: Part) -> Iterator[Document | Skipped]:
         texts, root = [], self.root
         for file in self.files(part):

@@ -44,6 +44,9 @@ class Linux(PackagedSource):
     def files(self, part: Part) -> list[Path]:
         return sorted(path for path in self.locate(part).iterdir() if path.is_file())
 
+    def names_from(self, part: Part) -> Path:
+        return self.locate(part)
+
     def read(self, part: Part) -> Iterator[Document | Skipped]:
         root = self.roots()["linux"]
         texts = []

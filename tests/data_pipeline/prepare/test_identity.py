@@ -94,6 +94,28 @@ def test_listing_hash_of_an_old_version_is_ignored(tmp_path: Path) -> None:
     check_same({"source": {"listing_sha256": "a"}}, {"source": {"listing_sha256": None}}, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["github", "stdlib"])
+def test_renamed_file_inside_a_part_changes_the_identity(tmp_path: Path, kind: str) -> None:
+    package = tmp_path / "source/package"
+    package.mkdir(parents=True)
+    for name in ("__init__.py", "a.py", "b.py"):
+        (package / name).write_text(f"{name[0]} = 1\n")
+    settings = {"source": {"kind": kind, "path": str(tmp_path / "source")}, "output": str(tmp_path / "corpus")}
+
+    def found() -> dict:
+        config = parse(PrepareConfig, settings)
+        return identity(config, group_parts(config.source.listing().parts, 100), Workers(None, 1), lambda *_: None)
+
+    before = found()
+    (package / "b.py").rename(package / "c.py")  # the order and the content of the files stay
+    after = found()
+    assert after["source"]["content_sha256"] == before["source"]["content_sha256"]
+    with pytest.raises(UserError, match=r"holds another corpus \(the source's files have other names than"):
+        check_same(before, after, tmp_path)
+    del before["source"]["names_sha256"]  # a corpus of an older version
+    check_same(before, after, tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "github", "stdlib"])
 @pytest.mark.parametrize("output", ["text", "text/corpus", "text/a/../b/corpus", "link/corpus"])
 def test_output_inside_the_source_is_refused(run, folder: Path, tmp_path: Path, kind: str, output: str) -> None:
