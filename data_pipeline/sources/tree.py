@@ -109,8 +109,8 @@ class FileSource(Source):
     """For an address: passed to the fsspec file system (an endpoint, a profile). `$NAME` is read from the environment;
     keys and passwords must be given this way."""
     own_splits: bool = False
-    """Keep the data's own splits: the top directory's name is, or the file's name begins with or contains, train,
-    validation (valid, val, dev) or test."""
+    """Keep the data's own splits: the name of a directory (the outermost such) is, or the file's name begins with or
+    contains, train, validation (valid, val, dev) or test."""
 
     def wanted(self, name: str) -> bool:
         """Whether a file, given by its path below the root, is read."""
@@ -202,13 +202,16 @@ class FileSource(Source):
         """
         if not self.own_splits:
             return ""
-        top, _, rest = part.name.partition("/")
-        words = [top.lower()] if rest else re.findall("[a-z]+", top.lower())
+        *directories, file = part.name.lower().split("/")
+        for directory in directories:
+            if directory in SPLIT_NAMES:
+                return SPLIT_NAMES[directory]
+        words = re.findall("[a-z]+", file)
         named = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
         if words[:1] and words[0] in SPLIT_NAMES:
             named = {SPLIT_NAMES[words[0]]}
         if len(named) != 1:
             raise UserError(
-                f"{part.name}: own_splits is set, but neither its directory nor its name says train, validation or test"
+                f"{part.name}: own_splits is set, but neither a directory nor its name says train, validation or test"
             )
         return named.pop()

@@ -99,6 +99,14 @@ def test_splits_of_the_source_are_kept(read_all, put) -> None:
     files = {"train-00000-of-00002.jsonl": "T", "valid.jsonl": "V"}
     root = put({name: lines({"text": text}) for name, text in files.items()}, under="json")
     assert [d.split for d in read_all("jsonl", path=root, own_splits=True)[0]] == ["train", "validation"]
+    names = {  # of published data sets
+        "data/train-00000-of-00002.txt": "train",
+        "en/c4-validation.00000.txt": "validation",
+        "plain_text/test/0000.txt": "test",
+        "train/test/valid.txt": "train",  # the outermost directory decides
+    }
+    root = put(dict.fromkeys(names, "text"), under="nested")
+    assert {d.path: d.split for d in read_all("folder", path=root, own_splits=True)[0]} == names
     with pytest.raises(UserError, match=r"x\.txt: own_splits is set, but neither"):
         read_all("folder", path=put({"x.txt": "x"}, under="other"), own_splits=True)
 
