@@ -67,6 +67,14 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
     """
     _require_outside(config)
     earlier = _earlier(config)
+    with config.source.in_use():
+        return _prepare(config, earlier, workers, progress)
+
+
+def _prepare(
+    config: PrepareConfig, earlier: Earlier | None, workers: Workers, progress: Progress
+) -> tuple[Manifest, dict[str, Any]]:
+    """See `prepare`."""
     progress("fetch", 0, 1)
     config.source.fetch()
     progress("fetch", 1, 1)

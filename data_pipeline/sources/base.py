@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -91,6 +92,13 @@ class Source(Config):
     """Whether its documents are token ids instead of text."""
     kind: str
     """Which source it is; its other settings are those of the kind (`bst data sources KIND`)."""
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Keep other preparations from changing what this source reads, from `fetch` to the end.
+
+        Raises UserError when another preparation uses it.
+        """
+        return nullcontext()
 
     def fetch(self) -> None:
         """Copy or download what is needed to this machine. Called once, before everything else."""

@@ -29,6 +29,10 @@ class Folder(FileSource):
     def wanted(self, name: str) -> bool:
         return _pattern(self.pattern).fullmatch(name) is not None
 
+    @property
+    def selection(self) -> str:
+        return f"{self.kind} {self.pattern}"
+
     def expected(self) -> str:
         return f"a folder with files that match source.pattern, {self.pattern!r} (**/ matches any folder below)"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -129,7 +130,15 @@ class FileSource(Source):
         if self._is_far:
             from data_pipeline.sources import copies  # late: fsspec is slow to import, most sources are local
 
-            copies.copy(self.path, self.storage_options, self.copied)
+            copies.copy(self.path, self._copies, self.storage_options, self.copied)
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """See `Source`."""
+        if not self._is_far:
+            return nullcontext()
+        from data_pipeline.sources import copies
+
+        return copies.locked(self._copies, self.path)
 
     def directory(self) -> Path | None:
         """See `Source`."""
@@ -146,7 +155,19 @@ class FileSource(Source):
             return Path(self.path.removeprefix("file://")).expanduser()
         from data_pipeline.sources import copies
 
-        return copies.copied(self.path)
+        return copies.copied(self._copies)
+
+    @property
+    def _copies(self) -> Path:
+        """The folder of the copies of an address."""
+        from data_pipeline.sources import copies
+
+        return copies.folder_of(self.path, self.selection)
+
+    @property
+    def selection(self) -> str:
+        """What decides which files are copied: others with the same name share the copies of an address."""
+        return self.kind
 
     @property
     def _is_far(self) -> bool:
@@ -185,7 +206,7 @@ class FileSource(Source):
             return Endings()
         from data_pipeline.sources import copies
 
-        return copies.left_out(self.path)
+        return copies.left_out(self._copies)
 
     def parts_of(self, name: str, path: Path) -> list[Part]:
         """Return the parts of a file: one, unless the source can begin to read at several places."""

@@ -77,6 +77,28 @@ def test_selected_files_are_copied_once_and_again_after_changes(store, tmp_path:
     assert copied == ["a.txt"]
 
 
+def test_preparations_of_one_address_keep_the_files_that_others_chose(store) -> None:
+    address = store({"a.txt": b"A", "b.md": b"B"})
+    first, second = (SOURCES["folder"](path=address, pattern=f"*.{ending}") for ending in ("txt", "md"))
+    first.fetch()
+    (part,) = first.listing().parts
+    second.fetch()
+    assert [each.content for each in first.read(part)] == [b"A"]
+    assert {each.path: each.count for each in second.listing().skipped} == {"*.txt": 1}
+
+
+def test_second_preparation_that_would_use_the_same_copies_is_refused(store) -> None:
+    address = store({"a.txt": b"A"})
+    one, same, other = (SOURCES["folder"](path=address, pattern=p) for p in ("*.txt", "*.txt", "*.md"))
+    with one.in_use():
+        with pytest.raises(UserError, match="another preparation is copying or reading the same files"), same.in_use():
+            pass
+        with other.in_use():
+            pass
+    with same.in_use():
+        pass
+
+
 def test_single_remote_file_and_source_with_metadata_are_read(store, tmp_path: Path) -> None:
     line = json.dumps({"text": "x"}).encode()
     address = store({"x.jsonl.gz": gzip.compress(line), "y.jsonl": line})
