@@ -9,7 +9,7 @@ from math import log, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from bst_base.files import atomic_file
+from bst_base.files import atomic_file, path_in_errors
 from bst_base.json_lines import keep_dropped, read_lines
 
 if TYPE_CHECKING:
@@ -181,7 +181,8 @@ class MetricsFile(Writer):
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, report: Report) -> None:
-        self._file.write(json.dumps({"kind": report.kind, **asdict(report)}) + "\n")
+        with path_in_errors(self.path):  # an error of a file system is not a fault of the program
+            self._file.write(json.dumps({"kind": report.kind, **asdict(report)}) + "\n")
 
     def close(self) -> None:
         self._file.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bst_base.files import path_in_errors
 from bst_dist.config import Recipe, flat
 from bst_dist.model.config import MIXER_SECTIONS
 from bst_dist.report.metrics import ProbeReport, Report, Writer
@@ -58,17 +59,19 @@ class TensorBoard(Writer):
             self._writer.file_writer.add_summary(summary)
 
     def write(self, report: Report) -> None:
-        for name, value in scalars(report).items():
-            self._writer.add_scalar(name, value, report.step)
+        with path_in_errors(self.path):
+            for name, value in scalars(report).items():
+                self._writer.add_scalar(name, value, report.step)
 
     def write_probes(self, report: ProbeReport) -> None:
-        for name, value in report.scalars.items():
-            self._writer.add_scalar(name, value, report.step)
-        for name, values in report.powers_of_ten.items():
-            self._writer.add_histogram(name, values, report.step, bins=BINS)
-        if report.sample is not None:
-            self._writer.add_text("sample", report.sample, report.step)
-        self._writer.flush()
+        with path_in_errors(self.path):
+            for name, value in report.scalars.items():
+                self._writer.add_scalar(name, value, report.step)
+            for name, values in report.powers_of_ten.items():
+                self._writer.add_histogram(name, values, report.step, bins=BINS)
+            if report.sample is not None:
+                self._writer.add_text("sample", report.sample, report.step)
+            self._writer.flush()
 
     def close(self) -> None:
         self._writer.file_writer.add_summary(self._end)

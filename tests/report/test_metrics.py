@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from bst_base.json_lines import read_lines
-from bst_dist.report.metrics import FILE, CorpusReport, EvalReport, MetricsFile, StepReport, bits_per_byte
+from bst_dist.faults.signals import Notice
+from bst_dist.faults.status import UNREADABLE
+from bst_dist.report.metrics import FILE, CorpusReport, EvalReport, MetricsFile, ProbeReport, StepReport, bits_per_byte
+from bst_dist.report.tensorboard import TensorBoard
+from bst_dist.train.__main__ import _reported
 
 
 def report(step: int, seconds: float = 2.0) -> StepReport:
@@ -63,3 +69,27 @@ def test_lines_of_evaluations_begin_with_their_kind(tmp_path):
         f'{{"kind": "corpus", "step": 2, "split": "books", {shared}, "loss_nats_standard_error": 0.1}}',
         f'{{"kind": "averaged", "step": 2, "split": "books", {shared}, "loss_nats_standard_error": 0.1}}',
     ]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("writer", ["metrics", "tensorboard", "probes"])
+def test_a_file_system_that_fails_under_an_open_file_is_an_error_of_storage(tmp_path, capsys, number, writer):
+    """Status 74, so that a restart is tried; the system gives no file name for a write to an open file."""
+
+    def fail(*_):
+        raise OSError(number, "the disk is gone")
+
+    if writer == "metrics":
+        failing = MetricsFile(tmp_path, 0)
+        failing.close()
+        failing._file = SimpleNamespace(write=fail)
+    else:
+        failing = TensorBoard(tmp_path, 0, {})
+        failing._writer.add_scalar = fail
+    with pytest.raises(OSError, match="the disk is gone") as raised:
+        if writer == "probes":
+            failing.write_probes(ProbeReport(1, {"a": 1.0}, {}, None))
+        else:
+            failing.write(report(1))
+    assert _reported(raised.value, Notice()) == UNREADABLE
+    assert str(failing.path) in capsys.readouterr().err
