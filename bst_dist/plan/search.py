@@ -304,7 +304,7 @@ class Planner:
         """Return, by mixer and kind, the bytes that one layer sends per row to the ranks that share its sequence."""
         slices = slices or self.recipe.train.slices
         share = self.recipe.train.sequence_length // (sp * slices)
-        return self.activations.messages(Slice(1, share, sp, stream=slices > 1))
+        return self.activations.messages(Slice(1, share, sp, stream=slices > 1 or self.recipe.train.carry))
 
 
 def _preference(way: Candidate) -> tuple[float, int, int]:

@@ -25,6 +25,7 @@ from bst_dist.train.objective import Objective, open_objective
 from bst_dist.train.start import directory
 from data_pipeline.serve.loader import EVERY_SHARD
 from data_pipeline.serve.spread import Spread
+from data_pipeline.synthetic.config import SyntheticConfig
 
 
 @dataclass(frozen=True)
@@ -179,11 +180,13 @@ def resolve(recipe: Recipe, request: Request, world: int, checked: slice = EVERY
 
 def _require_slices(recipe: Recipe, spread: Spread) -> None:
     """Raise SequenceParallelError, with the reason, when a layer cannot be computed on a rank's slices."""
-    sp, train = recipe.parallel.sp, recipe.train
+    sp, train, data = recipe.parallel.sp, recipe.train, recipe.data
     if sp > 1:
-        documents = recipe.data.documents
+        # Evaluations read a synthetic row whole, in slices of the length that a step reads of it.
+        whole = isinstance(data, SyntheticConfig) and data.row(train.sequence_length) > train.sequence_length
+        stream = train.carry or train.slices > 1 or whole
         for length in sorted({train.slice_tokens or length for length in train.lengths.values}):
-            rehearse(recipe.model, sp, spread.micro_rows, length // sp, documents=documents, stream=train.slices > 1)
+            rehearse(recipe.model, sp, spread.micro_rows, length // sp, documents=data.documents, stream=stream)
 
 
 def _complete(recipe: Recipe, world: int, spread: Spread) -> dict[str, Any]:

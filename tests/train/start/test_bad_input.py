@@ -52,6 +52,24 @@ def test_wrong_settings_are_refused_without_a_run_directory(recipe_file, tmp_pat
     assert not run_dir.exists()
 
 
+EXPLICIT = ["model.ssm={kernel: explicit, length: 32}", "model.context.ssm_width=8", "parallel.sp=2"]
+COPYING = "data={synthetic: {task: copy, lag: 4, symbols: 8}, row_tokens: 64}"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["data.mode=streaming", "train.carry=true"], ["train.slice_tokens=16"], [COPYING], [COPYING, "train.carry=true"]],
+    ids=["carried", "slices", "evaluated in slices", "synthetic and carried"],
+)
+def test_a_filter_longer_than_a_rank_s_part_of_a_stream_is_refused(recipe_file, tmp_path, capsys, given):
+    """Without a stream the ranks exchange channels instead; a stream's last inputs cannot be kept so."""
+    recipe = str(recipe_file())
+    common = ["train", recipe, "--run-dir", str(tmp_path / "run"), "--ranks", "2", "--check", *EXPLICIT]
+    assert main(common) == 0
+    assert main([*common, *given]) == 2
+    assert "so each rank would hold the stream's last inputs" in capsys.readouterr().err
+
+
 def test_a_missing_recipe_is_reported(tmp_path, capsys):
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: no such file" in capsys.readouterr().err
