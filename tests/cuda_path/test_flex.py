@@ -14,10 +14,17 @@ ROWS, LENGTH, HEADS, WIDTH, WINDOW = 2, 256, 2, 16, 128
 STARTS = torch.tensor([[False, True], [True, False]])
 
 
-def inputs(before: int, dtype: torch.dtype = torch.float32, window: int = WINDOW, length: int = LENGTH):
+def inputs(
+    before: int,
+    dtype: torch.dtype = torch.float32,
+    window: int = WINDOW,
+    length: int = LENGTH,
+    width: int = WIDTH,
+    kv_heads: int = HEADS,
+):
     torch.manual_seed(0)
-    shapes = (length, before + length, before + length)
-    q, k, v = (torch.randn(ROWS, n, HEADS, WIDTH, dtype=dtype, requires_grad=True) for n in shapes)
+    shapes = ((length, HEADS), (before + length, kv_heads), (before + length, kv_heads))
+    q, k, v = (torch.randn(ROWS, n, heads, width, dtype=dtype, requires_grad=True) for n, heads in shapes)
     bias = torch.randn(HEADS, window + 1, requires_grad=True)
     return q, k, v, bias
 
@@ -63,6 +70,33 @@ def test_sums_and_their_gradients_equal_the_tiles(documents, varying, monkeypatc
         return *share, *torch.autograd.grad(total, (q, k, v, bias))
 
     found = run()
+    monkeypatch.setattr(sliding, "attention_path", lambda device: "tiles")
+    assert max(errors(found, run())) < 2e-6
+
+
+@pytest.mark.parametrize(("width", "kv_heads"), [(4, 2), (15, 1), (16, 1)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_heads_of_any_width_reach_the_kernel_with_16_channels(width, kv_heads, biased, monkeypatch):
+    """Inductor's lowering refuses narrower heads, which the CPU's stand-in for the kernel does not."""
+    q, k, v, bias = inputs(128, width=width, kv_heads=kv_heads)
+    bias = bias if biased else None
+    weight, of_sums = torch.randn(ROWS, LENGTH, HEADS, width), torch.randn(ROWS, LENGTH, HEADS)
+    real, widths = flex.flex_attention, []
+
+    def recorded(*args, **settings):
+        widths.extend(x.shape[-1] for x in args[:3])
+        return real(*args, **settings)
+
+    def run():
+        share = sliding_share(q, k, v, Window(WINDOW), bias)
+        total = (share.out * weight).sum() + (share.sums * of_sums).sum()
+        return *share, *torch.autograd.grad(total, (q, k, v, *([bias] if biased else [])))
+
+    monkeypatch.setattr(flex, "flex_attention", recorded)
+    found = run()
+    assert set(widths) == {16}
+    with torch.no_grad():
+        assert max(errors(sliding_share(q, k, v, Window(WINDOW), bias), found[:2])) < 2e-6
     monkeypatch.setattr(sliding, "attention_path", lambda device: "tiles")
     assert max(errors(found, run())) < 2e-6
 

@@ -110,9 +110,10 @@ class Attention:
     bias: bool = False
     """Whether it has a T5 bias."""
     documents: bool = False
+    head: int = 128
 
     def compute(self) -> Tensor:
-        rows, block, heads, head = 2, 128, 2, 128
+        rows, block, heads, head = 2, 128, 2, self.head
         keys = LENGTH + (block if self.past else 0)
         shapes = (LENGTH, keys, keys)
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32

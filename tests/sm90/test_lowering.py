@@ -10,7 +10,7 @@ import torch
 if torch.version.cuda is None:
     pytest.skip("needs a torch built with CUDA: make test-sm90", allow_module_level=True)
 
-from tests.sm90.layers import COUNTS, LAYERS, count
+from tests.sm90.layers import COUNTS, LAYERS, Attention, count
 from tests.sm90.lowering import SHARED_MEMORY, copied_operands, lower, pretended_h100, trace
 
 COMMITTED = json.loads(COUNTS.read_text())
@@ -86,6 +86,14 @@ def test_powers_of_transitions_are_computed_once(name):
     sines = COMMITTED[name]["sines"]
     assert sines["forward"] <= 200_000
     assert sines["backward"] <= 20_000  # of the transition and B̄ of each mode
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_heads_narrower_than_16_have_programs(gradients):
+    """The mini sweeps have heads of 4, and Inductor's FlexAttention refuses fewer than 16 channels."""
+    graphs = trace(Attention(gradients=gradients, bias=True, head=4).compute)
+    with pretended_h100():
+        assert all("flex_attention" in lower(graph).code for graph in graphs)
 
 
 def test_a_large_sh_layer_moves_few_bytes():

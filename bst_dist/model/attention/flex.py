@@ -39,6 +39,9 @@ GRAPHS = 16
 Compiled layers need the most, ten: two kinds of layers, each with micro-batches of two sizes; with masked documents,
 the kind with an SSM has four graphs for each size (`document_mask.SHARES`)."""
 
+NARROWEST = 16
+"""Least channels of a head that Inductor's FlexAttention accepts (torch 2.13); narrower ones are padded with zeros."""
+
 BACKEND = "inductor"
 """The compiler backend for FlexAttention. Tests on a CPU replace it."""
 
@@ -97,6 +100,9 @@ def _attend(
 
     `before`: `Band.before` as a tensor; None: it is a constant of the graph.
     """
+    width = q.shape[-1]
+    if width < NARROWEST:  # scores stay the same: zeros add nothing, and the scale does not depend on the width
+        q, k, v = (F.pad(x, (0, NARROWEST - width)) for x in (q, k, v))
     band = Band(q.shape[1], k.shape[1], window)
     constant = None if bias is None else bias.detach()
     before = band.before if before is None else before
@@ -119,6 +125,7 @@ def _attend(
     lse = aux.lse if sums else aux.lse.detach()
     if bias is not None and bias.requires_grad:
         out, lse = with_bias_gradient(Attention(out, lse, bias, q, k, v, begin, window), sums)
+    out = out if width >= NARROWEST else out[..., :width]
     return out.transpose(1, 2), lse.transpose(1, 2) if sums else None
 
 
