@@ -120,16 +120,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if len(clusters) == 1 and not args.lengths:
         planner = Planner(recipe, clusters[0])
         if args.slices:
-            found = slices.sizes(planner)
+            found = slices.sizes(planner, whole)
             show_sizes(Console(), planner, found)
-            return {"recipe": recipe.name, "sizes": [slices.describe(size) for size in found]}
+            return {"recipe": recipe.name, **slices.describe(found)}
         best = planner.best()
         reading = _reading(whole)
         show(Console(), args, planner, best, reading, _lengths(whole))
-        if found := slices.where_they_help(planner, best):
+        if found := slices.where_they_help(planner, best, whole):
             show_sizes(Console(), planner, found)
         report = {"passed": best.fits, "fits": best.fits, "recipe": recipe.name, **describe(planner, best)}
-        return report | ({"sizes": [slices.describe(size) for size in found]} if found else {})
+        return report | (slices.describe(found) if found else {})
     rows, ended = _table(recipe, clusters, args.lengths or [recipe.train.sequence_length])
     show_table(Console(), recipe, device, rows)
     return {"recipe": recipe.name, "plans": [_entry(*row) for row in rows], **ended}
@@ -169,7 +169,7 @@ def _longest(args: argparse.Namespace, recipe: Recipe, device: Accelerator) -> d
 
     found, ended = _until_told(args.longest, longest)
     show_longest(Console(width=120), recipe, device, args.host_gb, found)
-    keys = ("devices", "at_once", "in_slices", "slice_tokens", "edge_bytes")
+    keys = ("devices", "at_once", "in_slices", "slice_tokens", "edge_bytes", "refused")
     return {"recipe": recipe.name, "longest": [{key: getattr(row, key) for key in keys} for row in found], **ended}
 
 

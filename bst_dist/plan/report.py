@@ -20,7 +20,7 @@ from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.host import host_at_start, host_memory
 from bst_dist.plan.models import entry
 from bst_dist.plan.search import GATHERED_ONCE, POLICIES, STAGES, Candidate, Planner
-from bst_dist.plan.slices import PLACES, Longest, Size
+from bst_dist.plan.slices import PLACES, Longest, Size, SliceSizes
 from bst_dist.plan.slices import best as best_size
 from bst_dist.plan.speed import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 
@@ -102,10 +102,10 @@ def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list
     print_table(Sheet(columns, lines))
 
 
-def show_sizes(console: Console, planner: Planner, found: list[Size]) -> None:
-    """Print memory and time by slice size, and the best size."""
+def show_sizes(console: Console, planner: Planner, found: SliceSizes) -> None:
+    """Print memory and time by slice size, the sizes that training refuses, and the best size."""
     length = planner.recipe.train.sequence_length
-    chosen = best_size(found)
+    chosen = best_size(found.planned)
     console.print(
         f"[bold]{planner.recipe.name}[/], sequences of {length:,} tokens in slices, on {_cluster(planner.cluster)}, "
         "one sequence of a rank at a time; GB per GPU by the place of edges, and the rest of the fastest that fits\n",
@@ -123,7 +123,10 @@ def show_sizes(console: Console, planner: Planner, found: list[Size]) -> None:
         "step s",
         "rerun s",
     )
-    print_table(Sheet(columns, [_size_row(size, chosen) for size in found]))
+    print_table(Sheet(columns, [_size_row(size, chosen) for size in found.planned]))
+    if found.refused:
+        sizes, problem = [f"{tokens:,}" for tokens in found.refused], next(iter(found.refused.values()))
+        console.print(f"not planned: slices of {', '.join(sizes)} tokens. {problem}", highlight=False, soft_wrap=True)
     if chosen is None:
         console.print("no size fits: more GPUs, or a smaller model", highlight=False)
     else:
@@ -164,6 +167,8 @@ def show_longest(console: Console, recipe: Recipe, device: Accelerator, host_gb:
     lines = []
     for row in rows:
         cells = ["the model's states alone do not fit", "", "", "", ""]
+        if row.refused:
+            cells = [f"{row.at_once:,}", "refused", "", "", ""]
         if row.way is not None:
             disk = 1e6 / row.slice_tokens * row.edge_bytes / GB
             cells = [
@@ -183,6 +188,8 @@ def show_longest(console: Console, recipe: Recipe, device: Accelerator, host_gb:
         "on disk: GB per million tokens",
     )
     print_table(Sheet(columns, lines, flush_right=True))
+    for problem in dict.fromkeys(row.refused for row in rows if row.refused):
+        console.print(f"refused: {problem}", highlight=False, soft_wrap=True)
 
 
 def way(best: Candidate, cluster: Cluster) -> str:

@@ -46,7 +46,7 @@ def planner(gpus: int = 1, **train) -> Planner:
 
 @pytest.fixture(scope="module")
 def found() -> list[Size]:
-    return sizes(planner())
+    return sizes(planner()).planned
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_planned_edge_bytes_equal_the_carried_state(changes):
     ("gpus", "length", "slices"), [(1, 32, [1]), (1, 64, [1]), (1, 128, [1, 2]), (4, 128, [1]), (4, 512, [1, 2])]
 )
 def test_the_whole_sequence_is_always_planned_and_slices_keep_two_blocks_per_rank(gpus, length, slices):
-    assert [size.slices for size in sizes(planner(gpus, sequence_length=length))] == slices
+    assert [size.slices for size in sizes(planner(gpus, sequence_length=length)).planned] == slices
 
 
 def test_smaller_slices_need_less_memory_except_edges(found):
@@ -136,11 +136,63 @@ def test_plan_shows_slices_if_only_they_fit(found):
     small = accelerator("h100-80gb", None).model_copy(update={"memory_gb": limit / 1e9})
     tight = Planner(recipe().model_copy(update={"compile": False}), Cluster(1, 1, small))
     shown = slices.where_they_help(tight, tight.candidate(0, 1, 1, "none"))
-    assert [size.slices for size in shown] == [1, 2, 4]
-    assert best(shown)[0].slices == 4
+    assert [size.slices for size in shown.planned] == [1, 2, 4]
+    assert best(shown.planned)[0].slices == 4
     roomy = planner()
-    assert slices.where_they_help(roomy, roomy.best()) == []
-    assert len(slices.where_they_help(roomy, roomy.candidate(0, 1, 1, "none", 2))) == 3
+    assert slices.where_they_help(roomy, roomy.best()) is None
+    assert len(slices.where_they_help(roomy, roomy.candidate(0, 1, 1, "none", 2)).planned) == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "planned", "refused"),
+    [
+        ({"mixer": "full", "placement": "all"}, {}, [1], {128: "full attention", 64: "full attention"}),
+        ({"mixer": "full"}, {}, [1], {128: "full attention", 64: "full attention"}),
+        ({"mixer": "transformer-xl", "transformer_xl": {"window": 128}}, {}, [1, 2], {64: "cuts a segment"}),
+        ({}, {"edges_every": 2, "slice_tokens": 64}, [1, 4], {128: "edges_every 2 is not below the 2 slices"}),
+        ({}, {"length_changes": [{"step": 5, "sequence_length": 192}]}, [1, 4], {128: "must be a multiple"}),
+    ],
+)
+def test_sizes_that_training_refuses_are_not_planned(model, train, planned, refused):
+    data = recipe(**train).model_dump() | {"model": MODEL | model}
+    run = parse(Recipe, data)
+    found = sizes(Planner(run.of_one_length(run.train.longest), Cluster(1, 1, accelerator("h100-80gb", None))), run)
+    assert [size.slices for size in found.planned] == planned
+    assert list(found.refused) == list(refused)
+    for tokens, said in refused.items():
+        assert said in found.refused[tokens]
+    for tokens in (size.tokens for size in found.planned if size.slices > 1):
+        parse(Recipe, data | {"train": data["train"] | {"slice_tokens": tokens}})
+
+
+def test_slices_shorter_than_a_layer_s_reach_are_not_planned_for_several_ranks():
+    """A filter of 100 inputs, 16 channels for 3 ranks: a rank's share of a slice must have 99 tokens."""
+    model = MODEL | {"ssm": {"kernel": "explicit", "length": 100}}
+    run = parse(Recipe, recipe(sequence_length=768).model_dump() | {"model": model})
+    found = sizes(Planner(run, Cluster(1, 3, accelerator("h100-80gb", None))))
+    assert [size.tokens for size in found.planned] == [768, 384]
+    assert "99 positions back" in found.refused[192]
+
+
+def test_full_attention_and_refused_shapes_have_a_longest_sequence_without_slices(monkeypatch):
+    monkeypatch.setattr(slices, "SHARE", 128)
+    monkeypatch.setattr(slices, "LONGEST", 1024)
+    one, two = (Cluster(1, count, accelerator("h100-80gb", None)) for count in (1, 2))
+
+    def longest(cluster, **changes):
+        return slices.longest(
+            parse(Recipe, recipe(sequence_length=384).model_dump() | {"model": MODEL | changes}), cluster, 1e9
+        )
+
+    full = longest(one, mixer="full", full={"longest": 384})
+    assert full.at_once > 384
+    assert full.way is None
+    assert full.refused.startswith("slices: train.slice_tokens: full attention")
+    assert "parallel.sp" in longest(two, mixer="full").refused
+    odd = longest(one, block=48, ssm={"chunk": 16})
+    assert odd.slice_tokens % 48 == 0 < odd.at_once
+    segments = longest(one, mixer="transformer-xl", transformer_xl={"window": 3 * 32})
+    assert segments.slice_tokens % (3 * 32) == 0 < segments.slice_tokens
 
 
 def test_edge_flops_equal_layer_forward_flops_except_the_last_slice():
@@ -165,11 +217,23 @@ def test_longest_sequence_is_limited_by_memory_for_edges(monkeypatch):
     assert found.in_slices == {"device": 65_536 * (3_446_400 // 1000 + 1), "host": 65_536 * 5001}
 
 
-def test_slices_command_prints_tables_and_settings(tmp_path, capsys):
+def test_slices_command_prints_tables_and_settings(tmp_path, capsys, monkeypatch):
     path, report = tmp_path / "small.yaml", tmp_path / "report.json"
     path.write_text(dump(recipe()))
     assert main(["plan", str(path), "--slices", "--gpus-per-node", "1", "--json", str(report)]) == 0
     assert len(json.loads(report.read_text())["sizes"]) == 3
     assert "best: deepspeed=zero0" in capsys.readouterr().out
+    refusing = ["model.mixer=full", "--gpus-per-node", "1", "--json", str(report)]
+    assert main(["plan", str(path), "--slices", *refusing]) == 0
+    printed = capsys.readouterr().out
+    assert "not planned: slices of 128, 64 tokens. slices of 128 tokens: train.slice_tokens: full attention" in printed
+    assert "slice_tokens" not in printed.split("best:")[1]
+    written = json.loads(report.read_text())
+    assert [size["slices"] for size in written["sizes"]] == [1]
+    assert [size["slice_tokens"] for size in written["refused_sizes"]] == [128, 64]
+    monkeypatch.setattr(slices, "SHARE", 128)
+    monkeypatch.setattr(slices, "LONGEST", 1024)
+    assert main(["plan", str(path), "--longest", "1", *refusing]) == 0
+    assert "refused: slices: train.slice_tokens: full attention" in capsys.readouterr().out
     assert main(["plan", str(path), "--slices", "--nodes", "1,2"]) == 2
     assert "--slices needs one value of --nodes" in capsys.readouterr().err
