@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bst_base.settings import parse
+from bst_base.settings import Config, parse
 from bst_dist.config import Recipe
-from bst_dist.model.config import MIXER_SECTIONS, KernelConfig, ModelConfig
+from bst_dist.model.config import MIXER_SECTIONS, ContextConfig, FullAttentionConfig, ModelConfig
 
 WIDTH, HEADS, BLOCK, MOST_LAYERS, MOST_BLOCKS = 32, 2, 8, 4, 16
 VOCABULARY, STATES, SSM_STATE = 61, 4, 4
@@ -58,9 +58,7 @@ def _model(model: ModelConfig) -> dict[str, Any]:
         "placement": _placement(model, depth),
         "vocab_size": VOCABULARY,
         "attention": _attention(model, heads),
-        "context": context,
-        "ssm": _kernel(model.ssm, model.block),
-        **_baselines(model),
+        **_sections(model, context),
     }
 
 
@@ -72,11 +70,17 @@ def _attention(model: ModelConfig, heads: int) -> dict[str, Any]:
     )
 
 
-def _baselines(model: ModelConfig) -> dict[str, Any]:
+def _sections(model: ModelConfig, context: dict[str, Any]) -> dict[str, Any]:
     """Return the sections that a layer of the model reads. Others would be reported as having no effect."""
     sizes = {
+        "context": context,
+        "ssm": _kernel(model, context),
         "transformer_xl": {"window": max(1, model.transformer_xl.window // model.block) * BLOCK},
         "block_recurrent": {"states": max(1, model.block_recurrent.states * BLOCK // model.block)},
+        "gss": {"reduce": math.gcd(model.gss.reduce, WIDTH)},
+        "mamba2": _mamba2(model),
+        "full": {"longest": max(model.full.longest, FullAttentionConfig().longest)},
+        "gated_deltanet": _recurrence(model.gated_deltanet, model.block),
     }
     used = {section for mixer in model.mixers() for section in MIXER_SECTIONS[mixer]}
     return {section: size for section, size in sizes.items() if section in used}
@@ -90,12 +94,28 @@ def _placement(model: ModelConfig, depth: int) -> list[int] | str:
     return places[1:] if len(places) == depth > len(set(model.placement)) * depth / model.depth else places
 
 
-def _kernel(ssm: KernelConfig, block: int) -> dict[str, Any]:
-    data = ssm.model_dump(mode="json")
+def _mamba2(model: ModelConfig) -> dict[str, Any]:
+    data = _recurrence(model.mamba2, model.block)
+    return data | {"head": math.gcd(model.mamba2.head, model.mamba2.expand * WIDTH)}
+
+
+def _kernel(model: ModelConfig, context: dict[str, Any]) -> dict[str, Any]:
+    """Return the section `ssm`. Its heads divide the SSM's width in each mixer that has one; `context`: as shrunk."""
+    data = _recurrence(model.ssm, model.block)
+    if "head" in data:
+        data["head"] = math.gcd(data["head"], WIDTH, parse(ContextConfig, context).width(WIDTH))
+    return data
+
+
+def _recurrence(settings: Config, block: int) -> dict[str, Any]:
+    """Return the settings of an SSM or another recurrence: a small state, lengths and time scales in blocks."""
+    data = settings.model_dump(mode="json")
     if "state" in data:
         data["state"] = min(data["state"], SSM_STATE)
     if "chunk" in data:  # a power of two, so that it divides the block; at least 2 tokens
         data["chunk"] = 2 ** max(1, int(math.log2(min(BLOCK, max(1, data["chunk"] * BLOCK // block)))))
+    if "convolution" in data:
+        data["convolution"] = min(data["convolution"], BLOCK + 1)
     for step in {"dt_min", "dt_max"} & data.keys():  # keep the time scales in blocks, so that the carried state matters
         data[step] = min(1.0, data[step] * block / BLOCK)
     if "length" in data:

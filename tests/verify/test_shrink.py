@@ -3,9 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from bst_dist.cli import main
 from bst_dist.config import load_recipe
+from bst_dist.model.layers import Layer
+from bst_dist.model.lm import LanguageModel
 from bst_dist.verify.shrink import BLOCK, shrink
 
 ROOT = Path(__file__).parents[2] / "launch" / "recipes"
@@ -41,6 +44,41 @@ train: {steps: 10, sequence_length: 1024, sequences: 8}
     assert small.model.mixers() == ["bst", "sliding", "bst", "bst"]
     assert small.train.sequence_length == 8 * BLOCK
     assert small.model.ssm.length == 4 * BLOCK
+
+
+SMALL = """
+name: small
+model: {width: 256, heads: 8, ffn: 512, block: 32, depth: 4, placement: [1, 2], vocab_size: 100}
+data: {corpus: nowhere}
+train: {steps: 10, sequence_length: 256, sequences: 8}
+"""
+SELECTIVE = [
+    ["mixer=bst", "ssm={kernel: ssd}"],
+    ["mixer=bst", "ssm={kernel: ssd, head: 32, chunk: 32}", "context={variant: MH, ssm_width: 96}"],
+    ["mixer=bst-joint", "ssm={kernel: ssd}"],
+    ["mixer=ssm", "ssm={kernel: ssd, head: 128}"],
+    ["mixer=bst", "filler=ssm", "ssm={kernel: ssd}"],
+    ["mixer=mamba2"],
+    ["mixer=mamba2", "mamba2={head: 128, state: 128, chunk: 16, convolution: 30}"],
+    ["mixer=mamba2", "mamba2={head: 24, expand: 3}", "width=248"],
+    ["mixer=gated-deltanet", "gated_deltanet={convolution: 33, expand: 1}"],
+    ["mixer=gss", "gss={reduce: 31, gate: 2}", "width=248"],
+    ["mixer=full", "full={longest: 256}"],
+]
+
+
+@pytest.mark.parametrize("changes", SELECTIVE, ids=" ".join)
+def test_the_small_copy_of_any_valid_model_computes(changes, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SMALL)
+    recipe = load_recipe(path, [f"model.{change}" for change in changes])
+    for mixer in set(recipe.model.mixers()):
+        Layer(mixer, recipe.model)  # it is valid at full size
+    small = shrink(recipe, 16, rows=8)
+    model = LanguageModel(small.model)
+    ids = torch.zeros(1, small.train.sequence_length, dtype=torch.long)
+    model(ids, ids).total.backward()
+    assert small.model.unused_sections() == []
 
 
 @pytest.mark.parametrize(
