@@ -2,8 +2,8 @@
 
 Matrix products and attention run at a fraction of the bf16 peak, the SSM at a fraction of the fp32 peak. Activations
 kept for the backward pass, and those of head and loss, are written to and read from memory a few times. Communication
-that DeepSpeed overlaps with the backward pass costs only the time by which it outlasts this pass. All other
-communication adds to the step time.
+that DeepSpeed overlaps with the backward pass (ZeRO-3's gathers: with both passes) costs only the time by which it
+outlasts this computation. All other communication adds to the step time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.plan.accelerators import Accelerator
 from bst_dist.plan.memory.peak import Work
+from bst_dist.plan.memory.zero import Strategy
 from bst_dist.plan.traffic import GATHER, MOMENTUM
 
 SINGLE_EFFICIENCY = 0.3
@@ -33,7 +34,7 @@ LATENCY_S = 20e-6
 """Latency of one message between the ranks that share a sequence."""
 ATTENTION = ("attention", "cross")
 """Terms of the FLOP counts that attention kernels compute."""
-SINGLE_PRECISION = ("ssm", "fft")
+SINGLE_PRECISION = ("ssm", "fft", "delta")
 """Terms that are computed in fp32."""
 
 
@@ -78,7 +79,7 @@ class StepTime:
     memory: float
     """Memory traffic besides the arithmetic: activations, and the update."""
     exposed: float
-    """Communication of gradients and weights that does not overlap with the backward pass."""
+    """Communication of gradients and weights that does not overlap with the computation."""
     sequence: float
     """Waiting for messages between the ranks that share a sequence."""
     offload: float
@@ -145,25 +146,34 @@ def speed(
     rerun = layers_only * again
     passes = ACTIVATION_PASSES + again
     to_memory = (passes * moved.activations + moved.around) * work.accumulation + UPDATE_BYTES * moved.updated
-    hidden = 2 * forward + rerun if work.strategy.overlap_comm else 0.0
     waits = {kind: cluster.seconds(*cluster.split(sent)) for kind, sent in traffic.items()}
-    late = sum(waits.values())
-    if work.strategy.overlap_comm:
-        after = (MOMENTUM,) if work.strategy.stage == 3 else (MOMENTUM, GATHER)  # in the update: no overlap
-        hideable = late - sum(waits.get(kind, 0.0) for kind in after)
-        late = max(hideable - hidden, 0.0) + late - hideable
     memory = to_memory / (device.memory_gbs * 1e9 * MEMORY_EFFICIENCY)
     return StepTime(
         compute=3 * forward,
         rerun=rerun,
         memory=memory,
-        exposed=late,
+        exposed=_exposed(waits, forward, rerun, work.strategy),
         sequence=_sequence_seconds(between, work, cluster),
         offload=max(0.0, 2 * moved.host * work.accumulation / (HOST_GBS * 1e9) - 2 * forward - rerun),
         launches=max(0.0, moved.host_s - 3 * forward - rerun - memory),
         muon=moved.orthogonalising / (1e12 * device.bf16_tflops * device.products),
         flops=3 * sum(flops.values()) * tokens * cluster.world,
     ).times(cluster.slower)
+
+
+def _exposed(waits: dict[str, float], forward: float, rerun: float, strategy: Strategy) -> float:
+    """Return the seconds of communication that do not overlap with computation.
+
+    Gradients overlap with the backward pass. ZeRO-3 gathers weights during both passes; lower stages gather them in the
+    update, and Muon sends its momentum there, where nothing overlaps.
+    """
+    if not strategy.overlap_comm:
+        return sum(waits.values())
+    gathers = waits.get(GATHER, 0.0) if strategy.stage == 3 else 0.0
+    updates = sum(waits.get(kind, 0.0) for kind in (MOMENTUM, GATHER)) - gathers
+    reduces = sum(waits.values()) - gathers - updates
+    backward = 2 * forward + rerun
+    return updates + max(0.0, reduces - backward, reduces + gathers - forward - backward)
 
 
 def share_rerun(checkpointing: ActivationCheckpointingConfig, depth: int) -> float:
