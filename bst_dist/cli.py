@@ -23,7 +23,7 @@ from bst_base.errors import StorageError, UserError
 from bst_base.files import FULL
 from bst_base.importing import uncollected
 from bst_base.outputs import left_for_afterwards
-from bst_dist.extras import missing
+from bst_dist.extras import install_hint
 from bst_dist.faults.output import IgnoreWriteErrors
 from bst_dist.report.saved import write_report
 from bst_dist.usage import Command, HelpFormatter, listing, nearest_command, overview, refuse_alone
@@ -271,7 +271,7 @@ def _write_outputs(args: argparse.Namespace, name: str, report: dict[str, Any] |
 
 def _told(name: str, error: Exception) -> int:
     """Print one of the EXPECTED errors as a message and return the exit status; raise it again if it is a fault."""
-    if isinstance(error, ModuleNotFoundError) and (how := missing(error.name or "")) is not None:
+    if isinstance(error, ModuleNotFoundError) and (how := install_hint(error.name or "")) is not None:
         error = UserError(how)
     elif isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
         error = StorageError.of(error, doing="read or write")

@@ -281,10 +281,10 @@ _MOST_LENGTHS = {"masked": 3, "others": 8}
 """Maximum number of sequence lengths in a run. A length needs up to four compiled graphs with masked documents and one
 with others. A layer kind may have 16 graphs (`GRAPHS` in `model.attention.flex`), and evaluations and samples need some
 more."""
-NUMBERS = ("seed", "model", "data", "train", "optimizer", "schedule", "branch", "initial_weights")
+NUMERIC_SECTIONS = ("seed", "model", "data", "train", "optimizer", "schedule", "branch", "initial_weights")
 """Sections of a recipe that affect a run's numbers by more than rounding. All others may change from start to start:
 they set what is written, and how the run is distributed over its ranks."""
-FREE = (
+WITHOUT_EFFECT = (
     "train.micro_sequences",
     "train.slice_tokens",
     "train.edges",
@@ -296,8 +296,8 @@ FREE = (
     "data.storage",
     "data.examples",
 )
-"""Settings in the sections of NUMBERS that may change all the same. The path of a corpus may change too: the loader's
-`load_state_dict` compares the corpus's digest with the one in the checkpoint."""
+"""Settings in NUMERIC_SECTIONS that have no effect on the numbers, so that they may change all the same. The path of a
+corpus may change too: the loader's `load_state_dict` compares the corpus's digest with the one in the checkpoint."""
 
 
 def load_recipe(given: str | Path, overrides: Iterable[str] = (), base: Path | None = None) -> Recipe:
@@ -370,14 +370,14 @@ def identity(recipe: Recipe, defaults: bool = True) -> dict[str, Any]:
 
     `defaults`: include settings that have their default value.
     """
-    data = recipe.model_dump(mode="json", include=set(NUMBERS), exclude_defaults=not defaults)
+    data = recipe.model_dump(mode="json", include=set(NUMERIC_SECTIONS), exclude_defaults=not defaults)
     corpus = data["data"].pop("corpus", None)
     if isinstance(corpus, list):
         data["data"]["weights"] = [each.get("weight", 1.0) for each in corpus]
     return {
         name: value
         for name, value in flat(data).items()
-        if not any(name == free or name.startswith(f"{free}.") for free in FREE)
+        if not any(name == free or name.startswith(f"{free}.") for free in WITHOUT_EFFECT)
     }
 
 

@@ -14,7 +14,7 @@ EXTRAS = {
 """Extra -> the names under which its modules are imported."""
 
 
-def missing(module: str) -> str | None:
+def install_hint(module: str) -> str | None:
     """Return how to install a missing module; None when no extra contains it."""
     top = module.partition(".")[0]
     for extra, modules in EXTRAS.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from bst_dist.cli import main
-from bst_dist.extras import EXTRAS, missing
+from bst_dist.extras import EXTRAS, install_hint
 from bst_dist.tools.doctor.software import requirements
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
@@ -30,8 +30,8 @@ def test_every_dependency_is_pinned_within_its_bounds():
 
 
 def test_a_missing_package_names_its_extra(monkeypatch, capsys):
-    assert missing("deepspeed.ops") == "deepspeed is not installed: pip install 'bst-dist[train]'"
-    assert missing("no_such_module") is None
+    assert install_hint("deepspeed.ops") == "deepspeed is not installed: pip install 'bst-dist[train]'"
+    assert install_hint("no_such_module") is None
     monkeypatch.setitem(sys.modules, "transformers", None)
     for name in [name for name in sys.modules if name.startswith("bst_dist.hub")]:
         monkeypatch.delitem(sys.modules, name)

@@ -85,7 +85,7 @@ class Checkpoints(Callback):
             if last or not self.config.background:
                 self._tell(self.snapshots.finish(), last)
 
-    def ended(self) -> None:
+    def after_interruption(self) -> None:
         """Commit the pending checkpoint, and take a full one of the last step unless there is one.
 
         Without a new step that is the step of the local copies that the run resumed from: they are removed when this

@@ -17,7 +17,7 @@ EXCHANGED = 2
 
 
 @dataclass(frozen=True)
-class Share:
+class MuonLoad:
     """Muon's cost on one rank. With several ranks, each field is the largest over the ranks."""
 
     updated: int
@@ -32,7 +32,7 @@ class Share:
 
 
 @lru_cache(maxsize=256)
-def busiest(elements: tuple[int, ...], work: tuple[float, ...], stage: int, world: int, alignment: int = 1) -> Share:
+def busiest(elements: tuple[int, ...], work: tuple[float, ...], stage: int, world: int, alignment: int = 1) -> MuonLoad:
     """Return the largest costs over the ranks.
 
     Args:
@@ -42,7 +42,7 @@ def busiest(elements: tuple[int, ...], work: tuple[float, ...], stage: int, worl
     """
     largest = 4 * EXCHANGED * max(elements)  # a bf16 matrix, its result, two products
     if stage == 0 or world == 1:
-        return Share(sum(elements), sum(work), 0, largest)
+        return MuonLoad(sum(elements), sum(work), 0, largest)
     flat = -(-sum(elements) // (alignment * world)) * alignment
     matrices = _in_equal_parts(elements, work, world) if stage == 3 else _flat(elements, work, flat)
     flops, out, back, owned = ([0.0] * world, [0] * world, [0] * world, [0] * world)
@@ -58,7 +58,7 @@ def busiest(elements: tuple[int, ...], work: tuple[float, ...], stage: int, worl
     # Buffers: runs sent and received before, whole matrices and their results, runs sent and received after.
     held = max(2 * (a + b) + 2 * whole for a, b, whole in zip(out, back, owned, strict=True))
     sent = max(a + b for a, b in zip(out, back, strict=True))
-    return Share(updated, max(flops), EXCHANGED * sent, EXCHANGED * held + largest)
+    return MuonLoad(updated, max(flops), EXCHANGED * sent, EXCHANGED * held + largest)
 
 
 def _in_equal_parts(elements: tuple[int, ...], work: tuple[float, ...], world: int) -> list[Matrix]:

@@ -28,7 +28,7 @@ from bst_dist.plan.kernel_launches import host_seconds
 from bst_dist.plan.memory.activations import activations_of
 from bst_dist.plan.memory.parts import Slice
 from bst_dist.plan.memory.peak import Memory, Work, memory
-from bst_dist.plan.memory.zero import Sizes, Strategy, muon_share
+from bst_dist.plan.memory.zero import Sizes, Strategy, muon_load
 from bst_dist.plan.speed import Cluster, Moved, StepTime, share_rerun, speed
 from bst_dist.plan.traffic import sequence_traffic, zero_traffic
 from data_pipeline.serve.spread import Spread
@@ -206,7 +206,7 @@ class Planner:
         updated = self.sizes.total / (cluster.world if stage else 1)
         host = host_seconds(self.activations, self.model.mixers(), work)
         edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
-        orthogonalising = muon_share(self.sizes, work.strategy.stage, cluster.world).flops if self.sizes.muon else 0.0
+        orthogonalising = muon_load(self.sizes, work.strategy.stage, cluster.world).flops if self.sizes.muon else 0.0
         around = self.activations.head(part).moved
         moved = Moved(touched, around, needs.host - edges_bytes + edges_bytes // slices, updated, host, orthogonalising)
         seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)
@@ -229,7 +229,7 @@ class Planner:
     def _of_batch(self, way: Candidate, sequences: int) -> Candidate:
         """Return the layout with another number of sequences per step, at most as many in a micro-batch as before."""
         work = way.work
-        rows = Spread(sequences, way.spread.dp, way.spread.most).micro_rows
+        rows = Spread(sequences, way.spread.dp, way.spread.max_micro_rows).micro_rows
         stage = GATHERED_ONCE if work.strategy.name == GATHERED_ONCE else work.strategy.stage
         return self.candidate(
             stage, work.slice.sp, rows, work.checkpointing.policy, work.slices, work.edges, work.edges_every, sequences

@@ -11,7 +11,7 @@ from collections import Counter
 from bst_dist.model.config import ModelConfig
 from bst_dist.plan.memory.gathering import gather
 from bst_dist.plan.memory.peak import Work
-from bst_dist.plan.memory.zero import ALIGNMENT, WORD, Sizes, muon_share
+from bst_dist.plan.memory.zero import ALIGNMENT, WORD, Sizes, muon_load
 
 REDUCE, GATHER, SCATTER = "gradients: all-reduce", "weights: all-gather", "gradients: reduce-scatter"
 MOMENTUM = "momentum: all-to-all"
@@ -32,7 +32,7 @@ def zero_traffic(sizes: Sizes, work: Work) -> dict[str, float]:
         return {}
     found = _gradients_and_weights(sizes, work)
     if sizes.muon and work.strategy.stage:
-        found[MOMENTUM] = muon_share(sizes, work.strategy.stage, work.world).sent
+        found[MOMENTUM] = muon_load(sizes, work.strategy.stage, work.world).sent
     return found
 
 

@@ -18,7 +18,7 @@ class Callback:
     def after_step(self, report: StepReport, last: bool) -> None:
         """Called after each step; `last`: no step follows in this start."""
 
-    def ended(self) -> None:
+    def after_interruption(self) -> None:
         """Called when a signal ends training before the next step, so that no step was the `last`."""
 
 

@@ -32,7 +32,7 @@ class Profile(Callback):
             self._write(str(report.step))
         self._start_if_due(report.step)
 
-    def ended(self) -> None:
+    def after_interruption(self) -> None:
         self._write("")
 
     def _write(self, when: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from bst_base.errors import UserError
 from bst_dist.config import Recipe, flat
-from bst_dist.extras import EXTRAS, missing
+from bst_dist.extras import EXTRAS, install_hint
 from bst_dist.report.metrics import OF_AVERAGE, ProbeReport, Report, SkippedReport, Writer
 
 GROUP = "bst_dist.writers"
@@ -47,7 +47,7 @@ def require(name: str) -> None:
         return
     for module in EXTRAS[name]:
         if importlib.util.find_spec(module) is None:  # an import takes seconds; only rank 0 does it
-            raise UserError(f"log.writers: {missing(module)}")
+            raise UserError(f"log.writers: {install_hint(module)}")
 
 
 def find(name: str) -> Maker:

@@ -25,7 +25,7 @@ from bst_dist.train.context import Context
 from bst_dist.train.engine import Engine
 from bst_dist.train.objective import Objective
 from bst_dist.train.start.changes import fixed, may_change
-from bst_dist.train.start.initial_weights import load_initial
+from bst_dist.train.start.initial_weights import load_initial_weights
 from bst_dist.train.start.request import Start
 from bst_dist.train.step import Trainer
 
@@ -48,12 +48,14 @@ def build_engine(
         ranks: all of them call it.
         compiled: compile its layers.
         fused_loss: compile its loss.
-        initial: load the recipe's initial weights (`loads_initial`, the same on all ranks).
+        initial: load the recipe's initial weights (`uses_initial_weights`, the same on all ranks).
     """
     torch.manual_seed(start.recipe.seed)
     model = start.objective.model()
     if initial:
-        load_initial(model, start.recipe.initial_weights, start.objective.about().get("tokenizer_sha256"), ranks)
+        load_initial_weights(
+            model, start.recipe.initial_weights, start.objective.about().get("tokenizer_sha256"), ranks
+        )
     model.z_loss = start.recipe.train.z_loss
     model.checkpoint = activation.policy(start.recipe.activation_checkpointing, model.layers)
     for layer in model.layers:

@@ -105,7 +105,7 @@ class Evaluation:
 class Evaluations(NamedTuple):
     """All sets of sequences that a run is evaluated on."""
 
-    own: Evaluation | None
+    validation: Evaluation | None
     """On the validation split of the run's own data; None when there is none."""
     further: Sequence[Evaluation] = ()
     """On additional corpora."""
@@ -136,14 +136,14 @@ class Evaluate(Callback):
 
     def due(self, step: int) -> bool:
         """Whether the run is evaluated after `step` steps; always False without validation data."""
-        if not self.evaluations.own and not self.evaluations.further:
+        if not self.evaluations.validation and not self.evaluations.further:
             return False
         return step == self.steps or bool(self.config.every and step % self.config.every == 0)
 
     def missed(self, lines: Sequence[dict[str, Any]], step: int) -> bool:
         """Whether an earlier start was stopped before its evaluation after `step`; `lines`: its metrics."""
         kinds = {line["kind"] for line in lines if line["step"] == step}
-        wanted = "eval" if self.evaluations.own else "corpus"
+        wanted = "eval" if self.evaluations.validation else "corpus"
         return self.due(step) and bool(kinds & {"train", "skipped"}) and wanted not in kinds
 
     def after_step(self, report: StepReport, last: bool) -> None:
@@ -163,20 +163,20 @@ class Evaluate(Callback):
         for report in reports:
             for writer in self.writers:
                 writer.write(report)
-        if self.evaluations.own and self.probes:
+        if self.evaluations.validation and self.probes:
             self.probes.report(step)
 
     def _reports(self, step: int) -> Iterator[EvalReport | None]:
         """Yield the losses on every set of sequences, then those of the averaged weights; None: the ranks stop."""
-        own, further = self.evaluations
-        if own:
+        validation, further = self.evaluations
+        if validation:
             with self.probes.watching() if self.probes else nullcontext():
-                report = own.evaluate(step)
+                report = validation.evaluate(step)
             yield report
         for other in further:
             yield other.evaluate(step)
         if self.average:
-            for evaluation in [own] if own else further:
+            for evaluation in [validation] if validation else further:
                 with self.average.in_place():
                     report = evaluation.evaluate(step)
                 yield None if report is None else report.of_average()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bst_dist.checkpoint.fragments import Placed
 from bst_dist.model.roles import Stack
-from bst_dist.parallel.matrices.exchange import Exchange
+from bst_dist.parallel.matrices.exchange import MatrixExchange
 from bst_dist.parallel.matrices.orthogonal import flops, orthogonalised
 from bst_dist.parallel.matrices.owners import Matrix
 
@@ -54,7 +54,7 @@ class Muon(torch.optim.AdamW):
         """Update flat tensors from now on, and allocate their states.
 
         `placed`: the place of each parameter in them, in the same order on every rank. If it is empty, the parameters
-        themselves are updated, as before. `all_to_all`: see `Exchange`.
+        themselves are updated, as before. `all_to_all`: see `MatrixExchange`.
         """
         by_tensor: dict[Tensor, list[Placed]] = {}
         for one in placed:
@@ -120,7 +120,7 @@ class _Share:
 
     shapes: Sequence[tuple[int, ...]]
     stacks: Sequence[Stack]
-    exchange: Exchange
+    exchange: MatrixExchange
     runs: Mapping[int, _Run]
     """This rank's run of each matrix, by the matrix's number; matrices that only other ranks hold are missing."""
 
@@ -128,7 +128,7 @@ class _Share:
     def whole(cls, parameter: nn.Parameter, stack: Stack) -> _Share:
         """Return the share of one parameter that every rank updates alone."""
         matrix = Matrix({0: (0, parameter.numel())}, 0.0)
-        return cls([tuple(parameter.shape)], [stack], Exchange([matrix], 0), {0: _Run(0, parameter.numel())})
+        return cls([tuple(parameter.shape)], [stack], MatrixExchange([matrix], 0), {0: _Run(0, parameter.numel())})
 
     @classmethod
     def of(
@@ -149,7 +149,7 @@ class _Share:
             for place, (member, matrix) in places
             if rank in matrix.runs
         }
-        return cls(shapes, own, Exchange(matrices, rank, all_to_all), runs)
+        return cls(shapes, own, MatrixExchange(matrices, rank, all_to_all), runs)
 
     def subtract(self, weights: Tensor, direction: Tensor, rate: float) -> None:
         """Subtract `rate` times the orthogonalised `direction` from `weights`, both (elements,); all ranks call it."""

@@ -43,7 +43,7 @@ from bst_dist.train.reporting import header, outcome_of, probes_of, writers_of
 from bst_dist.train.schedule import constant_until
 from bst_dist.train.start.deterministic import make_deterministic
 from bst_dist.train.start.host_memory import warn_of_shortage
-from bst_dist.train.start.initial_weights import loads_initial
+from bst_dist.train.start.initial_weights import uses_initial_weights
 from bst_dist.train.start.request import Request, Start, load, resolve_together
 from bst_dist.train.start.resuming import begin_at, changed_at, guard_of, roll_back
 from bst_dist.train.start.same_start import require_same
@@ -92,7 +92,7 @@ class Run:
         """Whether layers are compiled, for the header."""
         fused_loss = fuses_loss(self.recipe, ranks.device.type)
         # Each rank's own view of the directory could decide otherwise, and loading takes collectives.
-        self.initial = of_first(ranks, lambda: loads_initial(start, request.from_zero))
+        self.initial = of_first(ranks, lambda: uses_initial_weights(start, request.from_zero))
         """Whether the model was built with the recipe's initial weights."""
         self.engine = build_engine(start, ranks, compiled, fused_loss, self.initial)
         identity = identity_of(start, self.engine, ranks)
@@ -194,7 +194,7 @@ class Run:
             evaluations = self.start.objective.evaluations(context)
             if not (recipe.log.tensorboard or recipe.log.writers):
                 return evaluations, None
-            return evaluations, probes_of(self.start, context, evaluations.own, writers)
+            return evaluations, probes_of(self.start, context, evaluations.validation, writers)
 
         # A signal or an error ends the reading of the validation data on some ranks only.
         evaluations, probes = each_or_raise(self.ranks, opened)
@@ -254,7 +254,7 @@ class Run:
     def _stop_between_steps(self, callbacks: Sequence[Callback]) -> None:
         for callback in callbacks:
             self.ranks.phases.enter(callback.phase)
-            callback.ended()
+            callback.after_interruption()
 
     def _close_diverged(self, error: DivergedError) -> None:
         """Write outcome.json of a run that the guard stops, and keep the checkpoints of the steps before."""

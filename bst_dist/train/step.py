@@ -187,13 +187,13 @@ class _Gradients:
     def __init__(self, trainer: Trainer, step: int, batches: Sequence[MicroBatch]) -> None:
         self.trainer, self.step = trainer, step
         count = sum(int(part.loss_mask.sum()) for batch in batches for part in slices_of(batch))
-        own = (self._number(count), self._number(isinstance(batches, Blank)))
+        own = (self._device_scalar(count), self._device_scalar(isinstance(batches, Blank)))
         self.counts = trainer.ranks.all_reduce(torch.cat(own))
         """(2,): valid labels, and ranks without data; over all ranks."""
         self.tokens, self.missing = self.counts.split(1)
         self.sums = torch.zeros(2, dtype=torch.float64, device=trainer.ranks.device)
         """This rank's nats and bytes of text."""
-        self.squares = self._number(0)
+        self.squares = self._device_scalar(0)
         self.parts = torch.zeros(len(trainer.corpora), 2, dtype=torch.float64, device=trainer.ranks.device)
         """This rank's nats and labels of each corpus of a mixture."""
         self.scale = trainer.ranks.world / self.tokens.clamp(min=1)
@@ -202,7 +202,7 @@ class _Gradients:
     def check_loss(self) -> None:
         """Sum all losses of the step over ranks; make the scale infinite when the loss is bad or data is missing."""
         trainer = self.trainer
-        own = (self.sums, self.squares, self._number(trainer.context.stop.local_request), self.parts.flatten())
+        own = (self.sums, self.squares, self._device_scalar(trainer.context.stop.local_request), self.parts.flatten())
         sums = trainer.ranks.all_reduce(torch.cat(own))
         self._sums = torch.cat((sums, self.counts))
         loss = sums[:1] / self.tokens.clamp(min=1)
@@ -220,7 +220,7 @@ class _Gradients:
         self.trainer.context.stop.update(sums.stop_requests + sums.missing)
         return sums
 
-    def _number(self, value: float) -> Tensor:
+    def _device_scalar(self, value: float) -> Tensor:
         """Return a (1,) float64 tensor on the device, filled by a kernel: a copy from the host would synchronize."""
         return torch.full((1,), float(value), dtype=torch.float64, device=self.trainer.ranks.device)
 
@@ -233,12 +233,12 @@ class _MicroBatch:
         self.gradients, self.trainer = gradients, gradients.trainer
         self.slices, self.last = slices, last
         self.lengths = [part.input_ids.shape[1] * self.trainer.context.shares for part in slices]
-        self._fresh = self._begin_documents()
+        self._no_edge = self._begin_documents()
 
-    def fresh(self, s: int) -> bool:
-        return self._fresh[s]
+    def needs_no_edge(self, s: int) -> bool:
+        return self._no_edge[s]
 
-    def leave(self, s: int, past: EarlierCall) -> None:
+    def run_for_edge(self, s: int, past: EarlierCall) -> None:
         inputs = self._inputs(s, past)
         self.trainer.engine.forward(inputs["input_ids"], starts=inputs["starts"], past=inputs["past"])
 

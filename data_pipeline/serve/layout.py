@@ -12,7 +12,7 @@ import numpy as np
 from data_pipeline.format.shards import ShardIndex
 
 
-class Layout(NamedTuple):
+class DocumentLayout(NamedTuple):
     """The n documents of one shard, or of several that were opened together.
 
     A document of one block takes 18 bytes of memory in a tar, and 13 in a packed file.
@@ -26,12 +26,12 @@ class Layout(NamedTuple):
     verified: np.ndarray  # (blocks,) bool: which blocks matched their CRC since the shards were opened
 
     @classmethod
-    def of(cls, index: ShardIndex) -> Layout:
+    def of(cls, index: ShardIndex) -> DocumentLayout:
         """Return the layout of a shard's tar, from its index."""
         return cls._made(index.offsets, index.lengths, index.crc_starts, False, index.crc)
 
     @classmethod
-    def of_packed(cls, index: ShardIndex, crc: np.ndarray) -> Layout:
+    def of_packed(cls, index: ShardIndex, crc: np.ndarray) -> DocumentLayout:
         """Return the layout of a shard's packed file, whose blocks have these CRCs."""
         lengths = index.lengths.astype(np.int64)
         begins = (np.cumsum(lengths) - lengths) * index.dtype.itemsize
@@ -40,12 +40,12 @@ class Layout(NamedTuple):
     @classmethod
     def _made(
         cls, offsets: np.ndarray, lengths: np.ndarray, crc_starts: np.ndarray, packed: bool, crc: np.ndarray
-    ) -> Layout:
+    ) -> DocumentLayout:
         columns = map(_narrow, (offsets, lengths, crc_starts))
         return cls(*columns, np.full(len(offsets), packed), crc.astype(np.uint32), np.zeros(len(crc), bool))
 
     @classmethod
-    def join(cls, parts: Sequence[Layout]) -> Layout:
+    def join(cls, parts: Sequence[DocumentLayout]) -> DocumentLayout:
         """Return the layouts of several shards as one, in their order."""
         if len(parts) == 1:
             return parts[0]
@@ -55,7 +55,7 @@ class Layout(NamedTuple):
         offsets, lengths, _, packed, crc, verified = map(np.concatenate, zip(*parts, strict=True))
         return cls(offsets, lengths, _narrow(np.concatenate(starts)), packed, crc, np.zeros_like(verified))
 
-    def part(self, start: int, stop: int) -> Layout:
+    def part(self, start: int, stop: int) -> DocumentLayout:
         """Return the documents ``start..stop``, over the same memory. Blocks keep their places."""
         own = ("offsets", "lengths", "crc_starts", "packed")
         return self._replace(**{name: getattr(self, name)[start:stop] for name in own})
@@ -73,7 +73,7 @@ class Found(NamedTuple):
     shards: np.ndarray  # (m,) the shard of each
     places: np.ndarray  # (m,) the place of each in the layout
     firsts: np.ndarray  # (m,) the place in the layout of the first document of its shard
-    layout: Layout
+    layout: DocumentLayout
 
 
 class OpenShards:
@@ -90,7 +90,7 @@ class OpenShards:
         self._firsts = first_documents
         self._number = np.full(shards, -1, np.int32)  # the number of each shard's group; -1 for a closed shard
         self._begins = np.zeros(shards, np.int64)  # the place of each shard's first document in its layout
-        self._layouts: dict[int, Layout] = {}
+        self._layouts: dict[int, DocumentLayout] = {}
         self._users: dict[int, int] = {}  # how many shards of each group are still open
         self._numbers = count()
         self._lock = threading.Lock()
@@ -98,14 +98,14 @@ class OpenShards:
     def __len__(self) -> int:
         return int((self._number >= 0).sum())
 
-    def together(self, shards: np.ndarray) -> Layout | None:
+    def together(self, shards: np.ndarray) -> DocumentLayout | None:
         """Return the layout of shards that form one whole group; None if they do not."""
         with self._lock:
             numbers = np.unique(self._number[shards]).tolist()
             same = len(numbers) == 1 and self._users.get(numbers[0]) == len(shards)
             return self._layouts[numbers[0]] if same else None
 
-    def add(self, shards: np.ndarray, layout: Layout) -> Layout:
+    def add(self, shards: np.ndarray, layout: DocumentLayout) -> DocumentLayout:
         """Add shards as one group; return their layout."""
         documents = self._firsts[shards + 1] - self._firsts[shards]
         with self._lock:
@@ -122,7 +122,7 @@ class OpenShards:
         with self._lock:
             self._forget(shards)
 
-    def part(self, shard: int) -> Layout | None:
+    def part(self, shard: int) -> DocumentLayout | None:
         """Return the layout of one shard; None if it is closed."""
         with self._lock:
             if self._number[shard] < 0:

@@ -291,7 +291,9 @@ class Loader:
         if not own:
             located, (tokens, real) = LocatedRows.none(), reader.none(0)
         else:
-            place = int(numbers[0]) - serving.share.own.start  # the reader counts rows from the rank's first row
+            place = (
+                int(numbers[0]) - serving.share.row_numbers.start
+            )  # the reader counts rows from the rank's first row
             if blank:
                 located = reader.unread(step, place, place + len(own))
                 tokens, real = reader.none(len(own))

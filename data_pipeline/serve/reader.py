@@ -23,7 +23,7 @@ from data_pipeline.format.manifest import MANIFEST, Manifest
 from data_pipeline.format.packed import packed_name
 from data_pipeline.format.shards import ShardError
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer
-from data_pipeline.serve.layout import Found, Layout, OpenShards
+from data_pipeline.serve.layout import DocumentLayout, Found, OpenShards
 from data_pipeline.serve.shard_reader import ShardReader
 from data_pipeline.store.base import Storage, StorageConfig, read_whole
 from data_pipeline.store.cache import CachedStorage
@@ -279,16 +279,16 @@ class Corpus:
         shard = bisect_right(self._firsts, number) - 1
         return int(self._reader(shard).layout.lengths[number - self._firsts[shard]])
 
-    def _opened(self, shards: np.ndarray) -> Layout:
+    def _opened(self, shards: np.ndarray) -> DocumentLayout:
         """Return the layout of these shards; open them unless they are open together already."""
         layout = self._open.together(shards)
         if layout is None:
-            layout = self._open.add(shards, Layout.join(list(self._each_layout(shards))))
+            layout = self._open.add(shards, DocumentLayout.join(list(self._each_layout(shards))))
             for shard in shards.tolist():
                 self._readers.pop(shard, None)
         return layout
 
-    def _each_layout(self, shards: np.ndarray) -> Iterator[Layout]:
+    def _each_layout(self, shards: np.ndarray) -> Iterator[DocumentLayout]:
         """Yield the layout of each shard from its index. Indexes on another machine are fetched in parallel."""
 
         if self.storage.local_path(MANIFEST) is not None:
@@ -297,7 +297,7 @@ class Corpus:
         with ThreadPoolExecutor(min(_INDEXES_AT_ONCE, len(shards))) as pool:
             yield from pool.map(self._layout, shards.tolist())
 
-    def _layout(self, shard: int) -> Layout:
+    def _layout(self, shard: int) -> DocumentLayout:
         """Return where a shard's documents lie: in its packed file if there is an intact one, otherwise in its tar."""
         reader = self._shard(shard)
         crc = None
@@ -306,7 +306,7 @@ class Corpus:
                 crc = reader.packed_crc()
             except ShardError as error:
                 self._leave_packed(shard, error)
-        return reader.layout if crc is None else Layout.of_packed(reader.read_index(), crc)
+        return reader.layout if crc is None else DocumentLayout.of_packed(reader.read_index(), crc)
 
     def _leave_packed(self, shard: int, damage: ShardError) -> None:
         if shard not in self._unpacked:

@@ -69,7 +69,7 @@ class RowReader:
         most = min(_TOGETHER_BYTES // row_bytes, _KEPT_BYTES // (row_bytes * parts))
         of_a_pass = int(order.phases.at(since).cuts.sequences.sum())
         self._rows_together = max(1, min(_FEW if self._pool else max(_FEW, min(_TOGETHER, of_a_pass)), most))
-        self._group_steps = max(1, self._rows_together // max(1, len(share.own)))
+        self._group_steps = max(1, self._rows_together // max(1, len(share.row_numbers)))
         self._collector = Collector()
         self._group = lru_cache(maxsize=2 * parts)(self._locate)
         self._tokens = lru_cache(maxsize=parts)(self._read_group)
@@ -86,7 +86,7 @@ class RowReader:
         if step < self._since:
             raise ValueError(f"step {step}: steps before {self._since} had other rows")
         group = self._steps_with(step)
-        before = (step - group.start) * len(self._share.own)
+        before = (step - group.start) * len(self._share.row_numbers)
         begin, end = before + start, before + stop
         rows = self._group(group, part).part(begin, end)
         found = None if self._pool else self._tokens(group, part)
@@ -98,7 +98,7 @@ class RowReader:
 
     def unread(self, step: int, start: int, stop: int) -> LocatedRows:
         """Return the same rows without their runs of tokens. No index is read for it."""
-        rows = self._share.own[start:stop]
+        rows = self._share.row_numbers[start:stop]
         corpora, epochs, _, continues = self._plan.assign(range(step, step + 1), rows)
         return LocatedRows.none(len(rows))._replace(corpora=corpora, epochs=epochs, continues=continues)
 
@@ -185,7 +185,7 @@ class RowReader:
 
     def _locate(self, steps: range, part: int) -> LocatedRows:
         """Locate one part of all of the rank's rows in a group of steps."""
-        corpora, epochs, sequences, continues = self._plan.assign(steps, self._share.own)
+        corpora, epochs, sequences, continues = self._plan.assign(steps, self._share.row_numbers)
         starts = sequences * self._share.length + self._share.begins[part]
         cuts = self._plan.at(steps.start).cuts
         parts = []

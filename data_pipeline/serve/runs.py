@@ -16,7 +16,7 @@ import numpy as np
 from isal import isal_zlib
 
 from data_pipeline.format.shards import CRC_BLOCK
-from data_pipeline.serve.layout import Found, Layout
+from data_pipeline.serve.layout import DocumentLayout, Found
 from data_pipeline.serve.order.stream import Pieces
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.store.mapped import Collector, MappedFile
@@ -28,7 +28,7 @@ class _Blocks(NamedTuple):
     """The blocks that m runs touch, in shards that were opened together."""
 
     corpus: Corpus
-    layout: Layout
+    layout: DocumentLayout
     shards: np.ndarray  # (m,)
     packed: np.ndarray  # (m,) bool
     inside: np.ndarray  # (m,) the number of the run's first block within its document or packed file

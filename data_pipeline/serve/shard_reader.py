@@ -26,7 +26,7 @@ from data_pipeline.format.damage import locate_changed_byte
 from data_pipeline.format.packed import packed_name, parse_tail, tail_bytes
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex
-from data_pipeline.serve.layout import Layout
+from data_pipeline.serve.layout import DocumentLayout
 from data_pipeline.store.base import Storage, read_whole
 
 _log = logging.getLogger(__name__)
@@ -49,9 +49,9 @@ class ShardReader:
         self._itemsize = dtype.itemsize
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> DocumentLayout:
         """Where the shard's documents lie. The index is read at the first use, unless the layout was set."""
-        return Layout.of(self.read_index())
+        return DocumentLayout.of(self.read_index())
 
     def read_index(self) -> ShardIndex:
         """Return the shard's index. Raises ShardError when it is damaged or belongs to another shard."""

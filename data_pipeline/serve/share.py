@@ -33,9 +33,9 @@ class Share:
     """Tokens of a slice, over all ranks that share it. None: a row is one slice."""
 
     @cached_property
-    def own(self) -> range:
+    def row_numbers(self) -> range:
         """The global numbers of this rank's rows; empty for some ranks when there are more ranks than rows."""
-        return self._spread.own(self.dp_rank)
+        return self._spread.rows_of(self.dp_rank)
 
     @property
     def tokens(self) -> int:

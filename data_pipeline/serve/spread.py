@@ -23,20 +23,20 @@ class Spread:
     """G, the rows of a step."""
     dp: int
     """Data-parallel ranks. With more ranks than rows, some have masked rows only."""
-    most: int
+    max_micro_rows: int
     """Maximum number of rows of a micro-batch."""
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of each rank, computed one after the other."""
-        return -(-self._most_of_a_rank // self.most)
+        return -(-self._most_of_a_rank // self.max_micro_rows)
 
     @property
     def micro_rows(self) -> int:
         """Rows of a micro-batch, masked ones included: the smallest number that suffices."""
         return -(-self._most_of_a_rank // self.micro_batches)
 
-    def own(self, dp_rank: int) -> range:
+    def rows_of(self, dp_rank: int) -> range:
         """Return the rows of a rank."""
         return range(-(-dp_rank * self.rows // self.dp), -(-(dp_rank + 1) * self.rows // self.dp))
 
@@ -46,9 +46,9 @@ class Spread:
 
     def of_micro_batches(self, dp_rank: int) -> list[np.ndarray]:
         """Return the rows of each micro-batch of a rank, (micro_rows,) int64 each; `MASKED` after its last row."""
-        own = self.own(dp_rank)
+        rows = self.rows_of(dp_rank)
         filled = np.full(self.micro_batches * self.micro_rows, MASKED, np.int64)
-        filled[: len(own)] = own
+        filled[: len(rows)] = rows
         return list(filled.reshape(self.micro_batches, self.micro_rows))
 
     @property
@@ -75,21 +75,23 @@ class Spread:
         return f"{', '.join(parts)}: {self._wasted_fraction:.0%} of the computation is wasted{self._advice()}"
 
     def better_micro_sizes(self) -> list[int]:
-        """Return the nearest values of `most` with the fewest masked rows, at most one below and one above.
+        """Return the nearest values of `max_micro_rows` with the fewest masked rows, at most one below and one above.
 
-        The list is empty when `most` has that number already.
+        The list is empty when `max_micro_rows` has that number already.
         """
-        others = [replace(self, most=most) for most in range(1, self._most_of_a_rank + 1)]
+        others = [replace(self, max_micro_rows=most) for most in range(1, self._most_of_a_rank + 1)]
         least = min(other.masked for other in others)
         if self.masked == least:
             return []
-        found = [other.most for other in others if other.masked == least]
-        return [*[most for most in found if most < self.most][-1:], *[most for most in found if most > self.most][:1]]
+        sizes = [other.max_micro_rows for other in others if other.masked == least]
+        smaller = [size for size in sizes if size < self.max_micro_rows]
+        larger = [size for size in sizes if size > self.max_micro_rows]
+        return smaller[-1:] + larger[:1]
 
     def _advice(self) -> str:
         if not (better := self.better_micro_sizes()):
             return ""
-        left = replace(self, most=better[0])._wasted_fraction
+        left = replace(self, max_micro_rows=better[0])._wasted_fraction
         of = "or ".join(f"{most} " for most in better)
         return f"; train.micro_sequences {of}would waste {f'{left:.0%}' if left else 'nothing'}"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bst_dist.parallel.deepspeed_import import deepspeed
-from bst_dist.parallel.matrices.exchange import Exchange
+from bst_dist.parallel.matrices.exchange import MatrixExchange
 from bst_dist.parallel.matrices.orthogonal import flops, orthogonalised
 from bst_dist.parallel.matrices.owners import Matrix, owners
 from bst_dist.parallel.ranks import Ranks
@@ -37,7 +37,7 @@ def test_equal_matrices_of_all_ranks_are_distributed_evenly():
 def test_split_matrices_are_gathered_and_scattered_back(on_ranks):
     def run() -> dict[str, float]:
         ranks = Ranks()
-        exchange = Exchange(MATRICES, ranks.rank, deepspeed.comm.all_to_all_single)
+        exchange = MatrixExchange(MATRICES, ranks.rank, deepspeed.comm.all_to_all_single)
         values = [
             torch.arange(sum(count for _, count in one.runs.values())) + 100.0 * place
             for place, one in enumerate(MATRICES)

@@ -25,9 +25,9 @@ def test_trace_is_written_however_the_run_ends(tmp_path: Path, end: str) -> None
         profile.after_step(replace(STEP, step=step), last=end == "last step" and step == 3)
     if end == "no more data":
         assert not said
-        profile.ended()
+        profile.after_interruption()
     (trace,) = (tmp_path / DIRECTORY).iterdir()
     assert len(json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]) > 2
     assert len(said) == 1 and str(trace) in said[0]
-    profile.ended()
+    profile.after_interruption()
     assert len(said) == 1

@@ -16,7 +16,7 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import MIXERS
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.plan.memory.zero import Sizes, muon_share
+from bst_dist.plan.memory.zero import Sizes, muon_load
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.deepspeed_json import DeepSpeedConfigError, Intent, complete
 from bst_dist.train.engine import Engine
@@ -177,7 +177,7 @@ def test_only_the_first_moment_of_hidden_matrices_is_kept(on_ranks):
             ranks.phases.take()
             take(engine, batch(0))
             sent = ranks.phases.take()[1].get("all-to-all", 0)
-            planned = 2 * muon_share(Sizes.of(own, muon=True), stage, ranks.world).sent  # fp32
+            planned = 2 * muon_load(Sizes.of(own, muon=True), stage, ranks.world).sent  # fp32
             assert max(ranks.all_gather_object(sent)) == planned
             state = EngineState(engine.deepspeed)
             assert state.moments() == dict.fromkeys(names, 1)

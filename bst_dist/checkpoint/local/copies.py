@@ -241,7 +241,7 @@ class _Settle(Callback):
     def after_step(self, report: StepReport, last: bool) -> None:
         self.copies.settle()
 
-    def ended(self) -> None:
+    def after_interruption(self) -> None:
         self.copies.settle()
 
 

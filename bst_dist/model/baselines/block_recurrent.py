@@ -30,7 +30,7 @@ from bst_dist.model.roles import Linear
 from bst_dist.parallel.sequence.past import Past
 
 
-class Window(NamedTuple):
+class RecurrentWindow(NamedTuple):
     """The tokens that the state attends to after a block: the previous block, if there is one, and the block."""
 
     k: Tensor  # (B, W or 2W, H, dh)
@@ -71,7 +71,7 @@ class StateCell(nn.Module):
         self.update = Linear(2 * config.inner, width)
         self.gate = nn.Parameter(torch.ones(width))  # b: initially 0.73 of the state is kept
 
-    def forward(self, state: Tensor, tokens: Window | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, state: Tensor, tokens: RecurrentWindow | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys and values of `state` (B, S, H, dh), and the state after a block of `tokens`.
 
         The state is unchanged if `tokens` is None.
@@ -118,17 +118,21 @@ class BlockRecurrentMixer(nn.Module):
         cross = _attend(q.unflatten(1, (len(keys), -1)).flatten(0, 1), k, v)  # (B nb, W, H dh)
         return self.out(torch.cat((own, cross.view(own.shape)), dim=-1))
 
-    def _windows(self, k: Tensor, v: Tensor, length: int, past: Past, starts: Tensor | None) -> list[Window | None]:
+    def _windows(
+        self, k: Tensor, v: Tensor, length: int, past: Past, starts: Tensor | None
+    ) -> list[RecurrentWindow | None]:
         """Return what the state attends to after each block of the slice; None for a block ending after it."""
         if not past.blocks_ended(self.block, length):
             return [None]
         blocks = -(-length // self.block)
-        first = [] if k.shape[1] > blocks * self.block else [Window(k[:, : self.block], v[:, : self.block], None)]
+        first = (
+            [] if k.shape[1] > blocks * self.block else [RecurrentWindow(k[:, : self.block], v[:, : self.block], None)]
+        )
         if len(first) == blocks:
             return first
         keys, values = (self._pairs(x) for x in (k, v))
         masks = [None] * len(keys) if starts is None else self._masks(starts[:, len(first) :])
-        return [*first, *map(Window, keys, values, masks)]
+        return [*first, *map(RecurrentWindow, keys, values, masks)]
 
     def _pairs(self, x: Tensor) -> list[Tensor]:
         """Return each block together with the one before it, (B, n, H, dh) -> (B, 2W, H, dh) for all but the first.

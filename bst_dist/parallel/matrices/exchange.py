@@ -14,7 +14,7 @@ from torch import Tensor
 from bst_dist.parallel.matrices.owners import Matrix, owners
 
 
-class Exchange:
+class MatrixExchange:
     """Assembles sharded matrices on their owners, and sends the results back. Every rank must make every call.
 
     A rank passes in, and gets back, its own runs: flat tensors, one for each matrix of which it holds a part.

@@ -102,10 +102,10 @@ class SlicedSequence(Protocol):
     lengths: Sequence[int]
     """Tokens of each slice, over all ranks that share it."""
 
-    def fresh(self, s: int) -> bool:
+    def needs_no_edge(self, s: int) -> bool:
         """Whether every row of slice `s` begins with a new document, so that no edge is needed."""
 
-    def leave(self, s: int, past: EarlierCall) -> None:
+    def run_for_edge(self, s: int, past: EarlierCall) -> None:
         """Run the layers on slice `s` without gradients, only for what it leaves in `past.after`."""
 
     def loss(self, s: int, past: EarlierCall | None) -> Tensor:
@@ -192,16 +192,16 @@ def _leave(sequence: SlicedSequence, positions: Sequence[int], slices: Sequence[
     """Run consecutive slices without a graph, from the edge before the first. Return the edge after the last."""
     for s in slices:
         past = EarlierCall(edge, positions[s])
-        if not sequence.fresh(s + 1):
+        if not sequence.needs_no_edge(s + 1):
             with torch.no_grad():
-                sequence.leave(s, past)
+                sequence.run_for_edge(s, past)
         edge = past.after
     return edge
 
 
 def _edge_after(sequence: SlicedSequence, positions: Sequence[int], group: range, edge: State) -> State:
     """Return the edge after a group, given the edge before it. Slices before one that needs no edge are not run."""
-    fresh = [s for s in range(group.start, group.stop + 1) if sequence.fresh(s)]
+    fresh = [s for s in range(group.start, group.stop + 1) if sequence.needs_no_edge(s)]
     begin, edge = (fresh[-1], {}) if fresh else (group.start, edge)
     return _leave(sequence, positions, range(begin, group.stop), edge)
 

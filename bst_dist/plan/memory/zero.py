@@ -22,7 +22,7 @@ from typing import TypeAlias
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.roles import products_only
 from bst_dist.parallel.matrices.orthogonal import flops
-from bst_dist.plan.muon import Share, busiest
+from bst_dist.plan.muon import MuonLoad, busiest
 
 WORD = 4
 """Bytes of a number in fp32."""
@@ -184,11 +184,11 @@ def states(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> S
     found = by_stage[strategy.stage](sizes, strategy, world, accumulation)
     if not sizes.muon:
         return found
-    share = muon_share(sizes, strategy.stage, world)
+    share = muon_load(sizes, strategy.stage, world)
     return replace(found, moments=found.moments - WORD * share.updated, updating=found.updating + share.buffers)
 
 
-def muon_share(sizes: Sizes, stage: int, world: int) -> Share:
+def muon_load(sizes: Sizes, stage: int, world: int) -> MuonLoad:
     """Return Muon's cost on the busiest rank."""
     return busiest(sizes.groups[0], sizes.muon, stage, world, ALIGNMENT)
 

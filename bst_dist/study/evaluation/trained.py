@@ -27,7 +27,7 @@ from bst_dist.study.lra.config import LongRangeConfig
 from bst_dist.study.runs.results import read_result
 from bst_dist.train import rundir
 from bst_dist.train.rundir import read_recipe
-from bst_dist.train.start.initial_weights import load_initial
+from bst_dist.train.start.initial_weights import load_initial_weights
 from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
 from data_pipeline.serve.loader import open_corpora
 from data_pipeline.serve.reader import Corpus
@@ -67,7 +67,7 @@ def open_run(run_dir: Path, step: int | None = None, precision: str | None = Non
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model)
     if step == 0 and recipe.initial_weights:
-        load_initial(model, recipe.initial_weights)
+        load_initial_weights(model, recipe.initial_weights)
     return Trained(run_dir, recipe, restore(model, run_dir, step, AVERAGED if averaged else WEIGHTS), model)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from bst_base.errors import UserError
 from bst_base.terminal import Sheet, print_table
-from bst_dist.extras import missing
+from bst_dist.extras import install_hint
 from bst_dist.study.evaluation.trained import open_run, tokenizer_of
 from bst_dist.study.statistics import Estimate
 
@@ -32,7 +32,7 @@ class HarnessError(UserError):
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if importlib.util.find_spec("lm_eval") is None:
-        raise HarnessError(missing("lm_eval"))
+        raise HarnessError(install_hint("lm_eval"))
     trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
     tokenizer = tokenizer_of(args.run, trained.recipe)
     import lm_eval  # its dependencies take a second to import

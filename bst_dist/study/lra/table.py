@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bst_base.errors import UserError
-from bst_dist.config import NUMBERS, Recipe
+from bst_dist.config import NUMERIC_SECTIONS, Recipe
 from bst_dist.study.lra.evaluate import Report, read_kept
 from bst_dist.study.statistics import Estimate, mean
 from bst_dist.train.rundir import read_recipe
@@ -61,7 +61,7 @@ def describe(recipe: Recipe) -> str:
 
 
 def _without_seed(recipe: Recipe) -> str:
-    data = recipe.model_dump(mode="json", include={*NUMBERS, "evaluation"} - {"seed"})
+    data = recipe.model_dump(mode="json", include={*NUMERIC_SECTIONS, "evaluation"} - {"seed"})
     return json.dumps(data, sort_keys=True)
 
 

@@ -269,10 +269,10 @@ class _Sequence:
     def lengths(self) -> list[int]:
         return [self.case.share * self.case.sp] * self.case.slices
 
-    def fresh(self, s: int) -> bool:
+    def needs_no_edge(self, s: int) -> bool:
         return False
 
-    def leave(self, s: int, past: EarlierCall) -> None:
+    def run_for_edge(self, s: int, past: EarlierCall) -> None:
         self.engine.forward(self._part(s), past=past_of_slice(self.group, self.case.share, past))
 
     def loss(self, s: int, past: EarlierCall | None) -> Tensor:

@@ -125,10 +125,10 @@ class _Sequence:
         self.edge_bytes = 0
         """Bytes of one edge."""
 
-    def fresh(self, s: int) -> bool:
+    def needs_no_edge(self, s: int) -> bool:
         return False
 
-    def leave(self, s: int, past: EarlierCall) -> None:
+    def run_for_edge(self, s: int, past: EarlierCall) -> None:
         self.model(self._tokens(s)[0], past=past)
         self.edge_bytes = sum(x.nbytes for x in past.after.values())
         self.passes += 1

@@ -1,7 +1,7 @@
 """Which settings may change when a run is resumed, which may not, and what to do instead.
 
-Settings that do not affect the numbers may change freely (`config.NUMBERS` lists those that do). From the resumed step
-on these may change as well:
+Settings that do not affect the numbers may change freely (`config.NUMERIC_SECTIONS` lists those that do). From the
+resumed step on these may change as well:
 
 - the learning rate;
 - the batch size, unless rows are streamed;
@@ -44,8 +44,8 @@ def changes(run_dir: Path, before: Recipe, now: Recipe, replan: bool = False) ->
     with what to do instead, for settings that may not change.
     """
     found = differing(before, now)
-    there = committed(run_dir)
-    done = step_of(there[0]) if there else 0
+    checkpoints = committed(run_dir)
+    done = step_of(checkpoints[0]) if checkpoints else 0
     if fixed := [line for line in found if not line.startswith(_CHANGING)]:
         head = f"{run_dir}: holds a run with other settings (there, given):"
         raise OtherRunError(listed(head, fixed) + _length_from(before, now, done))
@@ -56,9 +56,10 @@ def changes(run_dir: Path, before: Recipe, now: Recipe, replan: bool = False) ->
         )
     if replan and now.train.steps >= done:
         return found
-    first = _first_otherwise(before, now, done)
+    first = _first_step_with_other_rate(before, now, done)
     if first is not None:
-        raise OtherRunError(_way_out(run_dir, found, first, [step_of(path) for path in there], now.train.steps))
+        steps = [step_of(path) for path in checkpoints]
+        raise OtherRunError(_advice_on_schedule(run_dir, found, first, steps, now.train.steps))
     return found
 
 
@@ -84,7 +85,7 @@ def with_batch(changed: Sequence[str], data: Mapping[str, Any], sequences: int) 
     return [*changed, f"train.sequences: {before}, {sequences}"]
 
 
-def _first_otherwise(before: Recipe, now: Recipe, done: int) -> int | None:
+def _first_step_with_other_rate(before: Recipe, now: Recipe, done: int) -> int | None:
     """Return the first of the `done` steps that would have had another learning rate; None if there is none."""
     if now.train.steps < done:
         return now.train.steps
@@ -107,7 +108,7 @@ def _length_from(before: Recipe, now: Recipe, done: int) -> str:
     )
 
 
-def _way_out(run_dir: Path, found: list[str], first: int, steps: list[int], wanted: int) -> str:
+def _advice_on_schedule(run_dir: Path, found: list[str], first: int, steps: list[int], wanted: int) -> str:
     """Return the error message with what to do instead.
 
     `first`: the first step with another rate; `steps`: those of the checkpoints; `wanted`: the new `train.steps`.

@@ -27,9 +27,9 @@ from bst_dist.train.rundir import (
 )
 from bst_dist.train.start.changes import changes, listed
 
-EARLY = (CHECKPOINTS, "heartbeats", LEASE, STACKS)
+WRITTEN_BEFORE_RECIPE = (CHECKPOINTS, "heartbeats", LEASE, STACKS)
 """Entries that a start creates before it writes the recipe; older versions created heartbeats/."""
-BESIDE = (".out", ".err", ".log", ".partial")
+UNRELATED_SUFFIXES = (".out", ".err", ".log", ".partial")
 """Suffixes of files that may be in a new run's directory: a scheduler's logs, files of an interrupted write."""
 SNAPSHOTS = "memory-rank-*.pickle"
 """Memory snapshots of a start whose memory ran out while it built the model."""
@@ -37,7 +37,7 @@ FROM_ZERO = "--from-zero (its metrics are kept in metrics.dropped.jsonl)"
 
 # DeepSpeed settings that affect the run's numbers: how it computes, and what ZeRO quantizes. The other settings follow
 # from the ranks, or say where ZeRO stores and how it sends tensors; they may change from start to start.
-COMPUTING = (
+NUMERIC_KEYS = (
     "gradient_clipping",
     "torch_autocast",
     "bf16",
@@ -48,7 +48,7 @@ COMPUTING = (
     "gradient_predivide_factor",
     "gradient_allreduce_op",
 )
-ROUNDING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+QUANTIZATION_KEYS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
 class RunDirectoryError(UserError):
@@ -75,40 +75,38 @@ def check(
         return []
     changed = changes(run_dir, read_recipe(run_dir), recipe, replan)
     stored = run_dir / DS_CONFIG
-    if stored.exists() and (found := _changed(json.loads(stored.read_text()), completed)):
-        raise RunDirectoryError(listed(f"{run_dir}: holds a run with another DeepSpeed configuration:", found))
-    held = committed(run_dir)
-    if held and not read_starts(run_dir):
+    if stored.exists() and (differences := _changed(json.loads(stored.read_text()), completed)):
+        raise RunDirectoryError(listed(f"{run_dir}: holds a run with another DeepSpeed configuration:", differences))
+    checkpoints = committed(run_dir)
+    if checkpoints and not read_starts(run_dir):
         raise RunDirectoryError(
             f"{run_dir}: imported weights, which cannot be resumed: start another run from them, in another "
-            f"--run-dir, with initial_weights.run={run_dir} initial_weights.step={step_of(held[0])}"
+            f"--run-dir, with initial_weights.run={run_dir} initial_weights.step={step_of(checkpoints[0])}"
         )
-    if not resume and held:
+    if not resume and checkpoints:
         raise RunDirectoryError(
-            f"{run_dir}: already has checkpoints, up to {held[0].name}: "
+            f"{run_dir}: already has checkpoints, up to {checkpoints[0].name}: "
             "continue it with --resume, or start a new run in another --run-dir"
         )
-    if not held and not from_zero and (shown := shown_steps(run_dir)):
+    if not checkpoints and not from_zero and (evidence := evidence_of_checkpoints(run_dir)):
         beside = ", ".join(entries(run_dir)) or "nothing"
         advice = "restore one of them." if DAMAGED in beside else "is its file system mounted?"
         raise StorageError(
-            f"{run_dir}: {shown}, but {socket.gethostname()} sees no checkpoint in {run_dir / CHECKPOINTS} ({beside} "
-            f"there): {advice} To start at step 0 anyway: {FROM_ZERO}"
+            f"{run_dir}: {evidence}, but {socket.gethostname()} sees no checkpoint in {run_dir / CHECKPOINTS} "
+            f"({beside} there): {advice} To start at step 0 anyway: {FROM_ZERO}"
         )
     return changed
 
 
 def _require_free(run_dir: Path) -> None:
     """Raise RunDirectoryError if a directory without a recipe has more than logs and files of an interrupted start."""
-    if held := committed(run_dir):
+    if checkpoints := committed(run_dir):
         raise RunDirectoryError(
-            f"{run_dir}: has checkpoints, up to {held[0].name}, but no {RECIPE}: restore it, or "
+            f"{run_dir}: has checkpoints, up to {checkpoints[0].name}, but no {RECIPE}: restore it, or "
             "choose another --run-dir"
         )
-    there = run_dir.iterdir() if run_dir.exists() else ()
-    strange = [
-        path.name for path in there if not (path.name in EARLY or path.name.endswith(BESIDE) or path.match(SNAPSHOTS))
-    ]
+    paths = run_dir.iterdir() if run_dir.exists() else ()
+    strange = [path.name for path in paths if not _may_precede_a_run(path)]
     if strange:
         raise RunDirectoryError(
             f"{run_dir}: not a run (no {RECIPE}) and not empty ({', '.join(sorted(strange)[:4])}): choose another "
@@ -116,7 +114,12 @@ def _require_free(run_dir: Path) -> None:
         )
 
 
-def shown_steps(run_dir: Path) -> str | None:
+def _may_precede_a_run(path: Path) -> bool:
+    """Whether an entry of a directory may be there before a run has written its recipe."""
+    return path.name in WRITTEN_BEFORE_RECIPE or path.name.endswith(UNRELATED_SUFFIXES) or path.match(SNAPSHOTS)
+
+
+def evidence_of_checkpoints(run_dir: Path) -> str | None:
     """Return the evidence, as text, that the run in a directory once had a checkpoint; None if there is none.
 
     A run that was killed before its first checkpoint was due never had one. Steps that a branch shares with its trunk
@@ -157,5 +160,5 @@ def _changed(stored: dict[str, Any], completed: dict[str, Any]) -> list[str]:
 def _arithmetic(completed: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a DeepSpeed configuration that affect the run's numbers."""
     zero = completed.get("zero_optimization", {})
-    rounding = {f"zero_optimization.{key}": zero.get(key, False) for key in ROUNDING}
-    return {key: completed.get(key) for key in COMPUTING} | rounding
+    rounding = {f"zero_optimization.{key}": zero.get(key, False) for key in QUANTIZATION_KEYS}
+    return {key: completed.get(key) for key in NUMERIC_KEYS} | rounding

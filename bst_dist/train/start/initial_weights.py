@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bst_dist.parallel.ranks import Ranks
 
 
-def loads_initial(start: Start, from_zero: bool) -> bool:
+def uses_initial_weights(start: Start, from_zero: bool) -> bool:
     """Whether the model is built with the recipe's initial weights: not if the run can resume from a full checkpoint.
 
     `from_zero`: as in the request; then it always is, because all full checkpoints may be damaged.
@@ -31,7 +31,7 @@ def loads_initial(start: Start, from_zero: bool) -> bool:
     return start.recipe.initial_weights is not None and (from_zero or not has_full(start.run_dir))
 
 
-def load_initial(
+def load_initial_weights(
     model: nn.Module, config: InitialWeightsConfig, tokenizer_sha256: str | None = None, ranks: Ranks | None = None
 ) -> None:
     """Load the other run's weights into the model.
@@ -61,13 +61,15 @@ def _fill(model: nn.Module, checkpoint: Path, arrived: Callable[[], None] = lamb
     `arrived`: called after each part that is read.
     """
     shards = open_shards(checkpoint, WEIGHTS)
-    own = model.state_dict()
-    for name in sorted(shards.shapes.keys() | own.keys()):
-        there = shards.shapes.get(name, "missing")
-        here = tuple(own[name].shape) if name in own else "missing"
-        if there != here:
-            raise CheckpointError(f"initial_weights: {checkpoint} is of another model: {name} is {there}, here {here}")
-    shards.fill([(name, 0, tensor.view(-1)) for name, tensor in own.items()], arrived)
+    weights = model.state_dict()
+    for name in sorted(shards.shapes.keys() | weights.keys()):
+        stored = shards.shapes.get(name, "missing")
+        wanted = tuple(weights[name].shape) if name in weights else "missing"
+        if stored != wanted:
+            raise CheckpointError(
+                f"initial_weights: {checkpoint} is of another model: {name} is {stored}, here {wanted}"
+            )
+    shards.fill([(name, 0, tensor.view(-1)) for name, tensor in weights.items()], arrived)
     shards.close()
 
 
@@ -86,6 +88,6 @@ def _fitting(config: InitialWeightsConfig, tokenizer_sha256: str | None) -> Path
 def _checkpoint(config: InitialWeightsConfig) -> Path:
     path = find(config.run, config.step)
     if path is None:
-        there = ", ".join(str(step_of(found)) for found in committed(config.run)) or "none"
-        raise CheckpointError(f"initial_weights: {config.run}: no checkpoint of step {config.step}; there are: {there}")
+        steps = ", ".join(str(step_of(checkpoint)) for checkpoint in committed(config.run)) or "none"
+        raise CheckpointError(f"initial_weights: {config.run}: no checkpoint of step {config.step}; there are: {steps}")
     return path

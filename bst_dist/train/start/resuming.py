@@ -13,9 +13,9 @@ from bst_dist.checkpoint.snapshot import Position, Snapshots
 from bst_dist.faults import ledger
 from bst_dist.faults.guard import DivergedError, Guard
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.train.start.branch import origin
+from bst_dist.train.start.branch import trunk_checkpoint
 from bst_dist.train.start.changes import with_batch
-from bst_dist.train.start.directory import FROM_ZERO, shown_steps
+from bst_dist.train.start.directory import FROM_ZERO, evidence_of_checkpoints
 from bst_dist.train.start.request import Request, Start
 from bst_dist.train.step import Trainer
 
@@ -38,11 +38,11 @@ def begin_at(
         each_or_raise(ranks, lambda: start.objective.loader(start.mesh(ranks)).load_state_dict(position.data))
         return position, local
     initial = start.recipe.initial_weights
-    shown = of_first(ranks, lambda: shown_steps(start.run_dir))
-    if (shown and not request.from_zero) or (initial and not loaded):
+    evidence = of_first(ranks, lambda: evidence_of_checkpoints(start.run_dir))
+    if (evidence and not request.from_zero) or (initial and not loaded):
         raise CheckpointError(
-            f"{start.run_dir}: {shown or 'it had a checkpoint'}, and none of its checkpoints is valid; restore one, or "
-            f"start at step 0 with {FROM_ZERO}"
+            f"{start.run_dir}: {evidence or 'it had a checkpoint'}, and none of its checkpoints is valid; restore one, "
+            f"or start at step 0 with {FROM_ZERO}"
         )
     if initial:
         ranks.print_first(f"starting from the weights of step {initial.step} of {initial.run}")
@@ -132,7 +132,7 @@ def _newest(
     if checkpoint is not None:
         position = snapshots.load(checkpoint)
     elif start.recipe.branch is not None:
-        checkpoint = origin(start.run_dir, start.recipe).checkpoint
+        checkpoint = trunk_checkpoint(start.run_dir, start.recipe)
         snapshots.require_whole(checkpoint)
         position = snapshots.load(checkpoint, of_trunk=True)
     else:

@@ -77,7 +77,7 @@ class Cuts:
 
 
 @dataclass(frozen=True)
-class Phase:
+class LengthPhase:
     """The steps with one sequence length."""
 
     start: int
@@ -104,10 +104,10 @@ class PhasePlan(Plan, Protocol):
         """
 
 
-class Phases:
+class LengthPhases:
     """All phases of a run. It is a `Plan` for steps that lie in one phase."""
 
-    def __init__(self, phases: Sequence[Phase]) -> None:
+    def __init__(self, phases: Sequence[LengthPhase]) -> None:
         self._phases = phases
         self._starts = [phase.start for phase in phases]
 
@@ -119,7 +119,7 @@ class Phases:
         """See `Plan`; counts sequences of any length."""
         return self.at(step).plan.consumed(step)
 
-    def at(self, step: int) -> Phase:
+    def at(self, step: int) -> LengthPhase:
         """Return the phase of a step."""
         return self._phases[bisect.bisect_right(self._starts, step) - 1]
 
@@ -143,7 +143,7 @@ class Phases:
                 cuts = phase.cuts
         return cuts.length, cuts.length - (begin - cuts.base(corpus, epoch)) % cuts.length
 
-    def require_same_layout(self, before: Phases, begun: Sequence[list[int] | None] | None, step: int) -> None:
+    def require_same_layout(self, before: LengthPhases, begun: Sequence[list[int] | None] | None, step: int) -> None:
         """Raise UserError unless everything that is partly read before a step keeps its layout.
 
         `before`: the order up to that step, without later changes of the length. `begun`: the partly read windows or
@@ -159,7 +159,7 @@ class Phases:
         )
 
 
-def _first_legal(phase: Phase, begun: Sequence[list[int] | None], step: int) -> str:
+def _first_legal(phase: LengthPhase, begun: Sequence[list[int] | None], step: int) -> str:
     """Return advice on when the length may change.
 
     It is the first step at which all that is partly read has been read, or what must change so that there is such a
@@ -178,7 +178,7 @@ def _first_legal(phase: Phase, begun: Sequence[list[int] | None], step: int) -> 
     )
 
 
-def _done(phase: Phase, begun: Sequence[list[int] | None], step: int) -> list[bool]:
+def _done(phase: LengthPhase, begun: Sequence[list[int] | None], step: int) -> list[bool]:
     """Return, for each partly read window or stretch, whether it has been read completely before a step."""
     if phase.plan.streams:
         return [each is None or step >= sum(each) for each in begun]

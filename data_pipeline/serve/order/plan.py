@@ -136,7 +136,7 @@ class Part(NamedTuple):
         """The numbers that later parts add to a key; empty for the first part."""
         return (self.number,) if self.number else ()
 
-    def own(self, segments: Segments) -> Segments:
+    def weights_within(self, segments: Segments) -> Segments:
         """Return the weights with which the part begins, and their changes within it."""
         first = [weights for step, weights in segments if step <= self.start][-1]
         last = self.until if self.until is not None else math.inf
@@ -194,7 +194,7 @@ class Streaming:
         self._rows, self._shift = rows, part.shift
         self._segments: list[_Segment] = []
         start, before = part.start, part.before
-        for number, (asked, weights) in enumerate(part.own(segments)):
+        for number, (asked, weights) in enumerate(part.weights_within(segments)):
             if number:
                 last = self._segments[-1]
                 if part.until is not None and last.end(asked) >= part.until:

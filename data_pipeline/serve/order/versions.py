@@ -11,7 +11,7 @@ import numpy as np
 from bst_base.errors import UserError
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.order.order_v1 import LaneStreaming, QuotaMixture
-from data_pipeline.serve.order.phases import Cuts, Phase, PhasePlan, Phases, Place
+from data_pipeline.serve.order.phases import Cuts, LengthPhase, LengthPhases, PhasePlan, Place
 from data_pipeline.serve.order.plan import ORDER_VERSION, Part, Plan, Shuffled, Streaming, make_mixture, make_shuffled
 from data_pipeline.serve.order.sizes import STREAMED, BatchSizes
 from data_pipeline.serve.order.step_values import StepValues
@@ -33,7 +33,7 @@ class Stream(Protocol):
 class Order(NamedTuple):
     """The order of a run: which sequences its rows read, and which tokens these hold."""
 
-    phases: Phases
+    phases: LengthPhases
     """Which sequence each row of each step reads, and how the corpora are cut into sequences."""
     stream: Callable[[int, int], Stream]
     """Returns the token stream of a corpus in a pass."""
@@ -75,7 +75,7 @@ def make_order(
 
     cuts = _first_cuts(corpora, lengths.last, block)
     plan = _older(version, config, cuts.sequences.tolist(), sizes, seed)
-    return Order(Phases([Phase(0, cuts, np.zeros(len(corpora), np.int64), plan)]), stream)
+    return Order(LengthPhases([LengthPhase(0, cuts, np.zeros(len(corpora), np.int64), plan)]), stream)
 
 
 def _older(version: int, config: DataConfig, sequences: Sequence[int], sizes: BatchSizes, seed: int) -> Plan:
@@ -129,7 +129,7 @@ def _phases(
     lengths: StepValues,
     seed: int,
     passes: Callable[[int, int], Windows],
-) -> Phases:
+) -> LengthPhases:
     """Build one phase after the other: where each begins follows from those before it."""
     segments = config.segments()
     before = np.zeros(len(cuts.inputs), np.int64)
@@ -146,5 +146,5 @@ def _phases(
         else:
             read = None if until is None else mixture.counts(sizes.first(until)) - before
             plan = WindowShuffled(mixture, sizes, seed, passes, cuts, before, read)
-        found.append(Phase(start, cuts, before, plan))
-    return Phases(found)
+        found.append(LengthPhase(start, cuts, before, plan))
+    return LengthPhases(found)

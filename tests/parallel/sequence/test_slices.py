@@ -97,11 +97,11 @@ class Sliced:
     def past(self, s: int, earlier: EarlierCall | None):
         return past_of_slice(self.group, self.part(s)["input_ids"].shape[1], earlier)
 
-    def fresh(self, s: int) -> bool:
+    def needs_no_edge(self, s: int) -> bool:
         starts = self.whole["starts"]
         return starts is not None and self.group is None and bool(starts[:, sum(self.lengths[:s]) // BLOCK].all())
 
-    def leave(self, s: int, past: EarlierCall) -> None:
+    def run_for_edge(self, s: int, past: EarlierCall) -> None:
         self.left.append(s)
         part = self.part(s)
         self.of(part["input_ids"], starts=part.get("starts"), past=self.past(s, past))
@@ -266,10 +266,10 @@ def test_numbers_of_kept_edges_and_extra_passes_equal_the_plan(slices, every, pa
     class Nothing:
         lengths = [1] * slices
 
-        def fresh(self, s):
+        def needs_no_edge(self, s):
             return False
 
-        def leave(self, s, past):
+        def run_for_edge(self, s, past):
             nonlocal run
             assert set(past.before) == ({str(s)} if s else set())
             run += 1

@@ -10,8 +10,8 @@ import pytest
 from bst_base.settings import ConfigError, dump, parse
 from bst_dist.checkpoint.directory import CheckpointError, directory
 from bst_dist.config import Recipe
-from bst_dist.train.start.branch import origin
-from bst_dist.train.start.directory import shown_steps
+from bst_dist.train.start.branch import trunk_checkpoint
+from bst_dist.train.start.directory import evidence_of_checkpoints
 
 SETTINGS = {
     "name": "trunk",
@@ -38,12 +38,12 @@ def runs(tmp_path):
 
 
 def test_a_branch_of_the_same_steps_begins_at_the_checkpoint(runs):
-    assert origin(runs.directory, runs.branch()).checkpoint == directory(runs.trunk, 8)
+    assert trunk_checkpoint(runs.directory, runs.branch()) == directory(runs.trunk, 8)
 
 
 def test_a_smaller_micro_batch_is_still_a_branch(runs):
     train = {**SETTINGS["train"], "steps": 10, "micro_sequences": 2}
-    assert origin(runs.directory, runs.branch(train=train)).trunk.name == "trunk"
+    assert trunk_checkpoint(runs.directory, runs.branch(train=train)) == directory(runs.trunk, 8)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,21 @@ def test_a_smaller_micro_batch_is_still_a_branch(runs):
 )
 def test_a_branch_that_differs_from_the_trunk_steps_is_refused(runs, changes, message):
     with pytest.raises(CheckpointError, match=message):
-        origin(runs.directory, runs.branch(**changes))
+        trunk_checkpoint(runs.directory, runs.branch(**changes))
+
+
+def test_differences_beyond_those_that_are_listed_are_counted(runs):
+    rates = {
+        "learning_rate": 0.5,
+        "ssm_learning_rate": 1e-4,
+        "weight_decay": 0.3,
+        "beta1": 0.8,
+        "beta2": 0.9,
+        "eps": 1e-6,
+    }
+    train = {**SETTINGS["train"], "steps": 10, "z_loss": 0.1, "gradient_clipping": 0.5}
+    with pytest.raises(CheckpointError, match="and 1 more"):
+        trunk_checkpoint(runs.directory, runs.branch(seed=3, optimizer=rates, train=train))
 
 
 @pytest.mark.parametrize(("from_step", "steps", "shown"), [(8, 1, None), (9, 1, "step 9"), (8, 5, "due at step 10")])
@@ -72,7 +86,7 @@ def test_a_branch_shows_reached_steps_only_after_its_first_checkpoint(runs, from
     )
     lines = [json.dumps({"kind": "train", "step": step}) for step in range(9, 9 + steps)]
     (runs.directory / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    found = shown_steps(runs.directory)
+    found = evidence_of_checkpoints(runs.directory)
     assert found is None if shown is None else shown in found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bst_dist.train.rundir import ENVIRONMENT, RECIPE
-from bst_dist.train.start.directory import shown_steps
+from bst_dist.train.start.directory import evidence_of_checkpoints
 
 DEMO = Path(__file__).resolve().parents[3] / "launch/recipes/demo.yaml"
 
@@ -27,5 +27,5 @@ def test_starts_before_one_from_zero_show_no_steps(tmp_path, starts, shown):
     """A run that was killed before its first checkpoint is begun again without asking a second time."""
     (tmp_path / RECIPE).write_text(DEMO.read_text())
     (tmp_path / ENVIRONMENT).write_text(json.dumps({"starts": starts}))
-    found = shown_steps(tmp_path)
+    found = evidence_of_checkpoints(tmp_path)
     assert found is None if shown is None else shown in found

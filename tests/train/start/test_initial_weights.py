@@ -22,7 +22,7 @@ from bst_dist.report.metrics import FILE
 from bst_dist.train.building import build_engine
 from bst_dist.train.config import InitialWeightsConfig
 from bst_dist.train.run import train
-from bst_dist.train.start.initial_weights import load_initial
+from bst_dist.train.start.initial_weights import load_initial_weights
 from bst_dist.train.start.request import Request, load, resolve
 from tests.checkpoint.damage import flip
 from tests.conftest import write_checkpoint
@@ -44,7 +44,7 @@ def trained(settings, tmp_path):
 def test_initial_weights_equal_those_of_the_other_run(trained):
     torch.manual_seed(9)
     model = LanguageModel(trained.settings)
-    load_initial(model, trained.config)
+    load_initial_weights(model, trained.config)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.model.parameters(), strict=True))
 
 
@@ -54,20 +54,20 @@ def test_a_model_of_another_shape_is_refused(trained):
         ({"depth": 4}, "missing"),
     ):
         with pytest.raises(CheckpointError, match=re.escape(message)):
-            load_initial(LanguageModel(trained.settings.model_copy(update=change)), trained.config)
+            load_initial_weights(LanguageModel(trained.settings.model_copy(update=change)), trained.config)
 
 
 def test_initial_weights_of_another_tokenizer_are_refused(trained, tmp_path):
-    load_initial(trained.model, trained.config, "abc")  # that run has not recorded its tokenizer
+    load_initial_weights(trained.model, trained.config, "abc")  # that run has not recorded its tokenizer
     (tmp_path / "environment.json").write_text(json.dumps({"starts": [{"tokenizer_sha256": "abc"}]}))
-    load_initial(trained.model, trained.config, "abc")
+    load_initial_weights(trained.model, trained.config, "abc")
     with pytest.raises(CheckpointError, match=r"was trained with another tokenizer than that of data\.corpus"):
-        load_initial(trained.model, trained.config, "def")
+        load_initial_weights(trained.model, trained.config, "def")
 
 
 def test_a_step_without_a_checkpoint_is_refused_with_the_existing_steps(trained, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint of step 6; there are: 5"):
-        load_initial(trained.model, InitialWeightsConfig(run=tmp_path, step=6))
+        load_initial_weights(trained.model, InitialWeightsConfig(run=tmp_path, step=6))
 
 
 def test_initial_weights_change_the_digest_of_a_recipe(settings):
