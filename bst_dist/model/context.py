@@ -158,7 +158,7 @@ class CrossAttention(nn.Module):
         return torch.where(begun, first, ends)
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
-        """See `SlidingAttention.prepare`."""
+        """See `Prepares.prepare`."""
         if self.causal and isinstance(starts, Borders):
             documents_in_blocks(like, self.block, past, starts)
 

@@ -26,6 +26,7 @@ from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import CrossAttention
 from bst_dist.model.document_mask import Starts
 from bst_dist.model.matmul import fused_linears, product_dtype, relu_of, whole
+from bst_dist.model.prepared import Prepares
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.sequence.past import Past, RecordedPast
 
@@ -153,7 +154,7 @@ class Layer(nn.Module):
         like = x[..., :0].to(product_dtype(x))
         recorded = RecordedPast(past)
         for module in self.mixer.modules():
-            if hasattr(module, "prepare"):
+            if isinstance(module, Prepares):
                 module.prepare(like, recorded, starts)
         return recorded.recorded
 

@@ -55,8 +55,10 @@ def _in_place(logits: Tensor, target: Tensor, keep: Tensor, scale: float, z: flo
 
 
 def _out_of_place(logits: Tensor, target: Tensor, keep: Tensor, scale: float, z: float) -> Tile:
-    """Do the same in operations that a compiler fuses: it reads the logits and writes their gradient, and nothing else
-    of this size."""
+    """Return what `_in_place` returns, by operations that a compiler fuses.
+
+    The fused kernel reads the logits and writes their gradient, and nothing else of this size.
+    """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     largest = wide.amax(-1, keepdim=True)
     log_z = largest + (wide - largest).exp().sum(-1, keepdim=True).log()
@@ -74,7 +76,7 @@ def _compiled(backend: object) -> Callable[..., Tile]:
 
 
 def fused_tile(*tile: Tensor | float) -> Tile:
-    """Do the same in compiled kernels: one, where a tile has enough tokens."""
+    """Return what `_in_place` returns, by compiled kernels: one, where a tile has enough tokens."""
     return flex.limited(_compiled(flex.BACKEND), *tile, graphs=GRAPHS)
 
 

@@ -31,7 +31,7 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]
 
 
 def layer_flops(config: ModelConfig, mixer: str, sequence_length: int) -> dict[str, float]:
-    """Return the same for one layer with that mixer."""
+    """Return the FLOPs of one token's forward pass through one layer, by term, averaged over such a sequence."""
     network = 2 * config.ffn_matrices * config.width * config.ffn
     return MIXER_TERMS[mixer](config, sequence_length) | {"ffn": network}
 

@@ -71,7 +71,7 @@ def scalars(report: Report) -> dict[str, float]:
 
 
 def curves(line: dict[str, Any]) -> dict[str, float]:
-    """Return the same for a line of metrics.jsonl."""
+    """Return the numbers of a line of metrics.jsonl by curve name, as `scalars` returns those of a report."""
     if line["kind"] == SkippedReport.kind:
         return {}
     group = _group(line)

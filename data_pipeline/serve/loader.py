@@ -126,7 +126,7 @@ class Loader:
         return Blank(self._share.laid_out(stored, self._batch) for stored in self._read_all(step, blank=True))
 
     def tokens(self, step: int) -> list[np.ndarray]:
-        """Return the same micro-batches as stored, slice after slice.
+        """Return the micro-batches of `batches` as they are stored, slice after slice.
 
         Each slice is (b, l + 1) in the corpus's dtype, including the label of the last input.
         """

@@ -132,7 +132,7 @@ def _attend(
 def _without_gradients(
     q: Tensor, k: Tensor, v: Tensor, window: Window, bias: Tensor | None, begin: Tensor | None, sums: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Do the same in graphs that serve every batch size and length.
+    """Return what `flex_sliding_attention` returns, without gradients, from graphs that serve every batch and length.
 
     torch compiles equal and unequal lengths of queries and keys separately, as it does one row and several rows. So a
     stream that has just begun gets hidden keys in front, and has unequal lengths like a later slice. The number of keys
@@ -180,7 +180,10 @@ def limited(compiled: Callable[..., T], *arguments: object, graphs: int | None =
 def short_attention(
     q: Tensor, k: Tensor, v: Tensor, window: Window, bias: Tensor | None, begin: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Do the same for few queries and store all scores: (B, l, H, dh), (B, p + l, G, dh) twice -> output and sums."""
+    """Return the output and the sums of `flex_sliding_attention` for few queries; all scores are stored.
+
+    Shapes: q (B, l, H, dh), k and v (B, p + l, G, dh).
+    """
     band = Band(q.shape[1], k.shape[1], window)
     query = torch.arange(band.length, device=q.device).unsqueeze(1)
     key = torch.arange(band.keys, device=q.device)

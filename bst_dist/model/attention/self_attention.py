@@ -93,10 +93,7 @@ class SlidingAttention(nn.Module):
         )
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
-        """Ask `past` for what `forward` asks for with `Past.once`, for a whole sequence.
-
-        A compiled layer gets it as an input of its graph. `like`: (B, l, D), in the dtype of the products.
-        """
+        """See `Prepares.prepare`."""
         length = like.shape[1]
         documents = self.documents(starts, past, length, length)
         self.positions(like, past)
@@ -108,7 +105,7 @@ class SlidingAttention(nn.Module):
         return self.with_window(unit(q, self.scale), k, v, past)
 
     def with_window(self, q: Tensor, k: Tensor, v: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same as `project`, from normalised queries and the keys and values of the slice's own tokens."""
+        """Return what `project` returns, from normalised queries and the keys and values of the slice's own tokens."""
         k, v = past.extend_stacked(k, v, 2, lambda kv: past.extend("kv", kv, before=self.window.size))
         return *self.rotated(q, unit(k), past), v
 

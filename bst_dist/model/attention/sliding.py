@@ -81,7 +81,10 @@ def sliding_share(
     documents: Documents | None = None,
     tiles: tuple[Tensor, ...] | None = None,
 ) -> PartialAttention:
-    """Do the same, and return also the sums that one softmax over more keys needs. Gradients flow through both."""
+    """Return the output of `sliding_attention`, and the sums that one softmax over more keys needs.
+
+    Gradients flow through both.
+    """
     return PartialAttention(*_sliding(q, k, v, window, bias, documents, tiles, sums=True))
 
 

@@ -54,7 +54,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, tiles: Iterab
 def tiled_attention_and_sums(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, tiles: Iterable[Tile], empty_rows: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the same, and the logarithm of the sum of each query's exponentials, (B, l, H)."""
+    """Return the output of `tiled_attention`, and the logarithm of the sum of each query's exponentials, (B, l, H)."""
     return _TiledAttention.apply(q, k, v, mask, tuple(tiles), empty_rows)
 
 

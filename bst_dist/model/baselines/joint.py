@@ -82,7 +82,7 @@ class StateShare(nn.Module):
         return PartialAttention(out, torch.where(begun, first.sums, ends.sums))
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
-        """See `SlidingAttention.prepare`."""
+        """See `Prepares.prepare`."""
         if self.filters:
             return
         if isinstance(starts, Borders):

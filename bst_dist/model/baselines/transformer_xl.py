@@ -40,7 +40,7 @@ class SegmentAttention(SlidingAttention):
         return torch.cat(out, dim=1).flatten(-2)
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
-        """See `SlidingAttention.prepare`."""
+        """See `Prepares.prepare`."""
         length = like.shape[1]
         self.positions(like, past)
         documents = self.documents(starts, past, length, length)

@@ -130,7 +130,7 @@ class S4DPLR(nn.Module):
         return z.to(self.skip.dtype).unflatten(1, (-1, math.gcd(self.chunk, z.shape[1])))
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
-        """See `SlidingAttention.prepare`."""
+        """See `Prepares.prepare`."""
         if not self.own_dynamics and isinstance(starts, Borders):
             columns(starts, math.gcd(self.chunk, like.shape[1]), past)
 

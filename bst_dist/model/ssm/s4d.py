@@ -109,7 +109,7 @@ class S4D(nn.Module):
         return y.view(width, batch, m, -1, chunk).permute(1, 2, 4, 3, 0).reshape(batch, length, -1, width)
 
     def _with_borders(self, z: Tensor, past: Past, starts: Borders) -> Tensor:
-        """Do the same when documents begin at any token (`document_mask`)."""
+        """Return what `forward` returns when documents begin at any token (`document_mask`)."""
         batch, length, width = z.shape
         z = z.to(self.skip.dtype)
         u, chunk, m = self._chunks(z.masked_fill(~starts.last(_chunk(length, self.chunk)).unsqueeze(-1), 0))
@@ -125,7 +125,7 @@ class S4D(nn.Module):
         return by_document.collected(y.permute(1, 3, 2, 0)).view(batch, length, -1, width)
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> None:
-        """See `SlidingAttention.prepare`."""
+        """See `Prepares.prepare`."""
         if not self.own_dynamics and isinstance(starts, Borders):
             columns(starts, _chunk(like.shape[1], self.chunk), past)
 

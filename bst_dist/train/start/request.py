@@ -124,7 +124,7 @@ def _require_reached(recipe: Recipe, where: str, given: bool) -> None:
 
 
 def resolve_together(recipe: Recipe, request: Request, ranks: Ranks) -> Start:
-    """Do the same as `resolve` on all ranks of a run, which share the check of the shards' sizes.
+    """Return what `resolve` returns, on all ranks of a run, which share the check of the shards' sizes.
 
     When one rank finds an error, raises it on all ranks, as UserError, StorageError or Stopped. They name that rank and
     its host, unless all have found the same. Stopped is only raised when no rank has found anything else.
