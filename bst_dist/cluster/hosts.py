@@ -120,9 +120,11 @@ def _slurm_names(nodes: str) -> list[str]:
 
 def _slurm_accelerators(environment: Mapping[str, str]) -> int:
     """Return the accelerators of a node with one task; 1 if none were requested, or if Slurm gives no single number."""
-    asked_for = (environment.get(f"SLURM_GPUS_{each}") for each in ("PER_NODE", "ON_NODE", "PER_TASK"))
-    found = re.fullmatch(r"(?:\w+:)*(\d+)", next(filter(None, asked_for), ""))  # 8, or h100:8
-    return max(1, int(found[1])) if found else 1
+    for each in ("PER_NODE", "ON_NODE", "PER_TASK"):
+        found = re.fullmatch(r"(?:[^,]+:)?(\d+)", environment.get(f"SLURM_GPUS_{each}", ""))  # 8, or a100-sxm4-80gb:8
+        if found:
+            return max(1, int(found[1]))
+    return 1
 
 
 def slurm_tasks(environment: Mapping[str, str]) -> list[int]:
