@@ -246,14 +246,24 @@ def _flat(answer: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _common(answers: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Return the most common value of each item over the hosts; in a tie the one that comes first."""
+    """Return the most common value of each item over the hosts; in a tie the one that comes first.
+
+    A host with other code may report other items; those that it does not report are missing there.
+    """
     flat = [_flat(answer) for answer in answers]
-    return {name: Counter(one[name] for one in flat).most_common(1)[0][0] for name in flat[0]} if flat else {}
+    checks = {name: check for one in flat for name, (check, _) in one.items()}
+    return {
+        name: Counter(one.get(name, (check, "missing")) for one in flat).most_common(1)[0][0]
+        for name, check in checks.items()
+    }
 
 
 def _differences(answer: Mapping[str, Any], common: Mapping[str, tuple[str, str]]) -> Found:
-    for name, (check, here) in _flat(answer).items():
-        there = common[name][1]
+    flat = _flat(answer)
+    for name, (check, there) in common.items():
+        _, here = flat.get(name, (check, "missing"))
+        if name not in flat and there == "missing":
+            continue
         if here == "missing":
             yield check, f"{name} is missing"
         elif here != there:
@@ -263,7 +273,7 @@ def _differences(answer: Mapping[str, Any], common: Mapping[str, tuple[str, str]
                 (
                     f"{name} has other contents than on the other hosts"
                     if short
-                    else f"{name} is {here}, the other hosts have {there}"
+                    else f"{name} is {here}, the other hosts have {'none' if there == 'missing' else there}"
                 ),
             )
 

@@ -75,6 +75,7 @@ def test_healthy_hosts_have_no_problems():
     [
         ({"versions": {"torch": "2.12.0"}}, "torch is 2.12.0, the other hosts have 2.13.0"),
         ({"versions": {"deepspeed": None}}, "deepspeed is missing"),
+        ({"versions": {"numpy": "2.4.0"}}, "numpy is 2.4.0, the other hosts have none"),
         ({"code": "d" * 64}, "this project's code has other contents than on the other hosts (check: code)"),
         ({"files": {"/shared/recipe.yaml": "d" * 64}}, "recipe.yaml has other contents than on the other hosts"),
         ({"files": {"/shared/corpus/manifest.json": None}}, "/shared/corpus/manifest.json is missing"),
@@ -119,6 +120,21 @@ def test_accepted_problems_do_not_prevent_a_start_and_are_shown(check, change, c
     show([first])
     assert f"(accepted: {check})" in capsys.readouterr().out
     assert checked_hosts(change, accepted=set(CHECKS) - {check})[0].problems
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_host_whose_code_reports_other_packages_is_compared_all_the_same(odd):
+    answers = [copy.deepcopy(SOUND) for _ in range(3)]
+    del answers[odd]["versions"]["deepspeed"]
+    answers[odd] |= {"code": "d" * 64}
+    checked = [Checked(Host(f"n{i}", 8), answer=answer, clock_offset_s=0.0) for i, answer in enumerate(answers)]
+    record_problems(checked, "job", NOTHING)
+    found = [one.problems for one in checked]
+    assert sorted(found.pop(odd)) == [
+        "deepspeed is missing (check: versions)",
+        "this project's code has other contents than on the other hosts (check: code)",
+    ]
+    assert found == [[], []]
 
 
 def test_a_run_that_has_a_checkpoint_needs_space_for_one_more():
