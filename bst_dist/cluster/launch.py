@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.arguments import at_least, seconds
+from bst_base.errors import UserError
 from bst_base.host import allow_open_files, without_brackets
 from bst_base.shipped import RECIPES, find
 from bst_base.stopping import Stopped
@@ -141,6 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @unhurried_output()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Check the hosts, run the job with restarts, and return its outcome; `passed` is true for exit status 0."""
+    _require_used(args)
     environment, own = collect_environment(os.environ), dict(os.environ)
     for line in explain_not_passed_on(os.environ) if args.launcher in OVER_SSH else ():
         say(line)
@@ -190,6 +192,16 @@ def _train(supervisor: Supervisor, steps: int) -> dict[str, Any]:
         outcome = correct_stop_signal(run_dir, outcome, stop_signals.first, steps)
     report = {"passed": status == 0, "exit_status": status, "run_dir": str(run_dir)}
     return {**report, "restarts": restarts.total, **outcome}
+
+
+def _require_used(args: argparse.Namespace) -> None:
+    """Raise UserError for an option that the launcher does not use."""
+    if args.ssh_port is not None and args.launcher not in OVER_SSH:
+        raise UserError(f"--ssh-port: --launcher {args.launcher} does not use ssh")
+    if args.hostfile is not None and args.launcher == "local":
+        raise UserError(
+            "--hostfile: --launcher local starts the ranks on this machine; `ranks=N` after the recipe sets their number"
+        )
 
 
 def _hosts(args: argparse.Namespace, recipe: Recipe) -> list[Host]:

@@ -180,7 +180,7 @@ def check(start: Start, share: Share) -> dict[str, Any]:
 def share_of(args: argparse.Namespace, recipe: Recipe) -> Share:
     """Return this machine's share of the ranks; raises UserError when --node, --nodes and --master do not fit."""
     count = args.ranks or default_ranks(recipe)
-    if args.nodes == 1 and args.master is None:
+    if args.nodes == 1 and args.node == 0 and args.master is None:
         return Share(0, count, count, "127.0.0.1", free_port())
     address, _, port = (args.master or "").rpartition(":")
     if not address or not port.isdigit() or not 0 <= args.node < args.nodes:

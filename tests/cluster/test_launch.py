@@ -131,6 +131,21 @@ def test_launch_options_out_of_range_are_refused(wrong, capsys):
     assert f"argument {wrong[0]}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--launcher", "slurm", "--ssh-port", "2222"], "--ssh-port: --launcher slurm does not use ssh"),
+        (["--launcher", "local", "--ssh-port", "2222"], "--ssh-port: --launcher local does not use ssh"),
+        (["--launcher", "local", "--hostfile", "hosts"], "--launcher local starts the ranks on this machine"),
+    ],
+)
+def test_launch_options_that_the_launcher_does_not_use_are_refused(recipe, tmp_path, monkeypatch, capsys, options, said):
+    (tmp_path / "hosts").write_text("node-07 slots=2\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", str(recipe(6)), *options, "--dry-run"]) == USER_ERROR
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", [["--ranks", "-1"], ["--ranks", "0"], ["--until", "-5"], ["--grace", "-1"]])
 def test_train_options_out_of_range_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):

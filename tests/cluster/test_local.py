@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from bst_base.errors import UserError
 from bst_dist.cluster import local, processes, verdict
 from bst_dist.cluster.processes import LocalRanks, Share
 from bst_dist.faults.status import RESUBMIT
@@ -235,3 +237,14 @@ def test_a_final_status_is_kept_whoever_reads_it_first():
         assert ranks.poll() == {0: 70}
     finally:
         ranks.kill()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--nodes", "1", "--node", "3"], ["--nodes", "2", "--node", "2", "--master", "a:1"], ["--nodes", "2"]],
+)
+def test_a_node_that_does_not_fit_is_refused(words):
+    parser = argparse.ArgumentParser()
+    local.add_arguments(parser)
+    with pytest.raises(UserError, match="nodes count from 0, and --master ADDRESS:PORT says where node 0 is"):
+        local.share_of(parser.parse_args(["recipe.yaml", "--ranks", "2", *words]), recipe=None)
