@@ -78,7 +78,8 @@ def deduplicate(
 def _cluster_names(roots: np.ndarray, digests: np.ndarray) -> np.ndarray:
     """Name each cluster by the smallest hash of its texts.
 
-    Adding a document changes the name only if it joins the cluster.
+    Adding a document changes the name only if it joins the cluster (and then perhaps the split, unless the corpus is
+    continued).
     """
     smallest = np.full(len(roots), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(smallest, roots, digests)
