@@ -179,7 +179,8 @@ class Run:
                     self._take_steps(loader, callbacks)
             return None
         except RollBack as back:
-            return roll_back(start, self.snapshots, self.copies, trainer, back.entry)
+            read = loader.state_dict(back.entry.data_step)
+            return roll_back(start, self.snapshots, self.copies, trainer, back.entry, read)
         finally:
             loader.close()
             for writer in writers:

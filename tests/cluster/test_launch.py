@@ -139,7 +139,9 @@ def test_launch_options_out_of_range_are_refused(wrong, capsys):
         (["--launcher", "local", "--hostfile", "hosts"], "--launcher local starts the ranks on this machine"),
     ],
 )
-def test_launch_options_that_the_launcher_does_not_use_are_refused(recipe, tmp_path, monkeypatch, capsys, options, said):
+def test_launch_options_that_the_launcher_does_not_use_are_refused(
+    recipe, tmp_path, monkeypatch, capsys, options, said
+):
     (tmp_path / "hosts").write_text("node-07 slots=2\n")
     monkeypatch.chdir(tmp_path)
     assert main(["launch", str(recipe(6)), *options, "--dry-run"]) == USER_ERROR

@@ -21,6 +21,7 @@ from bst_dist.train.run import train
 from bst_dist.train.rundir import read_outcome
 from bst_dist.train.start.request import Request
 from bst_dist.train.step import Trainer
+from data_pipeline.serve.order.sizes import BatchSizes
 
 Go = Callable[..., None]
 
@@ -171,6 +172,22 @@ def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, assert_sa
     go("parts", how, (10, 13), *settings)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert read_outcome(tmp_path / "parts")["finished"]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("sequences", [4, 16])
+def test_a_roll_back_past_a_change_of_the_batch_reads_no_row_again_and_leaves_none_out(go, tmp_path, sequences):
+    """The batch changed at a resume after the checkpoint that the run rolls back to."""
+    policy = ("guard.non_finite=roll-back", "checkpoint.every=4")
+    go("run", "loss", (), *policy, "train.sequences=8", until=6)
+    go("run", "loss", (7,), *policy, f"train.sequences={sequences}")
+    entries = [entry for entry in ledger.read(tmp_path / "run", 99, 99) if entry.action == "roll-back"]
+    assert [(entry.step, entry.skipped, entry.back_to) for entry in entries] == [(8, 0, 4)]
+    manifest = json.loads((newest_valid(tmp_path / "run") / "manifest.json").read_text())
+    assert manifest["skipped"] == 4
+    sizes = BatchSizes.from_state(manifest["data"])
+    assert sizes.first(8) == 6 * 8 + 2 * sequences  # data steps 0 to 7, as they were read before the roll-back
+    assert sizes.first(9) == sizes.first(8) + sequences
 
 
 @pytest.mark.ranks

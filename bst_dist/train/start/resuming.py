@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from bst_dist.checkpoint.agreement import each_or_raise, of_first
 from bst_dist.checkpoint.directory import CheckpointError, step_of
@@ -71,11 +72,18 @@ def _from_copies(start: Start, copies: LocalCopies, ranks: Ranks) -> tuple[Posit
 
 
 def roll_back(
-    start: Start, snapshots: Snapshots, copies: LocalCopies | None, trainer: Trainer, entry: ledger.Entry
+    start: Start,
+    snapshots: Snapshots,
+    copies: LocalCopies | None,
+    trainer: Trainer,
+    entry: ledger.Entry,
+    data: dict[str, Any],
 ) -> Position:
     """Load the last scheduled checkpoint, to continue from it with the data after the rejected step.
 
-    Raises DivergedError when there is no scheduled checkpoint yet.
+    `data`: the loader's state after the rejected step. That of the checkpoint does not know batch sizes that changed at
+    a later resume, so with it rows would be read again, the bad ones too, or left out unseen. Raises DivergedError when
+    there is no scheduled checkpoint yet.
     """
     ranks = trainer.ranks
     ranks.print_first(f"{entry.cause}: rolling back to the last checkpoint and skipping the data up to that step")
@@ -89,7 +97,7 @@ def roll_back(
     if ranks.first:
         abandon(start.run_dir, before.step)
     # The carried states are dropped: they belong to data that does not precede what the rows read now.
-    return replace(before, skipped=entry.data_step - before.step, carried=[])
+    return replace(before, data=data, skipped=entry.data_step - before.step, carried=[])
 
 
 def guard_of(start: Start, ranks: Ranks, position: Position, local: str | None = None) -> Guard:
