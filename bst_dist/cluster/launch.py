@@ -200,7 +200,8 @@ def _require_used(args: argparse.Namespace) -> None:
         raise UserError(f"--ssh-port: --launcher {args.launcher} does not use ssh")
     if args.hostfile is not None and args.launcher == "local":
         raise UserError(
-            "--hostfile: --launcher local starts the ranks on this machine; `ranks=N` after the recipe sets their number"
+            "--hostfile: --launcher local starts the ranks on this machine; `ranks=N` after the recipe sets their "
+            "number"
         )
 
 

@@ -23,7 +23,7 @@ NAMED = 4
 """Maximum number of hosts listed in one message."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Heartbeat:
     """The last progress report of a rank."""
 

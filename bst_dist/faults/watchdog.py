@@ -188,19 +188,18 @@ class Watchdog:
 
     def _beat(self, beats: int) -> Heartbeat:
         phases = self.phases
-        disks = self._disks.silent(min(self.silence_s, self.limit_s / 4))
         return Heartbeat(
-            self.rank,
-            socket.gethostname(),
-            os.getpid(),
-            beats,
-            phases.step,
-            phases.name,
-            phases.entered,
-            phases.exchange,
-            phases.exchanges,
-            time.monotonic() - self._still_since,
-            disks,
+            rank=self.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            beats=beats,
+            step=phases.step,
+            phase=phases.name,
+            entered=phases.entered,
+            exchange=phases.exchange,
+            exchanges=phases.exchanges,
+            still_s=time.monotonic() - self._still_since,
+            disks=self._disks.silent(min(self.silence_s, self.limit_s / 4)),
         )
 
     def _where_stacks_are(self) -> str:

@@ -19,7 +19,7 @@ from bst_dist.plan.figures import by_link, mfu, overrides, run_hours, tokens_a_d
 from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.host import host_at_start, host_memory
 from bst_dist.plan.models import entry
-from bst_dist.plan.search import GATHERED_ONCE, POLICIES, STAGES, Candidate, Planner
+from bst_dist.plan.search import GATHERED_ONCE, POLICIES, STAGES, Candidate, Choice, Planner
 from bst_dist.plan.slices import PLACES, Longest, Size, SliceSizes
 from bst_dist.plan.slices import best as best_size
 from bst_dist.plan.speed import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
@@ -246,7 +246,7 @@ def _reason(planner: Planner, best: Candidate) -> str:
 def _everything(planner: Planner, best: Candidate) -> str:
     """Return the memory needed without activation checkpointing, as text."""
     part = best.work.slice
-    kept = planner.candidate(best.work.strategy.stage, part.sp, 1, "none")
+    kept = planner.candidate(Choice(best.work.strategy.stage, part.sp, 1, "none"))
     return f"{kept.needed / GB:,.0f} of {best.limit / GB:.0f} GB, even one sequence at a time"
 
 
@@ -328,7 +328,7 @@ def _alternatives(planner: Planner, best: Candidate) -> Sheet:
     """Return a table of the memory of every ZeRO stage and checkpointing policy, all else as in the plan."""
     part, rows = best.work.slice, []
     for policy in POLICIES:
-        ways = [planner.candidate(stage, part.sp, part.rows, policy) for stage in STAGES]
+        ways = [planner.candidate(Choice(stage, part.sp, part.rows, policy)) for stage in STAGES]
         fitting = [each for each in ways[:3] if each.fits] or [each for each in ways[3:] if each.fits]
         fastest = min((each.speed.total for each in fitting), default=None)
         cells = [_cell(each, chosen=best.fits and each.work == best.work) for each in ways]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -53,9 +53,31 @@ class PlanError(UserError):
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a layout is chosen by. None: as in the recipe."""
+
+    stage: int | str
+    """ZeRO stage, or GATHERED_ONCE."""
+    sp: int
+    rows: int
+    """Sequences per micro-batch."""
+    policy: str
+    """Of activation checkpointing."""
+    slices: int | None = None
+    """Slices per sequence."""
+    edges: str | None = None
+    """Place of the slices' edges: device, host or disk."""
+    edges_every: int | None = None
+    """One in this many edges is kept."""
+    sequences: int | None = None
+    """Sequences per step; None: those of the run's largest batch."""
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One layout, with its memory, traffic and time."""
 
+    choice: Choice
     work: Work
     memory: Memory
     traffic: dict[str, float]
@@ -157,44 +179,28 @@ class Planner:
         rows = -(-self.recipe.train.most_sequences * sp // self.cluster.world)
         return [rows_at_once for rows_at_once in range(min(rows, MOST_ROWS), 0, -1) if rows % rows_at_once == 0]
 
-    def candidate(
-        self,
-        stage: int | str,
-        sp: int,
-        rows: int,
-        policy: str,
-        slices: int | None = None,
-        edges: str | None = None,
-        every: int | None = None,
-        sequences: int | None = None,
-    ) -> Candidate:
-        """Evaluate one layout. Raise SequenceParallelError if a layer cannot be computed with this sp.
-
-        Args:
-            stage: ZeRO stage, or GATHERED_ONCE.
-            rows: sequences per micro-batch.
-            slices: slices per sequence; default: the recipe's.
-            edges: place of the slices' edges, device, host or disk; default: the recipe's.
-            every: one in this many edges is kept; default: the recipe's.
-            sequences: sequences per step; default: the run's largest batch.
-        """
+    def candidate(self, choice: Choice) -> Candidate:
+        """Evaluate one layout. Raise SequenceParallelError if a layer cannot be computed with its sp."""
         train, cluster = self.recipe.train, self.cluster
-        slices, edges, every = slices or train.slices, edges or train.edges, every or train.edges_every
-        checkpointing = self.recipe.activation_checkpointing.model_copy(update={"policy": policy})
-        spread = Spread(sequences or train.most_sequences, cluster.world // sp, rows)
+        sp, rows = choice.sp, choice.rows
+        slices = choice.slices or train.slices
+        edges = choice.edges or train.edges
+        strategy = self.strategies[choice.stage]
+        checkpointing = self.recipe.activation_checkpointing.model_copy(update={"policy": choice.policy})
+        spread = Spread(choice.sequences or train.most_sequences, cluster.world // sp, rows)
         part = Slice(rows, train.sequence_length // (sp * slices), sp, stream=slices > 1)
-        compiled = not compile_refusal(self.recipe, self.strategies[stage].stage, checkpointing, sp, slices)
+        compiled = not compile_refusal(self.recipe, strategy.stage, checkpointing, sp, slices)
         work = Work(
-            self.strategies[stage],
-            cluster.world,
-            part,
-            spread.micro_batches * slices,
-            checkpointing,
-            self.model.depth,
-            slices,
-            edges,
-            every,
-            compiled,
+            strategy=strategy,
+            world=cluster.world,
+            slice=part,
+            accumulation=spread.micro_batches * slices,
+            checkpointing=checkpointing,
+            depth=self.model.depth,
+            slices=slices,
+            edges=edges,
+            edges_every=choice.edges_every or train.edges_every,
+            compiled=compiled,
             averaged=train.average is not None,
         )
         sizes = self.sizes.by_layer if compiled else self.sizes
@@ -203,21 +209,22 @@ class Planner:
         needs = memory(sizes, self.model.mixers(), self.activations, work)
         compiled_unless_gathered = not compile_refusal(self.recipe, 0, checkpointing, sp, slices)
         touched = self.activations.whole(part, compiled_unless_gathered)
-        updated = self.sizes.total / (cluster.world if stage else 1)
+        updated = self.sizes.total / (cluster.world if choice.stage else 1)
         host = host_seconds(self.activations, self.model.mixers(), work)
         edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
         orthogonalising = muon_load(self.sizes, work.strategy.stage, cluster.world).flops if self.sizes.muon else 0.0
         around = self.activations.head(part).moved
         moved = Moved(touched, around, needs.host - edges_bytes + edges_bytes // slices, updated, host, orthogonalising)
         seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)
-        return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb, spread)
+        return Candidate(choice, work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb, spread)
 
     def as_written(self) -> Candidate:
         """Return the recipe's own ZeRO stage, sp, micro-batch and activation checkpointing, for its first batch."""
         train, sp = self.recipe.train, self.recipe.parallel.sp
         stage = Strategy.read(deepspeed_file(self.recipe), written(self.recipe.deepspeed)).stage
         rows = Spread(train.sequences, self.cluster.world // sp, train.micro_sequences).micro_rows
-        return self.candidate(stage, sp, rows, self.recipe.activation_checkpointing.policy, sequences=train.sequences)
+        policy = self.recipe.activation_checkpointing.policy
+        return self.candidate(Choice(stage, sp, rows, policy, sequences=train.sequences))
 
     def phases(self, way: Candidate) -> list[Phase]:
         """Return the parts of the run with one batch each, all with this layout. A run whose batch never changes has
@@ -228,12 +235,8 @@ class Planner:
 
     def _of_batch(self, way: Candidate, sequences: int) -> Candidate:
         """Return the layout with another number of sequences per step, at most as many in a micro-batch as before."""
-        work = way.work
         rows = Spread(sequences, way.spread.dp, way.spread.max_micro_rows).micro_rows
-        stage = GATHERED_ONCE if work.strategy.name == GATHERED_ONCE else work.strategy.stage
-        return self.candidate(
-            stage, work.slice.sp, rows, work.checkpointing.policy, work.slices, work.edges, work.edges_every, sequences
-        )
+        return self.candidate(replace(way.choice, rows=rows, sequences=sequences))
 
     def best(self) -> Candidate:
         """Return the fastest layout that fits; if none fits, the one that needs least memory."""
@@ -251,7 +254,7 @@ class Planner:
         sp = self.supported()[-1]
         stages = STAGES if self.cluster.world > 1 else STAGES[:1]
         return min(
-            (self.candidate(stage, sp, 1, policy) for policy in POLICIES for stage in stages),
+            (self.candidate(Choice(stage, sp, 1, policy)) for policy in POLICIES for stage in stages),
             key=lambda way: way.needed,
         )
 
@@ -284,13 +287,13 @@ class Planner:
         """
         fits = False
         for rows in self.micro_batches(sp):
-            ways = [self.candidate(stage, sp, rows, policy) for stage in STAGES[:3]]
+            ways = [self.candidate(Choice(stage, sp, rows, policy)) for stage in STAGES[:3]]
             fits |= any(way.fits for way in ways)
             yield from ways
             if all(way.fits for way in ways):
                 break
         if not fits and self.cluster.world > 1:
-            yield from (self.candidate(3, sp, rows, policy) for rows in self.micro_batches(sp))
+            yield from (self.candidate(Choice(3, sp, rows, policy)) for rows in self.micro_batches(sp))
 
     def _settled(self, best: Candidate, policy: str) -> bool:
         """Whether no layout with `policy`, or with a policy that recomputes more, can be faster than `best`."""

@@ -15,7 +15,7 @@ from bst_base.errors import UserError
 from bst_base.settings import parse
 from bst_dist.config import Recipe
 from bst_dist.parallel.sequence.neighbour import SequenceParallelError
-from bst_dist.plan.search import GATHERED_ONCE, STAGES, Candidate, Planner
+from bst_dist.plan.search import GATHERED_ONCE, STAGES, Candidate, Choice, Planner
 from bst_dist.plan.speed import Cluster
 
 PLACES = ("device", "host", "disk")
@@ -206,7 +206,7 @@ def _shared(
     full = recipe.model.full.model_copy(update={"longest": max(length, recipe.model.full.longest)})
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"full": full})})
     planner = Planner(_changed(recipe, f"length {length}", _one_sequence(length), sp=1), cluster)
-    return planner.candidate(3 if cluster.world > 1 else 0, cluster.world, 1, policy, slices, edges)
+    return planner.candidate(Choice(3 if cluster.world > 1 else 0, cluster.world, 1, policy, slices, edges))
 
 
 def _one_sequence(length: int) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _best(planner: Planner, sp: int, slices: int, edges: str) -> Candidate:
         stages = (*STAGES, GATHERED_ONCE)
     ways = []
     for policy in ("none", "every-layer"):
-        ways += [planner.candidate(stage, sp, 1, policy, slices, edges) for stage in stages]
+        ways += [planner.candidate(Choice(stage, sp, 1, policy, slices, edges)) for stage in stages]
         if fitting := [way for way in ways if way.fits]:
             return min(fitting, key=lambda way: way.speed.total)
     return min(ways, key=lambda way: way.needed)

@@ -76,7 +76,13 @@ def request(args: argparse.Namespace) -> Request:
     from bst_dist.train.start.request import Request, of_run
 
     asked = Request(
-        args.recipe, args.overrides, args.run_dir, args.resume, args.until, args.from_zero, args.replan_schedule
+        recipe=args.recipe,
+        overrides=args.overrides,
+        run_dir=args.run_dir,
+        resume=args.resume,
+        until=args.until,
+        from_zero=args.from_zero,
+        replan=args.replan_schedule,
     )
     return of_run(asked) if args.recipe.is_dir() else asked
 

@@ -105,9 +105,9 @@ class Run:
             ranks,
             identity,
             self.recipe.checkpoint,
-            lease,
-            averaged is not None,
-            constant_until(self.recipe.schedule, self.recipe.train.steps),
+            lease=lease,
+            averaged=averaged is not None,
+            constant_until=constant_until(self.recipe.schedule, self.recipe.train.steps),
         )
         self.copies = open_copies(start.run_dir, self.snapshots, ranks, lease.epoch, request.resume)
         self.trainer = build_trainer(start, self.engine, ranks, recorded_group(start, ranks), stop)

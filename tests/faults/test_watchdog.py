@@ -36,7 +36,18 @@ from bst_dist.train.step import Trainer
 
 
 def beat(rank: int, beats: int = 1, entered: int = 5, exchanges: int = 9, phase: str = "backward") -> Heartbeat:
-    return Heartbeat(rank, f"node-{rank}", 100 + rank, beats, 3, phase, entered, "all-reduce", exchanges, 75.0)
+    return Heartbeat(
+        rank=rank,
+        host=f"node-{rank}",
+        pid=100 + rank,
+        beats=beats,
+        step=3,
+        phase=phase,
+        entered=entered,
+        exchange="all-reduce",
+        exchanges=exchanges,
+        still_s=75.0,
+    )
 
 
 def later(beats: list[Heartbeat]) -> list[Heartbeat]:

@@ -11,7 +11,7 @@ from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.kernel_launches import COMPILED_FEWER, LAUNCH_S, operations
 from bst_dist.plan.memory.live import LiveBytes
 from bst_dist.plan.memory.peak import memory
-from bst_dist.plan.search import Planner
+from bst_dist.plan.search import Choice, Planner
 from bst_dist.plan.speed import Cluster
 from tests.plan.test_search import SETTINGS
 
@@ -29,7 +29,7 @@ def test_views_and_allocations_launch_no_kernels():
 
 def plan(recipe: Recipe, rows: int = 16, stage: int = 0, policy: str = "none"):
     planner = Planner(recipe, Cluster(1, 1, accelerator("h100-80gb")))
-    return planner, planner.candidate(stage, 1, rows, policy)
+    return planner, planner.candidate(Choice(stage, 1, rows, policy))
 
 
 def test_step_time_of_a_small_model_equals_its_launch_time():
@@ -61,7 +61,7 @@ def test_zero3_gathers_compiled_layers_as_a_whole(policy, compiled, monkeypatch)
     monkeypatch.setattr(search, "memory", lambda sizes, *others: given.append(sizes) or memory(sizes, *others))
     given = []
     planner = Planner(parse(Recipe, SETTINGS), Cluster(1, 2, accelerator("h100-80gb")))
-    way = planner.candidate(3, 1, 8, policy)
+    way = planner.candidate(Choice(3, 1, 8, policy))
     assert given == [planner.sizes.by_layer if compiled else planner.sizes]
     layers, around = operations(planner.activations, planner.model.mixers(), way.work)
     fewer = COMPILED_FEWER if compiled else 1  # some of it overlaps with the computation
@@ -70,7 +70,7 @@ def test_zero3_gathers_compiled_layers_as_a_whole(policy, compiled, monkeypatch)
 
 def test_recomputed_layer_launches_its_forward_pass_twice():
     planner, way = plan(UNCOMPILED, rows=1)
-    again = planner.candidate(0, 1, 1, "every-layer")
+    again = planner.candidate(Choice(0, 1, 1, "every-layer"))
     layers, rerun = (operations(planner.activations, planner.model.mixers(), one.work)[0] for one in (way, again))
     assert 1.2 * layers < rerun < 1.6 * layers
 

@@ -12,7 +12,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.memory.zero import Sizes, Strategy, states
 from bst_dist.plan.muon import busiest
-from bst_dist.plan.search import Planner
+from bst_dist.plan.search import Choice, Planner
 from bst_dist.plan.speed import Cluster
 from bst_dist.plan.traffic import MOMENTUM
 
@@ -51,7 +51,7 @@ def test_plan_counts_muon_communication_and_flops():
     for kind in ("adamw", "muon"):
         recipe = Recipe.model_validate(settings | {"optimizer": {"kind": kind}})
         planner = Planner(recipe, Cluster(1, 2, accelerator("h100-80gb")))
-        ways[kind] = {stage: planner.candidate(stage, 1, 1, "none") for stage in (0, 3)}
+        ways[kind] = {stage: planner.candidate(Choice(stage, 1, 1, "none")) for stage in (0, 3)}
         sizes = planner.sizes
     assert all(MOMENTUM not in way.traffic and way.speed.muon == 0 for way in ways["adamw"].values())
     assert MOMENTUM not in ways["muon"][0].traffic

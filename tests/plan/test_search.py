@@ -16,7 +16,7 @@ from bst_dist.plan.figures import describe, mfu, run_hours, tokens_a_step
 from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.plan.memory.zero import Strategy
-from bst_dist.plan.search import HEADROOM, PlanError, Planner
+from bst_dist.plan.search import HEADROOM, Choice, PlanError, Planner
 from bst_dist.plan.speed import Cluster
 from bst_dist.report.utilisation import Utilisation
 
@@ -73,7 +73,7 @@ def test_hierarchical_partitions_of_one_rank_are_plain_zero3():
 def test_plan_with_less_memory_is_slower_and_fits(monkeypatch):
     monkeypatch.setattr("bst_dist.plan.search.RESERVED_BYTES", 0)
     planner = Planner(parse(Recipe, SETTINGS), Cluster(1, 1, device(80)))
-    roomy, tight = (planner.candidate(0, 1, 1, policy) for policy in ("none", "every-layer"))
+    roomy, tight = (planner.candidate(Choice(0, 1, 1, policy)) for policy in ("none", "every-layer"))
     between = (roomy.needed + tight.needed) / 2 / (1 - HEADROOM) / 1e9
     best = Planner(planner.recipe, Cluster(1, 1, device(between))).best()
     assert best.fits
@@ -95,8 +95,8 @@ def test_uneven_ranks_compute_masked_sequences(recipe_file, capsys, tmp_path):
     assert best.spread.masked == 3 * rows - 16
     assert tokens_a_step(best) == 16 * 256
     alone = Planner(parse(Recipe, SETTINGS), Cluster(1, 1, device(80)))
-    one = alone.candidate(0, 1, 1, "none")
-    three = planner.candidate(0, 1, 1, "none")
+    one = alone.candidate(Choice(0, 1, 1, "none"))
+    three = planner.candidate(Choice(0, 1, 1, "none"))
     assert three.speed.flops / one.speed.flops == pytest.approx(18 / 16)  # of all ranks, the masked rows included
     used = mfu(three, planner.cluster, True) * three.speed.total * 3, mfu(one, alone.cluster, True) * one.speed.total
     assert used[0] == pytest.approx(used[1])
@@ -111,7 +111,7 @@ def test_planned_mfu_equals_the_trainers_of_a_step_that_takes_as_long(precision,
     monkeypatch.setattr("bst_dist.plan.hardware.device_name", lambda _: "NVIDIA H100 80GB HBM3")
     recipe = parse(Recipe, SETTINGS | {"train": SETTINGS["train"] | {"precision": precision}})
     planner = Planner(recipe, Cluster(1, 1, device(80)))
-    best = planner.candidate(0, 1, 4, "none")
+    best = planner.candidate(Choice(0, 1, 4, "none"))
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     assert peak_flops(torch.device("cuda"), dtype) == peak
     trainer = Utilisation(train_flops_per_token(recipe.model, 256), peak)
@@ -143,12 +143,12 @@ def planner_for(sequences: int) -> Planner:
 def test_hours_of_a_changing_batch_are_the_weighted_sum_of_plans_with_one_batch():
     planner = Planner(parse(Recipe, CHANGING), Cluster(1, 4, device(80)))
     alone = {
-        16: planner_for(16).candidate(2, 1, 4, "none"),
-        64: planner_for(64).candidate(2, 1, 4, "none"),
-        24: planner_for(24).candidate(2, 1, 3, "none"),
+        16: planner_for(16).candidate(Choice(2, 1, 4, "none")),
+        64: planner_for(64).candidate(Choice(2, 1, 4, "none")),
+        24: planner_for(24).candidate(Choice(2, 1, 3, "none")),
     }
     seconds = {count: way.speed.total for count, way in alone.items()}
-    way = planner.candidate(2, 1, 4, "none")
+    way = planner.candidate(Choice(2, 1, 4, "none"))
     assert run_hours(planner, way) * 3600 == pytest.approx(30 * seconds[16] + 10 * seconds[64] + 60 * seconds[24])
     assert seconds[64] > 1.5 * seconds[16]
     assert way.needed == max(one.needed for one in alone.values()) > alone[16].needed

@@ -16,7 +16,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.plan import slices
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.memory.activations import Activations
-from bst_dist.plan.search import GATHERED_ONCE, HEADROOM, Planner
+from bst_dist.plan.search import GATHERED_ONCE, HEADROOM, Choice, Planner
 from bst_dist.plan.slices import Size, best, sizes
 from bst_dist.plan.speed import Cluster
 from bst_dist.plan.traffic import GATHER, SCATTER
@@ -93,13 +93,14 @@ def test_sequences_are_not_sliced_if_memory_is_sufficient(found):
 
 
 def test_slices_add_one_forward_pass_and_zero_traffic_per_stage():
-    whole, cut = (planner(2, sequences=2).candidate(1, 1, 1, "none", slices) for slices in (1, 4))
+    whole, cut = (planner(2, sequences=2).candidate(Choice(1, 1, 1, "none", slices)) for slices in (1, 4))
     assert cut.speed.compute == pytest.approx(whole.speed.compute)
     head = 1 - planner().flops["head"] / sum(planner().flops.values())
     assert cut.speed.rerun == pytest.approx(whole.speed.compute / 3 * head * 3 / 4, rel=0.1)
     sent = {
         stage: [
-            sum(planner(2, sequences=2).candidate(stage, 1, 1, "none", slices).traffic.values()) for slices in (1, 4)
+            sum(planner(2, sequences=2).candidate(Choice(stage, 1, 1, "none", slices)).traffic.values())
+            for slices in (1, 4)
         ]
         for stage in range(1, 4)
     }
@@ -110,7 +111,7 @@ def test_slices_add_one_forward_pass_and_zero_traffic_per_stage():
 
 def test_weights_gathered_once_are_sent_once_for_any_slices():
     def sent(stage: int | str, slices: int) -> tuple[float, float]:
-        traffic = planner(2, sequences=2).candidate(stage, 1, 1, "none", slices).traffic
+        traffic = planner(2, sequences=2).candidate(Choice(stage, 1, 1, "none", slices)).traffic
         return traffic[GATHER], traffic[SCATTER]
 
     weights = 4 * planner().sizes.total / 2
@@ -119,7 +120,11 @@ def test_weights_gathered_once_are_sent_once_for_any_slices():
 
 
 def test_keeping_every_fourth_edge_saves_memory_and_adds_passes():
-    ways = [planner().candidate(0, 1, 1, "none", 8, place, every) for place in ("device", "disk") for every in (1, 4)]
+    ways = [
+        planner().candidate(Choice(0, 1, 1, "none", 8, place, every))
+        for place in ("device", "disk")
+        for every in (1, 4)
+    ]
     edge = planner().activations.edge(1)
     assert ways[0].memory.total - ways[1].memory.total == edge * (7 - (1 + 3))
     assert ways[3].memory.total - ways[2].memory.total == edge * 3  # all edges between two kept ones are on the device
@@ -135,12 +140,12 @@ def test_plan_shows_slices_if_only_they_fit(found):
     limit = found[-1].by_place["disk"].needed / (1 - HEADROOM) + 1
     small = accelerator("h100-80gb", None).model_copy(update={"memory_gb": limit / 1e9})
     tight = Planner(recipe().model_copy(update={"compile": False}), Cluster(1, 1, small))
-    shown = slices.where_they_help(tight, tight.candidate(0, 1, 1, "none"))
+    shown = slices.where_they_help(tight, tight.candidate(Choice(0, 1, 1, "none")))
     assert [size.slices for size in shown.planned] == [1, 2, 4]
     assert best(shown.planned)[0].slices == 4
     roomy = planner()
     assert slices.where_they_help(roomy, roomy.best()) is None
-    assert len(slices.where_they_help(roomy, roomy.candidate(0, 1, 1, "none", 2)).planned) == 3
+    assert len(slices.where_they_help(roomy, roomy.candidate(Choice(0, 1, 1, "none", 2))).planned) == 3
 
 
 @pytest.mark.parametrize(

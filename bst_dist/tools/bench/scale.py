@@ -217,7 +217,18 @@ def _reports(ranks: int) -> Cost:
     def on_rank(rank: SimulatedRank) -> Counts:
         rank.memory_high_water = lambda: 1 << 30
         performance = Performance(1, rank, [], None)
-        step = StepReport(1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+        step = StepReport(
+            step=1,
+            tokens=1,
+            loss_nats=1.0,
+            bits_per_byte=1.0,
+            gradient_norm=1.0,
+            learning_rate=1.0,
+            ssm_learning_rate=1.0,
+            step_time_s=1.0,
+            tokens_per_s=1.0,
+            mfu=1.0,
+        )
         for number in (1, 2):
             for phase in phases:
                 rank.phases.enter(phase)

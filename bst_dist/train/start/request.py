@@ -44,7 +44,7 @@ class Request:
     """Follow a changed schedule from the resumed step on, although it gives the earlier steps other rates."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Start:
     """A run that passed all checks. Everything is resolved; nothing is written yet."""
 
@@ -173,9 +173,15 @@ def resolve(recipe: Recipe, request: Request, world: int, checked: slice = EVERY
         require_writer(name)
     completed = _complete(recipe, world, spread)
     run_dir = request.run_dir or Path("runs") / recipe.name
-    changed = directory.check(run_dir, recipe, completed, request.resume, request.from_zero, request.replan)
-    until = min(request.until or recipe.train.steps, recipe.train.steps)
-    return Start(recipe, run_dir, objective, completed, spread, until, changed)
+    return Start(
+        recipe=recipe,
+        run_dir=run_dir,
+        objective=objective,
+        completed=completed,
+        spread=spread,
+        until=min(request.until or recipe.train.steps, recipe.train.steps),
+        changed=directory.check(run_dir, recipe, completed, request.resume, request.from_zero, request.replan),
+    )
 
 
 def _require_slices(recipe: Recipe, spread: Spread) -> None:
