@@ -35,7 +35,7 @@ class Gaps:
     log_gain: Vector
     """ln of the compute-equivalent gain: the cost at which the baseline reaches the variant's loss, divided by the
     variant's cost. It is read from the baseline's curve at this size, not from the compute-optimal frontier, so the
-    extra cost is more tokens for the same model."""
+    extra cost is more tokens for the same model. NaN if the baseline's curve does not reach the variant's loss."""
     mismatch: Vector
     """ln N_variant - ln N_baseline. At equal compute a larger model has seen fewer tokens, which changes the gap."""
     flops: Vector
@@ -45,6 +45,11 @@ class Gaps:
     """The pair of runs that each gap belongs to. Gaps of one pair are not independent."""
     left_out: tuple[str, ...] = ()
     """Measurements without a pair, each with the reason; those that are not done yet as their number."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError if a gap is no finite number: it would make every mean and verdict NaN."""
+        if not np.isfinite(self.gap).all():
+            raise UserError(f"a gap of {self.variant} is not a number: {self.stratum[~np.isfinite(self.gap)][0]}")
 
     def __len__(self) -> int:
         return len(self.gap)
@@ -111,12 +116,16 @@ def _problem(o: Observation, of_stratum: Sequence[Observation], baseline: str) -
     if not o.usable:
         return _Unpaired(o.name, f"its loss is {o.loss}")
     partner = next((c for c in of_stratum if c.length == o.length and not c.usable), None)
-    if partner is not None and partner.status != "done":
+    if partner is not None and partner.status == "done":
+        return _Unpaired(o.name, f"the loss of {baseline} in the same stratum is {partner.loss}")
+    if partner is not None:
         why = f"the run of {baseline} in the same stratum is not done ({partner.status})"
         return _Unpaired(o.name, why, partner.reason, partner.status in later)
     curve = [c for c in of_stratum if c.usable]
     if not curve:
         return _Unpaired(o.name, f"{baseline} has no finished run in its stratum")
+    if len({c.flops for c in curve}) < len(curve):
+        return _Unpaired(o.name, f"two runs of {baseline} in the same stratum have the same compute")
     if not all(same_text(o.corpora, c.corpora) for c in curve):
         return _Unpaired(o.name, f"trained on other text than the run of {baseline}")
     return None
@@ -172,7 +181,9 @@ def _read_off(curve: list[Observation], axis: Axis, point: Observation) -> tuple
     kept = np.concatenate(([True], np.diff(falling) < 0))
     if kept.sum() < 2:
         return gap, float("nan")
-    return gap, float(_along(-falling[kept], costs[kept], -loss)) - cost
+    reached = float(_along(-falling[kept], costs[kept], -loss))
+    inside = costs[kept][0] - BEYOND <= reached <= costs[kept][-1] + BEYOND
+    return gap, reached - cost if inside else float("nan")
 
 
 def _along(x: Vector, y: Vector, at: float) -> float:

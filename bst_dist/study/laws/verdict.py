@@ -235,7 +235,7 @@ def mean_gap(gaps: Gaps) -> Estimate:
 
 
 def mean_gain(gaps: Gaps) -> Estimate:
-    """Return the mean ln of the compute-equivalent gain; NaN if no pair has a baseline curve to read it from."""
+    """Return the mean ln of the compute-equivalent gain over the gaps that have one; NaN if none has."""
     kept = gaps.take(np.isfinite(gaps.log_gain))
     return mean_gap(Gaps(**{**vars(kept), "gap": kept.log_gain})) if len(kept) else Estimate(float("nan"), None)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from bst_base.terminal import Sheet
 from bst_dist.study.laws.advantage import Advantage, Comparison, HeldOutGap
 from bst_dist.study.laws.verdict import MARGIN, Change
@@ -245,13 +247,16 @@ def _more(name: str, found: Comparison, one: Advantage) -> Iterator[str]:
 
 def _mean_row(name: str, one: Advantage) -> list[str]:
     gain, least, most = one.gain, one.gaps.mismatch.min(), one.gaps.mismatch.max()
+    beyond = int(np.isnan(one.gaps.log_gain).sum())
     interval = "" if gain.standard_error is None else f" ({math.exp(gain.low):.3f} to {math.exp(gain.high):.3f})"
     return [
         name,
         str(one.gaps.pairs),
         percent(one.mean.value),
         _interval(one.mean),
-        number(math.exp(gain.value) if math.isfinite(gain.value) else None, ".3f") + interval,
+        number(math.exp(gain.value) if math.isfinite(gain.value) else None, ".3f")
+        + interval
+        + (f"; without {beyond} of {len(one.gaps)}, which the baseline's curve does not reach" if beyond else ""),
         f"{least:+.3f} to {most:+.3f}",
     ]
 

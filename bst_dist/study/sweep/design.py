@@ -179,6 +179,12 @@ class Designer:
         step_flops = 6 * counts.parameters * data["train"]["sequences"] * length
         multiples = sorted(sweep.tokens_per_parameter)[: 1 if cell.role == "audit" else None]
         steps = {m: max(2, round(6 * cell.size**2 * m / step_flops)) for m in multiples}
+        if len(set(steps.values())) < len(steps):
+            each = ", ".join(f"{m:g}: {s}" for m, s in steps.items())
+            raise ConfigError(
+                f"{cell.label}: two values of tokens_per_parameter give the same number of steps ({each}): choose "
+                "values further apart, or a smaller train.sequences"
+            )
         leaves = {m: s - max(1, round(sweep.rules.decay_fraction * s)) for m, s in steps.items()}
         warmup = max(1, round(sweep.rules.warmup_fraction * steps[multiples[0]]))
         data["schedule"] = {**data.get("schedule", {}), "kind": "wsd", "warmup_steps": warmup}

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -112,7 +113,17 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """Read a table as JSON or CSV and check every column; raises TableError with the row and the column."""
+    """Read a table as JSON or CSV and check it; raises TableError with the row and the column, or with the run."""
+    rows = _parsed(path)
+    repeated = [name for name, count in Counter(row.run for row in rows).items() if count > 1]
+    if repeated:
+        raise TableError(f"{path}: the run {repeated[0]} has more than one row")
+    if lost := [row.run for row in rows if row.status == "done" and not row.flops > 0]:
+        raise TableError(f"{path}: the run {lost[0]} is done, but its flops are not above 0")
+    return rows
+
+
+def _parsed(path: Path) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".csv":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bst_dist.cli import main
-from bst_dist.study.sweep.table import observations, read, write
+from bst_dist.study.sweep.table import TableError, observations, read, write
 
 ROOT = Path(__file__).resolve().parents[3]
 FIRST_STUDY = ROOT / "docs/study/table.csv"  # 48 runs of the grid, 16 of the audit
@@ -104,3 +104,17 @@ def test_tables_without_the_newer_columns_are_readable():
     assert "corpora" not in FIRST_STUDY.read_text().splitlines()[0]
     assert {row.corpora for row in rows} == {""}
     assert all(o.usable for o in observations(rows))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda rows: [*rows, rows[0]], "has more than one row"),
+        (lambda rows: [rows[0].model_copy(update={"flops": 0.0}), *rows[1:]], "is done, but its flops are not above 0"),
+    ],
+)
+def test_table_with_repeated_runs_or_without_compute_is_refused(tmp_path, changed, message):
+    rows = changed(read(FIRST_STUDY))
+    write(rows, tmp_path / "table.json")
+    with pytest.raises(TableError, match=f"the run {rows[0].run} {message}"):
+        read(tmp_path / "table.json")

@@ -176,6 +176,14 @@ def test_shared_trunks_cost_less_than_separate_runs(designer):
     assert own / whole == pytest.approx(47 / 75, abs=0.01)
 
 
+def test_lengths_that_round_to_the_same_steps_are_refused(designer):
+    """Their two runs would be one point of the curve, between which nothing can be interpolated."""
+    with pytest.raises(
+        ConfigError, match=r"two values of tokens_per_parameter give the same number of steps \(5: \d+, "
+    ):
+        runs_of(designer(tokens_per_parameter=[5, 5.001]))
+
+
 def test_run_names_depend_only_on_the_recipe(designer):
     made = designer()
     names = [run.name for run in runs_of(made)]
