@@ -13,6 +13,9 @@ import numpy as np
 from bst_dist.study.laws.law import Points, Vector
 
 BUDGETS = 5
+ONE_SIZE, ONE_BUDGET = 0.2, 0.03
+"""How far apart, in ln, the smallest and the largest N of one size may be, and the compute of one budget. The shapes of
+one size of a sweep differ in N, and shapes of one size are no three sizes."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,23 @@ def exponent(found: list[Profile]) -> float | None:
 def _curves(points: Points) -> dict[float, tuple[Vector, Vector]]:
     """Return size -> (ln C ascending, mean ln L at each), for sizes with at least two budgets."""
     curves = {}
-    size = np.round(np.log(points.parameters), 2)
-    for value in np.unique(size):
-        own = size == value
-        log_c = np.round(np.log(6 * points.parameters[own] * points.tokens[own]), 2)
-        budgets = np.unique(log_c)
+    log_n, log_c = np.log(points.parameters), np.log(6 * points.parameters * points.tokens)
+    for size in _groups(log_n, np.arange(len(points)), ONE_SIZE):
+        budgets = _groups(log_c, size, ONE_BUDGET)
         if len(budgets) > 1:
-            curves[float(np.exp(value))] = (
-                budgets,
-                np.array([np.log(points.loss[own][log_c == c]).mean() for c in budgets]),
-            )
+            means = [np.array([x[budget].mean() for budget in budgets]) for x in (log_c, np.log(points.loss))]
+            curves[float(np.exp(log_n[size].mean()))] = (means[0], means[1])
     return curves
+
+
+def _groups(values: Vector, index: Vector, within: float) -> list[Vector]:
+    """Divide the indices into groups of ascending values that differ by at most `within` in a group."""
+    ascending, groups = index[np.argsort(values[index], kind="stable")], []
+    while len(ascending):
+        inside = values[ascending] <= values[ascending[0]] + within
+        groups.append(ascending[inside])
+        ascending = ascending[~inside]
+    return groups
 
 
 def _profile(curves: dict[float, tuple[Vector, Vector]], log_c: float) -> Profile | None:

@@ -110,14 +110,29 @@ class Law:
         off = np.log(np.divide(width, depth)) - self.log_aspect
         return rest + self.A * parameters**-self.alpha * np.exp(self.kappa * off**2 + self.tilt * off)
 
-    def optimum(self, flops: float, ratio: float = 12.0) -> tuple[float, float]:
+    def best_aspect(self, low: float, high: float) -> float:
+        """Return the ln(width / depth) of least loss between `low` and `high`; only for the aspect form."""
+        if self.kappa > 0:
+            lowest = self.log_aspect - self.tilt / (2 * self.kappa)
+        else:
+            lowest = self.log_aspect if self.tilt == 0 else -np.sign(self.tilt) * np.inf
+        return float(np.clip(lowest, low, high))
+
+    def optimum(
+        self, flops: float, ratio: float = 12.0, aspects: tuple[float, float] = (-np.inf, np.inf)
+    ) -> tuple[float, float]:
         """Return N and D of least loss for C = 6 N D, with the best shape for each N (Hoffmann et al., equation 4).
 
         Args:
             ratio: N / (width^2 depth); only the additive form uses it.
+            aspects: the ln(width / depth) allowed; only the aspect form uses it.
         """
         if self.G is None:
-            gain = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+            scale = self.A
+            if self.kappa or self.tilt:
+                off = self.best_aspect(*aspects) - self.log_aspect
+                scale *= float(np.exp(self.kappa * off**2 + self.tilt * off))
+            gain = (self.alpha * scale / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
             parameters = gain * (flops / 6) ** (self.beta / (self.alpha + self.beta))
             return parameters, flops / 6 / parameters
         sizes = np.exp(np.linspace(np.log(flops) / 2 - 12, np.log(flops) / 2 + 12, 4801))

@@ -63,6 +63,9 @@ class Optimum:
     """None if the form has no best shape, or none within the shapes tried."""
     depth: Interval | None
     extrapolated: bool
+    aspect: float | None = None
+    """The width / depth tried nearest to the best one, which N and D hold for; None if the best one was tried, or does
+    not matter."""
 
 
 @dataclass(frozen=True)
@@ -253,13 +256,17 @@ def _optimum(times: float, chosen: Fit, own: Points, drawn: Sequence[Law]) -> Op
     def found(of: Callable[[Law], float]) -> Interval:
         return uncertainty.interval(of, chosen.law, drawn)
 
-    parameters, tokens = (found(lambda law, i=i: law.optimum(flops, ratio)[i]) for i in range(2))
-    width = depth = None
+    logs = np.log(own.width / own.depth)
+    tried = (float(logs.min()), float(logs.max()))
+    parameters, tokens = (found(lambda law, i=i: law.optimum(flops, ratio, tried)[i]) for i in range(2))
+    width = depth = nearest = None
+    if chosen.form == "aspect" and not shaped:
+        nearest = float(np.exp(chosen.law.best_aspect(*tried)))
     if shaped:
         width, depth = (
-            found(lambda law, i=i: float(law.shape_of(law.optimum(flops, ratio)[0], ratio)[i])) for i in range(2)
+            found(lambda law, i=i: float(law.shape_of(law.optimum(flops, ratio, tried)[0], ratio)[i])) for i in range(2)
         )
-    return Optimum(flops, parameters, tokens, width, depth, times > 1)
+    return Optimum(flops, parameters, tokens, width, depth, times > 1, nearest)
 
 
 def _or_none(make: Callable[[], T]) -> T | None:

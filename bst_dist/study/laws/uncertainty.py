@@ -24,6 +24,8 @@ UNKNOWNS = {
 }
 EXPONENT_WIDTH, E_WIDTH = 0.5, 0.1
 MOST_SHAPES = 24
+MOST_LOST = 0.05
+"""The largest share of resampled values that may be no number, for an interval of the others."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +72,26 @@ def bootstrap(fitted: Fit, points: Points, draws: int = 200, seed: int = 0) -> l
 def interval(of: Callable[[Law], float], law: Law, laws: Sequence[Law]) -> Interval:
     """Return the quantity `of(law)` with its interval over `laws`, fits of resampled runs.
 
-    The interval is infinite if more than half of the resampled values are not finite.
+    The interval is infinite if more than `MOST_LOST` of the resampled values are not finite: it is not determined.
     """
     draws = np.array([of(one) for one in laws], float)
     draws = draws[np.isfinite(draws)]
-    if len(draws) < len(laws) / 2:
+    if len(draws) < max(2, (1 - MOST_LOST) * len(laws)):
         return Interval(of(law), float("nan"), float("-inf"), float("inf"))
     low, high = np.quantile(draws, (0.025, 0.975))
     return Interval(float(of(law)), float(np.std(draws, ddof=1)), float(low), float(high))
 
 
 def intervals(fitted: Fit, laws: Sequence[Law]) -> dict[str, Interval]:
-    """Return an interval for each unknown and, except for additive, for the exponent of the optimal N in C."""
-    found = {
-        name: interval(lambda law, name=name: getattr(law, name), fitted.law, laws) for name in UNKNOWNS[fitted.form]
-    }
+    """Return an interval for each unknown and, except for additive, for the exponent of the optimal N in C.
+
+    A law without a best width / depth has no `log_aspect`: it counts as NaN.
+    """
+
+    def unknown(name: str) -> Callable[[Law], float]:
+        return lambda law: float("nan") if name == "log_aspect" and not law.has_valley else getattr(law, name)
+
+    found = {name: interval(unknown(name), fitted.law, laws) for name in UNKNOWNS[fitted.form]}
     if fitted.form != "additive":
         found["optimal_N_exponent"] = interval(lambda law: law.beta / (law.alpha + law.beta), fitted.law, laws)
     return found

@@ -62,9 +62,10 @@ def _trust(laws: ArchitectureLaws) -> Iterator[str]:
         yield f"alpha = {_interval(laws.non_embedding_alpha)} when N excludes the embedding and the head"
     if laws.no_valley:
         yield "no optimum: the loss has no minimum over width / depth within the tried shapes"
-    elif "log_aspect" in laws.intervals:
-        one = laws.intervals["log_aspect"]
-        yield f"best width / depth: {math.exp(one.value):.3g} (95 % interval {_exp(one.low)} to {_exp(one.high)})"
+    elif (one := laws.intervals.get("log_aspect")) is not None:
+        interval = f"{math.exp(one.value):.3g} (95 % interval {_exp(one.low)} to {_exp(one.high)})"
+        lost = "not determined: many laws of resampled runs have none"
+        yield f"best width / depth: {interval if math.isfinite(one.low) else lost}"
     if (lack := laws.lack_of_fit) is not None:
         told = "the residuals are larger than the scatter within a shape" if lack.p_value < 0.05 else "not detected"
         yield f"lack of fit: F = {lack.statistic:.2f}, {_p(lack.p_value)}: {told}"
@@ -129,10 +130,17 @@ def _prediction_row(p: Prediction) -> list[str]:
 
 def _optimum_row(o: Optimum) -> list[str]:
     cells = [
-        f"{power(i.value)} ({span(i.low, i.high)})" if i else "not known"
+        "not known"
+        if i is None
+        else f"{power(i.value)} ({span(i.low, i.high)})"
+        if math.isfinite(i.low)
+        else "not determined"
         for i in (o.parameters, o.tokens, o.width, o.depth)
     ]
-    return [power(o.flops), *cells, "extrapolated" if o.extrapolated else "largest compute of the points"]
+    told = "extrapolated" if o.extrapolated else "largest compute of the points"
+    if o.aspect is not None:
+        told += f"; N and D at width / depth {o.aspect:.3g}, the nearest to the best that was tried"
+    return [power(o.flops), *cells, told]
 
 
 def _interval(one: Interval) -> str:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from bst_dist.study.laws import isoflop, uncertainty
-from bst_dist.study.laws.fit import fit
+from bst_dist.study.laws.fit import Fit, fit
 from bst_dist.study.laws.joint import e_difference, fit_shared
-from bst_dist.study.laws.law import Law, Points
+from bst_dist.study.laws.law import Centre, Law, Points
 from bst_dist.study.statistics import equality
 
 PUBLISHED = Law(E=1.82, A=480.0, alpha=0.347, B=2100.0, beta=0.366)
@@ -112,6 +112,43 @@ def test_isoflop_optima_agree_with_the_law():
     assert isoflop.exponent(found) == pytest.approx(law.beta / (law.alpha + law.beta), abs=0.06)
     for profile in found:
         assert profile.optimum == pytest.approx(law.optimum(profile.flops)[0], rel=0.4)
+
+
+def test_shapes_of_two_sizes_are_no_isoflop_profile():
+    """The three shapes of a size differ by 4 % of N, so they are one point of a profile and not three."""
+    law = Law(E=1.0, A=30.0, alpha=0.25, B=30.0, beta=0.25)
+
+    def exponent(sizes):
+        each = np.outer(sizes, (0.96, 1.0, 1.04)).ravel()
+        n, c = (x.ravel() for x in np.meshgrid(each, np.geomspace(3e12, 8e13, 9)))
+        d = c / 6 / n
+        one = np.ones_like(n)
+        return isoflop.exponent(isoflop.profiles(Points(law.loss(n, d), n, d, one, one, np.arange(len(n)), one)))
+
+    assert exponent((1e6, 4e6)) is None
+    assert exponent((5e5, 1e6, 2e6, 4e6)) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("change", [{}, {"kappa": 0.0, "tilt": -0.2}, {"kappa": 0.01, "tilt": 0.3}])
+def test_optimum_of_an_aspect_law_is_that_of_the_nearest_shape_tried(change):
+    law = Law(**{**BENT.__dict__, "kappa": 0.05, "log_aspect": np.log(2.0), **change})
+    low, high = np.log(30.0), np.log(200.0)
+    n, d = law.optimum(1e18, aspects=(low, high))
+    sizes, aspects = np.geomspace(n / 30, n * 30, 4001), np.linspace(low, high, 201)
+    losses = law.loss(sizes[:, None], 1e18 / 6 / sizes[:, None], np.exp(aspects)[None], 1.0)
+    size, aspect = np.unravel_index(np.argmin(losses), losses.shape)
+    assert law.best_aspect(low, high) == pytest.approx(aspects[aspect], abs=1e-9)
+    assert n == pytest.approx(sizes[size], rel=0.005)
+    assert 6 * n * d == pytest.approx(1e18)
+
+
+def test_best_shape_of_laws_without_a_valley_is_not_determined():
+    """A law without a valley has a placeholder as its best ratio, which is no draw of it."""
+    laws = [replace(BENT, log_aspect=4.0 + 0.01 * i, kappa=0.0 if i < 6 else 0.06) for i in range(100)]
+    fitted = Fit("aspect", laws[50], 0.0, 1e-3, np.zeros(7), Centre(1e8, 1e9, 64.0, 4.0))
+    assert uncertainty.intervals(fitted, laws)["log_aspect"].low == -np.inf
+    found = uncertainty.intervals(fitted, laws[2:])["log_aspect"]  # 4 of 98 have none
+    assert found.low == pytest.approx(np.quantile(np.arange(6, 100), 0.025) / 100 + 4.0)
 
 
 def test_lack_of_fit_test_rejects_only_the_wrong_form(sweep):
