@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -361,8 +361,14 @@ def digest(recipe: Recipe) -> str:
 
 def differing(one: Recipe, other: Recipe) -> list[str]:
     """Return the differences between the identities of two recipes, as ``field: one's value, other's value``."""
-    a, b = identity(one), identity(other)
-    return [f"{key}: {a.get(key)!r}, {b.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]
+    return differing_values(identity(one), identity(other))
+
+
+def differing_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the differences between two mappings, as ``key: one's value, other's value``; None for a missing key."""
+    return [
+        f"{key}: {one.get(key)!r}, {other.get(key)!r}" for key in {**one, **other} if one.get(key) != other.get(key)
+    ]
 
 
 def identity(recipe: Recipe, defaults: bool = True) -> dict[str, Any]:

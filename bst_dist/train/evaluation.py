@@ -19,7 +19,7 @@ from bst_dist.parallel.sequence.past import EarlierCall, Past
 from bst_dist.report.callback import Callback
 from bst_dist.report.metrics import EvalReport, StepReport, Writer, bits_per_byte, nats_per_token
 from bst_dist.train.config import EvaluationConfig
-from bst_dist.train.step import on_device, sum_of_batch
+from bst_dist.train.step import nats_and_labels, on_device, sum_of_batch
 from data_pipeline.serve.slices import slices_of
 
 if TYPE_CHECKING:
@@ -184,5 +184,4 @@ class Evaluate(Callback):
 
 def _by_block(per_token: Tensor, mask: Tensor, block: int) -> Tensor:
     """Return (l / W, 2) float64: nats and valid tokens of each block, summed over rows; inputs are (b, l)."""
-    both = torch.stack((per_token.double(), mask.double()), dim=-1)
-    return both.unflatten(1, (-1, block)).sum((0, 2))
+    return nats_and_labels(per_token, mask).unflatten(1, (-1, block)).sum((0, 2))

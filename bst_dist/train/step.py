@@ -68,13 +68,13 @@ class Trainer:
         self.carried: list[dict[str, Any]] = position.carried
         """Rows, position and state after the last step, one entry per micro-batch; empty when nothing is carried."""
 
-    def step(self, step: int, batches: Sequence[MicroBatch], start: float) -> StepReport | None:
+    def step(self, step: int, batches: Sequence[MicroBatch], began: float) -> StepReport | None:
         """Update the weights once, with the mean loss over all valid tokens of the step; return the step's report.
 
-        `start`: the time at which the step began. Returns None when a rank had no data because it received a signal
-        while it waited for data (`Blank`): nothing has changed then, and the ranks have agreed to stop. Returns a
-        SkippedReport when the guard rejected the step. Raises RollBack or DivergedError when the run cannot continue
-        from here; no weight has changed then.
+        `began`: the time at which the step began (`time.perf_counter`). Returns None when a rank had no data because it
+        received a signal while it waited for data (`Blank`): nothing has changed then, and the ranks have agreed to
+        stop. Returns a SkippedReport when the guard rejected the step. Raises RollBack or DivergedError when the run
+        cannot continue from here; no weight has changed then.
         """
         carried = list(self.carried)
         multiplier = factor(self.schedule, step, self.config.steps)
@@ -96,7 +96,7 @@ class Trainer:
             raise RollBack(rejected)
         else:
             self.carried.clear()  # the rejected step computed these states, so the rows start without a past
-        report = self._report(step, sums, norm, rate, rates, time.perf_counter() - start)
+        report = self._report(step, sums, norm, rate, rates, time.perf_counter() - began)
         if rejected:
             return SkippedReport(**vars(report))
         return MixedReport(**vars(report), **sums.by_corpus(self.corpora)) if self.corpora else report
@@ -123,11 +123,12 @@ class Trainer:
 
     def _accumulate(self, step: int, batches: Sequence[MicroBatch]) -> _Gradients:
         """Accumulate the gradients of all micro-batches; only DeepSpeed may wait for the device (docs/gpu.md)."""
-        gradients = _Gradients(self, step, batches)
+        gradients = _Gradients(self.context, self.guard, len(self.corpora), step, batches)
         for index, batch in enumerate(batches):
             slices = slices_of(batch)
             earlier = self._earlier(index)
-            run = _MicroBatch(gradients, slices, last=index == len(batches) - 1)
+            last = index == len(batches) - 1
+            run = _MicroBatch(self.context, gradients, slices, last, with_squares=self.config.z_loss > 0)
             left = go_backward(run, self.edges, earlier, self.config.edges_every)
             if earlier is not None:
                 position = earlier.position + self.config.lengths.at(step + self.skipped)
@@ -184,29 +185,29 @@ class _Gradients:
     queue the backward pass while the forward pass runs.
     """
 
-    def __init__(self, trainer: Trainer, step: int, batches: Sequence[MicroBatch]) -> None:
-        self.trainer, self.step = trainer, step
+    def __init__(self, context: Context, guard: Guard, corpora: int, step: int, batches: Sequence[MicroBatch]) -> None:
+        """`corpora`: number of corpora whose losses are summed separately. `batches`: this rank's part of the step."""
+        self.ranks, self.stop, self.guard, self.step = context.ranks, context.stop, guard, step
         count = sum(int(part.loss_mask.sum()) for batch in batches for part in slices_of(batch))
-        own = (self._device_scalar(count), self._device_scalar(isinstance(batches, Blank)))
-        self.counts = trainer.ranks.all_reduce(torch.cat(own))
+        counts = (self._device_scalar(count), self._device_scalar(isinstance(batches, Blank)))
+        self.counts = self.ranks.all_reduce(torch.cat(counts))
         """(2,): valid labels, and ranks without data; over all ranks."""
         self.tokens, self.missing = self.counts.split(1)
-        self.sums = torch.zeros(2, dtype=torch.float64, device=trainer.ranks.device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         """This rank's nats and bytes of text."""
         self.squares = self._device_scalar(0)
-        self.parts = torch.zeros(len(trainer.corpora), 2, dtype=torch.float64, device=trainer.ranks.device)
+        self.parts = torch.zeros(corpora, 2, dtype=torch.float64, device=self.ranks.device)
         """This rank's nats and labels of each corpus of a mixture."""
-        self.scale = trainer.ranks.world / self.tokens.clamp(min=1)
+        self.scale = self.ranks.world / self.tokens.clamp(min=1)
         self._sums: Tensor | None = None
 
     def check_loss(self) -> None:
         """Sum all losses of the step over ranks; make the scale infinite when the loss is bad or data is missing."""
-        trainer = self.trainer
-        own = (self.sums, self.squares, self._device_scalar(trainer.context.stop.local_request), self.parts.flatten())
-        sums = trainer.ranks.all_reduce(torch.cat(own))
+        asks_to_stop = self._device_scalar(self.stop.local_request)
+        sums = self.ranks.all_reduce(torch.cat((self.sums, self.squares, asks_to_stop, self.parts.flatten())))
         self._sums = torch.cat((sums, self.counts))
         loss = sums[:1] / self.tokens.clamp(min=1)
-        good = loss.isfinite() & (loss <= trainer.guard.limit) & (self.missing == 0)
+        good = loss.isfinite() & (loss <= self.guard.limit) & (self.missing == 0)
         self.scale = self.scale.masked_fill(~good, math.inf)
 
     def scaled(self, total: Tensor) -> Tensor:
@@ -217,22 +218,25 @@ class _Gradients:
         """Wait for the step's sums and return them; also let this rank learn whether the ranks stop."""
         nats, text_bytes, squares, stop_requests, *parts, tokens, missing = self._sums.tolist()
         sums = _Sums(nats, text_bytes, squares, stop_requests, tokens, missing, parts)
-        self.trainer.context.stop.update(sums.stop_requests + sums.missing)
+        self.stop.update(sums.stop_requests + sums.missing)
         return sums
 
     def _device_scalar(self, value: float) -> Tensor:
         """Return a (1,) float64 tensor on the device, filled by a kernel: a copy from the host would synchronize."""
-        return torch.full((1,), float(value), dtype=torch.float64, device=self.trainer.ranks.device)
+        return torch.full((1,), float(value), dtype=torch.float64, device=self.ranks.device)
 
 
 class _MicroBatch:
     """One micro-batch of a step, run slice by slice; a `SlicedSequence` for `go_backward`."""
 
-    def __init__(self, gradients: _Gradients, slices: Sequence[Batch], last: bool) -> None:
-        """`last`: whether it is the last micro-batch of the step."""
-        self.gradients, self.trainer = gradients, gradients.trainer
-        self.slices, self.last = slices, last
-        self.lengths = [part.input_ids.shape[1] * self.trainer.context.shares for part in slices]
+    def __init__(
+        self, context: Context, gradients: _Gradients, slices: Sequence[Batch], last: bool, with_squares: bool
+    ) -> None:
+        """`last`: whether it is the last micro-batch of the step. `with_squares`: sum (log Z)^2, for the z-loss."""
+        self.context, self.engine, self.ranks = context, context.engine, context.ranks
+        self.gradients, self.slices = gradients, slices
+        self.last, self.with_squares = last, with_squares
+        self.lengths = [part.input_ids.shape[1] * context.shares for part in slices]
         self._no_edge = self._begin_documents()
 
     def needs_no_edge(self, s: int) -> bool:
@@ -240,24 +244,24 @@ class _MicroBatch:
 
     def run_for_edge(self, s: int, past: EarlierCall) -> None:
         inputs = self._inputs(s, past)
-        self.trainer.engine.forward(inputs["input_ids"], starts=inputs["starts"], past=inputs["past"])
+        self.engine.forward(inputs["input_ids"], starts=inputs["starts"], past=inputs["past"])
 
     def loss(self, s: int, past: EarlierCall | None) -> Tensor:
         inputs = self._inputs(s, past)
-        losses = self.trainer.engine.forward(**inputs)
-        self.gradients.sums += sum_of_batch(losses, inputs, self.trainer.context.token_bytes)
-        if self.trainer.corpora:
-            both = torch.stack((losses.per_token.double(), inputs["loss_mask"].double()), dim=-1).sum(1)
-            self.gradients.parts.index_add_(0, to_device(self.slices[s].corpora, both.device), both)
-        if self.trainer.config.z_loss:
+        losses = self.engine.forward(**inputs)
+        self.gradients.sums += sum_of_batch(losses, inputs, self.context.token_bytes)
+        if len(self.gradients.parts):
+            of_rows = nats_and_labels(losses.per_token, inputs["loss_mask"]).sum(1)
+            self.gradients.parts.index_add_(0, to_device(self.slices[s].corpora, of_rows.device), of_rows)
+        if self.with_squares:
             self.gradients.squares += losses.squares
         if self.last and s == 0:
             self.gradients.check_loss()
         return self.gradients.scaled(losses.total)
 
     def backward(self, s: int, loss: Tensor) -> None:
-        self.trainer.ranks.phases.enter("backward")
-        self.trainer.engine.accumulate(loss, self.last and s == 0)
+        self.ranks.phases.enter("backward")
+        self.engine.accumulate(loss, self.last and s == 0)
 
     def _inputs(self, s: int, past: EarlierCall | None) -> dict[str, Any]:
         """Return the model's arguments for slice `s`, and report progress to the watchdog.
@@ -265,28 +269,27 @@ class _MicroBatch:
         A row that does not continue where the previous step stopped (a new pass over the corpus) begins like a new
         document.
         """
-        trainer, part = self.trainer, self.slices[s]
-        trainer.ranks.phases.enter("forward", self.gradients.step + 1)
+        part = self.slices[s]
+        self.ranks.phases.enter("forward", self.gradients.step + 1)
         if s == 0 and past is not None and past.position and not part.continues.all():
-            part = replace(part, starts=_with_starts(part, trainer.engine.module.config.block))
-        inputs = on_device(part, trainer.ranks.device)
-        return {**inputs, "past": past_of_slice(trainer.context.sharing, part.input_ids.shape[1], past)}
+            part = replace(part, starts=_with_starts(part, self.engine.module.config.block))
+        inputs = on_device(part, self.ranks.device)
+        return {**inputs, "past": past_of_slice(self.context.sharing, part.input_ids.shape[1], past)}
 
     def _begin_documents(self) -> list[bool]:
         """Return for each slice whether all its rows begin a document: then no earlier slice must be run for its edge.
 
         Where ranks communicate in that pass (sp, ZeRO-3), they must agree, so the answer is a sum over ranks.
         """
-        trainer = self.trainer
         if len(self.slices) == 1 or self.slices[0].starts is None:
             return [False] * len(self.slices)
-        own = [
+        begins = [
             part.begin % length or part.starts[:, 0].all()  # only the first rank of a sequence knows
             for part, length in zip(self.slices, self.lengths, strict=True)
         ]
-        if trainer.context.sharing or trainer.engine.stage == 3:
-            return [not count for count in trainer.ranks.all_reduce_numbers([float(not begins) for begins in own])]
-        return [bool(begins) for begins in own]
+        if self.context.sharing or self.engine.stage == 3:
+            return [not count for count in self.ranks.all_reduce_numbers([float(not begin) for begin in begins])]
+        return [bool(begin) for begin in begins]
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -319,6 +322,11 @@ def sum_of_batch(losses: Any, inputs: dict[str, Any], token_bytes: Tensor) -> Te
     """Return (2,) float64: the nats of the valid labels in `inputs`, and the bytes of text that they stand for."""
     text_bytes = (token_bytes[inputs["labels"]] * inputs["loss_mask"]).sum()
     return torch.stack((losses.nats.double(), text_bytes.double()))
+
+
+def nats_and_labels(per_token: Tensor, mask: Tensor) -> Tensor:
+    """Return (b, l, 2) float64: the nats of each token, and whether its label is valid; inputs are (b, l)."""
+    return torch.stack((per_token.double(), mask.double()), dim=-1)
 
 
 def _with_starts(batch: Batch, block: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from bst_base.errors import UserError
 from bst_dist.config import Recipe
 from bst_dist.report.metrics import CorpusReport, bits_per_byte, nats_per_token
 from bst_dist.train.evaluation import Evaluation
-from bst_dist.train.step import sum_of_batch
+from bst_dist.train.step import nats_and_labels, sum_of_batch
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import open_corpora
 from data_pipeline.serve.reader import Corpus, NoCorpusError
@@ -49,9 +49,9 @@ class CorpusEvaluation(Evaluation):
         of_rows = torch.zeros(int(rows) + 1, 2, dtype=torch.float64, device=device)
         for part, inputs, losses in self.forward(step):
             sums += sum_of_batch(losses, inputs, self.context.token_bytes)
-            both = torch.stack((losses.per_token.double(), inputs["loss_mask"].double()), dim=-1).sum(1)
+            by_row = nats_and_labels(losses.per_token, inputs["loss_mask"]).sum(1)
             row = torch.from_numpy(part.rows).clamp(min=0)  # masked rows have a negative number and no valid token
-            of_rows.index_add_(0, row.to(device), both)
+            of_rows.index_add_(0, row.to(device), by_row)
         if self.stop.stopping:
             return None
         nats, text_bytes, *parts = self.ranks.all_reduce_numbers([*sums.tolist(), *of_rows.flatten().tolist()])

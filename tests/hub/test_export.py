@@ -138,7 +138,7 @@ def test_training_in_an_imported_directory_is_refused(exported, tmp_path, resume
     assert main(["import", str(folder), str(tmp_path / "back")]) == 0
     recipe = load_recipe(tmp_path / "back" / "recipe.yaml")
     with pytest.raises(UserError, match=r"initial_weights\.step=7"):
-        directory.check(tmp_path / "back", recipe, {}, resume)
+        directory.check(tmp_path / "back", recipe, {}, resume=resume)
 
 
 def test_a_model_saved_by_transformers_can_be_imported(exported, tmp_path):

@@ -81,7 +81,7 @@ def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, 
         return Engine.update(engine)
 
     engine.update = update
-    report = trainer.step(0, start.objective.loader(start.mesh(ranks)).batches(0), start=0.0)
+    report = trainer.step(0, start.objective.loader(start.mesh(ranks)).batches(0), began=0.0)
     engine.deepspeed.destroy()
     return gradients, report
 

@@ -11,7 +11,7 @@ from typing import Any
 from bst_base.errors import StorageError, UserError
 from bst_base.json_lines import read_lines
 from bst_dist.checkpoint.directory import CHECKPOINTS, DAMAGED, PARTIAL, committed, entries, step_of
-from bst_dist.config import Recipe, load_recipe
+from bst_dist.config import Recipe, differing_values, load_recipe
 from bst_dist.faults.lease import LEASE
 from bst_dist.faults.stacks import STACKS
 from bst_dist.report.metrics import FILE
@@ -59,6 +59,7 @@ def check(
     run_dir: Path,
     recipe: Recipe,
     completed: dict[str, Any],
+    *,
     resume: bool,
     from_zero: bool = False,
     replan: bool = False,
@@ -149,12 +150,7 @@ def evidence_of_checkpoints(run_dir: Path) -> str | None:
 
 def _changed(stored: dict[str, Any], completed: dict[str, Any]) -> list[str]:
     """Return the settings with other numerics in two DeepSpeed configurations, as ``key: there, given``."""
-    there, given = _arithmetic(stored), _arithmetic(completed)
-    return [
-        f"{key}: {there.get(key)!r}, {given.get(key)!r}"
-        for key in {**there, **given}
-        if there.get(key) != given.get(key)
-    ]
+    return differing_values(_arithmetic(stored), _arithmetic(completed))
 
 
 def _arithmetic(completed: dict[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,14 @@ def resolve(recipe: Recipe, request: Request, world: int, checked: slice = EVERY
         completed=completed,
         spread=spread,
         until=min(request.until or recipe.train.steps, recipe.train.steps),
-        changed=directory.check(run_dir, recipe, completed, request.resume, request.from_zero, request.replan),
+        changed=directory.check(
+            run_dir,
+            recipe,
+            completed,
+            resume=request.resume,
+            from_zero=request.from_zero,
+            replan=request.replan,
+        ),
     )
 
 
