@@ -1,4 +1,4 @@
-"""Formats numbers of bytes, and lists of numbers, for people."""
+"""Formats numbers of bytes, counts of things, and lists of numbers, for people."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def readable_size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def counted(count: int, thing: str, things: str | None = None) -> str:
+    """Return a count with its noun, like ``1 rank`` or ``3 ranks``. `things`: the plural, unless it only adds an s."""
+    return f"{count} {thing if count == 1 else things or f'{thing}s'}"
 
 
 def shortage(needed: float, free: float, where: object) -> str:
@@ -38,4 +43,4 @@ def spans(numbers: Sequence[int]) -> str:
 
 def ranks_in_words(ranks: Sequence[int]) -> str:
     """Format ascending numbers of ranks as ``rank 7`` or ``ranks 1 to 3, 7``."""
-    return f"rank{'s' * (len(ranks) > 1)} {spans(ranks)}"
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {spans(ranks)}"

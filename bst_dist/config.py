@@ -17,6 +17,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from bst_base.places import NameOrPath, with_base, written
 from bst_base.settings import Config, ConfigError, overridden, parse, read_settings
 from bst_base.shipped import RECIPES, STRATEGIES, base_of, find
+from bst_base.sizes import counted
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.faults.config import GuardConfig, WatchdogConfig
@@ -339,8 +340,8 @@ def spread_of(recipe: Recipe, world: int) -> Spread:
         field = "train.sequences" if fewest == train.sequences else "train.sequence_changes"
         most = fewest * recipe.parallel.sp
         raise ConfigError(
-            f"{dp} data-parallel ranks but only {fewest} sequence{'s' * (fewest != 1)} per step ({field}): "
-            f"use at most {most} rank{'s' * (most != 1)}, or more sequences"
+            f"{dp} data-parallel ranks but only {counted(fewest, 'sequence')} per step ({field}): "
+            f"use at most {counted(most, 'rank')}, or more sequences"
         )
     return Spread(train.sequences, dp, train.micro_sequences)
 

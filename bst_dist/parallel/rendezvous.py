@@ -19,7 +19,7 @@ import psutil
 from torch.distributed import DistStoreError, TCPStore
 
 from bst_base.host import free_port, with_port
-from bst_base.sizes import ranks_in_words, spans
+from bst_base.sizes import counted, ranks_in_words, spans
 
 LIMIT_S = 300.0
 """Timeout for all ranks to start."""
@@ -150,7 +150,7 @@ def agreed_port() -> int:
 
 
 def _waiting(missing: Sequence[int], where: str) -> str:
-    return f"waiting for {len(missing)} rank{'s' * (len(missing) > 1)} at {where}: {spans(missing)}"
+    return f"waiting for {counted(len(missing), 'rank')} at {where}: {spans(missing)}"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from bst_base.sizes import counted
 from bst_dist.config import Recipe
 from bst_dist.model.attention.sliding import attention_path
 from bst_dist.parallel.ranks import Ranks
@@ -62,7 +63,7 @@ def _of_model(start: Start, engine: Engine, ranks: Ranks) -> dict[str, str]:
         "placed": f"rank 0 on {ranks.device}, threads: {ranks.threads}, cores {ranks.cores} of {socket.gethostname()}"
         + ("" if ranks.numa_node is None else f", bound to its device's NUMA node {ranks.numa_node}"),
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
-        f"{count} micro-batch{'es' if count > 1 else ''} per rank",
+        f"{counted(count, 'micro-batch', 'micro-batches')} per rank",
     }
     if recipe.optimizer.kind == "muon":
         lines["muon"] = f"for the {len(engine.module.hidden_matrices())} matrices inside the layers; AdamW for the rest"

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bst_base.sizes import counted
+
 MASKED = -1
 """The row number of a masked row."""
 
@@ -68,7 +70,7 @@ class Spread:
         more = self.rows % self.dp
         counts = [(more, few + 1), (self.dp - more, few)] if more else [(self.dp, few)]
         parts = [
-            f"{ranks} of {self.dp} {who} {'has' if ranks == 1 else 'have'} {_sequences(rows)}"
+            f"{ranks} of {self.dp} {who} {'has' if ranks == 1 else 'have'} {counted(rows, 'sequence')}"
             + (f" and {slots - rows} masked" if slots > rows else "")
             for ranks, rows in counts
         ]
@@ -103,7 +105,3 @@ class Spread:
     @property
     def _most_of_a_rank(self) -> int:
         return -(-self.rows // self.dp)
-
-
-def _sequences(count: int) -> str:
-    return f"{count} sequence{'s' * (count != 1)}"

@@ -1,8 +1,8 @@
-"""Formatted numbers of bytes."""
+"""Formatted numbers of bytes, and counts."""
 
 import pytest
 
-from bst_base.sizes import readable_size, shortage
+from bst_base.sizes import counted, readable_size, shortage
 
 
 @pytest.mark.parametrize(
@@ -11,6 +11,11 @@ from bst_base.sizes import readable_size, shortage
 )
 def test_readable_size_chooses_the_unit(count, said):
     assert readable_size(count) == said
+
+
+def test_only_one_thing_is_in_the_singular():
+    assert [counted(count, "rank") for count in range(3)] == ["0 ranks", "1 rank", "2 ranks"]
+    assert [counted(count, "batch", "batches") for count in (1, 2)] == ["1 batch", "2 batches"]
 
 
 def test_shortage_is_stated_if_rounded_sizes_are_equal():

@@ -7,7 +7,7 @@ import socket
 import sys
 
 from bst_base.memory import available_memory
-from bst_base.sizes import readable_size
+from bst_base.sizes import counted, readable_size
 from bst_dist.model.meta_device import weightless
 from bst_dist.parallel.devices import local_rank
 from bst_dist.plan.memory.zero import WORD
@@ -28,9 +28,9 @@ def shortage(parameters: int, ranks: int, available: int | None) -> str | None:
     if available is None or available >= needed:
         return None
     return (
-        f"{ranks} rank{'s' * (ranks > 1)} need{'s' * (ranks == 1)} {readable_size(needed)} of host memory to build the "
-        f"model, {readable_size(available)} are available: start fewer ranks on a host, or give the job more memory "
-        "(Slurm: --mem=0)"
+        f"{counted(ranks, 'rank')} {'needs' if ranks == 1 else 'need'} {readable_size(needed)} of host memory to build "
+        f"the model, {readable_size(available)} are available: start fewer ranks on a host, or give the job more "
+        "memory (Slurm: --mem=0)"
     )
 
 
