@@ -1,12 +1,14 @@
 """Relative paths in settings files: each counts from a fixed folder, not from the working directory.
 
 `with_base` marks the strings of a file with that folder. The value of a `LocalPath` or `Address` field is then an
-absolute path. When the settings are written or compared, it appears as it was written in the file. A path that counts
-from another folder than the rest (in an override: from the working directory) is written out as an absolute path.
+absolute path; `~` at its beginning is the home directory. When the settings are written or compared, it appears as it
+was written in the file. A relative path that counts from another folder than the rest (in an override: from the working
+directory) is written out as an absolute path.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -62,19 +64,20 @@ def written(value: T) -> T:
 
 def _resolve(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     found = validate(value)
+    if str(value).startswith("~"):
+        return _resolved(found, os.path.expanduser(value))
     if not isinstance(value, StringWithBase) or not _is_relative(value):
         return found
-    return _absolute(value, found)
+    absolute = str(value.base / value)
+    return type(found)(absolute) if value.elsewhere else _resolved(found, absolute)
 
 
 def _resolve_path(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     return _resolve(value, validate) if Path(str(value)).suffix or "/" in str(value) else validate(value)
 
 
-def _absolute(value: StringWithBase, found: Any) -> Any:
-    absolute = str(value.base / value)
-    if value.elsewhere:
-        return type(found)(absolute)
+def _resolved(found: Any, absolute: str) -> Any:
+    """Return an absolute path that is written to settings files as `found`, and of the same type."""
     result = ResolvedPath(absolute) if isinstance(found, Path) else ResolvedAddress(absolute)
     result.written = found
     return result

@@ -46,9 +46,21 @@ def test_relative_paths_start_from_the_folder_of_their_file(tmp_path, elsewhere)
     assert "folder: a/b\n" in dump(found) and "where: c\n" in dump(found)
 
 
-@pytest.mark.parametrize("address", ["https://a/b", "pipe:cat x/{}", "/data/x", "~/x"])
+@pytest.mark.parametrize("address", ["https://a/b", "pipe:cat x/{}", "/data/x"])
 def test_urls_and_absolute_paths_are_not_changed(address, tmp_path, elsewhere):
     assert load(Places, written(tmp_path / "own", source=address)).source == address
+
+
+@pytest.mark.parametrize("override", [False, True])
+def test_a_tilde_is_the_home_directory_and_is_written_as_a_tilde(override, tmp_path, elsewhere, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    given = {"folder": "~/a", "source": [{"where": "~/c"}], "word": "~/d"}
+    file = written(tmp_path / "own", **({} if override else given))
+    found = load(Places, file, ["folder=~/a", "source=[{where: ~/c}]", "word=~/d"] if override else [])
+    assert found.folder == tmp_path / "home/a"
+    assert found.source[0].where == f"{tmp_path}/home/c"
+    assert found.word == "~/d"
+    assert "folder: ~/a\n" in dump(found) and "where: ~/c\n" in dump(found)
 
 
 def test_paths_in_overrides_start_from_the_working_directory(tmp_path, elsewhere):

@@ -28,7 +28,7 @@ def trunk_checkpoint(run_dir: Path, recipe: Recipe) -> Path:
     The model, the data, the seed and the learning rate of every step before the branch must be equal.
     """
     # normpath and not resolve: the branch's own directory may not exist yet.
-    trunk_dir = Path(os.path.normpath(run_dir / recipe.branch.run))
+    trunk_dir = Path(os.path.normpath(run_dir / os.path.expanduser(recipe.branch.run)))
     step = recipe.branch.step
     checkpoint = find(trunk_dir, step)
     if checkpoint is None:

@@ -41,6 +41,12 @@ def test_a_branch_of_the_same_steps_begins_at_the_checkpoint(runs):
     assert trunk_checkpoint(runs.directory, runs.branch()) == directory(runs.trunk, 8)
 
 
+def test_the_trunk_may_be_given_from_the_home_directory(runs, monkeypatch):
+    monkeypatch.setenv("HOME", str(runs.trunk.parent))
+    branch = runs.branch(branch={"run": "~/trunk", "step": 8})
+    assert origin(runs.directory / "deeper", branch).checkpoint == directory(runs.trunk, 8)
+
+
 def test_a_smaller_micro_batch_is_still_a_branch(runs):
     train = {**SETTINGS["train"], "steps": 10, "micro_sequences": 2}
     assert trunk_checkpoint(runs.directory, runs.branch(train=train)) == directory(runs.trunk, 8)
