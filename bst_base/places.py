@@ -8,11 +8,12 @@ directory) is written out as an absolute path.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import PlainSerializer, ValidatorFunctionWrapHandler, WrapValidator
+
+from bst_base.errors import UserError
 
 T = TypeVar("T")
 
@@ -62,10 +63,18 @@ def written(value: T) -> T:
     return getattr(value, "written", value)
 
 
+def with_home(path: str | Path) -> Path:
+    """Return a path with `~` at its beginning replaced by the home directory; raises UserError if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def _resolve(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     found = validate(value)
     if str(value).startswith("~"):
-        return _resolved(found, os.path.expanduser(value))
+        return _resolved(found, str(with_home(value)))
     if not isinstance(value, StringWithBase) or not _is_relative(value):
         return found
     absolute = str(value.base / value)

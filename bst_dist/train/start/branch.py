@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from bst_base.places import with_home
 from bst_dist.checkpoint.directory import CheckpointError, directory, find
 from bst_dist.config import Recipe, differing, load_recipe
 from bst_dist.train.rundir import RECIPE
@@ -28,7 +29,7 @@ def trunk_checkpoint(run_dir: Path, recipe: Recipe) -> Path:
     The model, the data, the seed and the learning rate of every step before the branch must be equal.
     """
     # normpath and not resolve: the branch's own directory may not exist yet.
-    trunk_dir = Path(os.path.normpath(run_dir / os.path.expanduser(recipe.branch.run)))
+    trunk_dir = Path(os.path.normpath(run_dir / with_home(recipe.branch.run)))
     step = recipe.branch.step
     checkpoint = find(trunk_dir, step)
     if checkpoint is None:
