@@ -40,7 +40,7 @@ from bst_base.arguments import at_least, seconds
 from bst_base.errors import UserError
 from bst_base.host import free_port, without_brackets
 from bst_base.memory import available_memory
-from bst_dist.checkpoint.directory import committed, step_of
+from bst_dist.checkpoint.retention import readable
 from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import LocalRanks, Share, catch_stop_signals
 from bst_dist.cluster.verdict import STOP, Ended
@@ -156,10 +156,10 @@ def check(start: Start, share: Share) -> dict[str, Any]:
     recipe = start.recipe
     with weightless():
         parameters = sum(parameter.numel() for parameter in start.objective.model().parameters())
-    train, done = recipe.train, committed(start.run_dir)
+    train = recipe.train
     tokens = train.sequences * train.sequence_length
     lines = {
-        "run": f"{start.run_dir}, {f'from step {step_of(done[0])}' if done else 'from step 0'} to {start.until}",
+        "run": f"{start.run_dir}, from step {_first_step(start)} to {start.until}",
         "model": f"{parameters / 1e6:,.2f} M parameters",
         "ranks": f"{share.world} (dp {share.world // recipe.parallel.sp} x sp {recipe.parallel.sp}), "
         f"ZeRO-{start.completed['zero_optimization']['stage']}, {train.precision}",
@@ -175,6 +175,14 @@ def check(start: Start, share: Share) -> dict[str, Any]:
     print("\n".join(f"{name:<6} {text}" for name, text in lines.items()))
     print("the recipe can be trained; nothing was started")
     return {"passed": True, "run_dir": str(start.run_dir), "ranks": share.world, "parameters": parameters}
+
+
+def _first_step(start: Start) -> int:
+    """Return the step that the run would continue from; no run continues from a weights-only checkpoint."""
+    for one in readable(start.run_dir):
+        if one.full:
+            return one.step
+    return start.recipe.branch.step if start.recipe.branch else 0
 
 
 def share_of(args: argparse.Namespace, recipe: Recipe) -> Share:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from bst_base.settings import dump
 from bst_dist.checkpoint.directory import directory
 from bst_dist.cli import main
 from bst_dist.cluster import local
 from bst_dist.train import rundir
 from bst_dist.train.start.request import Request, load, of_run, resolve
+from tests.cluster.listed_checkpoint import write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +155,17 @@ def test_a_run_directory_can_replace_the_recipe(run_there, tmp_path, capsys):
 
 def test_a_warm_up_longer_than_the_run_is_accepted(recipe_file, tmp_path):
     assert load(Request(recipe_file(), ["schedule.warmup_steps=100"], None, resume=False, until=None))
+
+
+def test_a_check_names_the_step_of_the_newest_full_checkpoint(recipe_file, tmp_path, capsys):
+    recipe, run = recipe_file(), tmp_path / "run"
+    write_checkpoint(run, 2, {"weights-00000.safetensors": 1, "optimizer-00000.safetensors": 2})
+    write_checkpoint(run, 4, {"weights-00000.safetensors": 1})
+    new = Request(recipe, [], tmp_path / "new", resume=False, until=None)
+    (run / "recipe.yaml").write_text(dump(resolve(load(new), new, world=1).recipe))
+    (run / "environment.json").write_text(json.dumps({"starts": [{"from_step": 0}]}))
+    assert main(["train", str(recipe), "--run-dir", str(run), "--resume", "--check"]) == 0
+    assert "from step 2 to 6" in capsys.readouterr().out
 
 
 def test_a_check_starts_nothing_and_writes_nothing(recipe_file, tmp_path, capsys):
