@@ -333,8 +333,13 @@ def _needed(index: Index, kinds: Sequence[str]) -> int:
 
 
 def _write_and_read(path: Path) -> None:
-    """Write a small file and read it back; raises OSError or StorageError when that fails."""
+    """Write a small file and read it back; raises OSError or StorageError when that fails.
+
+    Rank 0 has created the directory. But another host that looked for it before, over NFS, may still remember that it
+    does not exist; creating it makes that host look again.
+    """
     content = os.urandom(4096)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path_in_errors(path), path.open("wb") as file:
         file.write(content)
         file.flush()

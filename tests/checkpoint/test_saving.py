@@ -43,7 +43,7 @@ from bst_dist.checkpoint.directory import (
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.retention import has_full
-from bst_dist.checkpoint.saving import Failed, Saved
+from bst_dist.checkpoint.saving import Failed, Saved, Saver
 from bst_dist.checkpoint.shards import Piece
 from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
 from bst_dist.parallel.mesh import Mesh
@@ -578,6 +578,12 @@ def test_a_rank_that_cannot_write_is_found_before_the_first_step(tmp_path, monke
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path)[:-1])
     with pytest.raises(StorageError, match=r"rank 0: .* reads other bytes from"):
         run.rehearse()
+
+
+def test_a_rank_creates_the_directory_that_it_does_not_see_yet(tmp_path, monkeypatch):
+    """Rank 0 has created it on another host; over NFS this host may remember that it did not exist."""
+    monkeypatch.setattr(Saver, "_prepare", lambda *_: None)
+    snapshots(tmp_path, Tensors()).rehearse()
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_found_before_the_first_step(tmp_path, monkeypatch):
