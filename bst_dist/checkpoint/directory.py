@@ -101,6 +101,14 @@ def find(run_dir: Path, step: int) -> Path | None:
     return next((path for path in committed(run_dir) if step_of(path) == step), None)
 
 
+def require_step(run_dir: Path, step: int) -> Path:
+    """Return the committed checkpoint of a step; raises CheckpointError, which lists the others, if there is none."""
+    if (path := find(run_dir, step)) is None:
+        there = ", ".join(str(step_of(found)) for found in committed(run_dir)) or "none"
+        raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {there}")
+    return path
+
+
 def entries(run_dir: Path) -> list[str]:
     """Return all names in the checkpoints directory of a run; raises StorageError when this host cannot read it."""
     try:
@@ -259,6 +267,18 @@ class _ProgressFile:
 def damage(checkpoint: Path, digests: bool = True, kind: str = "") -> list[str]:
     """Return the problems that `examine` finds as text; empty when there are none."""
     return [str(finding) for finding in examine(checkpoint, digests=digests, kind=kind)]
+
+
+def require_intact(checkpoint: Path, kind: str = "", found: Sequence[object] | None = None) -> None:
+    """Raise CheckpointError, which names the first problem, unless a checkpoint's files match their manifest.
+
+    `kind`: check only files of this kind. `found`: the problems, if the files were already checked.
+    """
+    if found := damage(checkpoint, kind=kind) if found is None else found:
+        raise CheckpointError(
+            f"{checkpoint}: {found[0]}: choose another step, or restore the file (`bst ckpt verify "
+            f"{checkpoint.parent.parent}` names every damaged one)"
+        )
 
 
 def newest_valid(run_dir: Path, kind: str = "") -> Path:

@@ -29,6 +29,7 @@ from bst_dist.checkpoint.directory import (
     directory,
     parse_manifest,
     read_manifest,
+    require_intact,
     step_of,
 )
 
@@ -89,8 +90,7 @@ class RunCopy:
         replaces the checkpoint during the upload.
         """
         manifest = read_manifest(checkpoint)
-        if found := damage(checkpoint):
-            raise CheckpointError(f"{checkpoint}: {found[0]}; it was not copied")
+        require_intact(checkpoint)
         step = step_of(checkpoint)
         if step in self.steps():
             self.remove(step)

@@ -30,6 +30,7 @@ from bst_dist.checkpoint.directory import (
     is_full,
     open_shards,
     rank_file,
+    require_intact,
     step_of,
     stored_name,
 )
@@ -197,8 +198,7 @@ class Snapshots:
 
     def require_whole(self, checkpoint: Path) -> None:
         """Raise CheckpointError when a checkpoint (of any run) is damaged; it is not renamed."""
-        if found := confirmed_damage(self.ranks, checkpoint):
-            raise CheckpointError(f"{checkpoint}: {found[0]}")
+        require_intact(checkpoint, found=confirmed_damage(self.ranks, checkpoint))
 
     def load(self, checkpoint: Path, of_trunk: bool = False) -> Position:
         """Load a checkpoint into the engine and the random generators, and return its position.

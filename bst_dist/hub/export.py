@@ -24,7 +24,7 @@ from bst_base.files import atomic_directory
 from bst_base.sizes import readable_size
 from bst_dist.checkpoint.commands.common import add_run, select
 from bst_dist.checkpoint.commands.convert import add_export
-from bst_dist.checkpoint.directory import AVERAGED, WEIGHTS, CheckpointError, damage, open_shards
+from bst_dist.checkpoint.directory import AVERAGED, WEIGHTS, open_shards, require_intact
 from bst_dist.checkpoint.exporting import DTYPES, stored_dtypes, write_weights
 from bst_dist.checkpoint.retention import CheckpointEntry
 from bst_dist.config import Recipe
@@ -86,8 +86,7 @@ def _source(args: argparse.Namespace) -> tuple[CheckpointEntry, Recipe]:
         raise UserError(f"{args.output}: already exists; choose another directory")
     recipe, one = read_recipe(args.run), select(args.run, args.step)
     require_language_model(args.run, recipe)
-    if found := damage(one.path, kind=_kind(args)):
-        raise CheckpointError(f"{one.path}: {found[0]}")
+    require_intact(one.path, _kind(args))
     return one, recipe
 
 

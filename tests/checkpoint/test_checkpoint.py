@@ -21,6 +21,8 @@ from bst_dist.checkpoint.directory import (
     newest_valid,
     parse_manifest,
     read_manifest,
+    require_intact,
+    require_step,
 )
 from bst_dist.checkpoint.durable import Files
 from tests.checkpoint.damage import flip
@@ -121,3 +123,16 @@ def test_checking_a_checkpoint_in_two_parts_finds_the_same_damage(tmp_path):
     flip(path / "b.pt")
     flip(path / "a.pt")
     assert [str(one) for part in (0, 1) for one in examine(path, part, 2)] == damage(path)
+
+
+def test_a_damaged_or_missing_checkpoint_is_refused_with_what_to_do(tmp_path):
+    write(tmp_path, 20)
+    path = write(tmp_path, 10)
+    require_intact(require_step(tmp_path, 10))
+    flip(path / "b.pt")
+    require_intact(path, kind="a")
+    advice = rf"choose another step, or restore the file \(`bst ckpt verify {tmp_path}` names every damaged one\)"
+    with pytest.raises(CheckpointError, match=f"step-00000010: checksum mismatch in b.pt: {advice}"):
+        require_intact(path)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 15; there are: 20, 10"):
+        require_step(tmp_path, 15)

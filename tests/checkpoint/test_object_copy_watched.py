@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bst_base.errors import StorageError
-from bst_dist.checkpoint.directory import damage, directory
+from bst_dist.checkpoint.directory import directory, require_intact
 from bst_dist.checkpoint.object_copy import RunCopy
 from tests.checkpoint.pushing import push
 
@@ -94,9 +94,9 @@ def test_push_continues_with_the_newest_if_a_checkpoint_is_removed_while_it_is_r
         if checkpoint == directory(older, 4):
             shutil.copytree(checkpoint, directory(older, 5))
             shutil.rmtree(checkpoint)
-        return damage(checkpoint)
+        require_intact(checkpoint)
 
-    monkeypatch.setattr("bst_dist.checkpoint.object_copy.damage", removed)
+    monkeypatch.setattr("bst_dist.checkpoint.object_copy.require_intact", removed)
     assert push(older, url) == 0
     assert RunCopy(url).steps() == [5]
     assert "checkpoint 4 was removed by the run" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bst_dist.checkpoint.directory import CheckpointError, committed, find, read_manifest, step_of
+from bst_dist.checkpoint.directory import CheckpointError, committed, read_manifest, require_step
 from bst_dist.checkpoint.retention import CheckpointEntry
 
 
@@ -21,10 +21,7 @@ def add_step(parser: argparse.ArgumentParser, default: str) -> None:
 
 def select(run_dir: Path, step: int | None) -> CheckpointEntry:
     """Return the checkpoint of `step`, or the newest for None; raises CheckpointError, listing the existing ones."""
-    there = committed(run_dir)
-    path = find(run_dir, step) if step is not None else next(iter(there), None)
+    path = require_step(run_dir, step) if step is not None else next(iter(committed(run_dir)), None)
     if path is None:
-        steps = ", ".join(str(step_of(found)) for found in there) or "none"
-        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}; there are: {steps}"
-        raise CheckpointError(f"{run_dir}: {wanted}")
+        raise CheckpointError(f"{run_dir}: no checkpoint")
     return CheckpointEntry(path, read_manifest(path))

@@ -20,7 +20,7 @@ from bst_base.errors import UserError
 from bst_base.files import atomic_directory
 from bst_base.sizes import readable_size
 from bst_dist.checkpoint.commands.common import add_run, add_step, select
-from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, damage, open_shards
+from bst_dist.checkpoint.directory import WEIGHTS, open_shards, require_intact
 from bst_dist.checkpoint.exporting import DTYPES, stored_dtypes, write_weights
 from bst_dist.train.rundir import RECIPE, read_recipe
 
@@ -48,8 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.output.exists():
         raise UserError(f"{args.output}: already exists; choose another directory")
     one, recipe = select(args.run, args.step), read_recipe(args.run)
-    if found := damage(one.path, kind=WEIGHTS):
-        raise CheckpointError(f"{one.path}: {found[0]}")
+    require_intact(one.path, WEIGHTS)
     weights = open_shards(one.path, WEIGHTS)
     dtypes = stored_dtypes(weights, recipe.model, DTYPES[args.dtype])
     with atomic_directory(args.output) as folder:

@@ -14,11 +14,11 @@ from bst_dist.checkpoint.directory import (
     WEIGHTS,
     CheckpointError,
     committed,
-    damage,
     directory,
-    find,
     load_weights,
     newest_valid,
+    require_intact,
+    require_step,
     step_of,
 )
 from bst_dist.config import Recipe
@@ -146,10 +146,6 @@ def require_tokenizer(run_dir: Path, corpus: Corpus, sha256: str | None) -> None
 
 
 def _checkpoint(run_dir: Path, step: int, kind: str) -> Path:
-    path = find(run_dir, step)
-    if path is None:
-        there = ", ".join(str(step_of(found)) for found in committed(run_dir)) or "none"
-        raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {there}")
-    if found := damage(path, kind=kind):
-        raise CheckpointError(f"{path}: {found[0]}")
+    path = require_step(run_dir, step)
+    require_intact(path, kind)
     return path

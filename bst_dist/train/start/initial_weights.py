@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from bst_dist.checkpoint.agreement import confirmed_damage, each_or_raise, read_together
-from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, committed, damage, find, open_shards, step_of
+from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, open_shards, require_intact, require_step
 from bst_dist.checkpoint.retention import has_full
 from bst_dist.train.config import InitialWeightsConfig
 from bst_dist.train.rundir import tokenizer_of
@@ -46,9 +46,7 @@ def load_initial_weights(
         return _fitting(config, tokenizer_sha256)
 
     checkpoint = each_or_raise(ranks, fitting) if ranks else fitting()
-    found = confirmed_damage(ranks, checkpoint, WEIGHTS) if ranks else damage(checkpoint, kind=WEIGHTS)
-    if found:
-        raise CheckpointError(f"initial_weights: {checkpoint}: {found[0]}")
+    require_intact(checkpoint, WEIGHTS, confirmed_damage(ranks, checkpoint, WEIGHTS) if ranks else None)
     if ranks:
         read_together(ranks, lambda arrived: _fill(model, checkpoint, arrived) if ranks.first else None)
     else:
@@ -75,7 +73,7 @@ def _fill(model: nn.Module, checkpoint: Path, arrived: Callable[[], None] = lamb
 
 def _fitting(config: InitialWeightsConfig, tokenizer_sha256: str | None) -> Path:
     """Return the checkpoint with the initial weights; raises CheckpointError if its tokenizer is another one."""
-    checkpoint = _checkpoint(config)
+    checkpoint = require_step(config.run, config.step)
     if tokenizer_sha256 and tokenizer_of(config.run) not in (None, tokenizer_sha256):
         raise CheckpointError(
             f"initial_weights.run {config.run} was trained with another tokenizer than that of data.corpus: prepare "
@@ -83,11 +81,3 @@ def _fitting(config: InitialWeightsConfig, tokenizer_sha256: str | None) -> Path
             "that run"
         )
     return checkpoint
-
-
-def _checkpoint(config: InitialWeightsConfig) -> Path:
-    path = find(config.run, config.step)
-    if path is None:
-        steps = ", ".join(str(step_of(checkpoint)) for checkpoint in committed(config.run)) or "none"
-        raise CheckpointError(f"initial_weights: {config.run}: no checkpoint of step {config.step}; there are: {steps}")
-    return path
