@@ -59,6 +59,17 @@ def unsynced_file(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and sync it, under its final name at once; its directory is not synced.
+
+    Raises OSError, with the path in it.
+    """
+    with path_in_errors(path), path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file with `atomic_file`; missing parent directories are created."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,17 @@ class Copied:
         return replace(self.piece, name=named(self.piece.name, self.tensor))
 
 
+def in_order(fragments: Sequence[Fragment], kinds: Sequence[str]) -> list[tuple[Piece, str, Tensor]]:
+    """Return (piece, tensor's name, values) of the fragments' tensors of these kinds, in the order of the files."""
+    return [
+        (fragment.piece, name, fragment.values[name])
+        for kind in kinds
+        for name in TENSORS[kind]
+        for fragment in fragments
+        if name in fragment.values
+    ]
+
+
 class HostCopy:
     """Copies fragments to host memory, always to the same buffers: new pages would cost more than the copy."""
 
@@ -44,13 +55,7 @@ class HostCopy:
 
     def of(self, fragments: list[Fragment], kinds: Sequence[str]) -> list[Copied]:
         """Copy the tensors of these kinds from the fragments; the copies are valid until the next call."""
-        named = [
-            (f.piece, name, f.values[name])
-            for kind in kinds
-            for name in TENSORS[kind]
-            for f in fragments
-            if name in f.values
-        ]
+        named = in_order(fragments, kinds)
         self.reserve(sum(values.numel() for *_, values in named))
         room, copies = deque(self._memory), []
         for piece, name, values in named:

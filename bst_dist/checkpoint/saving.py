@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from bst_base.errors import StorageError, UserError
-from bst_base.files import path_in_errors, sync_directory
+from bst_base.files import sync_directory, write_synced
 from bst_base.sizes import shortage
 from bst_dist.checkpoint.attempt import attempt
 from bst_dist.checkpoint.directory import (
@@ -44,7 +44,7 @@ from bst_dist.checkpoint.directory import (
 )
 from bst_dist.checkpoint.durable import FileRecord, Files
 from bst_dist.checkpoint.fragments import Fragment
-from bst_dist.checkpoint.host_copy import Copied, HostCopy
+from bst_dist.checkpoint.host_copy import Copied, HostCopy, in_order
 from bst_dist.checkpoint.index import Index, build_index
 from bst_dist.checkpoint.retention import files_held, remove_leftovers, replace, settle_replaced
 from bst_dist.checkpoint.shards import write
@@ -154,13 +154,7 @@ class Saver:
         if self.background:
             copied = self._copy.of(fragments, kinds)
         else:
-            copied = [
-                Copied(f.piece, name, [f.values[name]])
-                for kind in kinds
-                for name in TENSORS[kind]
-                for f in fragments
-                if name in f.values
-            ]
+            copied = [Copied(piece, name, [values]) for piece, name, values in in_order(fragments, kinds)]
         files = Files(partial)
         written = self._thread.submit(self._write, files, copied, own, kinds)
         self._pending = _Pending(partial, {**manifest, INDEX: index.described()}, started, files, written)
@@ -340,10 +334,7 @@ def _write_and_read(path: Path) -> None:
     """
     content = os.urandom(4096)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path_in_errors(path), path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(path, content)
     if path.read_bytes() != content:
         raise StorageError(f"{socket.gethostname()} reads other bytes from {path} than it has just written")
 
@@ -364,11 +355,8 @@ def _message(error: Exception | None) -> str | None:
 
 
 def _commit(pending: _Pending, final: Path) -> None:
-    path = pending.partial / MANIFEST
-    with path_in_errors(path), path.open("wb") as file:
-        file.write(manifest_content({**pending.manifest, "files": dict(sorted(pending.contents.items()))}))
-        file.flush()
-        os.fsync(file.fileno())
+    content = manifest_content({**pending.manifest, "files": dict(sorted(pending.contents.items()))})
+    write_synced(pending.partial / MANIFEST, content)
     if (final / PINNED).exists():
         (pending.partial / PINNED).touch()
     sync_directory(pending.partial)

@@ -44,7 +44,7 @@ def test_a_branch_of_the_same_steps_begins_at_the_checkpoint(runs):
 def test_the_trunk_may_be_given_from_the_home_directory(runs, monkeypatch):
     monkeypatch.setenv("HOME", str(runs.trunk.parent))
     branch = runs.branch(branch={"run": "~/trunk", "step": 8})
-    assert origin(runs.directory / "deeper", branch).checkpoint == directory(runs.trunk, 8)
+    assert trunk_checkpoint(runs.directory / "deeper", branch) == directory(runs.trunk, 8)
 
 
 def test_a_smaller_micro_batch_is_still_a_branch(runs):
