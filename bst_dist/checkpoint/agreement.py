@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from bst_base.errors import StorageError
 from bst_base.stopping import Stopped
 from bst_dist.checkpoint.attempt import Outcome, attempt
-from bst_dist.checkpoint.directory import Finding, committed, examine, read_manifest, step_of
+from bst_dist.checkpoint.directory import Finding, committed, compare, listed_files, read_manifest, step_of
 from bst_dist.parallel.ranks import Ranks
 
 T = TypeVar("T")
@@ -52,16 +52,13 @@ def confirmed_damage(ranks: Ranks, checkpoint: Path, kind: str = "") -> list[Fin
     """
     manifest, _ = ranks.broadcast_object(attempt(lambda: read_manifest(checkpoint)) if ranks.first else None)
     # Without a manifest from rank 0, every rank tries to read it and reports the problem.
-    first = read_together(
-        ranks,
-        lambda arrived: examine(checkpoint, ranks.rank, ranks.world, manifest=manifest, kind=kind, arrived=arrived),
-    )
+    first = read_together(ranks, lambda arrived: _examine_share(ranks, checkpoint, manifest, kind, arrived))
     if not any(first):
         return []
     hosts = ranks.all_gather_object(socket.gethostname())
     again = _again(first, hosts)
     own = [name for name, by in again if by == ranks.rank]
-    second = read_together(ranks, lambda arrived: examine(checkpoint, only=own, arrived=arrived) if own else [])
+    second = read_together(ranks, lambda arrived: _examine_again(checkpoint, own, arrived) if own else [])
     confirmed = {finding.file for found in second for finding in found}
     for rank, found in enumerate(first):
         for finding in found:
@@ -73,6 +70,21 @@ def confirmed_damage(ranks: Ranks, checkpoint: Path, kind: str = "") -> list[Fin
                     f"file; {UNCHANGED}"
                 )
     return list(dict.fromkeys(finding for found in first for finding in found))
+
+
+def _examine_share(
+    ranks: Ranks, checkpoint: Path, manifest: dict[str, Any] | None, kind: str, arrived: Callable[[], None]
+) -> list[Finding]:
+    """Compare this rank's share of the files: every n-th of those of the kind, for n ranks."""
+    files, found = listed_files(checkpoint, manifest)
+    names = [name for name in files if name.startswith(kind)][ranks.rank :: ranks.world]
+    return found or compare(checkpoint, {name: files[name] for name in names}, arrived=arrived)
+
+
+def _examine_again(checkpoint: Path, names: Sequence[str], arrived: Callable[[], None]) -> list[Finding]:
+    """Read the manifest, which is among `names` if it was damaged, and compare the files with these names."""
+    files, found = listed_files(checkpoint)
+    return found or compare(checkpoint, {name: files[name] for name in files if name in names}, arrived=arrived)
 
 
 def manifest_of(ranks: Ranks, checkpoint: Path) -> dict[str, Any]:

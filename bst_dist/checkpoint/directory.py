@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -204,33 +204,44 @@ class Finding:
         return f"{self.what} {whose}{self.file}" + (f" (host {self.host})" if self.host else "")
 
 
-def examine(
-    checkpoint: Path,
-    part: int = 0,
-    parts: int = 1,
-    digests: bool = True,
-    only: Sequence[str] | None = None,
-    manifest: dict[str, Any] | None = None,
-    kind: str = "",
-    arrived: Callable[[], None] = lambda: None,
-) -> list[Finding]:
-    """Check a checkpoint's files against the manifest, as this host sees them, and return the problems.
+def examine(checkpoint: Path, digests: bool = True, kind: str = "") -> list[Finding]:
+    """Check a checkpoint's files against its manifest, as this host sees them, and return the problems.
 
-    `part`, `parts`: check only every `parts`-th file, beginning with number `part`. `only`: check only these files.
-    `kind`: check only files of this kind. `manifest`: the manifest if it was already read. Without `digests` only
-    existence and size are checked, and no content is read. `arrived`: called after each part that is read. Raises
-    OtherFormatError, because such a checkpoint is not damaged. Raises StorageError when a file cannot be read, because
-    its content may be intact.
+    `digests`, and errors: as in `compare`. `kind`: check only files of this kind. Raises OtherFormatError too, because
+    such a checkpoint is not damaged.
+    """
+    files, found = listed_files(checkpoint)
+    return found or compare(checkpoint, {name: files[name] for name in files if name.startswith(kind)}, digests)
+
+
+def listed_files(
+    checkpoint: Path, manifest: dict[str, Any] | None = None
+) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
+    """Return the records of the files in a checkpoint's manifest, sorted by name, and the manifest's own problem.
+
+    `manifest`: the manifest if it was already read. Without a valid one there are no files and one problem.
     """
     try:
-        files = (manifest or read_manifest(checkpoint))["files"]
+        return dict(sorted((manifest or read_manifest(checkpoint))["files"].items())), []
     except ManifestError as error:
-        return [Finding(MANIFEST, f"{error.what}:", missing=error.missing)]
-    names = [name for name in sorted(files) if (only is None or name in only) and name.startswith(kind)]
-    return list(_wrong(checkpoint, {name: files[name] for name in names[part::parts]}, digests, arrived))
+        return {}, [Finding(MANIFEST, f"{error.what}:", missing=error.missing)]
 
 
-def _wrong(checkpoint: Path, files: dict[str, Any], digests: bool, arrived: Callable[[], None]) -> Iterator[Finding]:
+def compare(
+    checkpoint: Path,
+    files: Mapping[str, dict[str, Any]],
+    digests: bool = True,
+    arrived: Callable[[], None] = lambda: None,
+) -> list[Finding]:
+    """Compare files of a checkpoint with their records, by name; return the problems.
+
+    Without `digests` only existence and size are compared, and no content is read. `arrived`: called after each part
+    that is read. Raises StorageError when a file cannot be read, because its content may be intact.
+    """
+    return list(_wrong(checkpoint, files, digests, arrived))
+
+
+def _wrong(checkpoint: Path, files: Mapping[str, Any], digests: bool, arrived: Callable[[], None]) -> Iterator[Finding]:
     for name, record in files.items():
         rank, host = record.get("rank"), record.get("host")
         try:

@@ -33,7 +33,7 @@ PIECES = "pieces"
 """Key in a file's metadata: shape and first element of each run that is not a whole tensor."""
 
 
-class ShardError(UserError):
+class CheckpointShardError(UserError):
     """A file that is not a shard, or shards that lack requested elements."""
 
 
@@ -170,7 +170,7 @@ class Headers:
 class Shards:
     """Reads the single-precision tensors of a set of shards as if they were in one file.
 
-    Methods raise ShardError for a file that is not a shard, and StorageError for one that cannot be read.
+    Methods raise CheckpointShardError for a file that is not a shard, and StorageError for one that cannot be read.
     """
 
     def __init__(self, places: Places) -> None:
@@ -189,8 +189,8 @@ class Shards:
     def fill(self, wanted: Sequence[tuple[str, int, Tensor]], arrived: Callable[[], None] = lambda: None) -> None:
         """For each (name, begin, into) fill `into` (n,) with the elements of the flattened tensor from `begin` on.
 
-        Each file is opened once. `arrived`: called after each part. Raises ShardError when the shards do not have all
-        of the elements.
+        Each file is opened once. `arrived`: called after each part. Raises CheckpointShardError when the shards do not
+        have all of the elements.
         """
         by_holder: dict[Any, list[int]] = {}
         for number, (name, begin, into) in enumerate(wanted):
@@ -204,7 +204,7 @@ class Shards:
         for count, (name, begin, into) in zip(found, wanted, strict=True):
             if count != into.numel():
                 end = begin + into.numel()
-                raise ShardError(f"{name}: {count} of its elements {begin} to {end} are in the shards")
+                raise CheckpointShardError(f"{name}: {count} of its elements {begin} to {end} are in the shards")
 
     def _read_part(self, stored: Stored, begin: int, into: Tensor, arrived: Callable[[], None]) -> int:
         """Read the elements of `into` that one shard has; return how many there are."""
@@ -226,7 +226,7 @@ class Shards:
             file.seek(stored.offset + skip * into.element_size())
             while view:
                 if not (count := file.readinto(view[:PART])):
-                    raise ShardError(f"{stored.path}: ends in the middle of {stored.piece.name}")
+                    raise CheckpointShardError(f"{stored.path}: ends in the middle of {stored.piece.name}")
                 view = view[count:]
                 arrived()
         except OSError as error:
@@ -272,7 +272,7 @@ def _read_header(path: Path) -> list[Stored]:
     except OSError as error:
         raise StorageError.of(error, path) from None
     except (ValueError, KeyError, struct.error) as error:
-        raise ShardError(f"{path}: not a shard of a checkpoint: {error}") from None
+        raise CheckpointShardError(f"{path}: not a shard of a checkpoint: {error}") from None
 
 
 def _stored(path: Path, start: int, name: str, entry: dict[str, Any], place: dict[str, Any] | None) -> Stored:

@@ -127,7 +127,7 @@ class Snapshots:
         """
         self._manifest, self._begun = None, (position.skipped, position.step)
         kinds = self.kinds if full else (WEIGHTS,)
-        return self._saver.start(self.described(position, validation_loss), self.own(position), kinds)
+        return self._saver.start(self.described(position, validation_loss), self.rank_state(position), kinds)
 
     def described(self, position: Position, validation_loss: float | None = None) -> dict[str, Any]:
         """Return the manifest of a checkpoint at `position`, without its files."""
@@ -147,7 +147,7 @@ class Snapshots:
             "time": utc_now(),
         }
 
-    def own(self, position: Position) -> dict[str, Any]:
+    def rank_state(self, position: Position) -> dict[str, Any]:
         """Return the state that only this rank has: its random generators and the carried past."""
         return {"rng": rng.capture(self.ranks.device), "carried": _on_host(position.carried)}
 
@@ -211,7 +211,7 @@ class Snapshots:
         if not of_trunk:
             self._require_same(checkpoint, manifest)
         read_together(self.ranks, lambda arrived: self.fill(checkpoint, manifest, arrived))
-        return self._resume(manifest, cache(partial(_own, checkpoint)))
+        return self._resume(manifest, cache(partial(_read_rank_state, checkpoint)))
 
     def load_local(self, copy: LocalCopy) -> Position:
         """Load this rank's local copy, taken under the same layout, and return its position."""
@@ -222,7 +222,7 @@ class Snapshots:
             return copied_name(parameter, WEIGHT if tensor == AVERAGE and not averaged else tensor)
 
         read_together(self.ranks, partial(self._fill_from, copy.path, lambda _: copy.shards(), named))
-        own = copy.own()
+        own = copy.rank_state()
         return self._resume(copy.manifest, lambda _: own)
 
     def _resume(self, manifest: dict[str, Any], own: Callable[[int], dict[str, Any]]) -> Position:
@@ -320,7 +320,7 @@ def _on_host(carried: Carried) -> Carried:
     return [{**entry, "state": {name: tensor.cpu() for name, tensor in entry["state"].items()}} for entry in carried]
 
 
-def _own(checkpoint: Path, rank: int) -> dict[str, Any]:
+def _read_rank_state(checkpoint: Path, rank: int) -> dict[str, Any]:
     """Read the state that only `rank` had."""
     path = checkpoint / rank_file(rank)
     try:

@@ -14,9 +14,11 @@ from bst_dist.checkpoint.directory import (
     CheckpointError,
     ManifestError,
     OtherFormatError,
+    compare,
     damage,
     directory,
     examine,
+    listed_files,
     manifest_content,
     newest_valid,
     parse_manifest,
@@ -122,7 +124,9 @@ def test_checking_a_checkpoint_in_two_parts_finds_the_same_damage(tmp_path):
     path = write(tmp_path, 1)
     flip(path / "b.pt")
     flip(path / "a.pt")
-    assert [str(one) for part in (0, 1) for one in examine(path, part, 2)] == damage(path)
+    files, _ = listed_files(path)
+    parts = [{name: files[name]} for name in ("a.pt", "b.pt")]
+    assert [str(one) for part in parts for one in compare(path, part)] == damage(path)
 
 
 def test_a_damaged_or_missing_checkpoint_is_refused_with_what_to_do(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bst_dist.checkpoint.shards import Headers, Piece, ShardError, Shards, write
+from bst_dist.checkpoint.shards import CheckpointShardError, Headers, Piece, Shards, write
 
 TENSORS = {"a": (3, 5), "b": (7,), "c.d": (2, 2, 2)}
 
@@ -57,23 +57,23 @@ def test_any_element_range_is_read_from_any_number_of_shards(tmp_path, world):
 
 def test_a_missing_shard_is_reported(tmp_path):
     shards = Shards(Headers(write_spread(tmp_path, 3)[:2]))
-    with pytest.raises(ShardError, match="a: 7 of its elements 0 to 15 are in the shards"):
+    with pytest.raises(CheckpointShardError, match="a: 7 of its elements 0 to 15 are in the shards"):
         shards.all_of(["a"])
-    with pytest.raises(ShardError, match="nothing"):
+    with pytest.raises(CheckpointShardError, match="nothing"):
         shards.fill([("nothing", 0, torch.empty(1))])
 
 
 @pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 100], ids=["empty", "no header", "noise"])
 def test_a_file_that_is_not_a_shard_is_refused(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ShardError, match="x: not a shard"):
+    with pytest.raises(CheckpointShardError, match="x: not a shard"):
         Headers([tmp_path / "x"])
 
 
 def test_a_truncated_shard_is_refused(tmp_path):
     (path,) = write_spread(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ShardError, match=r"ends in the middle of c\.d"):
+    with pytest.raises(CheckpointShardError, match=r"ends in the middle of c\.d"):
         Shards(Headers([path])).all_of(["c.d"])
 
 

@@ -106,7 +106,7 @@ class LocalCopy:
             return False
         return digest.digest() == self._sha256
 
-    def own(self) -> dict[str, Any]:
+    def rank_state(self) -> dict[str, Any]:
         """Return the rank's own state: random generators and the carried past."""
         with self.path.open("rb") as file:
             file.seek(self._begin)

@@ -96,7 +96,7 @@ class CopyWriter:
     def take(self, key: Key, position: Position, validation_loss: float | None, prune: Callable[[], None]) -> None:
         """Copy the state to host memory, and let the thread write and send it, after it has called `prune`."""
         copied = self._copy.of(self.snapshots.state.held(), self.snapshots.kinds)
-        own = self.snapshots.own(position)
+        own = self.snapshots.rank_state(position)
         manifest = {**self.snapshots.described(position, validation_loss), "kinds": self.snapshots.kinds}
         self._writing = key, self._thread.submit(self._write, key, prune, copied, own, manifest)
 

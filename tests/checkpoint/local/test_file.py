@@ -19,7 +19,7 @@ def test_a_copy_is_read_as_it_was_written(tmp_path):
     copy = LocalCopy(tmp_path / "a" / "rank-00001")
     assert copy.intact()
     assert copy.manifest["step"] == 7
-    assert torch.equal(copy.own()["rng"]["torch"], own["rng"]["torch"])
+    assert torch.equal(copy.rank_state()["rng"]["torch"], own["rng"]["torch"])
     for place, name in enumerate(("weight/a", "exp_avg/a", "exp_avg_sq/a")):
         into = torch.empty(3)
         copy.shards().fill([(name, 6, into)])
