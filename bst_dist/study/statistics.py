@@ -18,6 +18,8 @@ from scipy import stats
 Over = Literal["seeds", "documents"]
 Equality = Literal["equal", "different", "undecided"]
 LEVEL = 0.05
+Z95 = 1.959963984540054
+"""Number of standard deviations on either side of the mean that contain 95 % of a normal distribution."""
 HUGE = 1e7
 """From this absolute value on a number is printed in scientific notation, as 3.2e+10."""
 
@@ -126,6 +128,42 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
         return Estimate(float(value), None)
     variance = n / (n - 1) * np.square(a - value * b).sum() / b.sum() ** 2
     return Estimate(float(value), math.sqrt(variance), n - 1, "documents")
+
+
+def wilson(share: float, n: float, z: float = Z95) -> tuple[float, float]:
+    """Return Wilson's score interval (1927) of a share of n independent observations, by default 95 %.
+
+    Unlike value ± z errors it is valid near 0 and 1.
+    """
+    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def share_interval(share: Estimate) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share from `ratio`.
+
+    n is the number of independent observations with the same standard error (Kish's effective sample size). Without an
+    error, as when every row is right or every one wrong, each row counts as one observation.
+    """
+    n = float(share.observations or 1)
+    if share.standard_error:
+        n = share.value * (1 - share.value) / share.standard_error**2
+    low, high = wilson(share.value, n)
+    return max(0.0, low), min(1.0, high)
+
+
+def share_text(share: Estimate) -> str:
+    """Return "value ± error"; if the error is 0 or unknown, the value with its interval."""
+    if share.standard_error:
+        return str(share)
+    low, high = share_interval(share)
+    return f"{share.value:.4f} ({low:.4f} to {high:.4f})"
+
+
+def share_report(share: Estimate, name: str) -> dict[str, float | None]:
+    """Return entries for a machine-readable report: those of `Estimate.report`, and the ends of the interval."""
+    low, high = share_interval(share)
+    return {**share.report(name), f"{name}_low_95": low, f"{name}_high_95": high}
 
 
 def exponential(log: Estimate) -> Estimate:

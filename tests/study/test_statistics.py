@@ -6,7 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from bst_dist.study.statistics import Estimate, entries, equality, exponential, mean, ratio, readable
+from bst_dist.study.statistics import (
+    Z95,
+    Estimate,
+    entries,
+    equality,
+    exponential,
+    mean,
+    ratio,
+    readable,
+    share_interval,
+    share_report,
+    share_text,
+)
 
 
 def test_ratio_is_of_sums_not_a_mean_of_ratios():
@@ -101,3 +113,31 @@ def test_report_has_two_entries_per_estimate_and_omits_none():
         "parts": [entry, {"loss": 1.0, "loss_standard_error": None}],
         "by_corpus": {"a": entry},
     }
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0, "0.0000 (0.0000 to 0.1072)"), (1.0, "1.0000 (0.8928 to 1.0000)")])
+def test_share_of_none_or_all_of_the_rows_has_an_interval(value, text):
+    """Wilson's score interval of 0 of n ends at z^2 / (n + z^2)."""
+    share = ratio(np.full(32, 4 * value), np.full(32, 4.0))
+    assert share.standard_error == 0
+    assert share_interval(share)[0 if value else 1] == pytest.approx(abs(value - Z95**2 / (32 + Z95**2)))
+    assert share_text(share) == text
+    assert share_report(share, "keys")["keys_high_95"] == share_interval(share)[1]
+
+
+def test_share_of_half_of_the_rows_is_printed_with_its_error():
+    share = ratio(np.arange(32) % 2, np.ones(32))
+    assert share_text(share) == f"0.5000 ± {share.standard_error:.4f}"
+    assert share_interval(share) == pytest.approx((0.5 - 0.169, 0.5 + 0.169), abs=0.005)
+
+
+@pytest.mark.parametrize("probability", [0.02, 0.1, 0.5])
+def test_interval_of_a_share_over_rows_has_its_nominal_coverage(probability):
+    """Each row has 4 labels, all right or all wrong in half of the rows, so labels are not independent."""
+    random, hits = np.random.default_rng(3), 0
+    for _ in range(1000):
+        right = random.random((64, 4)) < probability
+        right[:32] = right[:32, :1]
+        low, high = share_interval(ratio(right.sum(1), np.full(64, 4.0)))
+        hits += low <= probability <= high
+    assert hits / 1000 > 0.92

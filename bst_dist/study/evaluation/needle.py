@@ -21,7 +21,7 @@ from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
 from bst_dist.study.evaluation.synthetic import read_rows
 from bst_dist.study.evaluation.trained import Trained, open_run
-from bst_dist.study.statistics import Estimate, ratio
+from bst_dist.study.statistics import Estimate, ratio, share_report, share_text
 from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.reader import Corpus
 
@@ -139,8 +139,8 @@ class Place:
             "depth": self.depth,
             "rows": self.rows,
             "distance_tokens": self.distance,
-            **self.keys.report("keys"),
-            **self.tokens.report("tokens"),
+            **share_report(self.keys, "keys"),
+            **share_report(self.tokens, "tokens"),
             **self.loss.report("loss_nats"),
         }
 
@@ -208,8 +208,8 @@ def _show(args: argparse.Namespace, trained: Trained, places: Sequence[Place]) -
             f"{place.length:,}",
             "no key" if place.depth is None else f"{place.depth:.0%}",
             "" if place.depth is None else f"{place.distance:,.0f}",
-            str(place.keys),
-            str(place.tokens),
+            share_text(place.keys),
+            share_text(place.tokens),
             str(place.loss),
         ]
         for place in places
@@ -219,6 +219,6 @@ def _show(args: argparse.Namespace, trained: Trained, places: Sequence[Place]) -
             ("tokens of a row", "key stands at", "distance", "keys found", "their tokens", "loss, nats per token"), rows
         ),
         f"{args.run} after {trained.step:,} steps: pass keys in {args.split} text",
-        f"{places[0].rows} rows per line, keys of {DIGITS} digits; ± standard error over rows; trained on "
-        f"{trained.recipe.train.sequence_length:,} tokens; 'no key': result of guessing",
+        f"{places[0].rows} rows per line, keys of {DIGITS} digits; ± standard error over rows, or a 95 % interval; "
+        f"trained on {trained.recipe.train.sequence_length:,} tokens; 'no key': result of guessing",
     )

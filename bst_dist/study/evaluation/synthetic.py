@@ -15,7 +15,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.past import State
 from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
 from bst_dist.study.evaluation.trained import open_run
-from bst_dist.study.statistics import Estimate, ratio
+from bst_dist.study.statistics import Estimate, ratio, share_report, share_text
 from bst_dist.study.synthetic import octave, octave_name
 from data_pipeline.serve.share import Share
 from data_pipeline.synthetic.loader import SyntheticBatch, SyntheticLoader
@@ -57,7 +57,7 @@ class Part:
         """Return the machine-readable report."""
         return {
             "labels": self.labels,
-            **self.accuracy.report("accuracy"),
+            **share_report(self.accuracy, "accuracy"),
             **self.loss.report("loss_nats"),
             "best_loss_nats": self.best_loss,
         }
@@ -134,8 +134,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print_table(
         Sheet(("distance", "labels", "accuracy", "loss, nats per label", "best possible"), _lines(figures)),
         f"{args.run} after {trained.step:,} steps: {task.task}",
-        f"{rows:,} rows of {length:,} tokens ({args.split}); ± standard error over rows; guessing gives loss "
-        f"{task.chance_loss:.4f} and accuracy {1 / task.choices:.2%}",
+        f"{rows:,} rows of {length:,} tokens ({args.split}); ± standard error over rows, or a 95 % interval; "
+        f"guessing gives loss {task.chance_loss:.4f} and accuracy {1 / task.choices:.2%}",
     )
     return {
         "run": str(args.run),
@@ -163,6 +163,6 @@ def summary(task: TaskConfig, found: Answers, length: int) -> Figures:
 def _lines(figures: Figures) -> list[list[str]]:
     named = {octave_name(*ends): part for ends, part in figures.by_distance.items()} | {"all": figures.every}
     return [
-        [name, f"{part.labels:,}", str(part.accuracy), str(part.loss), f"{part.best_loss:.4f}"]
+        [name, f"{part.labels:,}", share_text(part.accuracy), str(part.loss), f"{part.best_loss:.4f}"]
         for name, part in named.items()
     ]

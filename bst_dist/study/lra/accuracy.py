@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-Z95 = 1.959963984540054
-"""Number of standard deviations on either side of the mean that contain 95 % of a normal distribution."""
+from bst_dist.study.statistics import Z95, wilson
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,8 @@ class Accuracy:
         return math.sqrt(self.value * (1 - self.value) / self.examples)
 
     def interval(self, z: float = Z95) -> tuple[float, float]:
-        """Return Wilson's score interval (1927), by default 95 %. Unlike value ± z errors it is valid near 0 and 1."""
-        n, p = self.examples, self.value
-        centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+        """Return Wilson's score interval, by default 95 %."""
+        return wilson(self.value, self.examples, z)
 
     def report(self) -> dict[str, float]:
         """Return entries for a machine-readable report."""
