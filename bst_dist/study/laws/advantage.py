@@ -43,7 +43,7 @@ class HeldOutGap(NamedTuple):
     expected: Estimate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Advantage:
     """The advantage of one variant over the baseline, within the arm of the verdict."""
 
@@ -154,25 +154,25 @@ def _advantage(
     by_document, _ = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_document")
     documents = by_document.mean(0) if by_document.size else np.empty(0)
     return Advantage(
-        gaps,
-        mean_gap(gaps),
-        mean_gain(gaps),
-        changes,
-        {c.factor: _more_pairs(c, detectable[c.factor]) for c in changes if c.answer == "undecided"},
-        {
+        gaps=gaps,
+        mean=mean_gap(gaps),
+        gain=mean_gain(gaps),
+        changes=changes,
+        more_pairs={c.factor: _more_pairs(c, detectable[c.factor]) for c in changes if c.answer == "undecided"},
+        adjusted={
             c.factor: found
             for c in changes
             if c.answer == "confounded" and (found := adjusted(ours, gaps, baseline, c.factor)) is not None
         },
-        interaction(gaps),
-        crossing(gaps),
-        [clustered_mean(column, strata) for column in by_block.T],
-        by_zone,
-        mean(documents, "documents") if len(documents) > 1 else None,
-        int((documents > 0).sum()),
-        len(documents),
-        _held_out(observed, gaps, baseline, axis),
-        contrasts,
+        interaction=interaction(gaps),
+        crossing=crossing(gaps),
+        by_block=[clustered_mean(column, strata) for column in by_block.T],
+        zones=by_zone,
+        by_document=mean(documents, "documents") if len(documents) > 1 else None,
+        better_documents=int((documents > 0).sum()),
+        documents=len(documents),
+        held_out=_held_out(observed, gaps, baseline, axis),
+        contrasts=contrasts,
     )
 
 

@@ -57,7 +57,7 @@ UNITS = {"flops": Unit("compute", "tenfold of compute", 10.0), "depth": Unit("de
 effect."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Change:
     """How the advantage of one variant changes over one factor."""
 
@@ -197,19 +197,19 @@ def judge(
     found = rule.decide(measured)
     changes = [
         Change(
-            case.gaps.variant,
-            case.gaps.arm,
-            case.factor,
-            Estimate(float(m.change[0]), float(m.error[0]), case.test.degrees),
-            float(getattr(case.gaps, case.factor).min()),
-            float(getattr(case.gaps, case.factor).max()),
-            float(found.p_difference[i, 0]),
-            float(m.p_robust[0]),
-            float(m.p_permutation[0]),
-            float(found.p_equivalence[i, 0]),
-            case.mismatch,
-            ANSWERS[found.answer[i, 0]],
-            case.gaps.pairs,
+            variant=case.gaps.variant,
+            arm=case.gaps.arm,
+            factor=case.factor,
+            change=Estimate(float(m.change[0]), float(m.error[0]), case.test.degrees),
+            from_value=float(getattr(case.gaps, case.factor).min()),
+            to_value=float(getattr(case.gaps, case.factor).max()),
+            p_difference=float(found.p_difference[i, 0]),
+            p_robust=float(m.p_robust[0]),
+            p_permutation=float(m.p_permutation[0]),
+            p_equivalence=float(found.p_equivalence[i, 0]),
+            mismatch=case.mismatch,
+            answer=ANSWERS[found.answer[i, 0]],
+            pairs=case.gaps.pairs,
         )
         for i, (case, m) in enumerate(zip(rule.cases, measured, strict=True))
     ]
