@@ -62,8 +62,6 @@ class Checkpoints(Callback):
         of local copies."""
         self.config, self.snapshots, self.trainer, self.evaluated = config, snapshots, trainer, evaluated
         self.data_state, self.say = data_state, say
-        self.failed = 0
-        """Number of consecutive checkpoints that could not be written."""
         self._step = unsaved
         """The last training step that was taken; before the first `unsaved`."""
         self._full: int | None = None
@@ -104,15 +102,12 @@ class Checkpoints(Callback):
 
     def _tell(self, outcome: Saved | Failed | None, last: bool = False) -> None:
         if isinstance(outcome, Failed):
-            self.failed += 1
-            message = f"no checkpoint of step {outcome.step}: {outcome.why}"
             if last:
-                raise StorageError(message)
-            if self.failed >= self.config.failures:
-                raise StorageError(f"{message}\nthe run stops: {self.failed} in a row (checkpoint.failures)")
-            self.say(f"{message}\n{'':>12} the run continues; earlier checkpoints are unchanged")
+                raise StorageError(str(outcome))
+            if (failed := self.snapshots.failed) >= self.config.failures:
+                raise StorageError(f"{outcome}\nthe run stops: {failed} in a row (checkpoint.failures)")
+            self.say(f"{outcome}\n{'':>12} the run continues; earlier checkpoints are unchanged")
         elif outcome:
-            self.failed = 0
             self._full = step_of(outcome.path) if outcome.full else self._full
             kind = "checkpoint" if outcome.full else "weights"
             self.say(f"{'':>12} {kind} {outcome.path}: {outcome.bytes / 1e6:,.1f} MB in {outcome.seconds:.1f} s")

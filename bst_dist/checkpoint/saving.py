@@ -89,6 +89,9 @@ class Failed:
     step: int
     why: str
 
+    def __str__(self) -> str:
+        return f"no checkpoint of step {self.step}: {self.why}"
+
 
 @dataclass
 class _Pending:

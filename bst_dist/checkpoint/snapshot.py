@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -43,6 +43,8 @@ from bst_dist.checkpoint.shards import Shards
 from bst_dist.faults.lease import NO_LEASE, SharedLease
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.version import versions
+
+Ended = TypeVar("Ended", bound=Saved | Failed | None)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Snapshots:
         self.identity, self.config = identity, config
         self.saved = (0, 0)
         """(skipped, step) of the last full checkpoint that this start has committed; (0, 0) before the first."""
+        self.failed = 0
+        """Number of consecutive checkpoints that could not be written."""
         self._begun = (0, 0)
         """(skipped, step) of the last checkpoint that was begun."""
         self._manifest: tuple[Path, dict[str, Any]] | None = None
@@ -127,7 +131,8 @@ class Snapshots:
         """
         self._manifest, self._begun = None, (position.skipped, position.step)
         kinds = self.kinds if full else (WEIGHTS,)
-        return self._saver.start(self.described(position, validation_loss), self.rank_state(position), kinds)
+        manifest = self.described(position, validation_loss)
+        return self._noted(self._saver.start(manifest, self.rank_state(position), kinds))
 
     def described(self, position: Position, validation_loss: float | None = None) -> dict[str, Any]:
         """Return the manifest of a checkpoint at `position`, without its files."""
@@ -164,9 +169,18 @@ class Snapshots:
         """Wait for the pending checkpoint and for removals; return its outcome, None when none was pending."""
         return self._noted(self._saver.finish())
 
-    def _noted(self, outcome: Saved | Failed | None) -> Saved | Failed | None:
-        if isinstance(outcome, Saved) and outcome.full:
-            self.saved = self._begun
+    def finish_and_tell(self) -> None:
+        """Do the same as `finish`, and print a failure; for a pending checkpoint that the run does not depend on."""
+        if isinstance(outcome := self.finish(), Failed):
+            self.ranks.print_first(str(outcome))
+
+    def _noted(self, outcome: Ended) -> Ended:
+        if isinstance(outcome, Failed):
+            self.failed += 1
+        elif isinstance(outcome, Saved):
+            self.failed = 0
+            if outcome.full:
+                self.saved = self._begun
         return outcome
 
     def rehearse(self) -> None:
@@ -182,7 +196,7 @@ class Snapshots:
         will be taken again, and retention must not count them as kept. Raises StorageError on all ranks when a rank
         cannot read, or when ranks see different files. Then nothing is renamed.
         """
-        self.finish()
+        self.finish_and_tell()
         self._manifest = None
         damaged = []
         for checkpoint in common_checkpoints(self.ranks, self.run_dir):

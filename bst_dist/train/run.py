@@ -259,7 +259,7 @@ class Run:
 
     def _close_diverged(self, error: DivergedError) -> None:
         """Write outcome.json of a run that the guard stops, and keep the checkpoints of the steps before."""
-        self.snapshots.finish()  # the checkpoint being written is from before the divergence
+        self.snapshots.finish_and_tell()  # the checkpoint being written is from before the divergence
         if self.copies:
             self.copies.drop()
             self.copies.remove()

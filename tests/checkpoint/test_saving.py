@@ -538,6 +538,18 @@ def test_a_run_stops_after_consecutive_checkpoint_failures(tmp_path, full_disk):
     assert len(said) == 1
 
 
+def test_a_failed_checkpoint_before_a_roll_back_is_printed_and_counted(tmp_path, full_disk):
+    """The run looks for a checkpoint to continue from while another is being written."""
+    run, state = snapshots(tmp_path, Tensors()), Tensors()
+    said = run.ranks.said
+    for count in (1, 2):
+        state.take_step(count)
+        assert run.start(position(count)) is None
+        assert run.newest() == (None, [])
+        assert said[-1].startswith(f"no checkpoint of step {count}: rank 0: ")
+        assert (len(said), run.failed) == (count, count)
+
+
 def test_a_written_checkpoint_resets_the_failure_count(tmp_path, monkeypatch):
     original, done = saving.write, []
 

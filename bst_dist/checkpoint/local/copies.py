@@ -154,10 +154,9 @@ class LocalCopies:
 
     def _tell(self, outcome: Saved | Failed | None, last: bool = False) -> None:
         if isinstance(outcome, Failed):
-            message = f"no checkpoint of step {outcome.step}: {outcome.why}"
             if last:
-                raise StorageError(message)
-            self.ranks.print_first(message)
+                raise StorageError(str(outcome))
+            self.ranks.print_first(str(outcome))
 
     # Training
 
