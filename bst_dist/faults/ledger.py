@@ -50,10 +50,11 @@ class Entry:
 class Ledger:
     """The entries of a run, in order. They are the same on all ranks; one rank writes them to the file."""
 
-    def __init__(self, entries: Iterable[Entry] = (), path: Path | None = None) -> None:
+    def __init__(self, entries: Iterable[Entry] = (), path: Path | None = None, of_trunk: Iterable[Entry] = ()) -> None:
         """`entries`: of the run so far. `path`: the file, on the rank that writes it; other entries found in it are
-        moved to ledger.dropped.jsonl."""
-        self.entries = list(entries)
+        moved to ledger.dropped.jsonl. `of_trunk`: entries before the first step of a branch, which stay in the trunk's
+        file."""
+        self.entries, self._of_trunk = list(entries), list(of_trunk)
         self._path = path
         if path is not None and path.exists():
             keep_dropped(path, [line for line in read_lines(path) if Entry(**line) not in self.entries])
@@ -74,7 +75,7 @@ class Ledger:
         """Return the number of rejected steps among the last `within` steps' data before `data_step`."""
         return sum(
             data_step - within <= entry.data_step < data_step
-            for entry in self.entries
+            for entry in [*self._of_trunk, *self.entries]
             if entry.action not in (CHANGE, RESUMED)
         )
 

@@ -190,6 +190,35 @@ def test_a_roll_back_past_a_change_of_the_batch_reads_no_row_again_and_leaves_no
     assert sizes.first(9) == sizes.first(8) + sequences
 
 
+BRANCH = ("branch.run=../trunk", "branch.step=8")
+
+
+@pytest.mark.ranks
+def test_a_branch_finds_the_spike_that_the_whole_run_finds(go, tmp_path):
+    """The window of its first steps holds losses of the trunk."""
+    go("trunk", "spike", (10,), "guard.spike=skip", "schedule.decay_fraction=0", "checkpoint.at=[8]", until=8)
+    for _ in range(2):  # also when the branch itself is stopped and resumed
+        go("branch", "spike", (10,), "guard.spike=skip", *BRANCH, until=10)
+    go("branch", "spike", (10,), "guard.spike=skip", *BRANCH)
+    go("whole", "spike", (10,), "guard.spike=skip")
+    found, expected = (
+        [(line["step"], line["kind"], line["loss_nats"]) for line in read_lines(tmp_path / run / FILE) if "mfu" in line]
+        for run in ("branch", "whole")
+    )
+    assert found == expected[8:]
+    assert ledger.read(tmp_path / "branch", 99, 99) == ledger.read(tmp_path / "whole", 99, 99)
+    assert [(entry.step, entry.action) for entry in ledger.read(tmp_path / "branch", 99, 99)] == [(11, "skip")]
+
+
+@pytest.mark.ranks
+def test_a_branch_counts_the_skipped_steps_of_its_trunk(go, tmp_path):
+    policy = ("guard.non_finite=skip", "guard.most=1")
+    go("trunk", "loss", (3, 10), *policy, "schedule.decay_fraction=0", "checkpoint.at=[8]", until=8)
+    with pytest.raises(AssertionError, match="1 such steps were already skipped within 1000"):
+        go("branch", "loss", (3, 10), *policy, *BRANCH)
+    assert [(entry.step, entry.action) for entry in ledger.read(tmp_path / "branch", 99, 99)] == [(11, "stop")]
+
+
 @pytest.mark.ranks
 def test_a_diverged_run_stops_by_default_and_keeps_its_checkpoints(go, tmp_path):
     with pytest.raises(AssertionError, match="DivergedError: the loss is nan in step 5"):

@@ -14,7 +14,7 @@ from bst_dist.checkpoint.snapshot import Position, Snapshots
 from bst_dist.faults import ledger
 from bst_dist.faults.guard import DivergedError, Guard
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.train.start.branch import trunk_checkpoint
+from bst_dist.train.start.branch import shared_history, trunk_checkpoint
 from bst_dist.train.start.changes import with_batch
 from bst_dist.train.start.directory import FROM_ZERO, evidence_of_checkpoints
 from bst_dist.train.start.request import Request, Start
@@ -103,14 +103,17 @@ def roll_back(
 def guard_of(start: Start, ranks: Ranks, position: Position, local: str | None = None) -> Guard:
     """Return the guard of a run that continues from `position`, with the losses and ledger from the run's files.
 
+    A branch has those of its trunk too, up to its first step: it decides as the run does that its recipe describes.
     `local`: a description of the local copies that the run was resumed from, for the ledger.
     """
     seen = None
     if ranks.first:
-        losses = [line["loss_nats"] for line in start.reported() if line["kind"] == "train"]
-        seen = ledger.read(start.run_dir, position.step, position.skipped), losses[-start.recipe.guard.spike_window :]
-    entries, losses = ranks.broadcast_object(seen)
-    book = ledger.Ledger(entries, start.run_dir / ledger.FILE if ranks.first else None)
+        of_trunk, losses = shared_history(start.run_dir, start.recipe)
+        losses += [line["loss_nats"] for line in start.reported() if line["kind"] == "train"]
+        entries = ledger.read(start.run_dir, position.step, position.skipped)
+        seen = entries, of_trunk, losses[-start.recipe.guard.spike_window :]
+    entries, of_trunk, losses = ranks.broadcast_object(seen)
+    book = ledger.Ledger(entries, start.run_dir / ledger.FILE if ranks.first else None, of_trunk)
     cause = "; ".join(changed_at(start, position))
     causes = [entry.cause for entry in entries if entry.action == ledger.CHANGE]
     if cause and cause not in causes[-1:]:
