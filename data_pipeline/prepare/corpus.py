@@ -36,6 +36,7 @@ from data_pipeline.prepare.parallel import Workers
 from data_pipeline.prepare.spool import (
     SPLITS,
     ChunkTask,
+    Stamp,
     extract_chunk,
     group_parts,
     load_tables,
@@ -44,6 +45,7 @@ from data_pipeline.prepare.spool import (
     read_windows,
     refusal,
     skipped_record,
+    stamps,
 )
 from data_pipeline.sources import Part, Skipped
 
@@ -83,6 +85,7 @@ def _prepare(
     with full_disk_explained(output), _exclusive(output):
         listing = config.source.listing()
         groups = group_parts(listing.parts, _CHUNK_BYTES)
+        found = [stamps(config.source, group) for group in groups]
         wanted = identity(config, groups, workers, progress)
         if earlier is not None:
             earlier.require_same(wanted)
@@ -94,7 +97,7 @@ def _prepare(
         work = output / WORK / name_of(wanted)
         work.mkdir(parents=True, exist_ok=True)
         remove_partials(output)
-        table, left_out = _extract(config, groups, listing.skipped, work, workers, progress)
+        table, left_out = _extract(config, groups, found, listing.skipped, work, workers, progress)
         plan, duplicates = _plan(config, table, earlier, work, progress)
         tokenizer = _make_tokenizer(config, given, plan, work, progress)
         shards = _write_shards(config, plan, output, work, workers, progress)
@@ -161,6 +164,7 @@ def _finish(manifest: Manifest, output: Path, work: Path) -> None:
 def _extract(
     config: PrepareConfig,
     groups: list[tuple[Part, ...]],
+    found: list[list[Stamp]],
     beside: list[Skipped],
     work: Path,
     workers: Workers,
@@ -168,14 +172,18 @@ def _extract(
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Extract all documents into the spool; return their table, and how many were left out for each reason.
 
-    `beside`: the files and records that the source skips without reading them.
+    `found`: the stamps of each group's files before they were hashed. `beside`: the files and records that the source
+    skips without reading them.
     """
     spool = work / "spool"
     spool.mkdir(exist_ok=True)
     bad = _check_listed(beside, config)
     signatures = config.deduplicate.method == "minhash"
     settings = (config.text, signatures, config.on_bad_record)
-    tasks = (ChunkTask(spool, number, config.source, group, *settings) for number, group in enumerate(groups))
+    tasks = (
+        ChunkTask(spool, number, config.source, group, *settings, stamp)
+        for number, (group, stamp) in enumerate(zip(groups, found, strict=True))
+    )
     done, total = 0, sum(part.size for group in groups for part in group)
     fields = FieldCheck(config.source)
     progress("extract", 0, total)

@@ -48,6 +48,10 @@ SPLITS = ("", "train", "validation", "test")
 """The values of the column `split`: none, or the split that the source gives."""
 
 
+Stamp = tuple[str, int, int] | None
+"""A file's path, bytes and time of the last change (ns); None if it cannot be inspected."""
+
+
 class ChunkTask(NamedTuple):
     """The data that a worker needs to extract one chunk."""
 
@@ -58,6 +62,8 @@ class ChunkTask(NamedTuple):
     text: TextConfig
     signatures: bool
     on_bad_record: Literal["stop", "skip"]
+    stamps: list[Stamp]
+    """Those of the files when the source was hashed."""
 
 
 class ChunkDone(NamedTuple):
@@ -84,17 +90,42 @@ def group_parts(parts: list[Part], size: int) -> list[tuple[Part, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
+def stamps(source: Source, parts: tuple[Part, ...]) -> list[Stamp]:
+    """Return the stamps of the files that some parts are read from."""
+    return [_stamp(path) for part in parts for path in source.files(part)]
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return str(path), found.st_size, found.st_mtime_ns
+
+
 def extract_chunk(task: ChunkTask) -> ChunkDone:
     """Read the parts of one chunk into the spool, unless the chunk is already there.
 
-    Raises UserError for the first bad record if the policy is to stop.
+    Raises UserError for the first bad record if the policy is to stop, and when a file has changed since it was hashed.
     """
     path = chunk_path(task.spool, task.number)
     if not path.is_dir():
         with atomic_directory(path) as partial:
             _write_chunk(partial, task)
+            _require_unchanged(task)
     bad = sum(skipped.get("bad", False) for skipped in _skipped_in(path))
     return ChunkDone(sum(part.size for part in task.parts), bad, _fields_in(path))
+
+
+def _require_unchanged(task: ChunkTask) -> None:
+    """Raise UserError when the files of a chunk are not as they were when they were hashed."""
+    changed = set(stamps(task.source, task.parts)) ^ set(task.stamps)
+    if changed:
+        name = next((each[0] for each in changed if each), "a file")
+        raise UserError(
+            f"{printable(name)}: was changed while the corpus was prepared; start again when nothing writes to "
+            "the source"
+        )
 
 
 def chunk_path(spool: Path, number: int) -> Path:

@@ -138,3 +138,30 @@ def test_output_beside_a_source_of_one_file_or_around_the_source_is_accepted(run
     (tmp_path / "around/raw").mkdir(parents=True)
     (tmp_path / "around/raw/a.jsonl").write_text(whole)
     assert run("around", source={"kind": "jsonl", "path": str(tmp_path / "around/raw")})[1]["reused"] is False
+
+
+@pytest.mark.parametrize("change", ["grow", "remove", "add"])
+@pytest.mark.parametrize("kind", ["folder", "github"])
+def test_source_that_changes_after_it_was_hashed_stops_the_preparation(
+    run, folder: Path, kind: str, change: str
+) -> None:
+    def progress(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("extract", 0):
+            if change == "grow":
+                (folder / "a/00.txt").write_text("another text")
+            elif change == "remove":
+                (folder / "a/00.txt").unlink()
+            else:
+                (folder / "a/more.txt").write_text("a new text")
+
+    source = {"kind": kind, "path": str(folder)}
+    if (kind, change) == ("folder", "add"):  # a file that was not listed is not read
+        run(source=source, progress=progress)
+        return
+    if (kind, change) == ("folder", "remove"):
+        with pytest.raises(UserError, match=r"a/00\.txt"):
+            run(source=source, progress=progress)
+        return
+    with pytest.raises(UserError, match=r"a/.*: was changed while the corpus was prepared; start again when"):
+        run(source=source, progress=progress)
+    assert run(source=source, validation_fraction=0.0)[1]["reused"] is False

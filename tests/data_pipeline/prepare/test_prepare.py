@@ -315,7 +315,7 @@ def test_text_is_normalised_only_on_request(run, folder: Path, tmp_path: Path) -
 
 def test_tokenizer_sample_is_bounded_and_evenly_distributed(tmp_path: Path) -> None:
     """The sample is a third of the windows of a spool, in order, from every part of it."""
-    from data_pipeline.prepare.spool import ChunkTask, extract_chunk, load_tables, read_windows
+    from data_pipeline.prepare.spool import ChunkTask, extract_chunk, load_tables, read_windows, stamps
     from data_pipeline.prepare.text import TextConfig
     from data_pipeline.sources import SOURCES
 
@@ -323,7 +323,8 @@ def test_tokenizer_sample_is_bounded_and_evenly_distributed(tmp_path: Path) -> N
     for name in "abc":
         (tmp_path / "text" / f"{name}.txt").write_text("".join(f"{name}{i:03d}" for i in range(100)))
     source = SOURCES["folder"](path=tmp_path / "text")
-    extract_chunk(ChunkTask(tmp_path, 0, source, tuple(source.listing().parts), TextConfig(), False, "stop"))
+    parts = tuple(source.listing().parts)
+    extract_chunk(ChunkTask(tmp_path, 0, source, parts, TextConfig(), False, "stop", stamps(source, parts)))
     windows = list(read_windows(tmp_path, load_tables(tmp_path, 1), window=8, share=1 / 3))
     assert len(windows) == 50
     assert windows[:2] == ["a000a001", "a006a007"]
