@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 
 from bst_base.errors import UserError
 from data_pipeline.format.manifest import MANIFEST, Manifest, sha256_file
-from data_pipeline.format.tokenizer import IdsOnly, Tokenizer, adopt_tokenizer, extended, read_tokenizer
+from data_pipeline.format.tokenizer import (
+    IdsOnly,
+    Tokenizer,
+    adopt_tokenizer,
+    extended,
+    read_tokenizer,
+    require_own_roles,
+)
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.filters import identity as filter_identity
 from data_pipeline.prepare.parallel import Workers
@@ -110,6 +117,7 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
         return IdsOnly.of(config.source.vocab_size, config.source.eos_id) if config.source.tokenized else None
     path = config.tokenizer.reuse.expanduser()
     if (path / MANIFEST).is_file():
+        require_own_roles(config.tokenizer, path)
         info = Manifest.read(path).tokenizer
         tokenizer = read_tokenizer(path / info.file, info.sha256)
     else:

@@ -29,6 +29,7 @@ __all__ = [
     "extended",
     "parse_tokenizer",
     "read_tokenizer",
+    "require_own_roles",
     "train_tokenizer",
 ]
 
@@ -66,12 +67,16 @@ def adopt_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
             raise UserError(f"{path}: no {', '.join(FILES[:-1])} or {FILES[-1]} in it")
+        if len(found) > 1:
+            names = " and ".join(each.name for each in found)
+            raise UserError(f"{path}: holds {names}: name the file to use, such as tokenizer.reuse={found[-1]}")
         path = found[0]
     try:
         model = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such tokenizer (tokenizer.reuse)") from None
     if model.startswith(IdsOnly.mark):
+        require_own_roles(config, path)
         return IdsOnly(model, str(path))
     if is_tiktoken(model):
         return HuggingFaceTokenizer(adopted(as_json(model, config.tiktoken, str(path)), path, config), str(path))
@@ -79,7 +84,18 @@ def adopt_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
         raise UserError(f"tokenizer.tiktoken: {path} is not a tiktoken file: leave it out")
     if _is_json(model):
         return HuggingFaceTokenizer(adopted(model, path, config), str(path))
+    require_own_roles(config, path)
     return SentencePieceTokenizer(without_changes(model, str(path)), str(path))
+
+
+def require_own_roles(config: TokenizerConfig, path: Path) -> None:
+    """Raise UserError when the settings name begin, end or padding tokens of a tokenizer that has its own in `path`."""
+    named = [f"tokenizer.{role}" for role in ("bos", "eos", "pad") if getattr(config, role) is not None]
+    if named:
+        raise UserError(
+            f"{', '.join(named)}: no effect here, because {path} says itself which tokens these are: leave it out, or "
+            "take the model's tokenizer.json"
+        )
 
 
 def _is_json(model: bytes) -> bool:

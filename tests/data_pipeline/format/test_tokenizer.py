@@ -185,3 +185,22 @@ def test_file_that_is_not_a_model_is_refused_by_name(tmp_path: Path) -> None:
         read_tokenizer(tmp_path / "x.model")
     with pytest.raises(UserError, match=r"y\.model: the tokenizer is missing"):
         read_tokenizer(tmp_path / "y.model")
+
+
+def test_directory_with_two_tokenizers_is_refused_until_one_is_named(tmp_path: Path) -> None:
+    model = train_tokenizer([f"word {i} and other words {7 * i}" for i in range(99)], TokenizerConfig(vocab_size=300))
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    assert adopt_tokenizer(tmp_path, TokenizerConfig()).model == model
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds tokenizer\.model and tokenizer\.json: name the file to use"):
+        adopt_tokenizer(tmp_path, TokenizerConfig())
+    assert adopt_tokenizer(tmp_path / "tokenizer.model", TokenizerConfig()).model == model
+
+
+def test_settings_of_roles_are_refused_where_they_have_no_effect(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(
+        train_tokenizer([f"word {i} and other words {7 * i}" for i in range(99)], TokenizerConfig(vocab_size=300))
+    )
+    with pytest.raises(UserError, match=r"tokenizer\.eos, tokenizer\.pad: no effect here"):
+        adopt_tokenizer(path, TokenizerConfig(reuse=path, eos="</s>", pad="<pad>"))
