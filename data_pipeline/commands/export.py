@@ -21,6 +21,7 @@ from bst_base.arguments import at_least
 from bst_base.errors import UserError
 from bst_base.files import atomic_directory
 from bst_base.terminal import Sheet, print_table
+from data_pipeline.commands.directory import corpus_directory
 from data_pipeline.commands.progress import stages
 from data_pipeline.format.exports import ExportTask, write_megatron, write_parquet
 from data_pipeline.format.manifest import Manifest
@@ -30,7 +31,7 @@ from data_pipeline.prepare.parallel import Workers, open_workers
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
+    parser.add_argument("corpus", type=corpus_directory, help="directory of a prepared corpus")
     parser.add_argument("output", metavar="FOLDER", type=Path, help="folder to write; must not exist")
     parser.add_argument("--format", choices=["megatron", "parquet"], required=True, help="format to write")
     parser.add_argument("--workers", metavar="N", type=at_least(1), help="processes (default: one for each CPU)")

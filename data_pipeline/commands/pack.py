@@ -19,6 +19,7 @@ from rich.progress import track
 from bst_base.arguments import at_least
 from bst_base.errors import UserError
 from bst_base.terminal import say
+from data_pipeline.commands.directory import corpus_directory
 from data_pipeline.format.manifest import Manifest, sha256_file
 from data_pipeline.format.packed import packed_damage, write_packed
 from data_pipeline.format.shard_table import ShardInfo
@@ -34,7 +35,7 @@ class PackTask(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
+    parser.add_argument("corpus", type=corpus_directory, help="directory of a prepared corpus")
     parser.add_argument("--workers", metavar="N", type=at_least(1), help="processes (default: one for each CPU)")
 
 

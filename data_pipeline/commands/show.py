@@ -23,6 +23,7 @@ from rich.console import Console
 from bst_base.arguments import at_least
 from bst_base.errors import UserError
 from bst_base.terminal import Sheet, print_table
+from data_pipeline.commands.directory import corpus_directory
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.shards import find_document, list_documents
 from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
@@ -31,7 +32,7 @@ _LISTED = 20  # documents listed for each split, unless --limit is given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
+    parser.add_argument("corpus", type=corpus_directory, help="directory of a prepared corpus")
     parser.add_argument("document", nargs="?", help="key of a document, or its path in the source; without it, a list")
     parser.add_argument(
         "--find",

@@ -22,6 +22,7 @@ from bst_base.arguments import at_least, picture
 from bst_base.outputs import write_afterwards
 from bst_base.stopping import STATUS
 from bst_base.terminal import Sheet, print_table, say
+from data_pipeline.commands.directory import corpus_directory
 from data_pipeline.commands.prepare import split_table, summary
 from data_pipeline.commands.progress import stages
 from data_pipeline.format.extents import extents
@@ -47,7 +48,7 @@ _LICENCES = 12  # most licences listed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
+    parser.add_argument("corpus", type=corpus_directory, help="directory of a prepared corpus")
     parser.add_argument("--png", metavar="PATH", type=picture, help="draw a histogram of lengths: png, pdf or svg")
     parser.add_argument("--quick", action="store_true", help="do not read the tokens: no duplicates, no overlap")
     parser.add_argument(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,13 +16,14 @@ from rich.progress import track
 from rich.text import Text
 
 from bst_base.arguments import at_least
+from data_pipeline.commands.directory import corpus_directory
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.verify import Problem, VerifyTask, verify_extents, verify_shard, verify_tokenizer
 from data_pipeline.prepare.parallel import open_workers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
+    parser.add_argument("corpus", type=corpus_directory, help="directory of a prepared corpus")
     parser.add_argument("--workers", metavar="N", type=at_least(1), help="processes (default: one for each CPU)")
 
 

@@ -273,3 +273,17 @@ def test_sources_are_listed_and_explained(capsys) -> None:
     assert main(["data", "sources", "arxiv"]) == 0
     assert "comments" in capsys.readouterr().out
     assert main(["data", "sources", "arxv"]) == 2
+
+
+@pytest.mark.parametrize("command", ["show", "stats", "verify", "export", "pack", "push"])
+def test_commands_that_read_directories_name_those_that_read_addresses(command: str, tmp_path: Path, capsys) -> None:
+    more = {"export": [str(tmp_path / "out"), "--format", "parquet"], "push": ["s3://b/c"]}.get(command, [])
+    with pytest.raises(SystemExit):
+        main(["data", command, "s3://bucket/corpus", *more])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "s3:// is not read here, but by runs, 'bst plan' and 'bst baselines': give a directory" in said
+
+
+def test_address_of_a_directory_is_read(corpus: Path, capsys) -> None:
+    assert main(["data", "verify", f"file://{corpus}"]) == 0
+    assert main(["data", "show", f"file://{corpus}"]) == 0
