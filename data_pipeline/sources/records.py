@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,11 +175,13 @@ def _text(record: Any, name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Convert a value to JSON types. Tables also hold times and bytes."""
+    """Convert a value to JSON types. Tables also hold times, bytes, and numbers that are not finite."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no such numbers
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)

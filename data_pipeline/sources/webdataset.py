@@ -57,9 +57,11 @@ class WebDatasetTars(FileSource):
         if self.member.rpartition(".")[2] == "json":
             try:
                 text = json.loads(data)[self.text_field]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 what = f"no text in field {self.text_field!r} ({error})"
                 return Skipped(where, what, bad=True, remedy="set source.text_field")
+            if text is None:
+                return Skipped(where, "empty")
             if not isinstance(text, str):
                 return Skipped(where, f"field {self.text_field!r} is not text (but {type(text).__name__})", bad=True)
         return Document(where, text, licence=self.licence, split=split)

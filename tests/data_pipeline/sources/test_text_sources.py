@@ -359,3 +359,19 @@ def test_zstd_with_a_long_window_is_read(read_all, put) -> None:
     window, raw_block = bytes([(31 - 10) << 3]), (1 | len(text) << 3).to_bytes(3, "little")
     packed = b"\x28\xb5\x2f\xfd" + b"\0" + window + raw_block + text
     assert [d.content for d in read_all("jsonl", path=put({"a.jsonl.zst": packed}))[0]] == ["x"]
+
+
+def test_webdataset_json_that_is_null_or_nested_too_deep_is_left_out(put, make_tar) -> None:
+    deep = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    root = put({"a.tar": make_tar({"a.json": b'{"text": null}', "b.json": deep, "c.json": b'{"text": "good"}'})})
+    source = SOURCES["webdataset"](path=root, member="json")
+    null, nested, good = source.read(source.listing().parts[0])
+    assert (null.reason, null.bad) == ("empty", False)
+    assert nested.bad and nested.reason.startswith("no text in field 'text' (")
+    assert good.content == "good"
+
+
+def test_kept_number_that_is_not_finite_is_null(read_all, put) -> None:
+    root = put({"a.jsonl": b'{"text": "x", "score": NaN, "more": [1e999, 2.5]}\n'})
+    (document,) = read_all("jsonl", path=root, keep=("score", "more"))[0]
+    assert document.meta == {"score": None, "more": [None, 2.5]}
