@@ -22,7 +22,7 @@ from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.faults.config import GuardConfig, WatchdogConfig
 from bst_dist.model.config import ModelConfig
-from bst_dist.model.masking import masking_problem
+from bst_dist.model.masking import isolating_problem, masking_problem
 from bst_dist.parallel.config import ParallelConfig, data_parallel
 from bst_dist.report.config import LogConfig
 from bst_dist.study.lra.config import LongRangeConfig
@@ -128,7 +128,8 @@ class Recipe(Config):
         if self.train.carry and self.data.mode != "streaming":
             needed = "data.row_tokens" if isinstance(self.data, SyntheticConfig) else "data.mode streaming"
             raise ValueError(f"train.carry needs {needed}: only there does a row continue from step to step")
-        if self.data.documents == "masked" and (problem := masking_problem(self.model)):
+        problems = {"masked": masking_problem, "isolated": isolating_problem}
+        if (find := problems.get(self.data.documents)) and (problem := find(self.model)):
             raise ValueError(problem)
         if self.train.sequence_changes and not (isinstance(self.data, DataConfig) and self.data.mode == "shuffled"):
             raise ValueError("train.sequence_changes: only for text in shuffled mode")
@@ -222,22 +223,22 @@ class Recipe(Config):
 
     def _length_fits(self, step: int, length: int) -> None:
         unit = self.model.block * self.parallel.sp
+        field = f"train.length_changes: step {step}: sequence_length" if step else "train.sequence_length"
         if length % unit:
             near = max(unit, round(length / unit) * unit)
-            field = f"train.length_changes: step {step}: sequence_length" if step else "train.sequence_length"
             raise ValueError(
                 f"{field} {length} is not a multiple of model.block x parallel.sp = "
                 f"{self.model.block} x {self.parallel.sp}: the nearest is {near}"
+            )
+        if "full" in self.model.mixers() and length > self.model.full.longest:
+            raise ValueError(
+                f"{field} {length} is more than full attention is configured for: raise model.full.longest "
+                f"({self.model.full.longest})"
             )
         if not step:
             return
         if not isinstance(self.data, DataConfig):
             raise ValueError("train.length_changes: only for text")
-        if "full" in self.model.mixers() and length > self.model.full.longest:
-            raise ValueError(
-                f"train.length_changes: step {step}: sequence_length {length} is more than full attention is "
-                f"configured for: raise model.full.longest ({self.model.full.longest})"
-            )
         lengths = set(self.train.lengths.values)
         most = _MOST_LENGTHS["masked" if self.data.documents == "masked" else "others"]
         if len(lengths) > most and self.train.slice_tokens is None:

@@ -114,7 +114,8 @@ def test_settings_import_only_settings(graph):
     recipe = {SETTINGS, *graph[SETTINGS]}
     sections = {name for name in recipe if is_settings(name)}
     assert len(sections) >= 8
-    plain = {  # formulas and a table, on plain numbers
+    plain = {  # formulas, checks and a table, on plain numbers and settings
+        "bst_dist.model.conflicts",
         "bst_dist.model.parametrisation",
         "bst_dist.study.lra.tasks",
         "data_pipeline.serve.order.step_values",

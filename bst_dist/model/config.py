@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from bst_base.settings import Config
+from bst_dist.model.conflicts import conflict
 from bst_dist.model.parametrisation import ParametrisationConfig, StandardConfig
 
 
@@ -306,10 +307,8 @@ class LayerConfig(Config):
             raise ValueError(f"attention.kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
         if self.attention.position == "rope" and self.head % 2:
             raise ValueError(f"rope needs an even head width, got {self.head}")
-        for section in ("ssm", "mamba2", "gated_deltanet"):
-            settings = getattr(self, section)
-            if self.block % within_block(settings, self.block).chunk:
-                raise ValueError(f"{section}.chunk ({settings.chunk}) must divide block ({self.block})")
+        if problem := conflict(self, set(self.mixers()), self._used_sections()):
+            raise ValueError(problem)
         return self
 
     @property
@@ -338,8 +337,12 @@ class LayerConfig(Config):
         return 3 if self.activation == "swiglu" else 2
 
     def mixers(self) -> list[str]:
-        """Return the mixers whose sections count as used: here all. `ModelConfig` returns the mixer of each layer."""
-        return list(MIXER_SECTIONS)
+        """Return the mixers that read these settings: here none, as they are not known. `ModelConfig` returns the mixer
+        of each layer."""
+        return []
+
+    def _used_sections(self) -> set[str]:
+        return {section for mixer in self.mixers() for section in MIXER_SECTIONS[mixer]}
 
     def unused_sections(self) -> list[str]:
         """Return the sections that differ from their defaults although no layer reads them.
@@ -347,10 +350,9 @@ class LayerConfig(Config):
         This is not an error: one recipe can compare mixers by an override of `mixer` alone. A run reports these
         sections at its start.
         """
-        used = {section for mixer in self.mixers() for section in MIXER_SECTIONS[mixer]}
         known = {section for read in MIXER_SECTIONS.values() for section in read}
         fields = type(self).model_fields
-        return [name for name in sorted(known - used) if getattr(self, name) != fields[name].default]
+        return [name for name in sorted(known - self._used_sections()) if getattr(self, name) != fields[name].default]
 
 
 class ModelConfig(LayerConfig):
@@ -378,8 +380,6 @@ class ModelConfig(LayerConfig):
             outside = [place for place in self.placement if not 0 <= place < self.depth]
             if outside:
                 raise ValueError(f"placement {outside} is outside the {self.depth} layers (0 to {self.depth - 1})")
-        if "gss" in self.mixers() and self.width % self.gss.reduce:
-            raise ValueError(f"gss.reduce ({self.gss.reduce}) must divide width ({self.width})")
         if self.parametrisation.kind == "completep" and self.context.ssm_width is not None:
             raise ValueError("under completep, context.ssm_width must be proportional to the width: leave it out")
         return self

@@ -36,6 +36,11 @@ class BlockStateTransformer(LanguageModel):
         super().__init__(ModelConfig(**settings, ffn=ffn or 4 * width, mixer=mixer))
 
 
+class _BSTConfig(LayerConfig):
+    def mixers(self) -> list[str]:
+        return ["bst"]
+
+
 class BSTLayer(Layer):
     """One Block-State layer (B, l, D) -> (B, l, D): norm, mixer, norm, feed-forward network, both residual.
 
@@ -46,7 +51,7 @@ class BSTLayer(Layer):
         self, width: int, heads: int, block: int = 512, ffn: int | None = None, depth: int = 1, **settings: Any
     ) -> None:
         """`depth`: layers in the stack, which scales the initial values; `settings`: see `LayerConfig`."""
-        super().__init__("bst", LayerConfig(width=width, heads=heads, block=block, ffn=ffn or 4 * width, **settings))
+        super().__init__("bst", _BSTConfig(width=width, heads=heads, block=block, ffn=ffn or 4 * width, **settings))
         self.initialize(depth)
 
     def forward(self, x: Tensor, past: Past | None = None, starts: Starts | None = None) -> Tensor:

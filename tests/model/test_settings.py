@@ -6,10 +6,12 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from bst_base.settings import ConfigError, fields, overridden, parse
 from bst_dist.activation.config import ActivationCheckpointingConfig
-from bst_dist.model.config import ModelConfig
+from bst_dist.model.config import MIXER_SECTIONS, ModelConfig
+from bst_dist.model.lm import LanguageModel
 
 MODEL = {"width": 32, "heads": 2, "ffn": 64, "block": 16, "depth": 3, "mixer": "bst", "vocab_size": 50}
 KINDS = {"s4d": {}, "s4-dplr": {}, "ssd": {}, "explicit": {"length": 64}, "hyena": {"length": 64}}
@@ -67,11 +69,72 @@ def test_impossible_numbers_are_refused_in_one_line(name, around):
         ({"ssm": {"kernel": "ssd", "dt_min": 0.2, "dt_max": 0.1}}, "dt_min"),
         ({"mamba2": {"dt_min": 0.2, "dt_max": 0.1}}, "dt_min"),
         ({"gated_deltanet": {"dt_min": 0.2, "dt_max": 0.1}}, "dt_min"),
+        ({"width": 3, "heads": 1}, "context.ssm_width: its default .* width 3 .* raise width"),
+        ({"width": 7, "heads": 1, "context": {"variant": "MF"}}, "context.ssm_width"),
+        ({"mixer": "sliding", "filler": "gss", "placement": [0], "gss": {"reduce": 5}}, "gss.reduce .* set it to 1"),
+        ({"block": 96}, r"ssm.chunk \(64\) must divide block \(96\): set it to 32"),
+        ({"block": 96, "mixer": "mamba2", "placement": [0]}, r"mamba2.chunk \(64\)"),
+        ({"block": 96, "mixer": "gated-deltanet"}, r"gated_deltanet.chunk \(64\)"),
     ],
 )
 def test_inconsistent_settings_are_refused(change, said):
     with pytest.raises(ConfigError, match=said):
         parse(ModelConfig, MODEL | change)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mixer": "sliding", "block": 96},
+        {"mixer": "mamba2", "block": 96, "mamba2": {"chunk": 32}},
+        {"mixer": "sliding", "width": 3, "heads": 1, "ssm": {"kernel": "ssd", "head": 5}},
+        {"mixer": "bst", "transformer_xl": {"window": 20}, "gss": {"reduce": 5}, "mamba2": {"convolution": 100}},
+    ],
+)
+def test_sections_that_no_layer_reads_may_have_any_values(settings):
+    config = parse(ModelConfig, MODEL | settings)
+    LanguageModel(config)
+
+
+CHANGES: dict[str, list[Any]] = {
+    "width": [1, 3, 8, 30],
+    "heads": [1, 4, 32],
+    "head_width": [1, 3, 33],
+    "block": [1, 5, 96],
+    "placement": [[], [0]],
+    "parametrisation": [{"kind": "completep", "base_width": 8, "base_depth": 2}],
+    "attention": [{"kv_heads": 1}, {"position": "rope"}, {"include_self": False}, {"buckets": 2, "max_distance": 2}],
+    "context": [{"variant": "MH"}, {"variant": "MF", "states": 1}, {"attend": "previous"}, {"ssm_width": 5}],
+    "ssm": [
+        {"kernel": kind, **given, **more}
+        for kind, given in (KINDS | {"none": {}}).items()
+        for more in [{}, {"chunk": 3}, {"chunk": 65536}, {"state": 2}, {"head": 3}, {"head": 1}, {"length": 1}]
+    ],
+    "transformer_xl": [{"window": 1}, {"window": 16}, {"window": 24}],
+    "block_recurrent": [{"states": 1}],
+    "gss": [{"gate": 1}, {"reduce": 3}, {"reduce": 64}, {"reduce": 32}],
+    "mamba2": [{"head": 3}, {"head": 1}, {"expand": 1}, {"convolution": 17}, {"convolution": 18}, {"chunk": 3}],
+    "gated_deltanet": [{"expand": 1}, {"convolution": 17}, {"convolution": 18}, {"chunk": 3}, {"chunk": 16}],
+    "full": [{"longest": 1}],
+}
+"""Values that fit some mixers, and values that fit none."""
+
+
+@pytest.mark.parametrize("mixer", MIXER_SECTIONS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_the_settings_accept_can_be_built(mixer, name):
+    """So no error of a layer's constructor reaches a user, who would see a traceback."""
+    for value in CHANGES[name]:
+        for variant in ("SH", "MF") if name in ("ssm", "width") else ("",):
+            given = MODEL | {"mixer": mixer, "depth": 1, "ssm": {"chunk": 16}, name: value}
+            given |= {"context": {"variant": variant}} if variant else {}
+            try:
+                config = parse(ModelConfig, given)
+            except ConfigError as error:
+                assert "\n" not in str(error)
+                continue
+            with torch.device("meta"):
+                LanguageModel(config)
 
 
 def test_every_kth_layer_checkpointing_refuses_impossible_numbers():

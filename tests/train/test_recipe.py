@@ -54,6 +54,25 @@ def test_masked_documents_are_refused_for_models_that_cannot_separate_them(setti
         parse(Recipe, settings)
 
 
+@pytest.mark.parametrize("kernel", ["explicit", "hyena"])
+def test_isolated_documents_are_refused_for_filters_that_a_layer_uses(settings, kernel):
+    settings["data"]["documents"] = "isolated"
+    settings["model"]["ssm"] = {"kernel": kernel, "length": 32}
+    with pytest.raises(ConfigError, match=rf"data.documents isolated: ssm.kernel {kernel} \(bst\) keeps its last"):
+        parse(Recipe, settings)
+    settings["model"]["mixer"] = "sliding"
+    parse(Recipe, settings)
+
+
+def test_sequences_longer_than_full_attention_allows_are_refused(settings):
+    length = settings["train"]["sequence_length"]
+    settings["model"] |= {"filler": "full", "placement": [0], "full": {"longest": length - 1}}
+    with pytest.raises(ConfigError, match=rf"train.sequence_length {length} is more .* raise model.full.longest"):
+        parse(Recipe, settings)
+    settings["model"]["full"]["longest"] = length
+    parse(Recipe, settings)
+
+
 @pytest.mark.parametrize("field", ["non_finite", "spike"])
 def test_a_guard_that_could_never_roll_back_is_refused(settings, field):
     settings |= {"guard": {field: "roll-back"}, "checkpoint": {"every": 0}}
