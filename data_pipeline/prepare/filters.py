@@ -10,6 +10,7 @@ the document out. Filters for language, quality or personal data are the user's 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -43,10 +44,15 @@ def load(name: str) -> Filter:
         raise UserError(f"text.filters: {file}: there is no such file")
     spec = importlib.util.spec_from_file_location(f"filters_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.path.insert(0, str(file.parent.absolute()))  # modules beside the file, as when Python runs it
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise UserError(f"text.filters: {file} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(file.parent.absolute()))
     found = getattr(module, function, None)
     if not callable(found):
         raise UserError(f"text.filters: {file} has no function {function}")

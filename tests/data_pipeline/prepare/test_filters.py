@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from bst_base.errors import UserError
 from bst_base.settings import ConfigError, load, parse
 from data_pipeline.prepare import filters
 from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.sources import Document
 from tests.data_pipeline.prepare.test_prepare import stored
 
 CODE = """
@@ -75,3 +77,22 @@ def test_missing_filter_gives_one_message(run, settings_of, code: Path, tmp_path
         parse(PrepareConfig, settings_of(text={"filters": ["odd"]}))
     (tmp_path / "corpus.yaml").write_text(json.dumps(settings_of(text={"filters": ["mine.py:odd"]})))
     assert load(PrepareConfig, tmp_path / "corpus.yaml", []).text.filters == (str(code) + ":odd",)
+
+
+def test_filter_may_define_dataclasses_and_import_modules_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "beside_filter.py").write_text("WORD = 'kept'\n")
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass, field\n"
+        "from typing import ClassVar\n"
+        "from beside_filter import WORD\n"
+        "@dataclass\n"
+        "class Rule:\n"
+        "    least: ClassVar[int] = 3\n"
+        "    words: list[str] = field(default_factory=list)\n"
+        "def keep(text, document):\n"
+        "    return WORD if Rule() else None\n"
+    )
+    before = list(sys.path)
+    assert filters.load(f"{tmp_path}/own.py:keep")("text", Document("a", "text")) == "kept"
+    assert sys.path == before
