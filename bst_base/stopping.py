@@ -10,7 +10,7 @@ from types import FrameType
 
 from bst_base.errors import UserError
 
-STATUS = 130
+INTERRUPTED = 130
 """Exit status of a command that was stopped by Ctrl-C: 128 + SIGINT."""
 STOP_REQUESTED = threading.Event()
 """Set by the first signal, in a program that treats signals as requests to stop (`bst_dist.faults.signals`). All code

@@ -23,6 +23,7 @@ from bst_base.errors import StorageError, UserError
 from bst_base.files import FULL
 from bst_base.importing import uncollected
 from bst_base.outputs import left_for_afterwards
+from bst_base.stopping import INTERRUPTED
 from bst_dist.extras import install_hint
 from bst_dist.faults.output import IgnoreWriteErrors
 from bst_dist.report.saved import write_report
@@ -223,7 +224,7 @@ def _status(argv: list[str]) -> int:
     except EXPECTED as error:
         return _told(name, error)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return _run(module.run, name, args)
 
 
@@ -245,7 +246,7 @@ def _run(command: Callable[[argparse.Namespace], dict[str, Any] | None], name: s
         return status
     except KeyboardInterrupt:
         _write_outputs(args, name, None)
-        return 130
+        return INTERRUPTED
     unwritten = _write_outputs(args, name, report)
     if report is not None and report.get("passed") is False:
         return int(report.get("exit_status", 1))

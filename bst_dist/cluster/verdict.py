@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bst_base.sizes import ranks_in_words
-from bst_base.stopping import STATUS
+from bst_base.stopping import INTERRUPTED
 from bst_dist.faults.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
 
 SETTLE_S = 6.0
@@ -123,7 +123,7 @@ class Ended:
         if self.over and not self.failed:
             return RESUBMIT if RESUBMIT in self.statuses.values() else DONE
         if self.at_once:
-            return STATUS
+            return INTERRUPTED
         return RESUBMIT if self.stop_signal else FAILED  # the grace period is over: resume from an older checkpoint
 
     @property

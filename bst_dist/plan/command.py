@@ -28,7 +28,7 @@ from rich.console import Console
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, parse
-from bst_base.stopping import STATUS, deferred_interrupt
+from bst_base.stopping import INTERRUPTED, deferred_interrupt
 from bst_dist.config import Recipe, load_recipe, with_vocabulary
 from bst_dist.plan import slices
 from bst_dist.plan.accelerators import Accelerator, accelerator, accelerators
@@ -185,7 +185,7 @@ def _until_told(items: Sequence[T], made: Callable[[T], R]) -> tuple[list[R], di
             report("plan", len(found), len(items))
             if stop_requested() and len(found) < len(items):
                 print(f"stopped: {len(found)} of {len(items)} are planned", file=sys.stderr)
-                return found, {"passed": False, "exit_status": STATUS}
+                return found, {"passed": False, "exit_status": INTERRUPTED}
     return found, {}
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bst_base.arguments import at_least, picture
 from bst_base.outputs import write_afterwards
-from bst_base.stopping import STATUS
+from bst_base.stopping import INTERRUPTED
 from bst_base.terminal import Sheet, print_table, say
 from data_pipeline.commands.directory import corpus_directory
 from data_pipeline.commands.prepare import split_table, summary
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
                 report |= _scan(args.corpus, manifest, workers, console)
         except KeyboardInterrupt:
             say("stopped: duplicates and overlap are left out, because counting did not finish", console)
-            report |= {"passed": False, "exit_status": STATUS}
+            report |= {"passed": False, "exit_status": INTERRUPTED}
     _print(console, report)
     if args.png:
         write_afterwards(args, lambda: _draw(args.png, args.corpus.name, lengths))

@@ -23,7 +23,7 @@ from rich.console import Console
 from bst_base.arguments import at_least, picture
 from bst_base.errors import UserError
 from bst_base.outputs import require_writable
-from bst_base.stopping import STATUS, deferred_interrupt
+from bst_base.stopping import INTERRUPTED, deferred_interrupt
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.ablation.figure import draw
 from bst_dist.study.ablation.interventions import KINDS, Intervention, defaults, obstacle, parse, same_as_zero
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             report["corpora"].append({"corpus": corpus.storage.where, **figures})
             if (done := len(figures["interventions"])) < len(planned):
                 say(f"stopped: {done} of {len(planned)} interventions are done")
-                report |= {"passed": False, "exit_status": STATUS}
+                report |= {"passed": False, "exit_status": INTERRUPTED}
                 break
     for line in left_out:
         say(f"left out: {line}")

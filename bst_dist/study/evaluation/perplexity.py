@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from bst_base.errors import UserError
-from bst_base.stopping import STATUS, deferred_interrupt
+from bst_base.stopping import INTERRUPTED, deferred_interrupt
 from bst_base.terminal import Sheet, print_table
 from bst_dist.config import Recipe
 from bst_dist.model.config import ModelConfig
@@ -195,7 +195,7 @@ def _report(
         "precision": trained.recipe.train.precision,
         "ranks": ranks,
         "corpora": [each.report() for each in found],
-        **({"passed": False, "exit_status": STATUS} if stopped else {}),
+        **({"passed": False, "exit_status": INTERRUPTED} if stopped else {}),
     }
 
 

@@ -19,6 +19,7 @@ import torch
 
 from bst_base.arguments import at_least
 from bst_base.errors import UserError
+from bst_base.stopping import INTERRUPTED
 from bst_dist.checkpoint.directory import CHECKPOINTS
 from bst_dist.study.pack import results
 from bst_dist.study.pack.contents import SIDE_BY_SIDE, Pack, Packed, read_pack
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"run.sh: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def arguments() -> argparse.ArgumentParser:
