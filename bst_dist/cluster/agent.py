@@ -30,7 +30,7 @@ from bst_base.host import free_port
 from bst_dist.cluster.channel import Channel, Closed, Message, proof, proved
 from bst_dist.cluster.liveness import look
 from bst_dist.cluster.probe import probe, unmark
-from bst_dist.cluster.processes import LocalRanks, Share, catch_stop_signals
+from bst_dist.cluster.processes import HostRanks, LocalRanks, catch_stop_signals
 
 TICK_S = 0.1
 BEAT_S = 1.0
@@ -137,7 +137,7 @@ class Agent:
         self._answer("unmarked")
 
     def _start(self, job: Message) -> None:
-        share = Share(**job["share"])
+        share = HostRanks(**job["share"])
         environment = {**without_own_task(os.environ), **job["environment"]}
         self._reported.clear()
         self._left_alone = False

@@ -26,7 +26,7 @@ from bst_dist.cluster.channel import Channel, Closed, Message
 from bst_dist.cluster.gateway import AgentGateway, own_addresses
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.liveness import ListeningClock
-from bst_dist.cluster.processes import Share, StopSignals
+from bst_dist.cluster.processes import HostRanks, StopSignals
 from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended, LeftAlone, lease_s
 
 TICK_S = 0.1
@@ -171,7 +171,11 @@ class Controller:
             self._pump()
 
     def run(
-        self, program: Sequence[str], environment: Mapping[str, str], shares: Mapping[str, Share], notice: str = STOP
+        self,
+        program: Sequence[str],
+        environment: Mapping[str, str],
+        shares: Mapping[str, HostRanks],
+        notice: str = STOP,
     ) -> Ended:
         """Run `program` on all ranks until they end or a signal stops them; return how it ended.
 
@@ -195,7 +199,7 @@ class Controller:
             self._end_ranks(shares)
         return self.ended
 
-    def _watch(self, shares: Mapping[str, Share], notice: str) -> None:
+    def _watch(self, shares: Mapping[str, HostRanks], notice: str) -> None:
         """Watch until all ranks have ended, until the grace period after a stop signal is over, or until a failure.
 
         After a failure, reports of the other ranks are waited for shortly: they cannot go on without the one that is
@@ -220,7 +224,7 @@ class Controller:
             if self.ended.failed:
                 give_up = min(give_up, self.liveness.listened_s + self.ended.settle_s)
 
-    def _look_for_the_lost(self, shares: Mapping[str, Share]) -> None:
+    def _look_for_the_lost(self, shares: Mapping[str, HostRanks]) -> None:
         """Record and print the hosts that are lost while their ranks run."""
         for host in shares.keys() - self.ended.lost.keys():
             silent = self.liveness.silent_s(host) if host in self.channels else 0.0
@@ -231,11 +235,11 @@ class Controller:
             self.ended.lost[host] = self.gone.get(host, f"silent for {silent:.0f} s")
             print(f"bst launch: lost {host}: {self.ended.lost[host]}", file=sys.stderr, flush=True)
 
-    def _has_ended(self, share: Share) -> bool:
+    def _has_ended(self, share: HostRanks) -> bool:
         """Whether all ranks of a host have ended, so that its loss does not matter."""
         return self.ended.gone >= set(range(share.first, share.first + share.count))
 
-    def _end_ranks(self, shares: Mapping[str, Share]) -> None:
+    def _end_ranks(self, shares: Mapping[str, HostRanks]) -> None:
         """End all remaining ranks; return only when no rank of the job can still write.
 
         A host that was cut off ends its ranks by itself, so this waits as long as that can take. After a second signal

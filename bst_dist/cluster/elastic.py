@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bst_dist.cluster.hosts import Host
-from bst_dist.cluster.processes import Share
+from bst_dist.cluster.processes import HostRanks
 from bst_dist.config import Recipe, spread_of
 
 
@@ -44,19 +44,19 @@ def choose(recipe: Recipe, most: int) -> Shape:
     return Shape(world, sp, spread_of(changed, world).imbalance_message(sp))
 
 
-def shares(hosts: Sequence[Host], world: int, address: str, port: int) -> dict[str, Share]:
+def shares(hosts: Sequence[Host], world: int, address: str, port: int) -> dict[str, HostRanks]:
     """Return host name -> its ranks. Hosts are filled one after the other, so the ranks of a sequence stay together."""
-    found: dict[str, Share] = {}
+    found: dict[str, HostRanks] = {}
     first = 0
     for host in hosts:
         count = min(host.slots, world - first)
         if count:
-            found[host.name] = Share(first, count, world, address, port)
+            found[host.name] = HostRanks(first, count, world, address, port)
         first += count
     return found
 
 
-def idle(hosts: Sequence[Host], placed: Mapping[str, Share]) -> str:
+def idle(hosts: Sequence[Host], placed: Mapping[str, HostRanks]) -> str:
     """Return as text the slots of each host that no rank is placed on; empty when there are none."""
     unused = {host.name: host.slots - (placed[host.name].count if host.name in placed else 0) for host in hosts}
     return ", ".join(f"{count} slot{'s' * (count > 1)} of {name}" for name, count in unused.items() if count)

@@ -42,7 +42,7 @@ from bst_base.host import free_port, without_brackets
 from bst_base.memory import available_memory
 from bst_dist.checkpoint.retention import readable
 from bst_dist.cluster.printing import unhurried_output
-from bst_dist.cluster.processes import LocalRanks, Share, catch_stop_signals
+from bst_dist.cluster.processes import HostRanks, LocalRanks, catch_stop_signals
 from bst_dist.cluster.verdict import STOP, Ended
 from bst_dist.config import Recipe
 from bst_dist.model.meta_device import weightless
@@ -148,7 +148,7 @@ def correct_stop_signal(run_dir: Path, outcome: dict[str, Any], stop_signal: int
     return outcome
 
 
-def check(start: Start, share: Share) -> dict[str, Any]:
+def check(start: Start, share: HostRanks) -> dict[str, Any]:
     """Print what would be trained.
 
     The model is built without memory for its weights, so that its layers check their settings too.
@@ -185,18 +185,18 @@ def _first_step(start: Start) -> int:
     return start.recipe.branch.step if start.recipe.branch else 0
 
 
-def share_of(args: argparse.Namespace, recipe: Recipe) -> Share:
+def share_of(args: argparse.Namespace, recipe: Recipe) -> HostRanks:
     """Return this machine's share of the ranks; raises UserError when --node, --nodes and --master do not fit."""
     count = args.ranks or default_ranks(recipe)
     if args.nodes == 1 and args.node == 0 and args.master is None:
-        return Share(0, count, count, "127.0.0.1", free_port())
+        return HostRanks(0, count, count, "127.0.0.1", free_port())
     address, _, port = (args.master or "").rpartition(":")
     if not address or not port.isdigit() or not 0 <= args.node < args.nodes:
         raise UserError(
             f"--node {args.node} of --nodes {args.nodes}: nodes count from 0, and --master ADDRESS:PORT "
             "says where node 0 is"
         )
-    return Share(args.node * count, count, args.nodes * count, without_brackets(address), int(port))
+    return HostRanks(args.node * count, count, args.nodes * count, without_brackets(address), int(port))
 
 
 def default_ranks(recipe: Recipe) -> int:
@@ -217,7 +217,7 @@ def program(asked: Request) -> list[str]:
 
 
 def launch(
-    command: Sequence[str], share: Share, grace_s: float = math.inf, notice: str = f"bst train: {STOP}"
+    command: Sequence[str], share: HostRanks, grace_s: float = math.inf, notice: str = f"bst train: {STOP}"
 ) -> Ended:
     """Run `command` as all ranks of one host until they end; no process of theirs is left afterwards.
 

@@ -29,7 +29,7 @@ KILLED_S = 10.0
 
 
 @dataclass(frozen=True)
-class Share:
+class HostRanks:
     """One host's ranks, and the rendezvous address of the job."""
 
     first: int
@@ -58,7 +58,7 @@ class LocalRanks:
     def __init__(
         self,
         command: Sequence[str],
-        share: Share,
+        share: HostRanks,
         environment: Mapping[str, str],
         directory: Path | None = None,
         piped: bool = False,

@@ -20,7 +20,7 @@ from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.launchers import OVER_SSH
 from bst_dist.cluster.local import program
 from bst_dist.cluster.preflight import Needs, PreflightError
-from bst_dist.cluster.processes import Share, StopSignals
+from bst_dist.cluster.processes import HostRanks, StopSignals
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.space import space_for_checkpoints
 from bst_dist.cluster.verdict import SETTLE_KILLED_S, STOP, Ended
@@ -142,7 +142,7 @@ class Supervisor:
         return ended
 
     def _run_ranks(
-        self, controller: Controller, command: Sequence[str], placed: Mapping[str, Share], notice: str
+        self, controller: Controller, command: Sequence[str], placed: Mapping[str, HostRanks], notice: str
     ) -> Ended:
         """Run a command on all ranks; return how it ended. `notice`: as in `Controller.run`.
 
@@ -208,7 +208,7 @@ class Supervisor:
         while time.monotonic() < deadline and self.stop_signals.first is None:
             time.sleep(0.1)
 
-    def _shares(self, controller: Controller, world: int) -> dict[str, Share]:
+    def _shares(self, controller: Controller, world: int) -> dict[str, HostRanks]:
         first = controller.hosts[0].name
         port = controller.free_port(first)
         return shares(controller.hosts, world, controller.address(first), port)
@@ -234,5 +234,5 @@ def _laid_out(asked: Request, recipe: Recipe, shape: Shape) -> Request:
     return replace(asked, overrides=[*asked.overrides, f"parallel.sp={shape.sp}"])
 
 
-def _host_of(placed: Mapping[str, Share]) -> dict[int, str]:
+def _host_of(placed: Mapping[str, HostRanks]) -> dict[int, str]:
     return {rank: name for name, share in placed.items() for rank in range(share.first, share.first + share.count)}

@@ -26,7 +26,7 @@ from typing import Any
 from bst_base.errors import UserError
 from bst_base.host import free_port
 from bst_dist.cluster.local import launch
-from bst_dist.cluster.processes import Share
+from bst_dist.cluster.processes import HostRanks
 from bst_dist.config import load_recipe
 from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.report.saved import write_report
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found = Path(folder) / "found.json"
         given = {name: value for name, value in vars(args).items() if name not in ("json", "run_dir")}
         job.write_text(json.dumps(given | {"ranks": world}, default=str))
-        share = Share(0, world, world, "127.0.0.1", free_port())
+        share = HostRanks(0, world, world, "127.0.0.1", free_port())
         ended = launch([*PROGRAM, str(job), str(found)], share, notice=NOTICE)
         if not found.exists():
             raise VerifyError(f"no verdict: {ended.explain({})}")

@@ -24,7 +24,7 @@ from bst_dist.cluster.controller import Controller, LaunchOptions
 from bst_dist.cluster.elastic import shares
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.liveness import MOST_S, ListeningClock
-from bst_dist.cluster.processes import Share, StopSignals
+from bst_dist.cluster.processes import HostRanks, StopSignals
 from bst_dist.cluster.verdict import Ended
 from bst_dist.faults.status import DONE, FAILED, RESUBMIT
 
@@ -285,7 +285,7 @@ def test_an_agent_without_launcher_stops_its_ranks_and_keeps_running(stubborn):
 
     def launching_process() -> None:
         """Wait for the rank to be ready, send nothing until the agent has stopped it, then read all messages."""
-        share = Share(0, 1, 1, "127.0.0.1", 1)
+        share = HostRanks(0, 1, 1, "127.0.0.1", 1)
         own.send("start", command=[sys.executable, "-c", rank], directory="/", environment={}, share=vars(share))
         hear("said", beats=True)
         hear("cut short" if stubborn else "ended", beats=False)

@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from bst_base.host import free_port
 from bst_dist.cluster import collective
-from bst_dist.cluster.processes import Share
+from bst_dist.cluster.processes import HostRanks
 
 
 def test_a_device_that_computes_wrongly_is_found(monkeypatch):
@@ -31,7 +31,7 @@ def test_a_device_that_computes_wrongly_is_found(monkeypatch):
 
 
 def test_ranks_that_can_communicate_exit_with_status_0():
-    share = Share(0, 2, 2, "127.0.0.1", free_port())
+    share = HostRanks(0, 2, 2, "127.0.0.1", free_port())
     command = [sys.executable, "-m", "bst_dist.cluster.collective"]
     ranks = [subprocess.Popen(command, env={**os.environ, **share.environment(rank)}) for rank in range(2)]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
@@ -40,7 +40,7 @@ def test_ranks_that_can_communicate_exit_with_status_0():
 @pytest.mark.parametrize("program", ["collective", "train"])
 def test_rank_0_has_room_for_the_connections_of_many_ranks(program, recipe, tmp_path):
     """200 connections, as of other ranks, to a rank 0 whose shell allows 100 files and lets it allow itself more."""
-    share = Share(0, 2, 2, "127.0.0.1", free_port())
+    share = HostRanks(0, 2, 2, "127.0.0.1", free_port())
     options = {"collective": [], "train": [str(recipe(2)), "--run-dir", str(tmp_path / "run")]}[program]
     where = {"collective": "bst_dist.cluster.collective", "train": "bst_dist.train"}[program]
     command = [sys.executable, "-m", where, *options]
@@ -60,7 +60,7 @@ def test_rank_0_has_room_for_the_connections_of_many_ranks(program, recipe, tmp_
 
 @pytest.mark.parametrize(("words", "statuses"), [([], [0, 0, 1]), (["--any-speed"], [0, 0, 0])])
 def test_a_device_much_slower_than_the_median_is_named(words, statuses):
-    share = Share(0, 3, 3, "127.0.0.1", free_port())
+    share = HostRanks(0, 3, 3, "127.0.0.1", free_port())
     program = """
 import os, sys
 from bst_dist.cluster import collective

@@ -17,7 +17,7 @@ import pytest
 
 from bst_base.errors import UserError
 from bst_dist.cluster import local, processes, verdict
-from bst_dist.cluster.processes import LocalRanks, Share
+from bst_dist.cluster.processes import HostRanks, LocalRanks
 from bst_dist.faults.status import RESUBMIT
 
 # A rank that writes its process id and that of a child process to a file, and then runs the test's code.
@@ -48,7 +48,7 @@ def started(tmp_path: Path) -> bool:
 def run(tmp_path: Path, then: str, first: str = "", grace_s: float = 30.0) -> local.Ended:
     """Run two such ranks; return how they ended, after none of their processes is left."""
     command = [sys.executable, "-c", RANK.format(first=first, then=then), str(tmp_path)]
-    ended = local.launch(command, Share(0, 2, 2, "127.0.0.1", 1), grace_s)
+    ended = local.launch(command, HostRanks(0, 2, 2, "127.0.0.1", 1), grace_s)
     pids = [int(pid) for rank in range(2) for pid in (tmp_path / str(rank)).read_text().split()]
     deadline = time.monotonic() + 60
     while any(alive(pid) for pid in pids):
@@ -153,7 +153,7 @@ def test_rank_output_is_printed_and_cores_are_shared(capfd, monkeypatch, cores, 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     program = "import os; print(os.environ['OMP_NUM_THREADS'])"
-    assert local.launch([sys.executable, "-c", program], Share(0, 2, 2, "127.0.0.1", 1)).status == 0
+    assert local.launch([sys.executable, "-c", program], HostRanks(0, 2, 2, "127.0.0.1", 1)).status == 0
     assert capfd.readouterr().out.split() == [threads] * 2
 
 
@@ -170,8 +170,9 @@ def test_an_ignored_sighup_stays_ignored():
 
 def test_ranks_die_with_the_process_that_started_them(tmp_path):
     program = (
-        "import sys; from bst_dist.cluster.processes import LocalRanks, Share; import os, time;"
-        "ranks = LocalRanks([sys.executable, '-c', 'import time; time.sleep(600)'], Share(0, 1, 1, '', 1), os.environ);"
+        "import sys; from bst_dist.cluster.processes import LocalRanks, HostRanks; import os, time;"
+        "command = [sys.executable, '-c', 'import time; time.sleep(600)'];"
+        "ranks = LocalRanks(command, HostRanks(0, 1, 1, '', 1), os.environ);"
         "print(ranks.processes[0].pid, flush=True); os.kill(os.getpid(), 9)"
     )
     pid = int(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE).stdout)
@@ -186,7 +187,7 @@ def test_a_rank_that_reported_its_final_status_is_not_waited_for(tmp_path):
     program = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     program += "int(os.environ['RANK']) or os.write(int(os.environ['BST_LAST_WORD']), b'70\\n'); time.sleep(600)"
     begun = time.monotonic()
-    ended = local.launch([sys.executable, "-c", program], Share(0, 2, 2, "127.0.0.1", 1))
+    ended = local.launch([sys.executable, "-c", program], HostRanks(0, 2, 2, "127.0.0.1", 1))
     assert (ended.statuses, ended.status, ended.culprit) == ({0: 70}, 70, 0)
     assert time.monotonic() - begun < 300  # not the rank's ten minutes
 
@@ -206,7 +207,7 @@ time.sleep(0.5)  # a signal to the child would have arrived
 sys.exit(75 if child.poll() is None else 1)
 """
     ranks = LocalRanks(
-        [sys.executable, "-c", program, str(1 + again)], Share(0, 1, 1, "127.0.0.1", 1), os.environ, piped=True
+        [sys.executable, "-c", program, str(1 + again)], HostRanks(0, 1, 1, "127.0.0.1", 1), os.environ, piped=True
     )
     try:
         child = int(ranks.processes[0].stdout.readline())
@@ -229,7 +230,7 @@ sys.exit(75 if child.poll() is None else 1)
 def test_a_final_status_is_kept_whoever_reads_it_first():
     """Both `running` and `poll` read the pipe; a status that `running` has read must not be lost."""
     program = "import os, time; os.write(int(os.environ['BST_LAST_WORD']), b'70\\n'); time.sleep(600)"
-    ranks = LocalRanks([sys.executable, "-c", program], Share(0, 1, 1, "127.0.0.1", 1), os.environ)
+    ranks = LocalRanks([sys.executable, "-c", program], HostRanks(0, 1, 1, "127.0.0.1", 1), os.environ)
     try:
         while ranks.running:
             time.sleep(0.05)

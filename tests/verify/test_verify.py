@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bst_dist.cli import main
-from bst_dist.cluster.processes import Share
+from bst_dist.cluster.processes import HostRanks
 from bst_dist.cluster.verdict import Ended
 from bst_dist.verify import command
 
@@ -55,7 +55,7 @@ def test_a_signal_is_answered_in_the_name_of_this_command(recipe, monkeypatch, c
     """Nothing is saved here, unlike in `bst train`."""
     said: list[str] = []
 
-    def launch(program: list[str], share: Share, notice: str) -> Ended:
+    def launch(program: list[str], share: HostRanks, notice: str) -> Ended:
         said.append(notice.format("SIGTERM"))
         return Ended(1, {0: -15})
 

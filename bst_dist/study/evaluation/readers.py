@@ -25,7 +25,7 @@ from bst_base.errors import UserError
 from bst_base.host import allow_open_files, free_port
 from bst_base.launched import require_single_process
 from bst_dist.cluster.local import launch
-from bst_dist.cluster.processes import Share
+from bst_dist.cluster.processes import HostRanks
 from bst_dist.parallel.interface import choose_gloo_interface
 from bst_dist.parallel.ranks import own_device
 
@@ -96,7 +96,7 @@ def start(options: Sequence[str], ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "report.json"
         command = [*PROGRAM, *options, "--json", str(found)]
-        ended = launch(command, Share(0, ranks, ranks, "127.0.0.1", free_port()), notice=NOTICE)
+        ended = launch(command, HostRanks(0, ranks, ranks, "127.0.0.1", free_port()), notice=NOTICE)
         if not found.exists():
             raise ReadersError(f"no result: {ended.explain({})}")
         return json.loads(found.read_text(encoding="utf-8"))

@@ -24,9 +24,9 @@ def collective() -> Iterator[Finding]:
 
 
 def _sum(count: int, where: str, environment: dict[str, str]) -> Finding:
-    from bst_dist.cluster.processes import LocalRanks, Share
+    from bst_dist.cluster.processes import HostRanks, LocalRanks
 
-    share = Share(0, count, count, "127.0.0.1", free_port())
+    share = HostRanks(0, count, count, "127.0.0.1", free_port())
     started = time.monotonic()
     command = [sys.executable, "-m", "bst_dist.cluster.collective"]
     ranks = LocalRanks(command, share, {**os.environ, **environment}, piped=True)
