@@ -7,6 +7,7 @@ the next edge is always known: it is prefetched while the current slice is compu
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple
@@ -14,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bst_base.errors import UserError
+from bst_base.errors import StorageError
 from bst_dist.activation.offload import HostCopies
 from bst_dist.parallel.sequence.past import State
 from bst_dist.parallel.sequence.slices import Edges, EdgesHere
@@ -22,8 +23,8 @@ from bst_dist.parallel.sequence.slices import Edges, EdgesHere
 Place = Literal["device", "host", "disk"]
 
 
-class EdgeFileError(UserError):
-    """The file of edges cannot be written or read."""
+class EdgeFileError(StorageError):
+    """The file of edges cannot be written or read. A restart may succeed: the file disappears with its process."""
 
 
 def edges_in(place: Place) -> Edges:
@@ -125,8 +126,9 @@ class EdgesOnDisk:
                     done = os.pwrite(self._file.fileno(), view, offset)
                 except OSError as error:
                     raise EdgeFileError(
-                        f"cannot write the edges of slices in {tempfile.gettempdir()} ({error.strerror} after "
-                        f"{offset:,} bytes): set TMPDIR to a folder with more space, or train.edges to host"
+                        f"{socket.gethostname()} cannot write the edges of slices in {tempfile.gettempdir()} "
+                        f"({error.strerror} after {offset:,} bytes): set TMPDIR to a folder with more space, or "
+                        "train.edges to host"
                     ) from error
                 view, offset = view[done:], offset + done
 
@@ -140,7 +142,10 @@ class EdgesOnDisk:
             while view:
                 done = os.preadv(self._file.fileno(), [view], offset)
                 if not done:
-                    raise EdgeFileError(f"the file of edges in {tempfile.gettempdir()} ended at {offset:,} bytes")
+                    raise EdgeFileError(
+                        f"{socket.gethostname()}: the file of edges in {tempfile.gettempdir()} ended at {offset:,} "
+                        "bytes"
+                    )
                 view, offset = view[done:], offset + done
             found[name] = numbers
         return found
