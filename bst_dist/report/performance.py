@@ -36,8 +36,11 @@ ROOM = 48
 class Performance(Callback):
     """Callback that reports the performance of all ranks at intervals."""
 
-    def __init__(self, every: int, ranks: Ranks, writers: Sequence[Writer], sharing: SequenceGroup | None) -> None:
-        """`sharing`: the group of ranks that share this rank's sequences; None if it holds whole sequences.
+    def __init__(
+        self, every: int, ranks: Ranks, writers: Sequence[Writer], sharing: SequenceGroup | None, done: int = 0
+    ) -> None:
+        """`sharing`: the group of ranks that share this rank's sequences; None if it holds whole sequences. `done`:
+        steps of the run so far.
 
         All ranks must call it.
         """
@@ -48,7 +51,7 @@ class Performance(Callback):
         ranks.phases.take()
         if sharing:
             sharing.traffic.take()
-        ranks.phases.measure(self.due(1))
+        ranks.phases.measure(self.due(done + 1))
 
     def due(self, step: int) -> bool:
         """Whether there is a report after `step` steps."""

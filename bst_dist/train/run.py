@@ -224,7 +224,7 @@ class Run:
             *take,
             checkpoints,
             # Measures the time of the others.
-            Performance(recipe.log.every, ranks, writers, self.trainer.context.sharing),
+            Performance(recipe.log.every, ranks, writers, self.trainer.context.sharing, position.step),
         ]
         if recipe.log.profile:
             profile = Profile(recipe.log.profile, self.start.run_dir, ranks.rank, position.step, ranks.print_first)

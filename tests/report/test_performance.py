@@ -199,6 +199,18 @@ def test_few_steps_are_measured_on_an_accelerator(accelerator, every, wanted):
     assert measured == (wanted if accelerator else list(range(1, 401)))
 
 
+@pytest.mark.parametrize(("done", "measured"), [(99, True), (98, False), (0, False)])
+def test_the_first_step_of_a_resumed_run_is_measured_if_it_is_reported(done, measured):
+    phases = Phases(lambda: None)
+
+    def on_rank(ranks: Any) -> None:
+        ranks.phases = phases
+        Performance(10, ranks, [], None, done)
+
+    World(1).run(on_rank)
+    assert phases.measuring is measured
+
+
 SLIDING = CONFIG.model_copy(update={"depth": 2, "mixer": "sliding", "placement": (0, 1)})
 """A model of the layers 0 and 2, which every-kth-layer recomputes."""
 
