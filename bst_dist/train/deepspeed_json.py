@@ -105,6 +105,7 @@ def complete(strategy: dict[str, Any], intent: Intent, where: str) -> dict[str, 
     for key, (value, reason) in FIXED.items():
         if strategy.get(key, value) != value:
             raise DeepSpeedConfigError(f"{where}: {key} can only be {value!r}: {reason}; remove it here")
+    _require_supported(zero, where)
     offloads = [section for section in ("offload_optimizer", "offload_param") if _offloads(getattr(zero, section))]
     if offloads and intent.optimizer == "muon":
         raise DeepSpeedConfigError(
@@ -116,6 +117,20 @@ def complete(strategy: dict[str, Any], intent: Intent, where: str) -> dict[str, 
     # AdamW, used in every other case, is vectorised on a CPU as well.
     client = {"zero_force_ds_cpu_optimizer": False} if zero.offload_optimizer is not None else {}
     return {"wall_clock_breakdown": False, **rest, **owned, **client, "zero_optimization": _every_key(zero)}
+
+
+def _require_supported(zero: DeepSpeedZeroConfig, where: str) -> None:
+    """Raise DeepSpeedConfigError for settings with which a run would fail in its first steps."""
+    if not zero.compute_grad_norm:
+        raise DeepSpeedConfigError(
+            f"{where}: zero_optimization.compute_grad_norm can only be true: the guard and the metrics need the "
+            "gradient norm; remove it here"
+        )
+    if _offloads(zero.offload_optimizer) and zero.offload_optimizer.ratio != 1:
+        raise DeepSpeedConfigError(
+            f"{where}: zero_optimization.offload_optimizer.ratio can only be 1: to offload a part of the optimizer "
+            "DeepSpeed needs its own CPU Adam, and this program uses torch's AdamW; remove it here"
+        )
 
 
 def _offloads(section: Any) -> bool:

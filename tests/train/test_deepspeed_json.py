@@ -45,6 +45,11 @@ def test_deepspeed_parses_every_completed_strategy_unchanged(path):
         ('{"fp16": {"enabled": true}}', "fp16 is not supported"),
         ('{"bf16": {"enabled": true}}', "casts every parameter"),
         ('{"optimizer": {"type": "Adam"}}', "the section optimizer"),
+        ('{"zero_optimization": {"stage": 1, "compute_grad_norm": false}}', "compute_grad_norm can only be true"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
+            "zero_optimization.offload_optimizer.ratio can only be 1",
+        ),
         ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "key 'stage' is given twice"),
         ("[]", "expected an object"),
