@@ -15,7 +15,13 @@ import torch
 from bst_base.clock import utc_now
 from bst_base.errors import StorageError
 from bst_dist.checkpoint import rng, saving
-from bst_dist.checkpoint.agreement import common_checkpoints, confirmed_damage, manifest_of, read_together
+from bst_dist.checkpoint.agreement import (
+    common_checkpoints,
+    confirmed_damage,
+    manifest_of,
+    of_first,
+    read_together,
+)
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     AVERAGE,
@@ -26,6 +32,7 @@ from bst_dist.checkpoint.directory import (
     WEIGHT,
     WEIGHTS,
     CheckpointError,
+    committed,
     has,
     is_full,
     open_shards,
@@ -199,7 +206,8 @@ class Snapshots:
         self.finish_and_tell()
         self._manifest = None
         damaged = []
-        for checkpoint in common_checkpoints(self.ranks, self.run_dir):
+        # A roll-back: this start may have committed a checkpoint just now (`_just_committed`).
+        for checkpoint in self._just_committed() if scheduled else common_checkpoints(self.ranks, self.run_dir):
             if scheduled and not self.config.scheduled(step_of(checkpoint)):
                 continue
             if found := confirmed_damage(self.ranks, checkpoint):
@@ -250,12 +258,13 @@ class Snapshots:
         carried = redistribute(self.identity.rows, saved, lambda other: own(other)["carried"])
         return Position(manifest["step"], manifest["tokens"], manifest["data"], carried, manifest["skipped"])
 
-    def reached(self) -> tuple[int, int]:
+    def reached(self, ending: bool = False) -> tuple[int, int]:
         """Return (skipped, step) of the newest full checkpoint, from its manifest only; (0, 0) when there is none.
 
-        Raises StorageError on all ranks when they see different checkpoints.
+        `ending`: at the end of a start, when rank 0 has just committed a checkpoint. Raises StorageError on all ranks
+        when they see different checkpoints; not with `ending`.
         """
-        for checkpoint in common_checkpoints(self.ranks, self.run_dir):
+        for checkpoint in self._just_committed() if ending else common_checkpoints(self.ranks, self.run_dir):
             try:
                 manifest = manifest_of(self.ranks, checkpoint)
             except CheckpointError:
@@ -263,6 +272,13 @@ class Snapshots:
             if is_full(manifest):
                 return manifest["skipped"], manifest["step"]
         return 0, 0
+
+    def _just_committed(self) -> list[Path]:
+        """Return the checkpoints that rank 0 sees, newest first.
+
+        Rank 0 renames a checkpoint, and other hosts of a network file system may still list the directory as it was.
+        """
+        return of_first(self.ranks, lambda: committed(self.run_dir))
 
     def change(self, checkpoint: Path) -> str | None:
         """Return as text how the layout differs from that of the checkpoint; None when they are equal."""

@@ -219,16 +219,16 @@ class LocalCopies:
     def remove(self) -> None:
         """Remove the directory at the end of a start, unless the newest copy is newer than the newest checkpoint."""
         self.settle()
-        if not self.ahead():
+        if not self.ahead(ending=True):
             self._remove_all()
 
     def _remove_all(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
 
-    def ahead(self) -> bool:
-        """Whether the newest copies are newer than the newest checkpoint."""
+    def ahead(self, ending: bool = False) -> bool:
+        """Whether the newest copies are newer than the newest checkpoint. `ending`: see `Snapshots.reached`."""
         newest = self._held[-1:]
-        return bool(newest) and self.snapshots.reached() < (newest[0].skipped, newest[0].step)
+        return bool(newest) and self.snapshots.reached(ending) < (newest[0].skipped, newest[0].step)
 
 
 class _Settle(Callback):
