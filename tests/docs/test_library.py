@@ -5,15 +5,47 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from bst_dist import BlockStateTransformer, BSTLayer
+from bst_dist.train.config import OptimizerConfig
+from bst_dist.train.optimizer import build_for
 
 PAGE = Path(__file__).parents[2] / "docs" / "library.md"
 
 
+def code() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+COMPLETEP = ", parametrisation={'kind': 'completep', 'base_width': 16, 'base_depth': 1}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["", COMPLETEP, COMPLETEP + ", ssm={'kernel': 'hyena', 'length': 64}"],
+    ids=["standard", "completep", "completep, filters"],
+)
+def test_the_optimizer_of_the_page_equals_that_of_a_run(settings):
+    model, loop = code()[:2]
+    names: dict = {}
+    exec(model.replace("placement=[1]", f"placement=[1]{settings}") + loop.split("text = ")[0], names)
+    config = OptimizerConfig(learning_rate=3e-3, ssm_learning_rate=1e-3, weight_decay=0.1)
+    found, expected = (
+        {group["name"]: group for group in one.param_groups}
+        for one in (names["optimizer"], build_for(names["model"], config))
+    )
+    trained = [parameter for group in found.values() for parameter in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in names["model"].parameters()}
+    for name, group in expected.items():
+        assert [id(p) for p in found[name]["params"]] == [id(p) for p in group["params"]]
+        for field in ("lr", "weight_decay", "eps"):
+            assert found[name][field] == pytest.approx(group[field])
+
+
 def test_the_code_of_the_page_runs_and_learns():
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = code()
     assert len(blocks) == 4
     names: dict = {}
     torch.manual_seed(0)
