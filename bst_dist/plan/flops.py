@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 from bst_dist.model.attention.tiles import Tile, sliding_tiles
 from bst_dist.model.baselines.full import causal_tiles
@@ -24,8 +25,9 @@ from bst_dist.model.ssm.convolution import padded_size
 def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]:
     """Return the FLOPs of one token's forward pass by term, averaged over a sequence of that length."""
     terms: dict[str, float] = {}
+    of_mixer = {mixer: layer_flops(config, mixer, sequence_length) for mixer in set(config.mixers())}
     for mixer in config.mixers():
-        for term, flops in layer_flops(config, mixer, sequence_length).items():
+        for term, flops in of_mixer[mixer].items():
             terms[term] = terms.get(term, 0) + flops
     return terms | {"head": 2 * config.width * (config.vocab_size or 0)}
 
@@ -84,8 +86,8 @@ def _transformer_xl(config: ModelConfig, length: int) -> dict[str, float]:
     first = min(window, length)
     rest = length - min(window, length)
     whole, last = divmod(rest, window)
-    scored = _scored(sliding_tiles(first, 0, window)) + whole * _scored(sliding_tiles(window, window, window))
-    scored += _scored(sliding_tiles(last, window, window))
+    scored = _scored_in_windows(first, 0, window) + whole * _scored_in_windows(window, window, window)
+    scored += _scored_in_windows(last, window, window)
     return {"projections": _projections(config), "attention": 4 * inner * scored / length}
 
 
@@ -197,12 +199,18 @@ def _dense_scan(state: int, chunks: int) -> int:
 def _mean_keys(window: int, length: int) -> float:
     """Return the mean number of keys per query in tiles of 128 queries. The first window has fewer, as nothing precedes
     it."""
-    return _scored(sliding_tiles(length, 0, window)) / length
+    return _scored_in_windows(length, 0, window) / length
 
 
 def _scored(tiles: Iterable[Tile]) -> int:
     """Return the number of query-key pairs in all tiles."""
     return sum((tile.last - tile.first) * (tile.end - tile.begin) for tile in tiles)
+
+
+@lru_cache(maxsize=1024)
+def _scored_in_windows(queries: int, before: int, window: int) -> int:
+    """Return the same for sliding tiles. Cached, because a long sequence has many tiles, and a plan counts it often."""
+    return _scored(sliding_tiles(queries, before, window))
 
 
 MIXER_TERMS: dict[str, Callable[[ModelConfig, int], dict[str, float]]] = {

@@ -12,6 +12,7 @@ from bst_dist.model.attention.flex_mask import TILE, Band, visited_tiles
 from bst_dist.model.attention.window import Window
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
+from bst_dist.plan import flops
 from bst_dist.plan.flops import forward_flops
 
 DOC = Path(__file__).parents[2] / "docs" / "sweeps.md"
@@ -42,6 +43,20 @@ def test_forward_flops_equal_those_of_the_torch_counter(case):
     counted = counter.get_total_flops() / ids.numel()
     expected = sum(forward_flops(model.config, length).values())
     assert counted == pytest.approx(expected, rel=2e-3)  # the tables of the SSM, amortised over the batch
+
+
+def test_each_kind_of_layer_and_each_window_is_counted_once(monkeypatch):
+    """A sequence of 2^24 tokens has 131,072 tiles: counting them for every layer took seconds."""
+    counted, tiles = [], flops.sliding_tiles
+    monkeypatch.setattr(flops, "sliding_tiles", lambda *sizes: counted.append(sizes) or tiles(*sizes))
+    flops._scored_in_windows.cache_clear()
+    deep = config("bst", "SH").model_copy(update={"depth": 8, "placement": [1, 3]})
+    found = [forward_flops(deep, 4096) for _ in range(2)]
+    assert counted == [(4096, 0, 32)]
+    layers = [flops.layer_flops(deep, mixer, 4096) for mixer in deep.mixers()]
+    assert found[0] == found[1]
+    for term in set().union(*layers):
+        assert found[0][term] == sum(layer.get(term, 0) for layer in layers)
 
 
 def documented() -> list[list[float]]:
