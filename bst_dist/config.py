@@ -391,7 +391,7 @@ def identity(recipe: Recipe, defaults: bool = True) -> dict[str, Any]:
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of nested settings by their dotted names."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in data.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        flattened |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flattened

@@ -178,7 +178,7 @@ def _disks(beats: Sequence[Heartbeat]) -> list[str]:
             longest[path] = max(seconds, longest.get(path, 0.0))
     lines = []
     for path, seconds in longest.items():
-        there = sorted(set(hosts[path]))
-        more = f" and {len(there) - NAMED} more hosts" if len(there) > NAMED else ""
-        lines.append(f"the file system hangs: {unanswering({path: seconds})} on {', '.join(there[:NAMED])}{more}")
+        names = sorted(set(hosts[path]))
+        more = f" and {len(names) - NAMED} more hosts" if len(names) > NAMED else ""
+        lines.append(f"the file system hangs: {unanswering({path: seconds})} on {', '.join(names[:NAMED])}{more}")
     return lines

@@ -150,9 +150,9 @@ class Watchdog:
         last = None
         last_new = time.monotonic()
         while self._place() == seen and not self._closed.is_set():
-            found = self._read_anew()
-            beat = found.beats[0] if found else None
-            if found and found.verdict is not None:
+            reading = self._read_anew()
+            beat = reading.beats[0] if reading else None
+            if reading and reading.verdict is not None:
                 self._closed.wait(2 * self.beat_s)  # let rank 0 print first: a launcher ends all ranks when one ends
                 return ""
             if beat is not None and last is not None and beat.place != last.place:
@@ -182,8 +182,8 @@ class Watchdog:
             with suppress(DistStoreError, RuntimeError):  # rank 0 is gone; `_judge` and `_follow` detect that
                 self._board.put(key_of(self.rank), to_json(self._beat(beats)))
                 if self._wanted.is_set() or beats == 1:
-                    *found, verdict = self._board.get([*keys, VERDICT])
-                    self._reading = Reading(self._reading.number + 1, [*map(from_json, found)], verdict)
+                    *texts, verdict = self._board.get([*keys, VERDICT])
+                    self._reading = Reading(self._reading.number + 1, [*map(from_json, texts)], verdict)
             self._closed.wait(self.beat_s / (4 if self._wanted.is_set() else 1))
 
     def _beat(self, beats: int) -> Heartbeat:

@@ -89,8 +89,8 @@ def accelerator(name: str, own: Path | None = None) -> Accelerator:
 
 def of_device(name: str) -> Accelerator | None:
     """Return the accelerator for a device name reported by the driver, or None. The longest match counts."""
-    found = [one for one in _shipped().values() if one.is_called(name)]
-    return max(found, key=lambda one: len(_words(one.device)), default=None)
+    matching = [shipped for shipped in _shipped().values() if shipped.is_called(name)]
+    return max(matching, key=lambda shipped: len(_words(shipped.device)), default=None)
 
 
 def _words(name: str) -> list[str]:

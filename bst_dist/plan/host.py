@@ -17,13 +17,13 @@ def host_memory(planner: Planner, best: Candidate) -> dict[str, float]:
     """
     cluster, checkpoint = planner.cluster, planner.recipe.checkpoint
     replicated = best.work.strategy.stage == 0
-    held = best.memory.optimizer + (best.memory.weights if replicated else 0)
-    copied = held / cluster.world if replicated else held
+    state = best.memory.optimizer + (best.memory.weights if replicated else 0)
+    copied = state / cluster.world if replicated else state
     files = LOCAL_COPIES_KEPT * (2 if cluster.nodes > 1 else 1)
     return {
         "activations": best.memory.host,
         "checkpoint copy": copied if checkpoint.background else 0,
-        "local copies": held * (1 + files) if checkpoint.local_every else 0,
+        "local copies": state * (1 + files) if checkpoint.local_every else 0,
     }
 
 

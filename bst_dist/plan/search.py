@@ -151,15 +151,15 @@ class Planner:
         """
         train, world, block = self.recipe.train, self.cluster.world, self.model.block
         fewest, most = train.fewest_sequences, train.most_sequences
-        found = [
+        possible = [
             sp
             for sp in range(1, world + 1)
             if world % sp == 0
             and (train.slice_tokens or train.sequence_length) % (block * sp) == 0
             and fewest >= world // sp
         ]
-        if found:
-            return [sp for sp in found if most % (world // sp) == 0] or found
+        if possible:
+            return [sp for sp in possible if most % (world // sp) == 0] or possible
         blocks = fewest * train.sequence_length // block
         field = "train.sequences" if fewest == train.sequences else "train.sequence_changes"
         if blocks < world:
@@ -321,16 +321,16 @@ def _strategies(recipe: Recipe) -> dict[int | str, Strategy]:
     The recipe's DeepSpeed file is used for its own stage, the shipped files for the others. Raise PlanError if the
     recipe's file offloads parameters or the optimizer, or partitions parameters inside nodes too.
     """
-    found: dict[int | str, Strategy] = {}
+    strategies: dict[int | str, Strategy] = {}
     for key, name in {**{stage: f"zero{stage}" for stage in STAGES}, GATHERED_ONCE: GATHERED_ONCE}.items():
         path = deepspeed_file(recipe.model_copy(update={"deepspeed": name}))
-        found[key] = Strategy.read(path, name)
-    own = Strategy.read(deepspeed_file(recipe), written(recipe.deepspeed))
-    if own.offloads:
-        raise PlanError(f"{own.name}: bst plan does not cover offloading of parameters or of the optimizer")
-    if own.hierarchical:
+        strategies[key] = Strategy.read(path, name)
+    given = Strategy.read(deepspeed_file(recipe), written(recipe.deepspeed))
+    if given.offloads:
+        raise PlanError(f"{given.name}: bst plan does not cover offloading of parameters or of the optimizer")
+    if given.hierarchical:
         raise PlanError(
-            f"{own.name}: bst plan does not cover a second partition of the parameters inside each node "
+            f"{given.name}: bst plan does not cover a second partition of the parameters inside each node "
             "(zero_hpz_partition_size): plan zero3, which needs less memory and sends more between nodes"
         )
-    return found | {own.stage: own}
+    return strategies | {given.stage: given}

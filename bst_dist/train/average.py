@@ -52,8 +52,8 @@ class Average(Callback):
         self.state.publish()
 
     def _tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        held = self.state.held()
-        return [fragment.values[AVERAGE] for fragment in held], [fragment.values[WEIGHT] for fragment in held]
+        fragments = self.state.held()
+        return [fragment.values[AVERAGE] for fragment in fragments], [fragment.values[WEIGHT] for fragment in fragments]
 
 
 def decay(config: AverageConfig, step: int) -> float:

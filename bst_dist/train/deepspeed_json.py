@@ -210,9 +210,9 @@ def _every_key(zero: DeepSpeedZeroConfig) -> dict[str, Any]:
     return zero.model_dump(mode="json", by_alias=True, exclude=dead, exclude_none=True)
 
 
-def _unknown(found: dict[str, Any], known: dict[str, Any], prefix: str) -> Iterator[str]:
+def _unknown(given: dict[str, Any], known: dict[str, Any], prefix: str) -> Iterator[str]:
     """Yield a message for each key of `found` that DeepSpeed does not know, with the nearest known key."""
-    for key, value in found.items():
+    for key, value in given.items():
         if key not in known:
             near = nearest(key, known)
             hint = f"did you mean {prefix + near!r}?" if near else f"known there: {', '.join(sorted(known))}"

@@ -44,8 +44,10 @@ class Engine:
             # ignore this.
             deepspeed.utils.set_z3_leaf_modules(model, list(compiled))
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=client, config=completed)
-        if found := deepspeed_json.differences(completed, self.deepspeed._config):
-            raise deepspeed_json.DeepSpeedConfigError("\n".join(f"DeepSpeed did not apply {line}" for line in found))
+        if differences := deepspeed_json.differences(completed, self.deepspeed._config):
+            raise deepspeed_json.DeepSpeedConfigError(
+                "\n".join(f"DeepSpeed did not apply {line}" for line in differences)
+            )
         if isinstance(client, Muon):
             # Through DeepSpeed's backend, where the bytes sent are counted (`parallel/communication.py`).
             lying = placed(self.deepspeed) if self.stage else ()

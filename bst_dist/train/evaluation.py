@@ -64,7 +64,7 @@ class Evaluation:
         start = time.perf_counter()
         block = self.engine.module.config.block
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        shares, own = self.context.shares, self.context.sharing.rank if self.context.sharing else 0
+        shares, share_rank = self.context.shares, self.context.sharing.rank if self.context.sharing else 0
         slices = slices_of(self.batches[0])
         blocks = slices[0].input_ids.shape[1] // block  # of a rank's share of one slice
         by_block = torch.zeros(len(slices), shares, blocks, 2, dtype=torch.float64, device=self.ranks.device)
@@ -72,7 +72,7 @@ class Evaluation:
         for part, inputs, losses in self.forward(step):
             sums += sum_of_batch(losses, inputs, self.context.token_bytes)
             at = part.begin // (shares * blocks * block)
-            by_block[at, own] += _by_block(losses.per_token, inputs["loss_mask"], block)
+            by_block[at, share_rank] += _by_block(losses.per_token, inputs["loss_mask"], block)
             tokens += int(part.loss_mask.sum())
         if self.stop.stopping:
             return None

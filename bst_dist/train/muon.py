@@ -57,9 +57,9 @@ class Muon(torch.optim.AdamW):
         themselves are updated, as before. `all_to_all`: see `MatrixExchange`.
         """
         by_tensor: dict[Tensor, list[Placed]] = {}
-        for one in placed:
-            if one.parameter in self._stacks:
-                by_tensor.setdefault(one.tensor, []).append(one)
+        for member in placed:
+            if member.parameter in self._stacks:
+                by_tensor.setdefault(member.tensor, []).append(member)
         if by_tensor:
             self._shares = {
                 tensor: _Share.of(members, self._stacks, rank, all_to_all) for tensor, members in by_tensor.items()
@@ -135,9 +135,11 @@ class _Share:
         cls, members: Sequence[Placed], stacks: Mapping[nn.Parameter, Stack], rank: int, all_to_all: Callable[..., Any]
     ) -> _Share:
         """Return the share of parameters of which each rank updates some runs."""
-        own = [stacks[member.parameter] for member in members]
+        own_stacks = [stacks[member.parameter] for member in members]
         shapes = [member.division.shape for member in members]
-        work = [sum(flops(*map_) for map_ in stack.shapes(shape)) for stack, shape in zip(own, shapes, strict=True)]
+        work = [
+            sum(flops(*map_) for map_ in stack.shapes(shape)) for stack, shape in zip(own_stacks, shapes, strict=True)
+        ]
         matrices = []
         for member, cost in zip(members, work, strict=True):
             division = member.division
@@ -149,7 +151,7 @@ class _Share:
             for place, (member, matrix) in places
             if rank in matrix.runs
         }
-        return cls(shapes, own, MatrixExchange(matrices, rank, all_to_all), runs)
+        return cls(shapes, own_stacks, MatrixExchange(matrices, rank, all_to_all), runs)
 
     def subtract(self, weights: Tensor, direction: Tensor, rate: float) -> None:
         """Subtract `rate` times the orthogonalised `direction` from `weights`, both (elements,); all ranks call it."""

@@ -209,15 +209,15 @@ class LanguageModelling:
         `name`: of an additional corpus, for the message that is printed when there are fewer sequences than asked for.
         """
         recipe, asked = self.recipe, self.recipe.evaluation.sequences
-        held = sum(self._validation_loader(data, corpora, Mesh(1, 0), 1, 1).sequences)
-        if held < asked and ranks.first:
+        available = sum(self._validation_loader(data, corpora, Mesh(1, 0), 1, 1).sequences)
+        if available < asked and ranks.first:
             whose = f" of {name}" if name else ""
             print(
-                f"evaluation: the validation split{whose} holds {held:,} sequences; evaluation.sequences asks for "
+                f"evaluation: the validation split{whose} holds {available:,} sequences; evaluation.sequences asks for "
                 f"{asked:,}"
             )
         mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
-        loader = self._validation_loader(data, corpora, mesh, min(asked, held), recipe.train.micro_sequences)
+        loader = self._validation_loader(data, corpora, mesh, min(asked, available), recipe.train.micro_sequences)
         return [changed(batch, _counted_once) for batch in loader.batches(0)]
 
     def _validation_loader(

@@ -162,12 +162,12 @@ def outcome_of(lines: Sequence[dict[str, Any]], steps: int, evaluates: bool = Tr
     trained = [line for line in lines if line["kind"] == "train"]
     evaluated = [line for line in lines if line["kind"] == "eval" and line["step"] == done]
     last = any(line["kind"] in ("eval", "corpus") and line["step"] == done for line in lines)
-    found = {"finished": (last or not evaluates) and done == steps, "step": done}
+    outcome = {"finished": (last or not evaluates) and done == steps, "step": done}
     for line in trained[-1:]:
-        found |= {key: line[key] for key in ("tokens", "loss_nats", "bits_per_byte")}
+        outcome |= {key: line[key] for key in ("tokens", "loss_nats", "bits_per_byte")}
     for line in evaluated[-1:]:
-        found |= {f"validation_{key}": line[key] for key in ("loss_nats", "bits_per_byte", "accuracy") if key in line}
-    return found
+        outcome |= {f"validation_{key}": line[key] for key in ("loss_nats", "bits_per_byte", "accuracy") if key in line}
+    return outcome
 
 
 def _parameters(engine: Engine) -> int:

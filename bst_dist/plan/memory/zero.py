@@ -104,14 +104,14 @@ class Sizes:
             tuple(tuple(p.numel() for p in module.parameters(recurse=False)) for module in layer.modules())
             for layer in model.layers
         )
-        own = 0 if model.output is None else model.output.weight.numel()
+        head = 0 if model.output is None else model.output.weight.numel()
         half = _sent_in_half(model) if bf16 else ()
         return Sizes(
             tuple(groups),
             tuple(layers),
             model.embedding.weight.numel(),
             model.norm.weight.numel(),
-            own,
+            head,
             frozenset(half),
             tuple(work),
         )

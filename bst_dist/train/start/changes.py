@@ -43,24 +43,24 @@ def changes(run_dir: Path, before: Recipe, now: Recipe, replan: bool = False) ->
     `replan`: accept that steps already taken had other rates than the new schedule gives them. Raises OtherRunError,
     with what to do instead, for settings that may not change.
     """
-    found = differing(before, now)
+    changed = differing(before, now)
     checkpoints = committed(run_dir)
     done = step_of(checkpoints[0]) if checkpoints else 0
-    if fixed := [line for line in found if not line.startswith(_CHANGING)]:
+    if fixed := [line for line in changed if not line.startswith(_CHANGING)]:
         head = f"{run_dir}: holds a run with other settings (there, given):"
         raise OtherRunError(listed(head, fixed) + _length_from(before, now, done))
-    if now.data.mode == "streaming" and (batch := [line for line in found if line.startswith(BATCH)]):
+    if now.data.mode == "streaming" and (batch := [line for line in changed if line.startswith(BATCH)]):
         raise OtherRunError(
             f"{run_dir}: {batch[0]} (there, given): {STREAMED}. Start a new run from the weights in another --run-dir: "
             f"initial_weights.run={run_dir} initial_weights.step=N"
         )
     if replan and now.train.steps >= done:
-        return found
+        return changed
     first = _first_step_with_other_rate(before, now, done)
     if first is not None:
         steps = [step_of(path) for path in checkpoints]
-        raise OtherRunError(_advice_on_schedule(run_dir, found, first, steps, now.train.steps))
-    return found
+        raise OtherRunError(_advice_on_schedule(run_dir, changed, first, steps, now.train.steps))
+    return changed
 
 
 def fixed(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _length_from(before: Recipe, now: Recipe, done: int) -> str:
     )
 
 
-def _advice_on_schedule(run_dir: Path, found: list[str], first: int, steps: list[int], wanted: int) -> str:
+def _advice_on_schedule(run_dir: Path, changed: list[str], first: int, steps: list[int], wanted: int) -> str:
     """Return the error message with what to do instead.
 
     `first`: the first step with another rate; `steps`: those of the checkpoints; `wanted`: the new `train.steps`.
@@ -116,8 +116,8 @@ def _advice_on_schedule(run_dir: Path, found: list[str], first: int, steps: list
     fitting = ", ".join(str(step) for step in sorted(steps) if step <= first) or "none"
     here = "To follow the new schedule from the newest checkpoint on, add --replan-schedule. Or: "
     return (
-        f"{run_dir}: {'; '.join(found)} (there, given): step {first + 1} was already taken with another learning rate. "
-        f"{here if wanted >= max(steps) else ''}Continue in another --run-dir: as a branch, "
+        f"{run_dir}: {'; '.join(changed)} (there, given): step {first + 1} was already taken with another learning "
+        f"rate. {here if wanted >= max(steps) else ''}Continue in another --run-dir: as a branch, "
         f"branch.run=../{run_dir.name} branch.step=N, from a checkpoint up to which the rates agree ({fitting}); or as "
         f"a new run from the weights, initial_weights.run={run_dir} initial_weights.step=N "
         f"({', '.join(map(str, sorted(steps)))})"

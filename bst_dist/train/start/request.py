@@ -129,27 +129,29 @@ def resolve_together(recipe: Recipe, request: Request, ranks: Ranks) -> Start:
     When one rank finds an error, raises it on all ranks, as UserError, StorageError or Stopped. They name that rank and
     its host, unless all have found the same. Stopped is only raised when no rank has found anything else.
     """
-    start, found = None, None
+    start, problem = None, None
     try:
         start = resolve(recipe, request, ranks.world, slice(ranks.rank, None, ranks.world))
     except UserError as error:
-        found = error
+        problem = error
     except OSError as error:
         if error.filename is None:  # a socket or a process, not a file that this host cannot read
             raise
-        found = StorageError.of(error)
-    everyone = ranks.all_gather_object(None if found is None else (_kind(found), str(found), socket.gethostname()))
+        problem = StorageError.of(error)
+    everyone = ranks.all_gather_object(
+        None if problem is None else (_kind(problem), str(problem), socket.gethostname())
+    )
     if start is not None and not any(everyone):
         return start
-    if found is not None and len({seen and seen[1] for seen in everyone}) == 1:
-        raise found
-    errors = {rank: seen for rank, seen in enumerate(everyone) if seen is not None}
+    if problem is not None and len({report and report[1] for report in everyone}) == 1:
+        raise problem
+    errors = {rank: report for rank, report in enumerate(everyone) if report is not None}
     others = [rank for rank, (kind, *_) in errors.items() if kind is not Stopped]
     rank = min(others or errors)
     kind, message, host = errors[rank]
     if kind is not Stopped:
         message = f"rank {rank}: {message}" if message.startswith(f"{host} ") else f"rank {rank} on {host}: {message}"
-    raise kind(message) from found
+    raise kind(message) from problem
 
 
 def _kind(error: UserError) -> type[UserError]:

@@ -64,11 +64,11 @@ def _from_copies(start: Start, copies: LocalCopies, ranks: Ranks) -> tuple[Posit
 
     # Local copies are refused when settings change: the allowed changes were decided from the checkpoints.
     refusal = f"{'; '.join(start.changed)} (before, from here on)" if start.changed else None
-    found = copies.find(lambda step: step in shown(), refusal)
-    if found is None:
+    loaded = copies.find(lambda step: step in shown(), refusal)
+    if loaded is None:
         return None, None
-    ranks.print_first(f"resumed from step {found[0].step} of {found[1]}")
-    return found
+    ranks.print_first(f"resumed from step {loaded[0].step} of {loaded[1]}")
+    return loaded
 
 
 def roll_back(
