@@ -4,8 +4,9 @@
     bst models launch/recipes/paper/small-bst-sh.yaml model.width=512 model.heads=4
 
 The first row is the recipe's own model; the others have the same width, heads, feed-forward network, block, depth,
-vocabulary and placement. Nothing is trained and no weights are allocated. Without model.vocab_size, the recipe's corpus
-must exist, to give it.
+vocabulary and placement. Chunks and heads of SSMs are reduced where they do not divide the block or the width; a model
+that cannot be built all the same is named with the reason. Nothing is trained and no weights are allocated. Without
+model.vocab_size, the recipe's corpus must exist, to give it.
 
 FLOPs are per token of a forward pass, averaged over the recipe's sequence length; training takes three times as many.
 The state is what one sequence carries to the next, in the recipe's precision.
@@ -24,10 +25,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bst_base.settings import parse
+from bst_base.settings import ConfigError, parse
 from bst_base.terminal import Sheet, print_table
 from bst_dist.config import load_recipe, with_vocabulary
-from bst_dist.model.config import ModelConfig
+from bst_dist.model.config import ContextConfig, ModelConfig, SSDConfig, SSMConfig
 from bst_dist.model.layers import FeedForward, Layer
 from bst_dist.model.ssm.kernels import KERNELS
 from bst_dist.model.ssm.selective import Decays
@@ -71,29 +72,49 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         recipe = with_vocabulary(recipe, open_corpora(recipe.data))
     length = recipe.train.sequence_length
     configs = {recipe.name: recipe.model, **catalogue(recipe.model, length)}
+    refused = {name: str(found) for name, found in _read(recipe.model, length) if isinstance(found, ConfigError)}
     half = recipe.train.precision == "bf16"
     entries = [entry(name, config, length, half) for name, config in configs.items()]
     _print(entries, recipe.model, length)
-    return {"recipe": recipe.name, "sequence_length_tokens": length, "models": [asdict(each) for each in entries]}
+    for problem in refused.values():
+        print(f"not listed: {problem}")
+    models = [asdict(each) for each in entries]
+    return {"recipe": recipe.name, "sequence_length_tokens": length, "models": models, "refused": refused}
 
 
 def catalogue(config: ModelConfig, length: int) -> dict[str, ModelConfig]:
-    """Return every model at the sizes of `config`, by name; filters have `length` taps."""
+    """Return every model that can be built at the sizes of `config`, by name; filters have `length` taps."""
+    return {name: found for name, found in _read(config, length) if isinstance(found, ModelConfig)}
+
+
+def _read(config: ModelConfig, length: int) -> Iterator[tuple[str, ModelConfig | ConfigError]]:
+    """Yield the name of each model and its settings, or why it cannot be built at these sizes."""
     shared = config.model_dump(include=set(SHARED))
-    return {name: parse(ModelConfig, {**shared, **rest}, name) for name, rest in _models(config, length)}
+    for name, rest in _models(config, length):
+        try:
+            yield name, parse(ModelConfig, {**shared, **rest}, name)
+        except ConfigError as error:
+            yield name, error
+
+
+def _chunk(chunk: int, block: int) -> int:
+    """Return the chunk of a recurrence, or the largest part of it that divides the block if it does not fit."""
+    return math.gcd(chunk, block) if chunk < block else chunk
 
 
 def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of each model and its settings beyond the shared ones."""
-    s4d = config.ssm.model_dump() if config.ssm.kernel == "s4d" else {"kernel": "s4d"}
-    dplr = {"kernel": "s4-dplr"} | {key: s4d[key] for key in ("state", "dt_min", "dt_max", "chunk") if key in s4d}
+    s4d = (config.ssm if config.ssm.kernel == "s4d" else SSMConfig()).model_dump()
+    s4d["chunk"] = _chunk(s4d["chunk"], config.block)
+    dplr = {"kernel": "s4-dplr"} | {key: s4d[key] for key in ("state", "dt_min", "dt_max", "chunk")}
     filters = [{"kernel": kernel, "length": length} for kernel in ("explicit", "hyena")]
     placed = {"placement": config.placement}
     for variant in ("SH", "MH", "MF"):
         context = {"variant": variant, "states": config.context.states}
         for ssm in (s4d, dplr, *filters):
             yield f"BST {variant} {ssm['kernel']}", {"mixer": "bst", **placed, "context": context, "ssm": ssm}
-    ssd = {"kernel": "ssd", "head": math.gcd(16, config.context.width(config.width))}
+    ssd = {"kernel": "ssd", "head": math.gcd(16, ContextConfig().width(config.width) or 16)}
+    ssd["chunk"] = _chunk(SSDConfig(kernel="ssd").chunk, config.block)
     yield "BST SH ssd", {"mixer": "bst", **placed, "context": {"variant": "SH"}, "ssm": ssd}
     yield "BST SH, no SSM", {"mixer": "bst", **placed, "ssm": {"kernel": "none"}}
     for variant in ("SH", "MF"):
@@ -108,11 +129,13 @@ def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, A
     recurrent = {"mixer": "block-recurrent", "block_recurrent": {"states": config.block}}
     yield "Block-Recurrent", {**recurrent, "placement": [config.depth * 3 // 4]}
     hybrid = [place for place in range(config.depth) if place % 4 != 3]
-    gss_ssm = {"state": 512, "chunk": 128}
-    yield "GSS hybrid", {"mixer": "gss", "placement": hybrid, "gss": config.gss.model_dump(), "ssm": gss_ssm}
-    mamba2 = {"head": math.gcd(64, 2 * config.width)}
+    gss = {"gate": config.gss.gate, "reduce": math.gcd(config.gss.reduce, config.width)}
+    gss_ssm = {"state": 512, "chunk": _chunk(128, config.block)}
+    yield "GSS hybrid", {"mixer": "gss", "placement": hybrid, "gss": gss, "ssm": gss_ssm}
+    mamba2 = {"head": math.gcd(64, 2 * config.width), "chunk": _chunk(config.mamba2.chunk, config.block)}
     yield "Mamba-2 hybrid", {"mixer": "mamba2", "placement": hybrid, "mamba2": mamba2}
-    yield "Gated DeltaNet hybrid", {"mixer": "gated-deltanet", "placement": hybrid}
+    deltanet = {"chunk": _chunk(config.gated_deltanet.chunk, config.block)}
+    yield "Gated DeltaNet hybrid", {"mixer": "gated-deltanet", "placement": hybrid, "gated_deltanet": deltanet}
     yield "pure SSM", {"mixer": "ssm", "ssm": s4d}
     yield "full attention", {"mixer": "full", "full": {"longest": max(length, config.full.longest)}}
 

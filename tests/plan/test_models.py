@@ -1,5 +1,6 @@
 """The list of models: its counts compared with real modules, and the paper's recipes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,39 @@ def test_counts_equal_those_of_the_built_model(name):
     past = model.carry()
     model(torch.zeros(1, LENGTH, dtype=torch.long), past=past)
     assert found.state_bytes == sum(x.numel() * x.element_size() for x in past.after.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block": 192},
+        {"block": 320},
+        {"block": 96, "mixer": "sliding"},
+        {"width": 62, "heads": 1},
+        {"context": {"ssm_width": 48}, "width": 40},
+        {"block": 96, "mixer": "mamba2", "mamba2": {"chunk": 48}},
+    ],
+)
+def test_every_model_is_listed_at_any_valid_sizes(changes):
+    config = ModelConfig.model_validate(CONFIG.model_dump() | {"ssm": {"chunk": 32}} | changes)
+    found = catalogue(config, 4 * config.block)
+    names, expected = ([name.rstrip(" 0123456789") for name in models] for models in (found, MODELS))
+    assert names == expected  # without Transformer-XL's window, which follows the block
+    for each in found.values():
+        with torch.device("meta"):
+            LanguageModel(each)
+    chunk = found["Mamba-2 hybrid"].mamba2.chunk
+    assert chunk == (48 if "mamba2" in changes else 64 if config.block != 96 else 32)
+
+
+def test_models_that_cannot_be_built_are_named_with_the_reason(tmp_path, capsys):
+    path = RECIPES[[path.stem for path in RECIPES].index("small-sliding")]
+    report = tmp_path / "models.json"
+    small = ["model.width=7", "model.heads=7", "model.head_width=2", "model.ffn=8", "model.block=32"]
+    small += ["model.vocab_size=50", "train.sequence_length=64"]
+    assert main(["models", str(path), *small, "--json", str(report)]) == 0
+    assert "not listed: BST MF s4d: context.ssm_width" in capsys.readouterr().out
+    assert "BST MF s4d" in json.loads(report.read_text())["refused"]
 
 
 def test_model_sizes_equal_the_equations():
