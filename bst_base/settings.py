@@ -28,6 +28,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def changed(self, *names: str) -> list[str]:
+        """Return those of the fields `names` that differ from their defaults."""
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+
 
 C = TypeVar("C", bound=Config)
 

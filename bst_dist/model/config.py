@@ -47,6 +47,10 @@ class AttentionConfig(Config):
             )
         return self
 
+    def unread(self) -> list[str]:
+        """Return the fields that differ from their defaults, but are of the other `position`."""
+        return self.changed(*(("rope_base",) if self.position == "t5" else ("buckets", "max_distance")))
+
 
 class ContextConfig(Config):
     """How SSM outputs become context states."""
@@ -66,6 +70,10 @@ class ContextConfig(Config):
         if self.variant == "MF" and self.attend == "previous":
             raise ValueError("attend: 'previous' is for SH and MH; MF always attends to the end of the previous block")
         return self
+
+    def unread(self) -> list[str]:
+        """Return the fields that differ from their defaults, but are of another `variant`."""
+        return [] if self.variant == "MF" else self.changed("states")
 
     def width(self, model_width: int) -> int:
         """Return the SSM width Ds of a model of width D."""
@@ -344,15 +352,18 @@ class LayerConfig(Config):
     def _used_sections(self) -> set[str]:
         return {section for mixer in self.mixers() for section in MIXER_SECTIONS[mixer]}
 
-    def unused_sections(self) -> list[str]:
-        """Return the sections that differ from their defaults although no layer reads them.
+    def unread(self) -> list[str]:
+        """Return the sections that differ from their defaults although no layer reads them, and such fields of others.
 
-        This is not an error: one recipe can compare mixers by an override of `mixer` alone. A run reports these
-        sections at its start.
+        This is not an error: one recipe can compare mixers or positions by an override of one setting. A run reports
+        them at its start.
         """
+        used = self._used_sections()
         known = {section for read in MIXER_SECTIONS.values() for section in read}
-        fields = type(self).model_fields
-        return [name for name in sorted(known - self._used_sections()) if getattr(self, name) != fields[name].default]
+        unread = self.changed(*sorted(known - used))
+        for name in sorted(used & {"attention", "context"}):
+            unread += [f"{name}.{field}" for field in getattr(self, name).unread()]
+        return unread
 
 
 class ModelConfig(LayerConfig):

@@ -200,6 +200,10 @@ class ScheduleConfig(Config):
     final_fraction: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     """Fraction of the peak that the decay leads to; it would be reached in the step after the last."""
 
+    def unread(self) -> list[str]:
+        """Return the fields that differ from their defaults, but are of the other `kind`."""
+        return self.changed("decay_fraction", "decay_shape") if self.kind == "cosine" else []
+
 
 class BranchConfig(Config):
     run: str

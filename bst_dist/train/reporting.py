@@ -42,8 +42,10 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
         "copies": local,
         "change": f"{'; '.join(start.changed)} (before, from here on)" if start.changed else "",
     }
-    if unused := start.recipe.model.unused_sections():
-        lines["unused"] = f"no layer uses {', '.join(f'model.{section}' for section in unused)}, although it is set"
+    unread = [f"model.{name}" for name in start.recipe.model.unread()]
+    unread += [f"schedule.{name}" for name in start.recipe.schedule.unread()]
+    if unread:
+        lines["unused"] = f"set, but without effect in this recipe: {', '.join(unread)}"
     columns = Console.header(start.objective.labels, _has_peak(ranks))
     return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items() if text), columns])
 

@@ -241,15 +241,32 @@ def test_settings_that_do_not_fit_the_kernel_or_the_mixer_are_refused(settings, 
 
 
 @pytest.mark.parametrize(
-    ("settings", "section"),
+    ("settings", "unread"),
     [
-        ({"mixer": "sliding", "context": {"variant": "MF"}}, "context"),
-        ({"mixer": "sliding", "ssm": {"state": 4}}, "ssm"),
-        ({"mixer": "bst", "full": {"longest": 5}}, "full"),
+        ({"mixer": "sliding", "context": {"variant": "MF"}}, ["context"]),
+        ({"mixer": "sliding", "ssm": {"state": 4}}, ["ssm"]),
+        ({"mixer": "bst", "full": {"longest": 5}}, ["full"]),
+        (
+            {"mixer": "bst", "attention": {"rope_base": 5e5}, "context": {"states": 8}},
+            ["attention.rope_base", "context.states"],
+        ),
+        (
+            {"mixer": "sliding", "attention": {"position": "rope", "buckets": 8, "max_distance": 64}},
+            ["attention.buckets", "attention.max_distance"],
+        ),
+        (
+            {
+                "mixer": "bst",
+                "attention": {"position": "rope", "rope_base": 5e5},
+                "context": {"variant": "MF", "states": 8},
+            },
+            [],
+        ),
+        ({"mixer": "gss", "attention": {"rope_base": 5e5}, "filler": "gss"}, ["attention"]),
     ],
 )
-def test_unused_settings_sections_are_reported(settings, section):
-    assert build(settings).config.unused_sections() == [section]
+def test_settings_without_effect_are_reported(settings, unread):
+    assert build(settings).config.unread() == unread
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -140,7 +140,7 @@ def test_paper_recipe_has_the_name_of_its_file_and_states_its_size(path):
     assert recipe.name == path.stem
     counted = entry(recipe.name, recipe.model, recipe.train.sequence_length).total_parameters
     assert f": {counted / 1e6:.1f} M parameters" in path.read_text()
-    assert recipe.model.unused_sections() == []
+    assert recipe.model.unread() == []
     layers = recipe.model.mixers()
     assert len(layers) == 12
     assert recipe.model.head == 128

@@ -78,7 +78,7 @@ def test_the_small_copy_of_any_valid_model_computes(changes, tmp_path):
     model = LanguageModel(small.model)
     ids = torch.zeros(1, small.train.sequence_length, dtype=torch.long)
     model(ids, ids).total.backward()
-    assert small.model.unused_sections() == []
+    assert small.model.unread() == []
 
 
 @pytest.mark.parametrize(
