@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
+from bst_dist.parallel.phases import OCCASIONAL
 from bst_dist.report.metrics import EvalReport, PerformanceReport, Report, SkippedReport, StepReport, Writer
 
 
 class Console(Writer):
     """Writer that prints a line every `every` steps, with the time left, and a line for each evaluation."""
 
-    def __init__(self, every: int, steps: int, straggler: float = math.inf, utilisation: bool = True):
-        """`straggler`: as `log.straggler`. `utilisation`: show MFU; False on a CPU, which has no known peak."""
+    def __init__(
+        self,
+        every: int,
+        steps: int,
+        tokens_after: Callable[[int], int],
+        straggler: float = math.inf,
+        utilisation: bool = True,
+    ):
+        """`tokens_after`: returns the tokens of all steps that follow the first N. `straggler`: as `log.straggler`.
+        `utilisation`: show MFU; False on a CPU, which has no known peak."""
         self.every, self.steps, self.straggler, self.utilisation = every, steps, straggler, utilisation
+        self._tokens_after = tokens_after
+        self._in_steps = self._between = 0.0
+        """Seconds in steps, and in evaluations and checkpoints, since the start; as far as they were measured."""
+        self._measured: int | None = None
+        """The last step whose time is in these sums; None before the first step."""
         self._since: list[StepReport] = []
         self._slow: int | None = None
         self._started = True  # print the first step alone: it is slower, and it shows that training has begun
@@ -45,6 +59,8 @@ class Console(Writer):
             self._performance(report)
             return
         self._since.append(report)
+        if self._measured is None:
+            self._measured = report.step - 1
         if self._started or report.step % self.every == 0 or report.step == self.steps:
             print(self._line(report), flush=True)
             self._since.clear()
@@ -53,6 +69,11 @@ class Console(Writer):
     def _performance(self, report: PerformanceReport) -> None:
         """Print where the time goes, once early in the run and at the end; and a rank that is slow in two reports in a
         row."""
+        if self._measured is not None:
+            steps, self._measured = report.step - self._measured, report.step
+            between = sum(seconds for phase, seconds in report.seconds.items() if phase in OCCASIONAL)
+            self._between += steps * between
+            self._in_steps += steps * (sum(report.seconds.values()) - between)
         if report.step in (2 * self.every, self.steps):
             print(f"{'':>12} {_performance(report)}", flush=True)
         slow = report.slowest_rank if report.slowest_ratio > self.straggler else None
@@ -67,12 +88,22 @@ class Console(Writer):
 
     def _line(self, last: StepReport) -> str:
         """Return the line of a step: loss, norm and rate of this step, mean speed since the previous line."""
-        left = (self.steps - last.step) * median(report.step_time_s for report in self._since)
+        left = self._left(last.step, median(report.step_time_s for report in self._since))
         speed = _harmonic([report.tokens_per_s for report in self._since])
         return (
             f"{last.step:>6}/{self.steps:<5} {last.loss_nats:>8.4f} {_bits(last)} "
             f"{last.gradient_norm:>8.3f} {last.learning_rate:>9.2e} {speed:>9,.0f}{self._mfu()} {duration(left):>8}"
         )
+
+    def _left(self, step: int, step_time_s: float) -> float:
+        """Return the seconds left after a step: those of the remaining tokens, and of what comes between steps.
+
+        Evaluations and checkpoints are assumed to take the same share of the time as since the start.
+        """
+        remaining = self._tokens_after(step)
+        of_step = self._tokens_after(step - 1) - remaining
+        share = self._between / self._in_steps if self._in_steps else 0.0
+        return remaining / of_step * step_time_s * (1 + share)
 
     def _mfu(self) -> str:
         if not self.utilisation:

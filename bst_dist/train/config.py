@@ -136,11 +136,14 @@ class TrainConfig(Config):
     @property
     def tokens(self) -> int:
         """Tokens of all steps together."""
+        return self.tokens_after(0)
+
+    def tokens_after(self, step: int) -> int:
+        """Return the tokens of all steps that follow the first `step` steps."""
         batches, lengths = self.batches, self.lengths
-        starts = sorted({start for start, _ in batches.changes + lengths.changes if start < self.steps})
-        return sum(
-            (end - start) * batches.at(start) * lengths.at(start) for start, end in pairwise([*starts, self.steps])
-        )
+        changes = {start for start, _ in batches.changes + lengths.changes if step < start < self.steps}
+        starts = [step, *sorted(changes), max(step, self.steps)]
+        return sum((end - start) * batches.at(start) * lengths.at(start) for start, end in pairwise(starts))
 
     @property
     def slices(self) -> int:

@@ -120,7 +120,8 @@ def writers_of(start: Start, engine: Engine, ranks: Ranks, done: int) -> list[Wr
     """Open the writers of rank 0, for a run that continues after `done` steps."""
     log = start.recipe.log
     writers: list[Writer] = [MetricsFile(start.run_dir, done)]
-    writers.append(Console(log.every, start.recipe.train.steps, log.straggler, _has_peak(ranks)))
+    train = start.recipe.train
+    writers.append(Console(log.every, train.steps, train.tokens_after, log.straggler, _has_peak(ranks)))
     about = {"parameters": _parameters(engine), "ranks": ranks.world}
     if log.tensorboard:
         writers.append(TensorBoard(start.run_dir, done, hparams(start.recipe, **about)))
