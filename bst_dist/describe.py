@@ -33,7 +33,7 @@ name, the error names the nearest one:
 `bst train demo` does the same: the program comes with the recipes of `launch/recipes/` and finds them by name from any
 directory. A relative path in a recipe starts from the recipe's folder, wherever you run the command (for a recipe in
 `launch/`: from the folder that holds `launch/`). On the command line, and in a recipe that comes with an installed bst,
-it starts from the working directory.
+it starts from the working directory. `~` at the beginning of a path is the home directory.
 
 Values mean what they look like, in recipes, corpora, sweeps and overrides: `1e-3`, `1e3`, `1_000` are numbers, `true`
 and `false` are the only booleans, dates are text. Ambiguous values are an error that names the line: `yes`, `no`, `on`,

@@ -45,7 +45,9 @@ def small_buckets(strategy: dict[str, Any]) -> dict[str, Any]:
 
 def _model(model: ModelConfig) -> dict[str, Any]:
     depth, heads = min(model.depth, MOST_LAYERS), min(model.heads, HEADS)
-    context = model.context.model_dump(mode="json") | {"states": min(model.context.states, STATES)}
+    context = model.context.model_dump(mode="json")
+    if model.context.variant == "MF":
+        context["states"] = min(model.context.states, STATES)
     if model.context.ssm_width is not None:
         context["ssm_width"] = max(1, model.context.ssm_width * WIDTH // model.width)
     return {

@@ -37,6 +37,7 @@ from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
 from bst_dist.cluster.channel import Channel
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.preflight import Checked, Needs, record_problems, show
+from bst_dist.cluster.space import Space
 from bst_dist.faults.watchdog import BEAT_S
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import StepReport
@@ -282,7 +283,7 @@ def _preflight(hosts: int) -> float:
     }
     checked = [Checked(Host(f"node-{number:04}", A_HOST), answer=answer, clock_offset_s=0.0) for number in range(hosts)]
     begin = time.process_time()
-    record_problems(checked, "job", Needs([], Path("run"), 10**9, 10**6))
+    record_problems(checked, "job", Needs([], Path("run"), Space(2, 10**9), 10**6))
     with contextlib.redirect_stdout(io.StringIO()):
         show(checked)
     return time.process_time() - begin
