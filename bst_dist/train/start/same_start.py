@@ -58,9 +58,9 @@ def require_same(start: Start, request: Request, ranks: Ranks) -> None:
     this, that = f"rank {other} on {hosts[other]}", f"rank {common} on {hosts[common]}"
     if all(line.startswith(OF_THE_DIRECTORY) for line in lines):
         head = f"{start.run_dir}: {this} sees another recipe in it than {that}: is the file system mounted on both?"
-        raise StorageError(listed(f"{head} What differs (there, here):", lines))
+        raise StorageError(listed(f"{head} What differs (rank {other}, rank {common}):", lines))
     head = f"{this} was asked for another run than {that}: give all ranks the same recipe, data and arguments."
-    raise UserError(listed(f"{head} What differs (there, here):", lines))
+    raise UserError(listed(f"{head} What differs (rank {other}, rank {common}):", lines))
 
 
 def compared(start: Start, request: Request) -> dict[str, Any]:

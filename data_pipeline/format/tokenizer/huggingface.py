@@ -212,8 +212,8 @@ def _require_all_bytes(backend: Backend, name_of: Callable[[int], str], where: s
     missing = [f"0x{byte:02X}" for byte in range(256) if name_of(byte) not in own and byte not in _NOT_IN_UTF8]
     if missing:
         raise UserError(
-            f"{where}: its vocabulary lacks the byte {missing[0]} (and {len(missing) - 1} others), so texts with it "
-            "would not be given back exactly; use another tokenizer, or train one with 'bst data prepare'"
+            f"{where}: its vocabulary lacks {len(missing)} of the bytes of UTF-8 (the first: {missing[0]}), so texts "
+            "with them would not be given back exactly; use another tokenizer, or train one with 'bst data prepare'"
         )
 
 
